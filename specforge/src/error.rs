@@ -1,0 +1,230 @@
+//! The one error type of the library.
+//!
+//! Every message says what was wrong, where (path, line, tensor, key), what was expected and what was found.
+//! What to do about it is kept apart as a hint, which `main` prints on a line of its own.
+
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+/// Result of every fallible function of the library.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What can go wrong, grouped by who has to act.
+#[derive(Debug, Error)]
+pub enum Error {
+    // -- the user's files -------------------------------------------------------------------------------------------
+    /// A file system operation failed.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried, as a verb: "read", "create", "rename".
+        action: &'static str,
+        /// The file or folder it was tried on.
+        path: PathBuf,
+        /// The operating system's answer.
+        source: std::io::Error,
+    },
+    /// A file exists and is not what it should be.
+    #[error("{}: {problem}", path.display())]
+    BadFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it, with expected and got.
+        problem: String,
+        /// What to do.
+        hint: Option<String>,
+    },
+    /// One line of a text file is not what it should be.
+    #[error("{}:{line}: {problem}", path.display())]
+    BadLine {
+        /// The file.
+        path: PathBuf,
+        /// Line number, from 1.
+        line: usize,
+        /// What is wrong with it, with expected and got.
+        problem: String,
+    },
+    /// The tensors of a folder are not the tensors of the model.
+    #[error("{}: the tensors do not fit the model{}", path.display(), mismatch)]
+    Tensors {
+        /// The weights folder or file.
+        path: PathBuf,
+        /// Names with expected and got.
+        mismatch: TensorMismatch,
+    },
+
+    // -- the user's wishes ------------------------------------------------------------------------------------------
+    /// A configuration value that cannot be used.
+    #[error("configuration: `{key}`: {problem}")]
+    Config {
+        /// Dotted path of the key.
+        key: String,
+        /// What is wrong with it, with expected and got.
+        problem: String,
+        /// What to do.
+        hint: Option<String>,
+    },
+    /// A command line that cannot be used.
+    #[error("{0}")]
+    Usage(String),
+
+    // -- the run ----------------------------------------------------------------------------------------------------
+    /// Training produced NaN or infinity and was stopped before anything was overwritten.
+    #[error("step {step}: {what} is not finite; stopped before the update. Batch: {batch}")]
+    NonFinite {
+        /// Optimizer step, from 1.
+        step: u64,
+        /// Which value.
+        what: String,
+        /// Names of the documents in the batch.
+        batch: String,
+    },
+    /// The user asked the run to stop, and it did so cleanly.
+    #[error("interrupted by {signal}; everything up to step {step} is saved")]
+    Interrupted {
+        /// SIGINT or SIGTERM.
+        signal: &'static str,
+        /// Last finished optimizer step.
+        step: u64,
+    },
+    /// libtorch refused an operation.
+    #[error("libtorch: {}", first_line(.0))]
+    Torch(String),
+    /// Something failed that no group above describes.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// Names of tensors that are missing, surplus or of another shape than the model's.
+#[derive(Debug, Default)]
+pub struct TensorMismatch {
+    /// Expected and not there.
+    pub missing: Vec<String>,
+    /// There and not expected.
+    pub surplus: Vec<String>,
+    /// There in another shape: name, expected, got.
+    pub misshaped: Vec<(String, Vec<i64>, Vec<i64>)>,
+}
+
+impl TensorMismatch {
+    /// Whether nothing is wrong.
+    pub fn is_empty(&self) -> bool {
+        self.missing.is_empty() && self.surplus.is_empty() && self.misshaped.is_empty()
+    }
+}
+
+/// More names than these are counted, not listed.
+const NAMES_SHOWN: usize = 8;
+
+impl std::fmt::Display for TensorMismatch {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut list = |title: &str, rows: Vec<String>| {
+            if rows.is_empty() {
+                return Ok(());
+            }
+            write!(formatter, "\n  {title} ({}):", rows.len())?;
+            for row in rows.iter().take(NAMES_SHOWN) {
+                write!(formatter, "\n    {row}")?;
+            }
+            match rows.len().checked_sub(NAMES_SHOWN) {
+                Some(more) if more > 0 => write!(formatter, "\n    and {more} more"),
+                _ => Ok(()),
+            }
+        };
+        list("missing", self.missing.clone())?;
+        list("surplus", self.surplus.clone())?;
+        let misshaped = self.misshaped.iter();
+        list(
+            "wrong shape",
+            misshaped
+                .map(|(name, want, got)| format!("{name}: expected {want:?}, got {got:?}"))
+                .collect(),
+        )
+    }
+}
+
+impl Error {
+    /// An I/O error with the path it happened on; use as `.map_err(Error::io("read", path))`.
+    pub fn io(
+        action: &'static str,
+        path: impl AsRef<Path>,
+    ) -> impl FnOnce(std::io::Error) -> Error {
+        let path = path.as_ref().to_path_buf();
+        move |source| Error::Io {
+            action,
+            path,
+            source,
+        }
+    }
+
+    /// A file that is not what it should be.
+    pub fn bad_file(path: impl AsRef<Path>, problem: impl Into<String>) -> Error {
+        Error::BadFile {
+            path: path.as_ref().to_path_buf(),
+            problem: problem.into(),
+            hint: None,
+        }
+    }
+
+    /// A configuration value that cannot be used.
+    pub fn config(key: impl Into<String>, problem: impl Into<String>) -> Error {
+        Error::Config {
+            key: key.into(),
+            problem: problem.into(),
+            hint: None,
+        }
+    }
+
+    /// The same error with a line that says what to do. Errors without room for a hint are left as they are.
+    pub fn with_hint(mut self, text: impl Into<String>) -> Error {
+        if let Error::BadFile { hint, .. } | Error::Config { hint, .. } = &mut self {
+            *hint = Some(text.into());
+        }
+        self
+    }
+
+    /// What to do, where that can be said.
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Error::BadFile { hint, .. } | Error::Config { hint, .. } => hint.clone(),
+            Error::Io { source, path, .. } => match source.kind() {
+                std::io::ErrorKind::StorageFull => Some("free some space or choose another folder".to_owned()),
+                std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem => {
+                    Some(format!("choose a folder you can write to instead of {}", path.display()))
+                }
+                _ => None,
+            },
+            Error::NonFinite { .. } => {
+                Some("lower optim.learning_rate, or look at the named documents with `specforge inspect`".to_owned())
+            }
+            Error::Torch(text) if text.contains("out of memory") => {
+                Some("lower train.micro_batch_tokens, or compare `--plan` with the free memory".to_owned())
+            }
+            _ => None,
+        }
+    }
+
+    /// 2 for wrong usage or bad input, 1 for a run that failed.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Error::BadFile { .. }
+            | Error::BadLine { .. }
+            | Error::Tensors { .. }
+            | Error::Config { .. }
+            | Error::Usage(_) => 2,
+            Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => 2,
+            _ => 1,
+        }
+    }
+}
+
+impl From<tch::TchError> for Error {
+    fn from(error: tch::TchError) -> Self {
+        Error::Torch(error.to_string())
+    }
+}
+
+/// libtorch appends a C++ backtrace to its messages; the first line says what happened.
+fn first_line(text: &str) -> &str {
+    text.lines().next().unwrap_or(text)
+}

@@ -1,0 +1,10 @@
+//! specforge trains draft models for speculative decoding.
+//!
+//! The modules stand in layer order: a module uses only modules above it in this list, and modules on one layer do not
+//! see each other. A test reads every `use` line and fails on an arrow that runs the other way.
+
+// L0
+pub mod error;
+// L1: mathematics, files and data; no model names
+pub mod nn;
+pub mod weights;

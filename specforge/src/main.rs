@@ -1,0 +1,7 @@
+//! The `specforge` command.
+fn main() {
+    println!(
+        "{}",
+        tch::Tensor::from_slice(&[1f32, 2.0]).sum(tch::Kind::Float)
+    );
+}

@@ -1,0 +1,1 @@
+//! Mathematics of transformer layers. No model names here.

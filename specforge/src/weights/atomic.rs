@@ -1,0 +1,165 @@
+//! Writes that either happen completely or not at all: a sibling with a temporary name, flushed to disk, then renamed.
+
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+
+/// Writes a file through `body`. On any error the old file, if there was one, stays as it was.
+pub fn write_file(
+    path: &Path,
+    body: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
+) -> Result<()> {
+    write_through(path, |temporary| {
+        let file = File::create(temporary).map_err(Error::io("create", path))?;
+        let mut writer = BufWriter::with_capacity(1 << 20, file);
+        body(&mut writer)
+            .and_then(|()| writer.flush())
+            .map_err(Error::io("write", path))
+    })
+}
+
+/// Writes a file through `body`, which is given the temporary path to write to.
+pub fn write_through(path: &Path, body: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let parent = parent_of(path);
+    create_dir_all(parent)?;
+    let temporary = tempfile::Builder::new()
+        .prefix(".partial-")
+        .tempfile_in(parent)
+        .map_err(Error::io("create a file in", parent))?
+        .into_temp_path();
+    body(&temporary)?;
+    let mode = fs::Permissions::from(std::os::unix::fs::PermissionsExt::from_mode(0o644));
+    File::open(&temporary)
+        .and_then(|file| file.sync_all().and_then(|()| file.set_permissions(mode)))
+        .map_err(Error::io("write", path))?;
+    temporary
+        .persist(path)
+        .map_err(|error| Error::io("rename to", path)(error.error))?;
+    sync_dir(parent)
+}
+
+/// Writes text.
+pub fn write_text(path: &Path, text: &str) -> Result<()> {
+    write_file(path, |writer| writer.write_all(text.as_bytes()))
+}
+
+/// Writes a value as indented JSON with a newline at the end.
+pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
+    let mut text =
+        serde_json::to_string_pretty(value).map_err(|error| Error::Failed(error.to_string()))?;
+    text.push('\n');
+    write_text(path, &text)
+}
+
+/// A folder that appears under its name only when [`StagedDir::commit`] is called, with everything in it.
+/// Dropped before that, it vanishes.
+#[derive(Debug)]
+pub struct StagedDir {
+    staging: tempfile::TempDir,
+    target: PathBuf,
+}
+
+impl StagedDir {
+    /// Starts a folder that will become `target`.
+    pub fn new(target: &Path) -> Result<Self> {
+        let parent = parent_of(target);
+        create_dir_all(parent)?;
+        let staging = tempfile::Builder::new()
+            .prefix(".partial-")
+            .tempdir_in(parent)
+            .map_err(Error::io("create a folder in", parent))?;
+        Ok(Self {
+            staging,
+            target: target.to_path_buf(),
+        })
+    }
+
+    /// Where to write meanwhile.
+    pub fn path(&self) -> &Path {
+        self.staging.path()
+    }
+
+    /// Gives the folder its name. An older folder of that name is moved aside first and removed after.
+    pub fn commit(self) -> Result<()> {
+        let parent = parent_of(&self.target).to_path_buf();
+        sync_dir(self.staging.path())?;
+        let open = fs::Permissions::from(std::os::unix::fs::PermissionsExt::from_mode(0o755));
+        fs::set_permissions(self.staging.path(), open)
+            .map_err(Error::io("set permissions of", &self.target))?;
+        let old = if self.target.exists() {
+            let aside = tempfile::Builder::new()
+                .prefix(".replaced-")
+                .tempdir_in(&parent)
+                .map_err(Error::io("create a folder in", &parent))?;
+            let moved = aside.path().join("old");
+            fs::rename(&self.target, moved).map_err(Error::io("move aside", &self.target))?;
+            Some(aside)
+        } else {
+            None
+        };
+        let staging = self.staging.keep();
+        fs::rename(&staging, &self.target).map_err(Error::io("rename to", &self.target))?;
+        sync_dir(&parent)?;
+        drop(old);
+        Ok(())
+    }
+}
+
+/// Creates a folder and its parents.
+pub fn create_dir_all(path: &Path) -> Result<()> {
+    fs::create_dir_all(path).map_err(Error::io("create folder", path))
+}
+
+fn parent_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// Makes a rename durable.
+fn sync_dir(path: &Path) -> Result<()> {
+    File::open(path)
+        .and_then(|folder| folder.sync_all())
+        .map_err(Error::io("flush folder", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_write_keeps_the_old_file_and_leaves_no_litter() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("value.txt");
+        write_text(&path, "old").unwrap();
+        let failed = write_file(&path, |writer| {
+            writer.write_all(b"half of the new")?;
+            Err(std::io::Error::other("disk pulled"))
+        });
+        assert!(failed.is_err());
+        assert_eq!(fs::read_to_string(&path).unwrap(), "old");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_staged_folder_appears_whole_or_not_at_all() {
+        let folder = tempfile::tempdir().unwrap();
+        let target = folder.path().join("out");
+        let staged = StagedDir::new(&target).unwrap();
+        write_text(&staged.path().join("a"), "1").unwrap();
+        drop(staged);
+        assert!(!target.exists());
+        for content in ["1", "2"] {
+            let staged = StagedDir::new(&target).unwrap();
+            write_text(&staged.path().join("a"), content).unwrap();
+            staged.commit().unwrap();
+            assert_eq!(fs::read_to_string(target.join("a")).unwrap(), content);
+        }
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+}

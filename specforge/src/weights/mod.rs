@@ -1,0 +1,8 @@
+//! Files that hold tensors: reading Hugging Face folders, writing without ever leaving half a file.
+
+pub mod atomic;
+pub mod folder;
+pub mod writer;
+
+pub use folder::WeightsFolder;
+pub use writer::{write_bytes, write_tensors};
