@@ -8,3 +8,5 @@ pub mod error;
 // L1: mathematics, files and data; no model names
 pub mod nn;
 pub mod weights;
+// L2: targets
+pub mod models;

@@ -1,1 +1,21 @@
 //! Mathematics of transformer layers. No model names here.
+//!
+//! Shape legend, used in every file of this room:
+//! `B` rows, `T` new tokens of a row, `S` key slots, `H` hidden size, `N` query heads, `G` key/value heads,
+//! `D` head dimension, `V` vocabulary, `R` selected rows.
+
+pub mod attention;
+pub mod kv_cache;
+pub mod linear;
+pub mod mask;
+pub mod noise;
+pub mod rms_norm;
+pub mod rope;
+pub mod sampling;
+
+pub use attention::attention;
+pub use kv_cache::KvCache;
+pub use linear::Linear;
+pub use mask::{AttentionMask, PreparedMask};
+pub use rms_norm::RmsNorm;
+pub use rope::{Rope, RopeConfig, RopeScaling};

@@ -1,0 +1,560 @@
+//! Llama: the family of Llama 1-3, SmolLM2 and every model with `"model_type": "llama"`.
+//!
+//! Reference: `transformers/models/llama/modeling_llama.py` (Hugging Face transformers 5.8.1), checked against its
+//! hidden states, logits and greedy tokens by `tests/goldens`. Shape legend: see `nn`.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use tch::{Device, Kind, Tensor};
+
+use super::{Dimensions, ForwardInput, ForwardOutput, LogitRows, TargetModel};
+use crate::error::{Error, Result};
+use crate::nn::rope::RopeTables;
+use crate::nn::{KvCache, Linear, PreparedMask, RmsNorm, Rope, RopeConfig, RopeScaling, attention};
+use crate::weights::WeightsFolder;
+
+/// The keys of config.json that the network depends on. Other keys are Hugging Face's own business.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LlamaConfig {
+    /// `H`
+    pub hidden_size: i64,
+    /// Width of the MLP.
+    pub intermediate_size: i64,
+    /// Number of layers.
+    pub num_hidden_layers: usize,
+    /// `N`
+    pub num_attention_heads: i64,
+    /// `G`; equal to `N` where the key is absent.
+    pub num_key_value_heads: Option<i64>,
+    /// `D`; `H / N` where the key is absent.
+    pub head_dim: Option<i64>,
+    /// `V`
+    pub vocab_size: i64,
+    /// Longest context.
+    pub max_position_embeddings: i64,
+    /// Epsilon of the norms.
+    #[serde(default = "default_epsilon")]
+    pub rms_norm_eps: f64,
+    /// Base of the rotary frequencies (in newer files inside `rope_parameters`).
+    pub rope_theta: Option<f64>,
+    /// Rotary variant, older key.
+    pub rope_scaling: Option<Value>,
+    /// Rotary variant and base, newer key.
+    pub rope_parameters: Option<Value>,
+    /// Whether the head is the embedding.
+    #[serde(default)]
+    pub tie_word_embeddings: bool,
+    /// Whether q, k, v and o have biases.
+    #[serde(default)]
+    pub attention_bias: bool,
+    /// Whether gate, up and down have biases.
+    #[serde(default)]
+    pub mlp_bias: bool,
+    /// Activation of the MLP.
+    #[serde(default = "default_activation")]
+    pub hidden_act: String,
+}
+
+fn default_epsilon() -> f64 {
+    1e-6
+}
+
+fn default_activation() -> String {
+    "silu".to_owned()
+}
+
+impl LlamaConfig {
+    /// Reads and checks config.json of a model folder.
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let config: Self = serde_json::from_str(&text)
+            .map_err(|error| Error::bad_file(path, error.to_string()))?;
+        config
+            .check()
+            .map_err(|problem| Error::bad_file(path, problem))?;
+        Ok(config)
+    }
+
+    fn check(&self) -> Result<(), String> {
+        let positive = [
+            ("hidden_size", self.hidden_size),
+            ("intermediate_size", self.intermediate_size),
+            ("num_hidden_layers", self.num_hidden_layers as i64),
+            ("num_attention_heads", self.num_attention_heads),
+            ("num_key_value_heads", self.groups()),
+            ("vocab_size", self.vocab_size),
+            ("max_position_embeddings", self.max_position_embeddings),
+        ];
+        if let Some((name, value)) = positive.iter().find(|(_, value)| *value <= 0) {
+            return Err(format!("`{name}`: expected a positive number, got {value}"));
+        }
+        if self.num_attention_heads % self.groups() != 0 {
+            let (heads, groups) = (self.num_attention_heads, self.groups());
+            return Err(format!(
+                "`num_key_value_heads`: expected a divisor of the {heads} heads, got {groups}"
+            ));
+        }
+        if self.head_dim() <= 0 || self.head_dim() % 2 != 0 {
+            return Err(format!(
+                "`head_dim`: expected an even positive number, got {}",
+                self.head_dim()
+            ));
+        }
+        if self.hidden_act != "silu" {
+            return Err(format!(
+                "`hidden_act`: expected silu, got {}",
+                self.hidden_act
+            ));
+        }
+        self.rope().map(|_| ())
+    }
+
+    /// `D`
+    pub fn head_dim(&self) -> i64 {
+        self.head_dim
+            .unwrap_or_else(|| self.hidden_size / self.num_attention_heads.max(1))
+    }
+
+    /// `G`
+    pub fn groups(&self) -> i64 {
+        self.num_key_value_heads.unwrap_or(self.num_attention_heads)
+    }
+
+    /// The rotary configuration, from the newer or the older keys.
+    pub fn rope(&self) -> Result<RopeConfig, String> {
+        let nothing = Value::Null;
+        let values = self
+            .rope_parameters
+            .as_ref()
+            .or(self.rope_scaling.as_ref())
+            .unwrap_or(&nothing);
+        let number = |key: &str| values.get(key).and_then(Value::as_f64);
+        let need = |key: &str| {
+            number(key).ok_or_else(|| format!("rope scaling: `{key}` is missing or no number"))
+        };
+        if let Some(partial) = number("partial_rotary_factor").filter(|&share| share != 1.0) {
+            return Err(format!(
+                "`partial_rotary_factor`: expected 1, got {partial}; partial rotation is not supported"
+            ));
+        }
+        let theta = number("rope_theta").or(self.rope_theta).unwrap_or(10_000.0);
+        let kind = values
+            .get("rope_type")
+            .or_else(|| values.get("type"))
+            .and_then(Value::as_str)
+            .unwrap_or("default");
+        let original = number("original_max_position_embeddings")
+            .unwrap_or(self.max_position_embeddings as f64);
+        let scaling = match kind {
+            "default" => RopeScaling::Default,
+            "linear" => RopeScaling::Linear {
+                factor: need("factor")?,
+            },
+            "dynamic" => RopeScaling::Dynamic {
+                factor: need("factor")?,
+            },
+            "llama3" => RopeScaling::Llama3 {
+                factor: need("factor")?,
+                low_freq_factor: need("low_freq_factor")?,
+                high_freq_factor: need("high_freq_factor")?,
+                original_max_position_embeddings: need("original_max_position_embeddings")?,
+            },
+            "yarn" => {
+                let factor = need("factor")?;
+                let magnitude = |scale: f64| {
+                    if factor <= 1.0 {
+                        1.0
+                    } else {
+                        0.1 * scale * factor.ln() + 1.0
+                    }
+                };
+                let computed = match (number("mscale"), number("mscale_all_dim")) {
+                    (Some(scale), Some(all)) if scale != 0.0 && all != 0.0 => {
+                        magnitude(scale) / magnitude(all)
+                    }
+                    _ => magnitude(1.0),
+                };
+                RopeScaling::Yarn {
+                    factor,
+                    attention_factor: number("attention_factor").unwrap_or(computed),
+                    beta_fast: number("beta_fast").unwrap_or(32.0),
+                    beta_slow: number("beta_slow").unwrap_or(1.0),
+                    original_max_position_embeddings: original,
+                    truncate: values
+                        .get("truncate")
+                        .and_then(Value::as_bool)
+                        .unwrap_or(true),
+                }
+            }
+            other => {
+                return Err(format!(
+                    "`rope_type`: expected default, linear, dynamic, llama3 or yarn, got {other}"
+                ));
+            }
+        };
+        let max_position_embeddings = self.max_position_embeddings;
+        Ok(RopeConfig {
+            theta,
+            head_dim: self.head_dim(),
+            max_position_embeddings,
+            scaling,
+        })
+    }
+
+    /// Every tensor of the model with its shape, under its Hugging Face name.
+    pub fn tensors(&self) -> Vec<(String, Vec<i64>)> {
+        let (hidden, width) = (self.hidden_size, self.intermediate_size);
+        let (query, group) = (
+            self.num_attention_heads * self.head_dim(),
+            self.groups() * self.head_dim(),
+        );
+        let mut tensors = vec![(
+            "model.embed_tokens.weight".to_owned(),
+            vec![self.vocab_size, hidden],
+        )];
+        for layer in 0..self.num_hidden_layers {
+            let prefix = format!("model.layers.{layer}");
+            let mut linear = |name: &str, out: i64, input: i64, bias: bool| {
+                tensors.push((format!("{prefix}.{name}.weight"), vec![out, input]));
+                if bias {
+                    tensors.push((format!("{prefix}.{name}.bias"), vec![out]));
+                }
+            };
+            linear("self_attn.q_proj", query, hidden, self.attention_bias);
+            linear("self_attn.k_proj", group, hidden, self.attention_bias);
+            linear("self_attn.v_proj", group, hidden, self.attention_bias);
+            linear("self_attn.o_proj", hidden, query, self.attention_bias);
+            linear("mlp.gate_proj", width, hidden, self.mlp_bias);
+            linear("mlp.up_proj", width, hidden, self.mlp_bias);
+            linear("mlp.down_proj", hidden, width, self.mlp_bias);
+            tensors.push((format!("{prefix}.input_layernorm.weight"), vec![hidden]));
+            tensors.push((
+                format!("{prefix}.post_attention_layernorm.weight"),
+                vec![hidden],
+            ));
+        }
+        tensors.push(("model.norm.weight".to_owned(), vec![hidden]));
+        if !self.tie_word_embeddings {
+            tensors.push(("lm_head.weight".to_owned(), vec![self.vocab_size, hidden]));
+        }
+        tensors
+    }
+}
+
+struct Attention {
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    output: Linear,
+    heads: i64,
+    groups: i64,
+    head_dim: i64,
+}
+
+impl Attention {
+    /// `[B, T, H]` to `[B, T, H]`
+    fn forward(
+        &self,
+        input: &Tensor,
+        rope: &RopeTables,
+        mask: &PreparedMask,
+        cache: Option<(&mut KvCache, usize)>,
+    ) -> Tensor {
+        let (rows, tokens, _) = input.size3().expect("hidden states are [B, T, H]");
+        // 1. Project and split into heads.
+        let split = |projected: Tensor, heads: i64| {
+            projected
+                .view([rows, tokens, heads, self.head_dim])
+                .transpose(1, 2)
+        };
+        let query = split(self.query.forward(input), self.heads); // [B, N, T, D]
+        let key = split(self.key.forward(input), self.groups); // [B, G, T, D]
+        let value = split(self.value.forward(input), self.groups); // [B, G, T, D]
+        // 2. Rotate.
+        let (query, key) = (rope.rotate(&query), rope.rotate(&key));
+        // 3. Add the past.
+        let (key, value) = match cache {
+            Some((cache, layer)) => cache.write(layer, &key, &value), // [B, G, S, D]
+            None => (key, value),
+        };
+        // 4. Attend and join the heads.
+        let attended = attention(&query, &key, &value, mask); // [B, N, T, D]
+        let joined = attended
+            .transpose(1, 2)
+            .reshape([rows, tokens, self.heads * self.head_dim]);
+        self.output.forward(&joined) // [B, T, H]
+    }
+}
+
+struct Mlp {
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+impl Mlp {
+    /// `[B, T, H]` to `[B, T, H]`
+    fn forward(&self, input: &Tensor) -> Tensor {
+        let gated = self.gate.forward(input).silu() * self.up.forward(input); // [B, T, width]
+        self.down.forward(&gated)
+    }
+}
+
+struct Layer {
+    input_norm: RmsNorm,
+    attention: Attention,
+    post_attention_norm: RmsNorm,
+    mlp: Mlp,
+}
+
+/// A Llama model with its weights.
+pub struct LlamaTarget {
+    config: LlamaConfig,
+    embedding: Tensor,
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    head: Tensor,
+    rope: Rope,
+}
+
+/// Loads a model folder.
+pub fn load(path: &Path, kind: Kind, device: Device) -> Result<Box<dyn TargetModel>> {
+    let config = LlamaConfig::read(&path.join("config.json"))?;
+    let weights = WeightsFolder::open(path)?;
+    Ok(Box::new(LlamaTarget::from_weights(
+        config, &weights, kind, device,
+    )?))
+}
+
+impl LlamaTarget {
+    /// Builds the model from the tensors of a folder.
+    pub fn from_weights(
+        config: LlamaConfig,
+        weights: &WeightsFolder,
+        kind: Kind,
+        device: Device,
+    ) -> Result<Self> {
+        // Files may keep a tied head and old rotary buffers: both carry no information of their own.
+        let ignored = |name: &str| {
+            (name == "lm_head.weight" && config.tie_word_embeddings)
+                || name.ends_with("rotary_emb.inv_freq")
+        };
+        weights.check(&config.tensors(), ignored)?;
+        Self::build(config.clone(), device, &mut |name, _| {
+            weights.load(name, kind, device)
+        })
+    }
+
+    /// Builds the model from a function that gives each tensor by name and shape.
+    pub fn build(
+        config: LlamaConfig,
+        device: Device,
+        tensor: &mut dyn FnMut(&str, &[i64]) -> Result<Tensor>,
+    ) -> Result<Self> {
+        let shapes: std::collections::HashMap<String, Vec<i64>> =
+            config.tensors().into_iter().collect();
+        let mut get = |name: String| tensor(&name, &shapes[&name]);
+        let embedding = get("model.embed_tokens.weight".to_owned())?;
+        let mut layers = Vec::with_capacity(config.num_hidden_layers);
+        for index in 0..config.num_hidden_layers {
+            layers.push(build_layer(
+                &config,
+                &format!("model.layers.{index}"),
+                &mut get,
+            )?);
+        }
+        let norm = RmsNorm {
+            weight: get("model.norm.weight".to_owned())?,
+            epsilon: config.rms_norm_eps,
+        };
+        let head = if config.tie_word_embeddings {
+            embedding.shallow_clone()
+        } else {
+            get("lm_head.weight".to_owned())?
+        };
+        let rope = Rope::new(config.rope().map_err(Error::Failed)?, device);
+        Ok(Self {
+            config,
+            embedding,
+            layers,
+            norm,
+            head,
+            rope,
+        })
+    }
+
+    /// The configuration the model was built from.
+    pub fn config(&self) -> &LlamaConfig {
+        &self.config
+    }
+}
+
+fn build_layer(
+    config: &LlamaConfig,
+    prefix: &str,
+    get: &mut dyn FnMut(String) -> Result<Tensor>,
+) -> Result<Layer> {
+    let mut linear = |name: &str, bias: bool| {
+        let weight = get(format!("{prefix}.{name}.weight"))?;
+        let bias = if bias {
+            Some(get(format!("{prefix}.{name}.bias"))?)
+        } else {
+            None
+        };
+        Ok::<_, Error>(Linear { weight, bias })
+    };
+    let attention = Attention {
+        query: linear("self_attn.q_proj", config.attention_bias)?,
+        key: linear("self_attn.k_proj", config.attention_bias)?,
+        value: linear("self_attn.v_proj", config.attention_bias)?,
+        output: linear("self_attn.o_proj", config.attention_bias)?,
+        heads: config.num_attention_heads,
+        groups: config.groups(),
+        head_dim: config.head_dim(),
+    };
+    let mlp = Mlp {
+        gate: linear("mlp.gate_proj", config.mlp_bias)?,
+        up: linear("mlp.up_proj", config.mlp_bias)?,
+        down: linear("mlp.down_proj", config.mlp_bias)?,
+    };
+    let mut norm = |name: &str| {
+        let weight = get(format!("{prefix}.{name}.weight"))?;
+        Ok::<_, Error>(RmsNorm {
+            weight,
+            epsilon: config.rms_norm_eps,
+        })
+    };
+    let input_norm = norm("input_layernorm")?;
+    let post_attention_norm = norm("post_attention_layernorm")?;
+    Ok(Layer {
+        input_norm,
+        attention,
+        post_attention_norm,
+        mlp,
+    })
+}
+
+impl TargetModel for LlamaTarget {
+    fn dimensions(&self) -> Dimensions {
+        Dimensions {
+            hidden_size: self.config.hidden_size,
+            vocab_size: self.config.vocab_size,
+            num_layers: self.config.num_hidden_layers,
+            max_position_embeddings: self.config.max_position_embeddings,
+        }
+    }
+
+    fn new_cache(&self, rows: i64, capacity: i64) -> KvCache {
+        let options = (self.kind(), self.device());
+        KvCache::new(
+            self.layers.len(),
+            rows,
+            self.config.groups(),
+            self.config.head_dim(),
+            capacity,
+            options,
+        )
+    }
+
+    fn forward(
+        &self,
+        input: &ForwardInput<'_>,
+        mut cache: Option<&mut KvCache>,
+    ) -> Result<ForwardOutput> {
+        let _guard = tch::no_grad_guard();
+        let (rows, tokens) = input.ids.size2()?;
+        let last = self.layers.len();
+        if let Some(&index) = input.capture.iter().find(|&&index| index > last) {
+            return Err(Error::Failed(format!(
+                "hidden state {index} was asked for; this model has 0 to {last}"
+            )));
+        }
+        let empty = vec![0; rows as usize];
+        let past = cache
+            .as_ref()
+            .map_or(empty.as_slice(), |cache| cache.lengths());
+        let mask = input.mask.prepare(past, tokens, self.device());
+        let rope = self.rope.tables(input.positions, self.kind());
+        let mut captured: Vec<(usize, Tensor)> = Vec::new();
+        let mut keep = |index: usize, hidden: &Tensor| {
+            if input.capture.contains(&index) {
+                captured.push((index, hidden.shallow_clone()));
+            }
+        };
+
+        let mut hidden = Tensor::embedding(&self.embedding, input.ids, -1, false, false); // [B, T, H]
+        for (index, layer) in self.layers.iter().enumerate() {
+            keep(index, &hidden);
+            let cache = cache.as_mut().map(|cache| (&mut **cache, index));
+            hidden = &hidden
+                + layer
+                    .attention
+                    .forward(&layer.input_norm.forward(&hidden), &rope, &mask, cache);
+            hidden = &hidden
+                + layer
+                    .mlp
+                    .forward(&layer.post_attention_norm.forward(&hidden));
+        }
+        // The final norm works row by row: where only some rows are projected, only those are normed.
+        if input.capture.contains(&last) || matches!(input.logits, LogitRows::All) {
+            hidden = self.norm.forward(&hidden);
+            keep(last, &hidden);
+            let logits = match input.logits {
+                LogitRows::None => None,
+                LogitRows::All => Some(hidden.view([rows * tokens, -1])),
+                LogitRows::Rows(index) => {
+                    Some(hidden.view([rows * tokens, -1]).index_select(0, index))
+                }
+            };
+            return Ok(output(
+                input,
+                &captured,
+                logits.map(|rows| rows.linear(&self.head, None::<&Tensor>)),
+            ));
+        }
+        let logits = match input.logits {
+            LogitRows::Rows(index) => {
+                let chosen = hidden.view([rows * tokens, -1]).index_select(0, index); // [R, H]
+                Some(
+                    self.norm
+                        .forward(&chosen)
+                        .linear(&self.head, None::<&Tensor>),
+                ) // [R, V]
+            }
+            LogitRows::None | LogitRows::All => None,
+        };
+        Ok(output(input, &captured, logits))
+    }
+
+    fn head(&self) -> &Tensor {
+        &self.head
+    }
+
+    fn kind(&self) -> Kind {
+        self.embedding.kind()
+    }
+
+    fn device(&self) -> Device {
+        self.embedding.device()
+    }
+}
+
+/// Puts captured states into the order they were asked for.
+fn output(
+    input: &ForwardInput<'_>,
+    captured: &[(usize, Tensor)],
+    logits: Option<Tensor>,
+) -> ForwardOutput {
+    let find = |index: &usize| {
+        captured
+            .iter()
+            .find(|(at, _)| at == index)
+            .map(|(_, hidden)| hidden.shallow_clone())
+    };
+    ForwardOutput {
+        hidden: input.capture.iter().filter_map(find).collect(),
+        logits,
+    }
+}

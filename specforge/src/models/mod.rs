@@ -1,0 +1,120 @@
+//! Target models: one file each, with the Hugging Face names of its tensors and its configuration struct beside it.
+//!
+//! A model is immutable in its forward pass; the cache is an argument.
+
+use std::path::Path;
+
+use serde::Deserialize;
+use tch::{Device, Kind, Tensor};
+
+use crate::error::{Error, Result};
+use crate::nn::{AttentionMask, KvCache};
+
+pub mod llama;
+
+pub use llama::{LlamaConfig, LlamaTarget};
+
+/// Which rows get logits. Rows count over the flattened batch: row `b * T + t`.
+#[derive(Debug)]
+pub enum LogitRows<'a> {
+    /// None: the vocabulary projection is not run.
+    None,
+    /// Every row.
+    All,
+    /// The rows of an int64 tensor `[R]`.
+    Rows(&'a Tensor),
+}
+
+/// Input of a forward pass.
+#[derive(Debug)]
+pub struct ForwardInput<'a> {
+    /// `[B, T]` int64
+    pub ids: &'a Tensor,
+    /// `[B, T]` int64
+    pub positions: &'a Tensor,
+    /// What each token sees.
+    pub mask: &'a AttentionMask,
+    /// Hidden states to return, by Hugging Face's `hidden_states` index: 0 the embeddings, `k` the output of layer
+    /// `k - 1`, and the number of layers the output after the final norm.
+    pub capture: &'a [usize],
+    /// Rows to project onto the vocabulary.
+    pub logits: LogitRows<'a>,
+}
+
+/// Output of a forward pass.
+#[derive(Debug)]
+pub struct ForwardOutput {
+    /// One `[B, T, H]` for each captured index, in the order asked for.
+    pub hidden: Vec<Tensor>,
+    /// `[R, V]`, where rows were asked for.
+    pub logits: Option<Tensor>,
+}
+
+/// A model that drafts are trained for.
+pub trait TargetModel {
+    /// Sizes the rest of the program needs.
+    fn dimensions(&self) -> Dimensions;
+    /// An empty cache for `rows` sequences with room for `capacity` tokens each.
+    fn new_cache(&self, rows: i64, capacity: i64) -> KvCache;
+    /// One pass. With a cache, the new tokens are written to it and its lengths stay: the caller advances them.
+    fn forward(
+        &self,
+        input: &ForwardInput<'_>,
+        cache: Option<&mut KvCache>,
+    ) -> Result<ForwardOutput>;
+    /// The vocabulary projection, `[V, H]`.
+    fn head(&self) -> &Tensor;
+    /// Element type of the weights.
+    fn kind(&self) -> Kind;
+    /// Where the weights are.
+    fn device(&self) -> Device;
+}
+
+/// Sizes of a target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Dimensions {
+    /// `H`
+    pub hidden_size: i64,
+    /// `V`
+    pub vocab_size: i64,
+    /// Number of layers.
+    pub num_layers: usize,
+    /// Longest context.
+    pub max_position_embeddings: i64,
+}
+
+/// Families this program can run: `model_type` of config.json and its loader. Adding one is adding a line.
+const FAMILIES: &[(&str, Loader)] = &[("llama", llama::load)];
+
+type Loader = fn(&Path, Kind, Device) -> Result<Box<dyn TargetModel>>;
+
+#[derive(Deserialize)]
+struct ModelType {
+    model_type: String,
+}
+
+/// Loads the model of a Hugging Face folder.
+pub fn load_target(path: &Path, kind: Kind, device: Device) -> Result<Box<dyn TargetModel>> {
+    let config_path = path.join("config.json");
+    if !config_path.is_file() {
+        return Err(
+            Error::bad_file(path, "is not a model folder: config.json is not there").with_hint(
+                "name a Hugging Face folder, or make one from a GGUF file with `specforge import`",
+            ),
+        );
+    }
+    let text = std::fs::read_to_string(&config_path).map_err(Error::io("read", &config_path))?;
+    let config: ModelType = serde_json::from_str(&text)
+        .map_err(|error| Error::bad_file(&config_path, error.to_string()))?;
+    let family = FAMILIES.iter().find(|(name, _)| *name == config.model_type);
+    let (_, load) = family.ok_or_else(|| {
+        let known: Vec<&str> = FAMILIES.iter().map(|(name, _)| *name).collect();
+        let problem = format!(
+            "model_type `{}` is not supported; supported: {}",
+            config.model_type,
+            known.join(", ")
+        );
+        Error::bad_file(&config_path, problem)
+    })?;
+    load(path, kind, device)
+}

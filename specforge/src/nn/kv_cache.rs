@@ -1,0 +1,162 @@
+//! Keys and values of past tokens, as a value: nothing else knows how many tokens a row holds.
+//!
+//! Rows may differ in length. Slot `s` of row `b` holds the key of the row's token `s`; slots at or behind the row's
+//! length are garbage that no mask shows. A forward pass writes every layer's new keys with [`KvCache::write`] and then
+//! moves the lengths once with [`KvCache::advance`].
+
+use tch::{Device, Kind, Tensor};
+
+/// One layer's keys and values, each `[B, G, capacity, D]`.
+#[derive(Debug)]
+struct Layer {
+    key: Tensor,
+    value: Tensor,
+}
+
+/// Keys and values of all layers.
+#[derive(Debug)]
+pub struct KvCache {
+    layers: Vec<Layer>,
+    lengths: Vec<i64>,
+}
+
+/// Capacity grows in steps of this many slots, at least by half.
+const GROWTH: i64 = 64;
+
+impl KvCache {
+    /// An empty cache for `rows` sequences, with room for `capacity` tokens each before it has to grow.
+    pub fn new(
+        layers: usize,
+        rows: i64,
+        groups: i64,
+        dim: i64,
+        capacity: i64,
+        options: (Kind, Device),
+    ) -> Self {
+        let empty = || Tensor::empty([rows, groups, capacity, dim], options);
+        let layers = (0..layers)
+            .map(|_| Layer {
+                key: empty(),
+                value: empty(),
+            })
+            .collect();
+        Self {
+            layers,
+            lengths: vec![0; rows as usize],
+        }
+    }
+
+    /// Number of tokens of every row.
+    pub fn lengths(&self) -> &[i64] {
+        &self.lengths
+    }
+
+    /// Number of tokens of the longest row.
+    pub fn len(&self) -> i64 {
+        self.lengths.iter().copied().max().unwrap_or(0)
+    }
+
+    /// Whether no row holds a token.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> i64 {
+        self.lengths.len() as i64
+    }
+
+    /// Writes `key, value [B, G, T, D]` of one layer behind every row's length and returns the layer's keys and values
+    /// up to the longest row's end, `[B, G, S, D]`. Lengths do not move.
+    pub fn write(&mut self, layer: usize, key: &Tensor, value: &Tensor) -> (Tensor, Tensor) {
+        let tokens = key.size()[2];
+        let slots = self.len() + tokens;
+        self.reserve(slots);
+        let ragged = self.lengths.iter().any(|&length| length != self.lengths[0]);
+        let target = &self.layers[layer];
+        for (store, new) in [(&target.key, key), (&target.value, value)] {
+            if ragged {
+                let first = Tensor::from_slice(&self.lengths)
+                    .to_device(new.device())
+                    .view([-1, 1, 1, 1]);
+                let offset =
+                    Tensor::arange(tokens, (Kind::Int64, new.device())).view([1, 1, -1, 1]);
+                let index = (first + offset).expand_as(new); // [B, G, T, D]
+                let _ = store.shallow_clone().scatter_(2, &index, new);
+            } else {
+                store.narrow(2, self.lengths[0], tokens).copy_(new);
+            }
+        }
+        (
+            target.key.narrow(2, 0, slots),
+            target.value.narrow(2, 0, slots),
+        )
+    }
+
+    /// Moves every row's length by its own number of tokens, after all layers were written. Rows of a padded prefill
+    /// move by their true length, and the padding is overwritten later.
+    pub fn advance(&mut self, tokens: &[i64]) {
+        assert_eq!(tokens.len(), self.lengths.len(), "one count for each row");
+        self.lengths
+            .iter_mut()
+            .zip(tokens)
+            .for_each(|(length, &count)| *length += count);
+    }
+
+    /// Forgets the tokens of each row from `lengths` on. A row never grows this way.
+    pub fn truncate(&mut self, lengths: &[i64]) {
+        for (length, &keep) in self.lengths.iter_mut().zip(lengths) {
+            assert!(
+                keep <= *length,
+                "truncating {length} tokens to {keep} would show garbage"
+            );
+            *length = keep;
+        }
+    }
+
+    /// Keeps the rows named, in that order.
+    pub fn select_rows(&mut self, rows: &[i64]) {
+        let device = self
+            .layers
+            .first()
+            .map_or(Device::Cpu, |layer| layer.key.device());
+        let index = Tensor::from_slice(rows).to_device(device);
+        for layer in &mut self.layers {
+            layer.key = layer.key.index_select(0, &index);
+            layer.value = layer.value.index_select(0, &index);
+        }
+        self.lengths = rows.iter().map(|&row| self.lengths[row as usize]).collect();
+    }
+
+    /// Adds the rows of another cache behind these.
+    pub fn append_rows(&mut self, mut other: KvCache) {
+        let capacity = self.capacity().max(other.capacity());
+        self.reserve(capacity);
+        other.reserve(capacity);
+        for (mine, theirs) in self.layers.iter_mut().zip(&other.layers) {
+            mine.key = Tensor::cat(&[&mine.key, &theirs.key], 0);
+            mine.value = Tensor::cat(&[&mine.value, &theirs.value], 0);
+        }
+        self.lengths.extend(other.lengths);
+    }
+
+    fn capacity(&self) -> i64 {
+        self.layers.first().map_or(0, |layer| layer.key.size()[2])
+    }
+
+    fn reserve(&mut self, slots: i64) {
+        let capacity = self.capacity();
+        if slots <= capacity {
+            return;
+        }
+        let more = (slots - capacity).max(capacity / 2).max(GROWTH);
+        for layer in &mut self.layers {
+            for store in [&mut layer.key, &mut layer.value] {
+                let [rows, groups, _, dim] =
+                    <[i64; 4]>::try_from(store.size()).expect("stores are [B, G, C, D]");
+                let room = Tensor::empty([rows, groups, more, dim], (store.kind(), store.device()));
+                *store = Tensor::cat(&[&*store, &room], 2);
+            }
+        }
+    }
+}

@@ -1,0 +1,205 @@
+//! Rotary position embedding (Su et al. 2021, <https://arxiv.org/abs/2104.09864>) and its long-context variants, as
+//! Hugging Face's `modeling_rope_utils.py` defines them. Tables are float32 whatever the model's element type is.
+
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+
+/// How frequencies are stretched for contexts longer than the model was pretrained on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum RopeScaling {
+    /// As pretrained.
+    Default,
+    /// Positions divided by `factor`.
+    Linear {
+        /// Stretch.
+        factor: f64,
+    },
+    /// Base grows with the length of the sequence once it is longer than `max_position_embeddings` (NTK-aware).
+    Dynamic {
+        /// Stretch.
+        factor: f64,
+    },
+    /// Llama 3.1: low frequencies stretched, high ones kept, a ramp between.
+    Llama3 {
+        /// Stretch of the low frequencies.
+        factor: f64,
+        /// Wavelengths above `original / low_freq_factor` are stretched.
+        low_freq_factor: f64,
+        /// Wavelengths below `original / high_freq_factor` are kept.
+        high_freq_factor: f64,
+        /// Context length of pretraining.
+        original_max_position_embeddings: f64,
+    },
+    /// YaRN (Peng et al. 2023, <https://arxiv.org/abs/2309.00071>).
+    Yarn {
+        /// Stretch of the interpolated dimensions.
+        factor: f64,
+        /// Multiplies cos and sin.
+        attention_factor: f64,
+        /// Rotations above which a dimension is kept.
+        beta_fast: f64,
+        /// Rotations below which a dimension is interpolated.
+        beta_slow: f64,
+        /// Context length of pretraining.
+        original_max_position_embeddings: f64,
+        /// Whether the ramp's ends are rounded to whole dimensions.
+        truncate: bool,
+    },
+}
+
+/// Everything rotary tables depend on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RopeConfig {
+    /// Base of the frequencies.
+    pub theta: f64,
+    /// Dimension of a head, `D`.
+    pub head_dim: i64,
+    /// Context length of the model.
+    pub max_position_embeddings: i64,
+    /// Variant.
+    pub scaling: RopeScaling,
+}
+
+/// Rotary embedding of one model.
+#[derive(Debug)]
+pub struct Rope {
+    config: RopeConfig,
+    /// `[D / 2]` float32
+    inverse_frequencies: Tensor,
+    /// Multiplies cos and sin (YaRN; 1 otherwise).
+    attention_factor: f64,
+}
+
+/// cos and sin of one pass, each `[B, 1, T, D]`, in the element type of the heads.
+#[derive(Debug)]
+pub struct RopeTables {
+    cos: Tensor,
+    sin: Tensor,
+}
+
+impl Rope {
+    /// Frequencies for a configuration.
+    pub fn new(config: RopeConfig, device: Device) -> Self {
+        let attention_factor = match config.scaling {
+            RopeScaling::Yarn {
+                attention_factor, ..
+            } => attention_factor,
+            _ => 1.0,
+        };
+        let inverse_frequencies = inverse_frequencies(&config).to_device(device);
+        Self {
+            config,
+            inverse_frequencies,
+            attention_factor,
+        }
+    }
+
+    /// Tables for `positions [B, T]`.
+    pub fn tables(&self, positions: &Tensor, kind: Kind) -> RopeTables {
+        let stretched = self.dynamic_frequencies(positions);
+        let frequencies = stretched.as_ref().unwrap_or(&self.inverse_frequencies);
+        let angles = positions.to_kind(Kind::Float).unsqueeze(-1) * frequencies; // [B, T, D / 2]
+        let angles = Tensor::cat(&[&angles, &angles], -1).unsqueeze(1); // [B, 1, T, D]
+        let scaled = |table: Tensor| {
+            if self.attention_factor == 1.0 {
+                table.to_kind(kind)
+            } else {
+                (table * self.attention_factor).to_kind(kind)
+            }
+        };
+        RopeTables {
+            cos: scaled(angles.cos()),
+            sin: scaled(angles.sin()),
+        }
+    }
+
+    /// Dynamic scaling looks at the longest position of the pass; `None` where the pretrained frequencies hold.
+    fn dynamic_frequencies(&self, positions: &Tensor) -> Option<Tensor> {
+        let RopeScaling::Dynamic { factor } = self.config.scaling else {
+            return None;
+        };
+        let length = (positions.max().int64_value(&[]) + 1) as f64; // the only variant that asks the device
+        let pretrained = self.config.max_position_embeddings as f64;
+        if length <= pretrained {
+            return None;
+        }
+        let dim = self.config.head_dim as f64;
+        let growth = (factor * length / pretrained) - (factor - 1.0);
+        let theta = self.config.theta * growth.powf(dim / (dim - 2.0));
+        Some(default_frequencies(theta, self.config.head_dim).to_device(positions.device()))
+    }
+}
+
+impl RopeTables {
+    /// Rotates `[B, N, T, D]` in halves: `(x1, x2)` becomes `(x1 cos - x2 sin, x2 cos + x1 sin)`.
+    pub fn rotate(&self, heads: &Tensor) -> Tensor {
+        let half = heads.size()[3] / 2;
+        let (first, second) = (heads.narrow(3, 0, half), heads.narrow(3, half, half));
+        let turned = Tensor::cat(&[second.neg(), first], 3); // [B, N, T, D]
+        (heads * &self.cos).addcmul_(&turned, &self.sin)
+    }
+}
+
+/// `theta^(-2i / D)`, computed as PyTorch does it so that tables agree to the last bit.
+fn default_frequencies(theta: f64, head_dim: i64) -> Tensor {
+    let exponents = Tensor::arange_start_step(0, head_dim, 2, (Kind::Int64, Device::Cpu))
+        .to_kind(Kind::Float)
+        / head_dim as f64;
+    Tensor::pow_scalar(theta, &exponents).reciprocal() // [D / 2]
+}
+
+fn inverse_frequencies(config: &RopeConfig) -> Tensor {
+    let default = default_frequencies(config.theta, config.head_dim);
+    match config.scaling {
+        RopeScaling::Default | RopeScaling::Dynamic { .. } => default,
+        RopeScaling::Linear { factor } => default / factor,
+        RopeScaling::Llama3 {
+            factor,
+            low_freq_factor,
+            high_freq_factor,
+            original_max_position_embeddings,
+        } => {
+            let wavelengths = default.reciprocal() * std::f64::consts::TAU; // [D / 2]
+            let longest = original_max_position_embeddings / low_freq_factor;
+            let shortest = original_max_position_embeddings / high_freq_factor;
+            let stretched = default.where_self(&wavelengths.le(longest), &(&default / factor));
+            let kept_share = (wavelengths.reciprocal() * original_max_position_embeddings
+                - low_freq_factor)
+                / (high_freq_factor - low_freq_factor);
+            let ramp = (kept_share.ones_like() - &kept_share) * &stretched / factor
+                + &kept_share * &stretched;
+            let between = wavelengths
+                .ge(shortest)
+                .logical_and(&wavelengths.le(longest));
+            ramp.where_self(&between, &stretched)
+        }
+        RopeScaling::Yarn {
+            factor,
+            beta_fast,
+            beta_slow,
+            original_max_position_embeddings,
+            truncate,
+            ..
+        } => {
+            let dim = config.head_dim as f64;
+            // The dimension that turns `rotations` times within the pretrained context.
+            let dimension_of = |rotations: f64| {
+                dim * (original_max_position_embeddings / (rotations * std::f64::consts::TAU)).ln()
+                    / (2.0 * config.theta.ln())
+            };
+            let (mut low, mut high) = (dimension_of(beta_fast), dimension_of(beta_slow));
+            if truncate {
+                (low, high) = (low.floor(), high.ceil());
+            }
+            (low, high) = (low.max(0.0), high.min(dim - 1.0));
+            if low == high {
+                high += 0.001; // as the reference does, to avoid a division by zero
+            }
+            let ramp = ((Tensor::arange(config.head_dim / 2, (Kind::Float, Device::Cpu)) - low)
+                / (high - low))
+                .clamp(0.0, 1.0);
+            let kept = ramp.ones_like() - &ramp;
+            (&default / factor) * (kept.ones_like() - &kept) + &default * &kept
+        }
+    }
+}
