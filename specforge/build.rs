@@ -8,8 +8,7 @@ use std::path::PathBuf;
 fn main() {
     println!("cargo:rerun-if-changed=csrc");
     let library_dir = PathBuf::from(
-        env::var("DEP_TCH_LIBTORCH_LIB")
-            .expect("torch-sys names the folder of libtorch it was built with"),
+        env::var("DEP_TCH_LIBTORCH_LIB").expect("torch-sys names the folder of libtorch it was built with"),
     );
     let include = library_dir.with_file_name("include");
     cc::Build::new()

@@ -136,43 +136,26 @@ impl std::fmt::Display for TensorMismatch {
         let misshaped = self.misshaped.iter();
         list(
             "wrong shape",
-            misshaped
-                .map(|(name, want, got)| format!("{name}: expected {want:?}, got {got:?}"))
-                .collect(),
+            misshaped.map(|(name, want, got)| format!("{name}: expected {want:?}, got {got:?}")).collect(),
         )
     }
 }
 
 impl Error {
     /// An I/O error with the path it happened on; use as `.map_err(Error::io("read", path))`.
-    pub fn io(
-        action: &'static str,
-        path: impl AsRef<Path>,
-    ) -> impl FnOnce(std::io::Error) -> Error {
+    pub fn io(action: &'static str, path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.as_ref().to_path_buf();
-        move |source| Error::Io {
-            action,
-            path,
-            source,
-        }
+        move |source| Error::Io { action, path, source }
     }
 
     /// A file that is not what it should be.
     pub fn bad_file(path: impl AsRef<Path>, problem: impl Into<String>) -> Error {
-        Error::BadFile {
-            path: path.as_ref().to_path_buf(),
-            problem: problem.into(),
-            hint: None,
-        }
+        Error::BadFile { path: path.as_ref().to_path_buf(), problem: problem.into(), hint: None }
     }
 
     /// A configuration value that cannot be used.
     pub fn config(key: impl Into<String>, problem: impl Into<String>) -> Error {
-        Error::Config {
-            key: key.into(),
-            problem: problem.into(),
-            hint: None,
-        }
+        Error::Config { key: key.into(), problem: problem.into(), hint: None }
     }
 
     /// The same error with a line that says what to do. Errors without room for a hint are left as they are.

@@ -5,6 +5,7 @@
 
 // L0
 pub mod error;
+pub mod files;
 // L1: mathematics, files and data; no model names
 pub mod nn;
 pub mod weights;

@@ -69,11 +69,8 @@ impl LlamaConfig {
     /// Reads and checks config.json of a model folder.
     pub fn read(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
-        let config: Self = serde_json::from_str(&text)
-            .map_err(|error| Error::bad_file(path, error.to_string()))?;
-        config
-            .check()
-            .map_err(|problem| Error::bad_file(path, problem))?;
+        let config: Self = serde_json::from_str(&text).map_err(|error| Error::bad_file(path, error.to_string()))?;
+        config.check().map_err(|problem| Error::bad_file(path, problem))?;
         Ok(config)
     }
 
@@ -92,29 +89,20 @@ impl LlamaConfig {
         }
         if self.num_attention_heads % self.groups() != 0 {
             let (heads, groups) = (self.num_attention_heads, self.groups());
-            return Err(format!(
-                "`num_key_value_heads`: expected a divisor of the {heads} heads, got {groups}"
-            ));
+            return Err(format!("`num_key_value_heads`: expected a divisor of the {heads} heads, got {groups}"));
         }
         if self.head_dim() <= 0 || self.head_dim() % 2 != 0 {
-            return Err(format!(
-                "`head_dim`: expected an even positive number, got {}",
-                self.head_dim()
-            ));
+            return Err(format!("`head_dim`: expected an even positive number, got {}", self.head_dim()));
         }
         if self.hidden_act != "silu" {
-            return Err(format!(
-                "`hidden_act`: expected silu, got {}",
-                self.hidden_act
-            ));
+            return Err(format!("`hidden_act`: expected silu, got {}", self.hidden_act));
         }
         self.rope().map(|_| ())
     }
 
     /// `D`
     pub fn head_dim(&self) -> i64 {
-        self.head_dim
-            .unwrap_or_else(|| self.hidden_size / self.num_attention_heads.max(1))
+        self.head_dim.unwrap_or_else(|| self.hidden_size / self.num_attention_heads.max(1))
     }
 
     /// `G`
@@ -125,36 +113,21 @@ impl LlamaConfig {
     /// The rotary configuration, from the newer or the older keys.
     pub fn rope(&self) -> Result<RopeConfig, String> {
         let nothing = Value::Null;
-        let values = self
-            .rope_parameters
-            .as_ref()
-            .or(self.rope_scaling.as_ref())
-            .unwrap_or(&nothing);
+        let values = self.rope_parameters.as_ref().or(self.rope_scaling.as_ref()).unwrap_or(&nothing);
         let number = |key: &str| values.get(key).and_then(Value::as_f64);
-        let need = |key: &str| {
-            number(key).ok_or_else(|| format!("rope scaling: `{key}` is missing or no number"))
-        };
+        let need = |key: &str| number(key).ok_or_else(|| format!("rope scaling: `{key}` is missing or no number"));
         if let Some(partial) = number("partial_rotary_factor").filter(|&share| share != 1.0) {
             return Err(format!(
                 "`partial_rotary_factor`: expected 1, got {partial}; partial rotation is not supported"
             ));
         }
         let theta = number("rope_theta").or(self.rope_theta).unwrap_or(10_000.0);
-        let kind = values
-            .get("rope_type")
-            .or_else(|| values.get("type"))
-            .and_then(Value::as_str)
-            .unwrap_or("default");
-        let original = number("original_max_position_embeddings")
-            .unwrap_or(self.max_position_embeddings as f64);
+        let kind = values.get("rope_type").or_else(|| values.get("type")).and_then(Value::as_str).unwrap_or("default");
+        let original = number("original_max_position_embeddings").unwrap_or(self.max_position_embeddings as f64);
         let scaling = match kind {
             "default" => RopeScaling::Default,
-            "linear" => RopeScaling::Linear {
-                factor: need("factor")?,
-            },
-            "dynamic" => RopeScaling::Dynamic {
-                factor: need("factor")?,
-            },
+            "linear" => RopeScaling::Linear { factor: need("factor")? },
+            "dynamic" => RopeScaling::Dynamic { factor: need("factor")? },
             "llama3" => RopeScaling::Llama3 {
                 factor: need("factor")?,
                 low_freq_factor: need("low_freq_factor")?,
@@ -164,16 +137,10 @@ impl LlamaConfig {
             "yarn" => {
                 let factor = need("factor")?;
                 let magnitude = |scale: f64| {
-                    if factor <= 1.0 {
-                        1.0
-                    } else {
-                        0.1 * scale * factor.ln() + 1.0
-                    }
+                    if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 }
                 };
                 let computed = match (number("mscale"), number("mscale_all_dim")) {
-                    (Some(scale), Some(all)) if scale != 0.0 && all != 0.0 => {
-                        magnitude(scale) / magnitude(all)
-                    }
+                    (Some(scale), Some(all)) if scale != 0.0 && all != 0.0 => magnitude(scale) / magnitude(all),
                     _ => magnitude(1.0),
                 };
                 RopeScaling::Yarn {
@@ -182,38 +149,22 @@ impl LlamaConfig {
                     beta_fast: number("beta_fast").unwrap_or(32.0),
                     beta_slow: number("beta_slow").unwrap_or(1.0),
                     original_max_position_embeddings: original,
-                    truncate: values
-                        .get("truncate")
-                        .and_then(Value::as_bool)
-                        .unwrap_or(true),
+                    truncate: values.get("truncate").and_then(Value::as_bool).unwrap_or(true),
                 }
             }
             other => {
-                return Err(format!(
-                    "`rope_type`: expected default, linear, dynamic, llama3 or yarn, got {other}"
-                ));
+                return Err(format!("`rope_type`: expected default, linear, dynamic, llama3 or yarn, got {other}"));
             }
         };
         let max_position_embeddings = self.max_position_embeddings;
-        Ok(RopeConfig {
-            theta,
-            head_dim: self.head_dim(),
-            max_position_embeddings,
-            scaling,
-        })
+        Ok(RopeConfig { theta, head_dim: self.head_dim(), max_position_embeddings, scaling })
     }
 
     /// Every tensor of the model with its shape, under its Hugging Face name.
     pub fn tensors(&self) -> Vec<(String, Vec<i64>)> {
         let (hidden, width) = (self.hidden_size, self.intermediate_size);
-        let (query, group) = (
-            self.num_attention_heads * self.head_dim(),
-            self.groups() * self.head_dim(),
-        );
-        let mut tensors = vec![(
-            "model.embed_tokens.weight".to_owned(),
-            vec![self.vocab_size, hidden],
-        )];
+        let (query, group) = (self.num_attention_heads * self.head_dim(), self.groups() * self.head_dim());
+        let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![self.vocab_size, hidden])];
         for layer in 0..self.num_hidden_layers {
             let prefix = format!("model.layers.{layer}");
             let mut linear = |name: &str, out: i64, input: i64, bias: bool| {
@@ -230,10 +181,7 @@ impl LlamaConfig {
             linear("mlp.up_proj", width, hidden, self.mlp_bias);
             linear("mlp.down_proj", hidden, width, self.mlp_bias);
             tensors.push((format!("{prefix}.input_layernorm.weight"), vec![hidden]));
-            tensors.push((
-                format!("{prefix}.post_attention_layernorm.weight"),
-                vec![hidden],
-            ));
+            tensors.push((format!("{prefix}.post_attention_layernorm.weight"), vec![hidden]));
         }
         tensors.push(("model.norm.weight".to_owned(), vec![hidden]));
         if !self.tie_word_embeddings {
@@ -264,11 +212,8 @@ impl Attention {
     ) -> Tensor {
         let (rows, tokens, _) = input.size3().expect("hidden states are [B, T, H]");
         // 1. Project and split into heads.
-        let split = |projected: Tensor, heads: i64| {
-            projected
-                .view([rows, tokens, heads, self.head_dim])
-                .transpose(1, 2)
-        };
+        let split =
+            |projected: Tensor, heads: i64| projected.view([rows, tokens, heads, self.head_dim]).transpose(1, 2);
         let query = split(self.query.forward(input), self.heads); // [B, N, T, D]
         let key = split(self.key.forward(input), self.groups); // [B, G, T, D]
         let value = split(self.value.forward(input), self.groups); // [B, G, T, D]
@@ -281,9 +226,7 @@ impl Attention {
         };
         // 4. Attend and join the heads.
         let attended = attention(&query, &key, &value, mask); // [B, N, T, D]
-        let joined = attended
-            .transpose(1, 2)
-            .reshape([rows, tokens, self.heads * self.head_dim]);
+        let joined = attended.transpose(1, 2).reshape([rows, tokens, self.heads * self.head_dim]);
         self.output.forward(&joined) // [B, T, H]
     }
 }
@@ -323,28 +266,18 @@ pub struct LlamaTarget {
 pub fn load(path: &Path, kind: Kind, device: Device) -> Result<Box<dyn TargetModel>> {
     let config = LlamaConfig::read(&path.join("config.json"))?;
     let weights = WeightsFolder::open(path)?;
-    Ok(Box::new(LlamaTarget::from_weights(
-        config, &weights, kind, device,
-    )?))
+    Ok(Box::new(LlamaTarget::from_weights(config, &weights, kind, device)?))
 }
 
 impl LlamaTarget {
     /// Builds the model from the tensors of a folder.
-    pub fn from_weights(
-        config: LlamaConfig,
-        weights: &WeightsFolder,
-        kind: Kind,
-        device: Device,
-    ) -> Result<Self> {
+    pub fn from_weights(config: LlamaConfig, weights: &WeightsFolder, kind: Kind, device: Device) -> Result<Self> {
         // Files may keep a tied head and old rotary buffers: both carry no information of their own.
         let ignored = |name: &str| {
-            (name == "lm_head.weight" && config.tie_word_embeddings)
-                || name.ends_with("rotary_emb.inv_freq")
+            (name == "lm_head.weight" && config.tie_word_embeddings) || name.ends_with("rotary_emb.inv_freq")
         };
         weights.check(&config.tensors(), ignored)?;
-        Self::build(config.clone(), device, &mut |name, _| {
-            weights.load(name, kind, device)
-        })
+        Self::build(config.clone(), device, &mut |name, _| weights.load(name, kind, device))
     }
 
     /// Builds the model from a function that gives each tensor by name and shape.
@@ -353,36 +286,18 @@ impl LlamaTarget {
         device: Device,
         tensor: &mut dyn FnMut(&str, &[i64]) -> Result<Tensor>,
     ) -> Result<Self> {
-        let shapes: std::collections::HashMap<String, Vec<i64>> =
-            config.tensors().into_iter().collect();
+        let shapes: std::collections::HashMap<String, Vec<i64>> = config.tensors().into_iter().collect();
         let mut get = |name: String| tensor(&name, &shapes[&name]);
         let embedding = get("model.embed_tokens.weight".to_owned())?;
         let mut layers = Vec::with_capacity(config.num_hidden_layers);
         for index in 0..config.num_hidden_layers {
-            layers.push(build_layer(
-                &config,
-                &format!("model.layers.{index}"),
-                &mut get,
-            )?);
+            layers.push(build_layer(&config, &format!("model.layers.{index}"), &mut get)?);
         }
-        let norm = RmsNorm {
-            weight: get("model.norm.weight".to_owned())?,
-            epsilon: config.rms_norm_eps,
-        };
-        let head = if config.tie_word_embeddings {
-            embedding.shallow_clone()
-        } else {
-            get("lm_head.weight".to_owned())?
-        };
+        let norm = RmsNorm { weight: get("model.norm.weight".to_owned())?, epsilon: config.rms_norm_eps };
+        let head =
+            if config.tie_word_embeddings { embedding.shallow_clone() } else { get("lm_head.weight".to_owned())? };
         let rope = Rope::new(config.rope().map_err(Error::Failed)?, device);
-        Ok(Self {
-            config,
-            embedding,
-            layers,
-            norm,
-            head,
-            rope,
-        })
+        Ok(Self { config, embedding, layers, norm, head, rope })
     }
 
     /// The configuration the model was built from.
@@ -391,18 +306,10 @@ impl LlamaTarget {
     }
 }
 
-fn build_layer(
-    config: &LlamaConfig,
-    prefix: &str,
-    get: &mut dyn FnMut(String) -> Result<Tensor>,
-) -> Result<Layer> {
+fn build_layer(config: &LlamaConfig, prefix: &str, get: &mut dyn FnMut(String) -> Result<Tensor>) -> Result<Layer> {
     let mut linear = |name: &str, bias: bool| {
         let weight = get(format!("{prefix}.{name}.weight"))?;
-        let bias = if bias {
-            Some(get(format!("{prefix}.{name}.bias"))?)
-        } else {
-            None
-        };
+        let bias = if bias { Some(get(format!("{prefix}.{name}.bias"))?) } else { None };
         Ok::<_, Error>(Linear { weight, bias })
     };
     let attention = Attention {
@@ -421,19 +328,11 @@ fn build_layer(
     };
     let mut norm = |name: &str| {
         let weight = get(format!("{prefix}.{name}.weight"))?;
-        Ok::<_, Error>(RmsNorm {
-            weight,
-            epsilon: config.rms_norm_eps,
-        })
+        Ok::<_, Error>(RmsNorm { weight, epsilon: config.rms_norm_eps })
     };
     let input_norm = norm("input_layernorm")?;
     let post_attention_norm = norm("post_attention_layernorm")?;
-    Ok(Layer {
-        input_norm,
-        attention,
-        post_attention_norm,
-        mlp,
-    })
+    Ok(Layer { input_norm, attention, post_attention_norm, mlp })
 }
 
 impl TargetModel for LlamaTarget {
@@ -448,33 +347,18 @@ impl TargetModel for LlamaTarget {
 
     fn new_cache(&self, rows: i64, capacity: i64) -> KvCache {
         let options = (self.kind(), self.device());
-        KvCache::new(
-            self.layers.len(),
-            rows,
-            self.config.groups(),
-            self.config.head_dim(),
-            capacity,
-            options,
-        )
+        KvCache::new(self.layers.len(), rows, self.config.groups(), self.config.head_dim(), capacity, options)
     }
 
-    fn forward(
-        &self,
-        input: &ForwardInput<'_>,
-        mut cache: Option<&mut KvCache>,
-    ) -> Result<ForwardOutput> {
+    fn forward(&self, input: &ForwardInput<'_>, mut cache: Option<&mut KvCache>) -> Result<ForwardOutput> {
         let _guard = tch::no_grad_guard();
         let (rows, tokens) = input.ids.size2()?;
         let last = self.layers.len();
         if let Some(&index) = input.capture.iter().find(|&&index| index > last) {
-            return Err(Error::Failed(format!(
-                "hidden state {index} was asked for; this model has 0 to {last}"
-            )));
+            return Err(Error::Failed(format!("hidden state {index} was asked for; this model has 0 to {last}")));
         }
         let empty = vec![0; rows as usize];
-        let past = cache
-            .as_ref()
-            .map_or(empty.as_slice(), |cache| cache.lengths());
+        let past = cache.as_ref().map_or(empty.as_slice(), |cache| cache.lengths());
         let mask = input.mask.prepare(past, tokens, self.device());
         let rope = self.rope.tables(input.positions, self.kind());
         let mut captured: Vec<(usize, Tensor)> = Vec::new();
@@ -488,14 +372,8 @@ impl TargetModel for LlamaTarget {
         for (index, layer) in self.layers.iter().enumerate() {
             keep(index, &hidden);
             let cache = cache.as_mut().map(|cache| (&mut **cache, index));
-            hidden = &hidden
-                + layer
-                    .attention
-                    .forward(&layer.input_norm.forward(&hidden), &rope, &mask, cache);
-            hidden = &hidden
-                + layer
-                    .mlp
-                    .forward(&layer.post_attention_norm.forward(&hidden));
+            hidden = &hidden + layer.attention.forward(&layer.input_norm.forward(&hidden), &rope, &mask, cache);
+            hidden = &hidden + layer.mlp.forward(&layer.post_attention_norm.forward(&hidden));
         }
         // The final norm works row by row: where only some rows are projected, only those are normed.
         if input.capture.contains(&last) || matches!(input.logits, LogitRows::All) {
@@ -504,24 +382,14 @@ impl TargetModel for LlamaTarget {
             let logits = match input.logits {
                 LogitRows::None => None,
                 LogitRows::All => Some(hidden.view([rows * tokens, -1])),
-                LogitRows::Rows(index) => {
-                    Some(hidden.view([rows * tokens, -1]).index_select(0, index))
-                }
+                LogitRows::Rows(index) => Some(hidden.view([rows * tokens, -1]).index_select(0, index)),
             };
-            return Ok(output(
-                input,
-                &captured,
-                logits.map(|rows| rows.linear(&self.head, None::<&Tensor>)),
-            ));
+            return Ok(output(input, &captured, logits.map(|rows| rows.linear(&self.head, None::<&Tensor>))));
         }
         let logits = match input.logits {
             LogitRows::Rows(index) => {
                 let chosen = hidden.view([rows * tokens, -1]).index_select(0, index); // [R, H]
-                Some(
-                    self.norm
-                        .forward(&chosen)
-                        .linear(&self.head, None::<&Tensor>),
-                ) // [R, V]
+                Some(self.norm.forward(&chosen).linear(&self.head, None::<&Tensor>)) // [R, V]
             }
             LogitRows::None | LogitRows::All => None,
         };
@@ -542,19 +410,7 @@ impl TargetModel for LlamaTarget {
 }
 
 /// Puts captured states into the order they were asked for.
-fn output(
-    input: &ForwardInput<'_>,
-    captured: &[(usize, Tensor)],
-    logits: Option<Tensor>,
-) -> ForwardOutput {
-    let find = |index: &usize| {
-        captured
-            .iter()
-            .find(|(at, _)| at == index)
-            .map(|(_, hidden)| hidden.shallow_clone())
-    };
-    ForwardOutput {
-        hidden: input.capture.iter().filter_map(find).collect(),
-        logits,
-    }
+fn output(input: &ForwardInput<'_>, captured: &[(usize, Tensor)], logits: Option<Tensor>) -> ForwardOutput {
+    let find = |index: &usize| captured.iter().find(|(at, _)| at == index).map(|(_, hidden)| hidden.shallow_clone());
+    ForwardOutput { hidden: input.capture.iter().filter_map(find).collect(), logits }
 }

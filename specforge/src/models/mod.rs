@@ -57,11 +57,7 @@ pub trait TargetModel {
     /// An empty cache for `rows` sequences with room for `capacity` tokens each.
     fn new_cache(&self, rows: i64, capacity: i64) -> KvCache;
     /// One pass. With a cache, the new tokens are written to it and its lengths stay: the caller advances them.
-    fn forward(
-        &self,
-        input: &ForwardInput<'_>,
-        cache: Option<&mut KvCache>,
-    ) -> Result<ForwardOutput>;
+    fn forward(&self, input: &ForwardInput<'_>, cache: Option<&mut KvCache>) -> Result<ForwardOutput>;
     /// The vocabulary projection, `[V, H]`.
     fn head(&self) -> &Tensor;
     /// Element type of the weights.
@@ -97,23 +93,16 @@ struct ModelType {
 pub fn load_target(path: &Path, kind: Kind, device: Device) -> Result<Box<dyn TargetModel>> {
     let config_path = path.join("config.json");
     if !config_path.is_file() {
-        return Err(
-            Error::bad_file(path, "is not a model folder: config.json is not there").with_hint(
-                "name a Hugging Face folder, or make one from a GGUF file with `specforge import`",
-            ),
-        );
+        return Err(Error::bad_file(path, "is not a model folder: config.json is not there")
+            .with_hint("name a Hugging Face folder, or make one from a GGUF file with `specforge import`"));
     }
     let text = std::fs::read_to_string(&config_path).map_err(Error::io("read", &config_path))?;
-    let config: ModelType = serde_json::from_str(&text)
-        .map_err(|error| Error::bad_file(&config_path, error.to_string()))?;
+    let config: ModelType =
+        serde_json::from_str(&text).map_err(|error| Error::bad_file(&config_path, error.to_string()))?;
     let family = FAMILIES.iter().find(|(name, _)| *name == config.model_type);
     let (_, load) = family.ok_or_else(|| {
         let known: Vec<&str> = FAMILIES.iter().map(|(name, _)| *name).collect();
-        let problem = format!(
-            "model_type `{}` is not supported; supported: {}",
-            config.model_type,
-            known.join(", ")
-        );
+        let problem = format!("model_type `{}` is not supported; supported: {}", config.model_type, known.join(", "));
         Error::bad_file(&config_path, problem)
     })?;
     load(path, kind, device)

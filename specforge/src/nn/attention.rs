@@ -13,10 +13,7 @@ pub fn attention(query: &Tensor, key: &Tensor, value: &Tensor, mask: &PreparedMa
         let grouped = query.view([rows, groups, heads / groups, dim]); // [B, G, N/G, D]
         return kernel(&grouped, key, value, mask).reshape([rows, heads, 1, dim]);
     }
-    let (key, value) = (
-        repeat_heads(key, heads / groups),
-        repeat_heads(value, heads / groups),
-    ); // [B, N, S, D]
+    let (key, value) = (repeat_heads(key, heads / groups), repeat_heads(value, heads / groups)); // [B, N, S, D]
     let PreparedMask::Slices(lengths) = mask else {
         return kernel(query, &key, &value, mask);
     };
@@ -25,12 +22,7 @@ pub fn attention(query: &Tensor, key: &Tensor, value: &Tensor, mask: &PreparedMa
         .iter()
         .map(|&length| {
             let slice = |tensor: &Tensor| tensor.narrow(2, start, length);
-            let output = kernel(
-                &slice(query),
-                &slice(&key),
-                &slice(&value),
-                &PreparedMask::Causal,
-            );
+            let output = kernel(&slice(query), &slice(&key), &slice(&value), &PreparedMask::Causal);
             start += length;
             output
         })
@@ -54,10 +46,7 @@ fn repeat_heads(tensor: &Tensor, times: i64) -> Tensor {
         return tensor.shallow_clone();
     }
     let (rows, groups, slots, dim) = tensor.size4().expect("keys are [B, G, S, D]");
-    tensor
-        .unsqueeze(2)
-        .expand([rows, groups, times, slots, dim], false)
-        .reshape([rows, groups * times, slots, dim])
+    tensor.unsqueeze(2).expand([rows, groups, times, slots, dim], false).reshape([rows, groups * times, slots, dim])
 }
 
 #[cfg(test)]
@@ -74,15 +63,10 @@ mod tests {
     /// Softmax attention written out, with repeated heads.
     fn reference(query: &Tensor, key: &Tensor, value: &Tensor, visible: &Tensor) -> Tensor {
         let times = query.size()[1] / key.size()[1];
-        let (key, value) = (
-            key.repeat_interleave_self_int(times, 1, None),
-            value.repeat_interleave_self_int(times, 1, None),
-        );
+        let (key, value) =
+            (key.repeat_interleave_self_int(times, 1, None), value.repeat_interleave_self_int(times, 1, None));
         let scores = query.matmul(&key.transpose(2, 3)) / (query.size()[3] as f64).sqrt();
-        scores
-            .masked_fill(&visible.logical_not(), f64::NEG_INFINITY)
-            .softmax(-1, Kind::Double)
-            .matmul(&value)
+        scores.masked_fill(&visible.logical_not(), f64::NEG_INFINITY).softmax(-1, Kind::Double).matmul(&value)
     }
 
     #[test]
@@ -97,16 +81,8 @@ mod tests {
             let limit = Tensor::arange(tokens, (Kind::Int64, Device::Cpu)).view([1, 1, -1, 1])
                 + Tensor::from_slice(&past).view([2, 1, 1, 1]);
             let want = reference(&query, &key, &value, &slot.le_tensor(&limit));
-            let got = attention(
-                &query,
-                &key,
-                &value,
-                &AttentionMask::Causal.prepare(&past, tokens, Device::Cpu),
-            );
-            assert!(
-                (got - want).abs().max().double_value(&[]) < 1e-12,
-                "tokens {tokens} past {past:?}"
-            );
+            let got = attention(&query, &key, &value, &AttentionMask::Causal.prepare(&past, tokens, Device::Cpu));
+            assert!((got - want).abs().max().double_value(&[]) < 1e-12, "tokens {tokens} past {past:?}");
         }
     }
 
@@ -119,12 +95,7 @@ mod tests {
         let mut start = 0;
         for length in [2, 3] {
             let alone = |tensor: &Tensor| tensor.narrow(2, start, length);
-            let want = attention(
-                &alone(&query),
-                &alone(&key),
-                &alone(&value),
-                &PreparedMask::Causal,
-            );
+            let want = attention(&alone(&query), &alone(&key), &alone(&value), &PreparedMask::Causal);
             assert!(packed.narrow(2, start, length).equal(&want));
             start += length;
         }

@@ -25,25 +25,10 @@ const GROWTH: i64 = 64;
 
 impl KvCache {
     /// An empty cache for `rows` sequences, with room for `capacity` tokens each before it has to grow.
-    pub fn new(
-        layers: usize,
-        rows: i64,
-        groups: i64,
-        dim: i64,
-        capacity: i64,
-        options: (Kind, Device),
-    ) -> Self {
+    pub fn new(layers: usize, rows: i64, groups: i64, dim: i64, capacity: i64, options: (Kind, Device)) -> Self {
         let empty = || Tensor::empty([rows, groups, capacity, dim], options);
-        let layers = (0..layers)
-            .map(|_| Layer {
-                key: empty(),
-                value: empty(),
-            })
-            .collect();
-        Self {
-            layers,
-            lengths: vec![0; rows as usize],
-        }
+        let layers = (0..layers).map(|_| Layer { key: empty(), value: empty() }).collect();
+        Self { layers, lengths: vec![0; rows as usize] }
     }
 
     /// Number of tokens of every row.
@@ -76,50 +61,35 @@ impl KvCache {
         let target = &self.layers[layer];
         for (store, new) in [(&target.key, key), (&target.value, value)] {
             if ragged {
-                let first = Tensor::from_slice(&self.lengths)
-                    .to_device(new.device())
-                    .view([-1, 1, 1, 1]);
-                let offset =
-                    Tensor::arange(tokens, (Kind::Int64, new.device())).view([1, 1, -1, 1]);
+                let first = Tensor::from_slice(&self.lengths).to_device(new.device()).view([-1, 1, 1, 1]);
+                let offset = Tensor::arange(tokens, (Kind::Int64, new.device())).view([1, 1, -1, 1]);
                 let index = (first + offset).expand_as(new); // [B, G, T, D]
                 let _ = store.shallow_clone().scatter_(2, &index, new);
             } else {
                 store.narrow(2, self.lengths[0], tokens).copy_(new);
             }
         }
-        (
-            target.key.narrow(2, 0, slots),
-            target.value.narrow(2, 0, slots),
-        )
+        (target.key.narrow(2, 0, slots), target.value.narrow(2, 0, slots))
     }
 
     /// Moves every row's length by its own number of tokens, after all layers were written. Rows of a padded prefill
     /// move by their true length, and the padding is overwritten later.
     pub fn advance(&mut self, tokens: &[i64]) {
         assert_eq!(tokens.len(), self.lengths.len(), "one count for each row");
-        self.lengths
-            .iter_mut()
-            .zip(tokens)
-            .for_each(|(length, &count)| *length += count);
+        self.lengths.iter_mut().zip(tokens).for_each(|(length, &count)| *length += count);
     }
 
     /// Forgets the tokens of each row from `lengths` on. A row never grows this way.
     pub fn truncate(&mut self, lengths: &[i64]) {
         for (length, &keep) in self.lengths.iter_mut().zip(lengths) {
-            assert!(
-                keep <= *length,
-                "truncating {length} tokens to {keep} would show garbage"
-            );
+            assert!(keep <= *length, "truncating {length} tokens to {keep} would show garbage");
             *length = keep;
         }
     }
 
     /// Keeps the rows named, in that order.
     pub fn select_rows(&mut self, rows: &[i64]) {
-        let device = self
-            .layers
-            .first()
-            .map_or(Device::Cpu, |layer| layer.key.device());
+        let device = self.layers.first().map_or(Device::Cpu, |layer| layer.key.device());
         let index = Tensor::from_slice(rows).to_device(device);
         for layer in &mut self.layers {
             layer.key = layer.key.index_select(0, &index);
@@ -152,8 +122,7 @@ impl KvCache {
         let more = (slots - capacity).max(capacity / 2).max(GROWTH);
         for layer in &mut self.layers {
             for store in [&mut layer.key, &mut layer.value] {
-                let [rows, groups, _, dim] =
-                    <[i64; 4]>::try_from(store.size()).expect("stores are [B, G, C, D]");
+                let [rows, groups, _, dim] = <[i64; 4]>::try_from(store.size()).expect("stores are [B, G, C, D]");
                 let room = Tensor::empty([rows, groups, more, dim], (store.kind(), store.device()));
                 *store = Tensor::cat(&[&*store, &room], 2);
             }

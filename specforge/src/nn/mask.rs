@@ -39,9 +39,7 @@ impl AttentionMask {
         match self {
             AttentionMask::Causal => causal(past, tokens, device),
             AttentionMask::Documents(lengths) if lengths.len() == 1 => PreparedMask::Causal,
-            AttentionMask::Documents(lengths)
-                if device.is_cuda() && lengths.len() > SLICES_ON_GPU =>
-            {
+            AttentionMask::Documents(lengths) if device.is_cuda() && lengths.len() > SLICES_ON_GPU => {
                 PreparedMask::Dense(same_document_and_causal(lengths, device))
             }
             AttentionMask::Documents(lengths) => PreparedMask::Slices(lengths.clone()),
@@ -61,18 +59,13 @@ fn causal(past: &[i64], tokens: i64, device: Device) -> PreparedMask {
     }
     let slots = Tensor::arange(longest + tokens, (Kind::Int64, device)); // [S]
     let queries = Tensor::arange(tokens, (Kind::Int64, device)).view([1, 1, tokens, 1]);
-    let lengths = Tensor::from_slice(past)
-        .to_device(device)
-        .view([-1, 1, 1, 1]);
+    let lengths = Tensor::from_slice(past).to_device(device).view([-1, 1, 1, 1]);
     PreparedMask::Dense(slots.le_tensor(&(queries + lengths))) // [B, 1, T, S]
 }
 
 fn same_document_and_causal(lengths: &[i64], device: Device) -> Tensor {
-    let document: Vec<i64> = lengths
-        .iter()
-        .enumerate()
-        .flat_map(|(index, &length)| vec![index as i64; length as usize])
-        .collect();
+    let document: Vec<i64> =
+        lengths.iter().enumerate().flat_map(|(index, &length)| vec![index as i64; length as usize]).collect();
     let document = Tensor::from_slice(&document).to_device(device); // [T]
     let same = document.unsqueeze(1).eq_tensor(&document.unsqueeze(0)); // [T, T]
     same.tril(0).unsqueeze(0).unsqueeze(0) // [1, 1, T, T]
@@ -84,8 +77,7 @@ mod tests {
 
     #[test]
     fn ragged_rows_see_their_own_past_only() {
-        let PreparedMask::Dense(mask) = AttentionMask::Causal.prepare(&[3, 1], 2, Device::Cpu)
-        else {
+        let PreparedMask::Dense(mask) = AttentionMask::Causal.prepare(&[3, 1], 2, Device::Cpu) else {
             panic!("ragged rows need a dense mask");
         };
         assert_eq!(mask.size(), [2, 1, 2, 5]);
@@ -99,9 +91,6 @@ mod tests {
         let mask = same_document_and_causal(&[2, 3], Device::Cpu);
         let rows: Vec<bool> = Vec::try_from(mask.view([-1])).unwrap();
         let want = "x....xx.....x....xx...xxx";
-        assert_eq!(
-            rows,
-            want.chars().map(|mark| mark == 'x').collect::<Vec<_>>()
-        );
+        assert_eq!(rows, want.chars().map(|mark| mark == 'x').collect::<Vec<_>>());
     }
 }

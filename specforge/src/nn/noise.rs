@@ -39,9 +39,8 @@ pub fn keyed_gumbel(seed: u64, domain: u64, position: u64, token: u64) -> f64 {
 /// Noise of a whole vocabulary at one position: `[V]` float64 on the CPU.
 pub fn gumbel_row(seed: u64, domain: u64, position: u64, vocabulary: i64) -> Tensor {
     let key = position_key(seed, domain, position);
-    let row: Vec<f64> = (0..vocabulary as u64)
-        .map(|token| gumbel_of(mix(key.wrapping_add(GOLDEN.wrapping_mul(token + 1)))))
-        .collect();
+    let row: Vec<f64> =
+        (0..vocabulary as u64).map(|token| gumbel_of(mix(key.wrapping_add(GOLDEN.wrapping_mul(token + 1))))).collect();
     Tensor::from_slice(&row)
 }
 
@@ -73,17 +72,11 @@ pub fn normal(shape: &[i64], deviation: f64, seed: u64, stream: u64) -> Tensor {
     let count: i64 = shape.iter().product();
     let values: Vec<f32> = (0..count)
         .map(|_| {
-            let (radius, angle) = (
-                (-2.0 * uniform().ln()).sqrt(),
-                std::f64::consts::TAU * uniform(),
-            );
+            let (radius, angle) = ((-2.0 * uniform().ln()).sqrt(), std::f64::consts::TAU * uniform());
             (deviation * radius * angle.cos()) as f32
         })
         .collect();
-    Tensor::from_slice(&values)
-        .to_kind(Kind::Float)
-        .to_device(Device::Cpu)
-        .view(shape)
+    Tensor::from_slice(&values).to_kind(Kind::Float).to_device(Device::Cpu).view(shape)
 }
 
 #[cfg(test)]
@@ -95,14 +88,7 @@ mod tests {
         for (seed, domain, position, token, bits, gumbel) in [
             (0, 0, 0, 0, 0x2382_75bc_38fc_be91, -0.680_757_802_513_778_4),
             (7, 0, 12, 5, 0xf5cb_4485_91f8_6ddf, 3.201_930_227_955_11),
-            (
-                (1 << 63) + 5,
-                3,
-                1000,
-                126_335,
-                0x11eb_c290_00f3_774a,
-                -0.978_028_228_920_869_8,
-            ),
+            ((1 << 63) + 5, 3, 1000, 126_335, 0x11eb_c290_00f3_774a, -0.978_028_228_920_869_8),
         ] {
             assert_eq!(keyed_bits(seed, domain, position, token), bits);
             assert!((keyed_gumbel(seed, domain, position, token) - gumbel).abs() < 1e-13);

@@ -16,11 +16,7 @@ impl RmsNorm {
     pub fn forward(&self, input: &Tensor) -> Tensor {
         let kind = input.kind();
         // float64 stays float64: exact tests run there.
-        let wide = if kind == Kind::Double {
-            input.shallow_clone()
-        } else {
-            input.to_kind(Kind::Float)
-        };
+        let wide = if kind == Kind::Double { input.shallow_clone() } else { input.to_kind(Kind::Float) };
         let mean_of_squares = wide.square().mean_dim(-1, true, wide.kind()); // [.., 1]
         let normed = (mean_of_squares + self.epsilon).rsqrt_() * wide; // [.., H]
         normed.to_kind(kind) * &self.weight

@@ -81,17 +81,11 @@ impl Rope {
     /// Frequencies for a configuration.
     pub fn new(config: RopeConfig, device: Device) -> Self {
         let attention_factor = match config.scaling {
-            RopeScaling::Yarn {
-                attention_factor, ..
-            } => attention_factor,
+            RopeScaling::Yarn { attention_factor, .. } => attention_factor,
             _ => 1.0,
         };
         let inverse_frequencies = inverse_frequencies(&config).to_device(device);
-        Self {
-            config,
-            inverse_frequencies,
-            attention_factor,
-        }
+        Self { config, inverse_frequencies, attention_factor }
     }
 
     /// Tables for `positions [B, T]`.
@@ -107,10 +101,7 @@ impl Rope {
                 (table * self.attention_factor).to_kind(kind)
             }
         };
-        RopeTables {
-            cos: scaled(angles.cos()),
-            sin: scaled(angles.sin()),
-        }
+        RopeTables { cos: scaled(angles.cos()), sin: scaled(angles.sin()) }
     }
 
     /// Dynamic scaling looks at the longest position of the pass; `None` where the pretrained frequencies hold.
@@ -142,9 +133,8 @@ impl RopeTables {
 
 /// `theta^(-2i / D)`, computed as PyTorch does it so that tables agree to the last bit.
 fn default_frequencies(theta: f64, head_dim: i64) -> Tensor {
-    let exponents = Tensor::arange_start_step(0, head_dim, 2, (Kind::Int64, Device::Cpu))
-        .to_kind(Kind::Float)
-        / head_dim as f64;
+    let exponents =
+        Tensor::arange_start_step(0, head_dim, 2, (Kind::Int64, Device::Cpu)).to_kind(Kind::Float) / head_dim as f64;
     Tensor::pow_scalar(theta, &exponents).reciprocal() // [D / 2]
 }
 
@@ -153,34 +143,18 @@ fn inverse_frequencies(config: &RopeConfig) -> Tensor {
     match config.scaling {
         RopeScaling::Default | RopeScaling::Dynamic { .. } => default,
         RopeScaling::Linear { factor } => default / factor,
-        RopeScaling::Llama3 {
-            factor,
-            low_freq_factor,
-            high_freq_factor,
-            original_max_position_embeddings,
-        } => {
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
             let wavelengths = default.reciprocal() * std::f64::consts::TAU; // [D / 2]
             let longest = original_max_position_embeddings / low_freq_factor;
             let shortest = original_max_position_embeddings / high_freq_factor;
             let stretched = default.where_self(&wavelengths.le(longest), &(&default / factor));
-            let kept_share = (wavelengths.reciprocal() * original_max_position_embeddings
-                - low_freq_factor)
+            let kept_share = (wavelengths.reciprocal() * original_max_position_embeddings - low_freq_factor)
                 / (high_freq_factor - low_freq_factor);
-            let ramp = (kept_share.ones_like() - &kept_share) * &stretched / factor
-                + &kept_share * &stretched;
-            let between = wavelengths
-                .ge(shortest)
-                .logical_and(&wavelengths.le(longest));
+            let ramp = (kept_share.ones_like() - &kept_share) * &stretched / factor + &kept_share * &stretched;
+            let between = wavelengths.ge(shortest).logical_and(&wavelengths.le(longest));
             ramp.where_self(&between, &stretched)
         }
-        RopeScaling::Yarn {
-            factor,
-            beta_fast,
-            beta_slow,
-            original_max_position_embeddings,
-            truncate,
-            ..
-        } => {
+        RopeScaling::Yarn { factor, beta_fast, beta_slow, original_max_position_embeddings, truncate, .. } => {
             let dim = config.head_dim as f64;
             // The dimension that turns `rotations` times within the pretrained context.
             let dimension_of = |rotations: f64| {
@@ -195,8 +169,7 @@ fn inverse_frequencies(config: &RopeConfig) -> Tensor {
             if low == high {
                 high += 0.001; // as the reference does, to avoid a division by zero
             }
-            let ramp = ((Tensor::arange(config.head_dim / 2, (Kind::Float, Device::Cpu)) - low)
-                / (high - low))
+            let ramp = ((Tensor::arange(config.head_dim / 2, (Kind::Float, Device::Cpu)) - low) / (high - low))
                 .clamp(0.0, 1.0);
             let kept = ramp.ones_like() - &ramp;
             (&default / factor) * (kept.ones_like() - &kept) + &default * &kept

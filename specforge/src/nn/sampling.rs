@@ -28,12 +28,7 @@ impl Sampling {
                 let rows: Vec<Tensor> = keys
                     .iter()
                     .map(|&(row_seed, position)| {
-                        noise::gumbel_row(
-                            seed.wrapping_add(row_seed),
-                            noise::TEXT,
-                            position,
-                            vocabulary,
-                        )
+                        noise::gumbel_row(seed.wrapping_add(row_seed), noise::TEXT, position, vocabulary)
                     })
                     .collect();
                 let noise = Tensor::stack(&rows, 0).to_device(logits.device()); // [R, V]
@@ -55,14 +50,9 @@ mod tests {
         let logits = Tensor::from_slice(&[0.0f32, 1.0, 2.0, -1.0, 0.5]);
         let rows = 20_000;
         let keys: Vec<(u64, u64)> = (0..rows).map(|position| (0, position)).collect();
-        let sampling = Sampling::Keyed {
-            temperature: 0.7,
-            seed: 11,
-        };
+        let sampling = Sampling::Keyed { temperature: 0.7, seed: 11 };
         let chosen = sampling.choose(&logits.unsqueeze(0).expand([rows as i64, 5], false), &keys);
-        let want = (logits.to_kind(Kind::Double) / 0.7)
-            .softmax(-1, Kind::Double)
-            .to_device(Device::Cpu);
+        let want = (logits.to_kind(Kind::Double) / 0.7).softmax(-1, Kind::Double).to_device(Device::Cpu);
         let mut chi_square = 0.0;
         for token in 0..5 {
             let seen = chosen.iter().filter(|&&choice| choice == token).count() as f64;

@@ -1,6 +1,5 @@
 //! Files that hold tensors: reading Hugging Face folders, writing without ever leaving half a file.
 
-pub mod atomic;
 pub mod folder;
 pub mod writer;
 

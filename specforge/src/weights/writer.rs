@@ -7,8 +7,8 @@ use std::path::Path;
 use safetensors::tensor::{Dtype, View};
 use tch::{Kind, Tensor};
 
-use super::atomic;
 use crate::error::{Error, Result};
+use crate::files;
 
 /// One tensor to write: little-endian bytes, row-major.
 pub struct TensorBytes<'a> {
@@ -36,42 +36,23 @@ impl View for &TensorBytes<'_> {
 }
 
 /// Writes tensors given as bytes. `metadata` is added to the header beside `format: pt`.
-pub fn write_bytes(
-    path: &Path,
-    tensors: &[(String, TensorBytes<'_>)],
-    metadata: &[(&str, String)],
-) -> Result<()> {
+pub fn write_bytes(path: &Path, tensors: &[(String, TensorBytes<'_>)], metadata: &[(&str, String)]) -> Result<()> {
     let mut header = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    header.extend(
-        metadata
-            .iter()
-            .map(|(key, value)| ((*key).to_owned(), value.clone())),
-    );
+    header.extend(metadata.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
     let views = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
-    atomic::write_through(path, |temporary| {
-        safetensors::serialize_to_file(views, Some(header), temporary).map_err(
-            |error| match error {
-                safetensors::SafeTensorError::IoError(source) => Error::io("write", path)(source),
-                other => Error::bad_file(path, format!("cannot be written: {other}")),
-            },
-        )
+    files::write_through(path, |temporary| {
+        safetensors::serialize_to_file(views, Some(header), temporary).map_err(|error| match error {
+            safetensors::SafeTensorError::IoError(source) => Error::io("write", path)(source),
+            other => Error::bad_file(path, format!("cannot be written: {other}")),
+        })
     })
 }
 
 /// Writes libtorch tensors, from any device.
-pub fn write_tensors(
-    path: &Path,
-    tensors: &[(String, Tensor)],
-    metadata: &[(&str, String)],
-) -> Result<()> {
+pub fn write_tensors(path: &Path, tensors: &[(String, Tensor)], metadata: &[(&str, String)]) -> Result<()> {
     let on_host: Vec<Tensor> = tensors
         .iter()
-        .map(|(_, tensor)| {
-            Ok(tensor
-                .f_detach()?
-                .f_to_device(tch::Device::Cpu)?
-                .f_contiguous()?)
-        })
+        .map(|(_, tensor)| Ok(tensor.f_detach()?.f_to_device(tch::Device::Cpu)?.f_contiguous()?))
         .collect::<Result<_>>()?;
     let entries: Vec<(String, TensorBytes<'_>)> = tensors
         .iter()
@@ -79,14 +60,7 @@ pub fn write_tensors(
         .map(|((name, _), tensor)| {
             let shape = tensor.size().iter().map(|&size| size as usize).collect();
             let bytes = Cow::Borrowed(host_bytes(tensor));
-            Ok((
-                name.clone(),
-                TensorBytes {
-                    dtype: dtype_of(tensor.kind())?,
-                    shape,
-                    bytes,
-                },
-            ))
+            Ok((name.clone(), TensorBytes { dtype: dtype_of(tensor.kind())?, shape, bytes }))
         })
         .collect::<Result<_>>()?;
     write_bytes(path, &entries, metadata)
@@ -116,9 +90,7 @@ pub fn dtype_of(kind: Kind) -> Result<Dtype> {
         Kind::Uint8 => Dtype::U8,
         Kind::Bool => Dtype::BOOL,
         other => {
-            return Err(Error::Failed(format!(
-                "tensors of type {other:?} have no place in a safetensors file"
-            )));
+            return Err(Error::Failed(format!("tensors of type {other:?} have no place in a safetensors file")));
         }
     })
 }

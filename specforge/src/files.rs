@@ -9,16 +9,11 @@ use serde::Serialize;
 use crate::error::{Error, Result};
 
 /// Writes a file through `body`. On any error the old file, if there was one, stays as it was.
-pub fn write_file(
-    path: &Path,
-    body: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
-) -> Result<()> {
+pub fn write_file(path: &Path, body: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
     write_through(path, |temporary| {
         let file = File::create(temporary).map_err(Error::io("create", path))?;
         let mut writer = BufWriter::with_capacity(1 << 20, file);
-        body(&mut writer)
-            .and_then(|()| writer.flush())
-            .map_err(Error::io("write", path))
+        body(&mut writer).and_then(|()| writer.flush()).map_err(Error::io("write", path))
     })
 }
 
@@ -36,9 +31,7 @@ pub fn write_through(path: &Path, body: impl FnOnce(&Path) -> Result<()>) -> Res
     File::open(&temporary)
         .and_then(|file| file.sync_all().and_then(|()| file.set_permissions(mode)))
         .map_err(Error::io("write", path))?;
-    temporary
-        .persist(path)
-        .map_err(|error| Error::io("rename to", path)(error.error))?;
+    temporary.persist(path).map_err(|error| Error::io("rename to", path)(error.error))?;
     sync_dir(parent)
 }
 
@@ -49,8 +42,7 @@ pub fn write_text(path: &Path, text: &str) -> Result<()> {
 
 /// Writes a value as indented JSON with a newline at the end.
 pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
-    let mut text =
-        serde_json::to_string_pretty(value).map_err(|error| Error::Failed(error.to_string()))?;
+    let mut text = serde_json::to_string_pretty(value).map_err(|error| Error::Failed(error.to_string()))?;
     text.push('\n');
     write_text(path, &text)
 }
@@ -72,10 +64,7 @@ impl StagedDir {
             .prefix(".partial-")
             .tempdir_in(parent)
             .map_err(Error::io("create a folder in", parent))?;
-        Ok(Self {
-            staging,
-            target: target.to_path_buf(),
-        })
+        Ok(Self { staging, target: target.to_path_buf() })
     }
 
     /// Where to write meanwhile.
@@ -88,8 +77,7 @@ impl StagedDir {
         let parent = parent_of(&self.target).to_path_buf();
         sync_dir(self.staging.path())?;
         let open = fs::Permissions::from(std::os::unix::fs::PermissionsExt::from_mode(0o755));
-        fs::set_permissions(self.staging.path(), open)
-            .map_err(Error::io("set permissions of", &self.target))?;
+        fs::set_permissions(self.staging.path(), open).map_err(Error::io("set permissions of", &self.target))?;
         let old = if self.target.exists() {
             let aside = tempfile::Builder::new()
                 .prefix(".replaced-")
@@ -123,9 +111,7 @@ fn parent_of(path: &Path) -> &Path {
 
 /// Makes a rename durable.
 fn sync_dir(path: &Path) -> Result<()> {
-    File::open(path)
-        .and_then(|folder| folder.sync_all())
-        .map_err(Error::io("flush folder", path))
+    File::open(path).and_then(|folder| folder.sync_all()).map_err(Error::io("flush folder", path))
 }
 
 #[cfg(test)]
