@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -27,7 +28,7 @@ pub fn write_through(path: &Path, body: impl FnOnce(&Path) -> Result<()>) -> Res
         .map_err(Error::io("create a file in", parent))?
         .into_temp_path();
     body(&temporary)?;
-    let mode = fs::Permissions::from(std::os::unix::fs::PermissionsExt::from_mode(0o644));
+    let mode = PermissionsExt::from_mode(0o644);
     File::open(&temporary)
         .and_then(|file| file.sync_all().and_then(|()| file.set_permissions(mode)))
         .map_err(Error::io("write", path))?;
@@ -76,7 +77,7 @@ impl StagedDir {
     pub fn commit(self) -> Result<()> {
         let parent = parent_of(&self.target).to_path_buf();
         sync_dir(self.staging.path())?;
-        let open = fs::Permissions::from(std::os::unix::fs::PermissionsExt::from_mode(0o755));
+        let open = PermissionsExt::from_mode(0o755);
         fs::set_permissions(self.staging.path(), open).map_err(Error::io("set permissions of", &self.target))?;
         let old = if self.target.exists() {
             let aside = tempfile::Builder::new()
