@@ -6,8 +6,14 @@
 // L0
 pub mod error;
 pub mod files;
+pub mod strict;
 // L1: mathematics, files and data; no model names
+pub mod data;
 pub mod nn;
 pub mod weights;
 // L2: targets
 pub mod models;
+// L3: what a target hands to a draft
+pub mod features;
+// L4: drafts
+pub mod draft;

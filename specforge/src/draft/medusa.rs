@@ -1,0 +1,326 @@
+//! Medusa: several heads that each predict one further token from the target's last hidden state.
+//!
+//! Cai et al. 2024, <https://arxiv.org/abs/2401.10774>; reference FasterDecoding/Medusa `e2a5d20`
+//! (`medusa/model/medusa_model.py`, `medusa/train/train_legacy.py`). Head `k` (from 0) is `L` residual blocks
+//! `x + SiLU(W x + b)` and a vocabulary projection, and predicts token `t + 2 + k` from the normed hidden state of
+//! token `t`; the target's own head predicts `t + 1`.
+//!
+//! Different from the reference: blocks start as the exact identity (`b` = 0 too), blocks of a head are separate
+//! parameters unless `share_layers` asks for the reference's tied ones, and only supervised rows are computed.
+//!
+//! Shape legend: `T` tokens of a packed batch, `R` trained rows of a head, `H` hidden size, `V` vocabulary.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tch::{Kind, Tensor};
+
+use super::loss::{self, Projection, RowLosses};
+use super::supervision::{MaskAlignment, TrainedRows, trained_rows};
+use super::{Algorithm, DraftContext, DraftModel, DraftSize, Parameter, Tally};
+use crate::data::PackedBatch;
+use crate::error::{Error, Result};
+use crate::features::FeatureBatch;
+use crate::models::Dimensions;
+use crate::strict;
+
+/// Row of the table of algorithms.
+pub const ALGORITHM: Algorithm = Algorithm {
+    name: "medusa",
+    summary: "several heads on the target's last hidden state (Cai et al. 2024)",
+    resolve: |section| Ok(json!(MedusaConfig::read(section)?)),
+    size: |section, target| Ok(MedusaConfig::read(section)?.size(target)),
+    build: |section, context| Ok(Box::new(Medusa::new(MedusaConfig::read(section)?, context)?)),
+};
+
+/// Where a head's vocabulary projection comes from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HeadProjection {
+    /// A trained projection of its own, started from the target's head ("v1" of the reference).
+    #[default]
+    Own,
+    /// The target's head, frozen ("version 2" of the reference).
+    Shared,
+}
+
+/// The `draft` section of a Medusa configuration.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct MedusaConfig {
+    /// "medusa"
+    pub algorithm: String,
+    /// `K`, number of heads.
+    pub num_heads: usize,
+    /// `L`, residual blocks of a head.
+    pub num_layers: usize,
+    /// Own or shared vocabulary projections.
+    pub projection: HeadProjection,
+    /// One set of block weights used `L` times, as the reference does it.
+    pub share_layers: bool,
+    /// Weight of head `k` is `loss_decay^k`, unless `loss_weights` lists them.
+    pub loss_decay: f64,
+    /// One weight for each head. All ones is the reference's plain sum.
+    pub loss_weights: Option<Vec<f64>>,
+    /// Which rows are trained.
+    pub mask: MaskAlignment,
+}
+
+impl Default for MedusaConfig {
+    fn default() -> Self {
+        Self {
+            algorithm: ALGORITHM.name.to_owned(),
+            num_heads: 3,
+            num_layers: 1,
+            projection: HeadProjection::Own,
+            share_layers: false,
+            loss_decay: 0.8,
+            loss_weights: None,
+            mask: MaskAlignment::Exact,
+        }
+    }
+}
+
+impl MedusaConfig {
+    /// Reads and checks a `draft` section.
+    pub fn read(section: &Value) -> Result<Self> {
+        let config: Self = strict::from_value(section, "draft")?;
+        let range = |key: &str, value: usize| match value {
+            1..=32 => Ok(()),
+            _ => Err(Error::config(format!("draft.{key}"), format!("expected 1 to 32, got {value}"))),
+        };
+        range("num_heads", config.num_heads)?;
+        range("num_layers", config.num_layers)?;
+        if !config.loss_decay.is_finite() || config.loss_decay <= 0.0 {
+            let problem = format!("expected a positive number, got {}", config.loss_decay);
+            return Err(Error::config("draft.loss_decay", problem));
+        }
+        if let Some(weights) = &config.loss_weights {
+            let sound =
+                weights.len() == config.num_heads && weights.iter().all(|weight| weight.is_finite() && *weight >= 0.0);
+            if !sound {
+                let problem = format!("expected {} numbers, none negative, got {weights:?}", config.num_heads);
+                return Err(Error::config("draft.loss_weights", problem));
+            }
+        }
+        Ok(config)
+    }
+
+    /// Weight of each head in the objective.
+    pub fn weights(&self) -> Vec<f64> {
+        let decayed = || (0..self.num_heads as i32).map(|head| self.loss_decay.powi(head)).collect();
+        self.loss_weights.clone().unwrap_or_else(decayed)
+    }
+
+    /// Parameters of one head in creation order, with shapes: blocks, then the projection if it is the head's own.
+    /// Names are those of the reference's `medusa_lm_head` files.
+    pub fn head_tensors(&self, head: usize, hidden: i64, vocabulary: i64) -> Vec<(String, Vec<i64>)> {
+        let distinct = if self.share_layers { 1 } else { self.num_layers };
+        let mut tensors = Vec::new();
+        for layer in 0..distinct {
+            tensors.push((format!("{head}.{layer}.linear.weight"), vec![hidden, hidden]));
+            tensors.push((format!("{head}.{layer}.linear.bias"), vec![hidden]));
+        }
+        if self.projection == HeadProjection::Own {
+            tensors.push((format!("{head}.{}.weight", self.num_layers), vec![vocabulary, hidden]));
+        }
+        tensors
+    }
+
+    fn size(&self, target: &Dimensions) -> DraftSize {
+        let (hidden, vocabulary) = (target.hidden_size, target.vocab_size);
+        let shapes = (0..self.num_heads).flat_map(|head| self.head_tensors(head, hidden, vocabulary));
+        let trainable = shapes.map(|(_, shape)| shape.iter().product::<i64>() as u64).sum();
+        // Forward, gradient of the input, gradient of the weight; a frozen projection skips the last.
+        let passes = if self.projection == HeadProjection::Own { 3 } else { 2 };
+        let one_head = 3 * self.num_layers as i64 * hidden * hidden + passes * vocabulary * hidden;
+        let row_multiply_adds = self.num_heads as u64 * one_head as u64;
+        DraftSize { trainable, frozen: 0, captured: 1, row_multiply_adds }
+    }
+}
+
+/// Medusa heads in training.
+pub struct Medusa {
+    config: MedusaConfig,
+    target: Dimensions,
+    head: Tensor,
+    parameters: Vec<Parameter>,
+    rows_per_chunk: i64,
+}
+
+impl Medusa {
+    /// Fresh heads: blocks are the identity, projections copies of the target's head.
+    pub fn new(config: MedusaConfig, context: &DraftContext<'_>) -> Result<Self> {
+        let Dimensions { hidden_size, vocab_size, .. } = context.target;
+        let options = (context.kind, context.device);
+        let mut parameters = Vec::new();
+        for head in 0..config.num_heads {
+            for (name, shape) in config.head_tensors(head, hidden_size, vocab_size) {
+                let value = if shape == [vocab_size, hidden_size] && !name.contains("linear") {
+                    context.head.f_to_device(context.device)?.f_to_kind(context.kind)?.copy()
+                } else {
+                    Tensor::f_zeros(&shape, options)?
+                };
+                let decay = shape.len() > 1;
+                parameters.push(Parameter { name, value: value.set_requires_grad(true), decay });
+            }
+        }
+        let head = context.head.f_to_device(context.device)?.f_to_kind(context.kind)?.detach();
+        let rows_per_chunk = loss::chunk_rows(context.chunk_bytes, vocab_size);
+        Ok(Self { config, target: context.target, head, parameters, rows_per_chunk })
+    }
+
+    fn parameters_per_head(&self) -> usize {
+        self.parameters.len() / self.config.num_heads
+    }
+
+    /// The trained values of one head: its blocks as (weight, bias), and its own projection if it has one.
+    fn head_parameters(&self, head: usize) -> (Vec<(&Tensor, &Tensor)>, Option<&Tensor>) {
+        let count = self.parameters_per_head();
+        let values = &self.parameters[head * count..(head + 1) * count];
+        let (blocks, projection) = values.split_at(count / 2 * 2);
+        let distinct: Vec<_> = blocks.chunks(2).map(|pair| (&pair[0].value, &pair[1].value)).collect();
+        let layers = (0..self.config.num_layers).map(|layer| distinct[layer.min(distinct.len() - 1)]).collect();
+        (layers, projection.first().map(|parameter| &parameter.value))
+    }
+
+    /// Residual blocks of one head on rows `[R, H]`.
+    pub fn backbone(&self, head: usize, rows: &Tensor) -> Tensor {
+        let (blocks, _) = self.head_parameters(head);
+        blocks.iter().fold(rows.shallow_clone(), |x, (weight, bias)| &x + x.linear(weight, Some(*bias)).silu()) // [R, H]
+    }
+
+    /// Logits of one head on rows `[R, H]`: `[R, V]`.
+    pub fn compute_logits(&self, head: usize, rows: &Tensor) -> Tensor {
+        let (_, own) = self.head_parameters(head);
+        self.backbone(head, rows).linear(own.unwrap_or(&self.head), None::<&Tensor>)
+    }
+
+    fn rows(&self, batch: &PackedBatch, head: usize) -> TrainedRows {
+        trained_rows(batch, head, self.config.mask)
+    }
+
+    /// One pass over all heads; gradients are added where a buffer is given.
+    fn run(
+        &self,
+        features: &FeatureBatch<'_>,
+        global_counts: &[f64],
+        mut gradients: Option<&mut [Tensor]>,
+    ) -> Result<Tally> {
+        let hidden = &features.hidden[0]; // [T, H]
+        let device = hidden.device();
+        let mut objective = Tensor::zeros([], (Kind::Double, device));
+        let mut sums: Vec<Tensor> = Vec::new();
+        let mut counts = Vec::new();
+        // Whether heads 0 ..= k were all right, for each row of the batch.
+        let mut chain = Tensor::ones([hidden.size()[0]], (Kind::Bool, device));
+        for (head, weight) in self.config.weights().into_iter().enumerate() {
+            let trained = self.rows(features.batch, head);
+            let rows = Tensor::from_slice(&trained.rows).to_device(device);
+            let labels = Tensor::from_slice(&trained.labels).to_device(device);
+            let input = hidden.index_select(0, &rows).to_kind(self.parameters[0].value.kind()); // [R, H]
+            let scale = weight / global_counts[head].max(1.0);
+            let losses = match gradients.as_deref_mut() {
+                Some(gradients) => self.backward_head(head, &input, &labels, scale, gradients)?,
+                None => {
+                    let _guard = tch::no_grad_guard();
+                    let own = self.head_parameters(head).1;
+                    let mut projection = Projection { weight: own.unwrap_or(&self.head), gradient: None };
+                    let output = self.backbone(head, &input);
+                    loss::cross_entropy(&output, &labels, &mut projection, None, self.rows_per_chunk)
+                }
+            };
+            objective += &losses.sum * scale;
+            let hits = chain.index_select(0, &rows).logical_and(&losses.top1); // [R]
+            chain = Tensor::zeros_like(&chain).index_copy(0, &rows, &hits);
+            let count = |hits: &Tensor| hits.sum(Kind::Double);
+            sums.extend([losses.sum.shallow_clone(), count(&losses.top1), count(&losses.top5), count(&hits)]);
+            counts.extend([trained.rows.len() as f64; METRICS.len()]);
+        }
+        Ok(Tally { objective: objective.to_kind(Kind::Float), sums: Tensor::stack(&sums, 0), counts })
+    }
+
+    /// Loss and gradients of one head.
+    fn backward_head(
+        &self,
+        head: usize,
+        input: &Tensor,
+        labels: &Tensor,
+        scale: f64,
+        gradients: &mut [Tensor],
+    ) -> Result<RowLosses> {
+        let count = self.parameters_per_head();
+        let first = head * count;
+        let blocks = count / 2 * 2;
+        let output = self.backbone(head, input); // [R, H], with a graph
+        let own = self.head_parameters(head).1;
+        let (block_gradients, projection_gradients) = gradients[first..first + count].split_at_mut(blocks);
+        let mut projection =
+            Projection { weight: own.unwrap_or(&self.head), gradient: projection_gradients.first_mut() };
+        let losses = loss::cross_entropy(&output.detach(), labels, &mut projection, Some(scale), self.rows_per_chunk);
+        if let Some(slope) = losses.input_gradient.as_ref().filter(|slope| slope.numel() > 0) {
+            // The chunked gradient enters the graph of the blocks through this product.
+            let surrogate = (&output * slope).sum(Kind::Float);
+            let inputs: Vec<&Tensor> = self.parameters[first..first + blocks].iter().map(|p| &p.value).collect();
+            let fresh = Tensor::f_run_backward(&[surrogate], &inputs, false, false)?;
+            block_gradients.iter_mut().zip(fresh).for_each(|(total, gradient)| *total += gradient);
+        }
+        Ok(losses)
+    }
+}
+
+/// Averages kept for every head.
+const METRICS: [&str; 4] = ["loss", "top1", "top5", "chain"];
+
+impl DraftModel for Medusa {
+    fn algorithm(&self) -> &'static str {
+        ALGORITHM.name
+    }
+
+    fn capture(&self) -> Vec<usize> {
+        vec![self.target.num_layers]
+    }
+
+    fn parameters(&self) -> &[Parameter] {
+        &self.parameters
+    }
+
+    fn metrics(&self) -> Vec<String> {
+        let heads = 1..=self.config.num_heads;
+        heads.flat_map(|head| METRICS.map(|metric| format!("head{head}/{metric}"))).collect()
+    }
+
+    fn summary(&self, averages: &[f64]) -> Vec<(String, f64)> {
+        let chains = averages.chunks(METRICS.len()).map(|head| head[3]);
+        vec![(self.selection_metric().to_owned(), 1.0 + chains.sum::<f64>())]
+    }
+
+    fn count_rows(&self, batch: &PackedBatch) -> Vec<f64> {
+        (0..self.config.num_heads).map(|head| self.rows(batch, head).rows.len() as f64).collect()
+    }
+
+    fn accumulate(
+        &self,
+        features: &FeatureBatch<'_>,
+        global_counts: &[f64],
+        gradients: &mut [Tensor],
+    ) -> Result<Tally> {
+        self.run(features, global_counts, Some(gradients))
+    }
+
+    fn evaluate(&self, features: &FeatureBatch<'_>, global_counts: &[f64]) -> Result<Tally> {
+        self.run(features, global_counts, None)
+    }
+
+    fn selection_metric(&self) -> &'static str {
+        "simulated_acceptance_length"
+    }
+
+    fn description(&self) -> Value {
+        json!({
+            "draft": self.config,
+            "hidden_size": self.target.hidden_size,
+            "vocab_size": self.target.vocab_size,
+            "num_target_layers": self.target.num_layers,
+        })
+    }
+}

@@ -1,0 +1,28 @@
+//! What a target hands to a draft: hidden states of packed documents.
+//!
+//! Whether the target runs in the loop (`online`) or its states were stored before is invisible behind
+//! [`FeatureSource`]: the trainer and the drafts see [`FeatureBatch`] alone.
+
+use tch::Tensor;
+
+use crate::data::PackedBatch;
+use crate::error::Result;
+
+pub mod online;
+
+pub use online::OnlineFeatures;
+
+/// One packed batch with the target's hidden states. `T` counts the tokens of all its documents.
+#[derive(Debug)]
+pub struct FeatureBatch<'a> {
+    /// Tokens, supervision and document boundaries, on the host.
+    pub batch: &'a PackedBatch,
+    /// One `[T, H]` for each captured index, in the order the draft asked for.
+    pub hidden: Vec<Tensor>,
+}
+
+/// Where features come from.
+pub trait FeatureSource {
+    /// The hidden states of a batch, by Hugging Face's `hidden_states` index.
+    fn features<'a>(&self, batch: &'a PackedBatch, capture: &[usize]) -> Result<FeatureBatch<'a>>;
+}
