@@ -1,2 +1,4 @@
-//! Integration tests.
+//! Integration tests: one binary, so that libtorch is linked once.
+
 mod goldens;
+mod layers;

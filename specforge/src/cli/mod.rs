@@ -1,0 +1,84 @@
+//! The command line: one file a subcommand, no logic. Results go to stdout, progress and logs to stderr.
+
+use std::io::Write;
+
+use clap::{Parser, Subcommand};
+use serde::Serialize;
+
+use crate::error::Result;
+
+mod bench;
+mod doctor;
+mod export;
+mod import;
+mod inspect;
+mod record;
+mod regen;
+mod signals;
+mod train;
+
+/// Trains draft models for speculative decoding.
+#[derive(Debug, Parser)]
+#[command(name = "specforge", version, max_term_width = 100, arg_required_else_help = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// Print results as JSON.
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Train a draft model.
+    Train(train::TrainArgs),
+    /// Let the target answer prompts itself: on-policy training data.
+    Regen(regen::RegenArgs),
+    /// Show conversations as the trainer sees them, and the statistics of a data set.
+    Inspect(inspect::InspectArgs),
+    /// Write or check the files that serving engines load.
+    Export(export::ExportArgs),
+    /// Make a Hugging Face folder from a GGUF file.
+    Import(import::ImportArgs),
+    /// Time a target's prefill and batched decode.
+    Bench(bench::BenchArgs),
+    /// Show libtorch, devices, threads, and what is usable.
+    Doctor,
+}
+
+impl Cli {
+    /// Runs the subcommand.
+    pub fn run(self) -> Result<()> {
+        let output = Output { json: self.json };
+        match self.command {
+            Command::Train(args) => train::run(&args, &output),
+            Command::Regen(args) => regen::run(&args, &output),
+            Command::Inspect(args) => inspect::run(&args, &output),
+            Command::Export(args) => export::run(&args, &output),
+            Command::Import(args) => import::run(&args, &output),
+            Command::Bench(args) => bench::run(&args, &output),
+            Command::Doctor => doctor::run(&output),
+        }
+    }
+}
+
+/// Where results go.
+struct Output {
+    json: bool,
+}
+
+impl Output {
+    /// Prints a result, as JSON or as text. A reader that went away is no error.
+    fn result<T: Serialize>(&self, value: &T, text: impl FnOnce() -> String) {
+        let text = match self.json {
+            true => serde_json::to_string_pretty(value).unwrap_or_else(|error| format!("{{\"error\": \"{error}\"}}")),
+            false => text(),
+        };
+        let _ = writeln!(std::io::stdout(), "{}", text.trim_end());
+    }
+}
+
+/// One line of progress on stderr.
+fn note(text: impl AsRef<str>) {
+    let _ = writeln!(std::io::stderr(), "{}", text.as_ref());
+}

@@ -1,0 +1,26 @@
+//! What every run writes beside its output: configuration, versions and command line.
+
+use std::path::Path;
+
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::checkpoint::Versions;
+use crate::error::Result;
+use crate::files;
+
+/// File name of the record in an output folder.
+pub(super) const FILE_NAME: &str = "specforge.json";
+
+#[derive(Serialize)]
+struct Record<'a> {
+    command_line: Vec<String>,
+    versions: Versions,
+    configuration: &'a Value,
+}
+
+/// Writes the record.
+pub(super) fn write(path: &Path, configuration: &Value) -> Result<()> {
+    let command_line = std::env::args().collect();
+    files::write_json(path, &Record { command_line, versions: Versions::current(), configuration })
+}

@@ -1,0 +1,99 @@
+//! Files that serving engines load, and the checks that they will.
+//!
+//! A format is a file here and a line in [`FORMATS`]. Reading back is part of a format: `export --check` parses what
+//! was written with the same rules an engine applies, and a test compares the logits.
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use serde_json::Value;
+use tch::{Kind, Tensor};
+
+use crate::error::{Error, Result};
+use crate::files::StagedDir;
+
+pub mod medusa;
+
+/// Something to export: the values of a trained draft and what rebuilds it.
+#[derive(Debug)]
+pub struct Source {
+    /// `DraftModel::description` of the checkpoint.
+    pub description: Value,
+    /// Trained tensors in parameter order.
+    pub tensors: Vec<(String, Tensor)>,
+    /// The target the draft was trained for, as the configuration names it.
+    pub target: PathBuf,
+    /// Element type to write; the stored one where none is given.
+    pub kind: Option<Kind>,
+}
+
+/// What a written or checked folder holds.
+#[derive(Debug, Clone, Serialize)]
+pub struct ExportReport {
+    /// The folder.
+    pub path: PathBuf,
+    /// Name in [`FORMATS`].
+    pub format: String,
+    /// Number of tensors.
+    pub tensors: usize,
+    /// Number of parameters.
+    pub parameters: u64,
+    /// Element type.
+    pub dtype: String,
+    /// What an engine will make of it, one line each.
+    pub resolved: Vec<String>,
+    /// What a user should know before serving it.
+    pub warnings: Vec<String>,
+}
+
+/// One row of the table of formats.
+pub struct Format {
+    /// Value of `--format`.
+    pub name: &'static str,
+    /// One line for help texts.
+    pub summary: &'static str,
+    /// Whether a folder's config.json is of this format.
+    pub recognise: fn(&Value) -> bool,
+    /// Writes the files into an empty folder.
+    pub write: fn(&Source, &Path) -> Result<()>,
+    /// Reads the files back and checks names, shapes, types and configuration.
+    pub check: fn(&Path, &Value) -> Result<ExportReport>,
+}
+
+/// Every format this program writes.
+pub const FORMATS: &[Format] = &[medusa::ORIGINAL, medusa::VLLM];
+
+/// Writes a folder whole or not at all, then checks it.
+pub fn export(source: &Source, format: &str, out: &Path) -> Result<ExportReport> {
+    let names = || FORMATS.iter().map(|format| format.name).collect::<Vec<_>>().join(", ");
+    let format = FORMATS
+        .iter()
+        .find(|entry| entry.name == format)
+        .ok_or_else(|| Error::Usage(format!("--format: expected one of {}, got `{format}`", names())))?;
+    let holds_other_files = out.is_dir() && config(out).map_or(true, |config| !(format.recognise)(&config));
+    if holds_other_files && std::fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) {
+        return Err(Error::bad_file(out, format!("holds files that are no {} export", format.name))
+            .with_hint("choose a new folder; nothing was changed"));
+    }
+    let staged = StagedDir::new(out)?;
+    (format.write)(source, staged.path())?;
+    (format.check)(staged.path(), &config(staged.path())?)?;
+    staged.commit()?;
+    check(out)
+}
+
+/// Checks a folder against the format its config.json shows.
+pub fn check(path: &Path) -> Result<ExportReport> {
+    let config = config(path)?;
+    let format = FORMATS.iter().find(|format| (format.recognise)(&config)).ok_or_else(|| {
+        let names: Vec<&str> = FORMATS.iter().map(|format| format.name).collect();
+        Error::bad_file(path.join("config.json"), format!("is of no known format; known: {}", names.join(", ")))
+    })?;
+    (format.check)(path, &config)
+}
+
+fn config(path: &Path) -> Result<Value> {
+    let path = path.join("config.json");
+    let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    serde_json::from_str(&text).map_err(|error| Error::bad_file(&path, format!("not valid JSON: {error}")))
+}

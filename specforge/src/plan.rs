@@ -1,0 +1,199 @@
+//! `--plan`: what a run will take, from configuration alone. No weight is loaded, and the model need not be there.
+
+use std::fmt;
+use std::path::Path;
+
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::config::{Dtype, RunConfig};
+use crate::data::{self, ChatTokenizer, TokenCache};
+use crate::draft;
+use crate::error::{Error, Result};
+use crate::models::{Dimensions, LlamaConfig};
+use crate::train::DataOrder;
+
+/// Bytes of a token in English text, for corpora that cannot be tokenised because the tokenizer is not there.
+const BYTES_PER_TOKEN: f64 = 4.0;
+
+/// What a run will take.
+#[derive(Debug, Clone, Serialize)]
+pub struct Plan {
+    /// Algorithm of the draft.
+    pub algorithm: String,
+    /// Parameters of the target; frozen.
+    pub target_parameters: u64,
+    /// Parameters that the optimizer changes.
+    pub trainable_parameters: u64,
+    /// Peak memory by what needs it, in bytes.
+    pub memory: Memory,
+    /// Training data.
+    pub data: DataPlan,
+    /// Optimizer steps; `None` where the data is not there to be counted.
+    pub steps: Option<u64>,
+    /// Bytes of one checkpoint.
+    pub checkpoint_bytes: u64,
+    /// Bytes of all checkpoints kept at once, the one being written included.
+    pub disk_bytes: u64,
+    /// Floating-point operations of one token: target forward, and draft forward and backward if it is trained.
+    pub operations_per_token: u64,
+}
+
+/// Peak memory in bytes.
+#[derive(Debug, Clone, Serialize)]
+pub struct Memory {
+    /// Target weights.
+    pub target: u64,
+    /// Draft values.
+    pub draft: u64,
+    /// float32 masters and moments.
+    pub optimizer: u64,
+    /// float32 gradients.
+    pub gradients: u64,
+    /// Working memory of one micro-batch, estimated.
+    pub activations: u64,
+    /// Sum.
+    pub total: u64,
+}
+
+/// Training data.
+#[derive(Debug, Clone, Serialize)]
+pub struct DataPlan {
+    /// Tokens of one epoch; `None` where a file is not there.
+    pub tokens: Option<u64>,
+    /// Supervised tokens among them, where they were counted.
+    pub supervised: Option<u64>,
+    /// Whether tokens were estimated from file sizes because the tokenizer is not there.
+    pub estimated: bool,
+}
+
+impl Plan {
+    /// Plans a run.
+    pub fn new(config: &RunConfig) -> Result<Self> {
+        let target = target_config(config)?;
+        let dimensions = Dimensions {
+            hidden_size: target.hidden_size,
+            vocab_size: target.vocab_size,
+            num_layers: target.num_hidden_layers,
+            max_position_embeddings: target.max_position_embeddings,
+        };
+        let algorithm = draft::algorithm(&config.draft)?;
+        let size = (algorithm.size)(&config.draft, &dimensions)?;
+        let target_parameters: u64 =
+            target.tensors().iter().map(|(_, shape)| shape.iter().product::<i64>() as u64).sum();
+        let width = config.target.dtype.kind().elt_size_in_bytes() as u64;
+        let masters = if config.target.dtype == Dtype::Float32 { 0 } else { 4 };
+        let (data, steps) = data_plan(config)?;
+        let optimizer = size.trainable * (8 + masters);
+        let activations = activations(config, &target, size.captured, width);
+        let memory = Memory {
+            target: target_parameters * width,
+            draft: size.trainable * width,
+            optimizer,
+            gradients: size.trainable * 4,
+            activations,
+            total: (target_parameters + size.trainable) * width + optimizer + size.trainable * 4 + activations,
+        };
+        let checkpoint_bytes = size.trainable * width + optimizer;
+        let kept = (config.checkpoint.keep_last + usize::from(config.checkpoint.keep_best) + 1) as u64;
+        // The embedding is a look-up; the target's head is not run for training.
+        let embedding = (target.vocab_size * target.hidden_size) as u64;
+        let heads = if target.tie_word_embeddings { 1 } else { 2 };
+        let operations_per_token = 2 * (target_parameters - heads * embedding + size.row_multiply_adds);
+        Ok(Self {
+            algorithm: algorithm.name.to_owned(),
+            target_parameters,
+            trainable_parameters: size.trainable,
+            memory,
+            data,
+            steps,
+            checkpoint_bytes,
+            disk_bytes: checkpoint_bytes * kept,
+            operations_per_token,
+        })
+    }
+}
+
+/// Working memory of a target forward and of one chunk of logits (logits, probabilities and their gradient).
+fn activations(config: &RunConfig, target: &LlamaConfig, captured: u64, width: u64) -> u64 {
+    let tokens = config.train.micro_batch_tokens as u64;
+    let per_token = 8 * target.hidden_size as u64 + 3 * target.intermediate_size as u64;
+    tokens * (per_token + captured * target.hidden_size as u64) * width + 3 * ((config.train.chunk_mib as u64) << 20)
+}
+
+/// The folder's config.json, or the one written into the configuration.
+fn target_config(config: &RunConfig) -> Result<LlamaConfig> {
+    let path = config.target.path.join("config.json");
+    if path.is_file() {
+        return LlamaConfig::read(&path);
+    }
+    let value: &Value = config.target.config.as_ref().ok_or_else(|| {
+        Error::bad_file(&config.target.path, "is not a model folder: config.json is not there")
+            .with_hint("give target.config in the configuration to plan without the model")
+    })?;
+    LlamaConfig::from_value(value).map_err(|problem| Error::config("target.config", problem))
+}
+
+fn data_plan(config: &RunConfig) -> Result<(DataPlan, Option<u64>)> {
+    let limit = |steps: u64| config.train.max_steps.map_or(steps, |most| most.min(steps));
+    if config.target.path.join("tokenizer.json").is_file() {
+        let tokenizer = ChatTokenizer::load(&config.target.path, config.data.chat_template.as_deref())?;
+        let (cache, _) = TokenCache::build_or_open(&config.data.train, &tokenizer, &config.data, &|_, _| {})?;
+        let documents = match config.data.eval.is_empty() {
+            true => data::split(&cache, config.data.eval_fraction).0,
+            false => (0..cache.len()).collect(),
+        };
+        let lengths: Vec<usize> = documents.iter().map(|&index| cache.document(index).tokens.len()).collect();
+        let tokens = lengths.iter().sum::<usize>() as u64;
+        let order =
+            DataOrder::new(lengths, config.train.batch_tokens, config.train.micro_batch_tokens, config.train.seed)?;
+        let mut steps = 0;
+        for epoch in 0..config.train.epochs {
+            steps += order.epoch(epoch)?.len() as u64;
+        }
+        let data = DataPlan { tokens: Some(tokens), supervised: Some(cache.supervised_tokens()), estimated: false };
+        return Ok((data, Some(limit(steps))));
+    }
+    let bytes = |path: &Path| std::fs::metadata(path).map(|metadata| metadata.len()).ok();
+    let total: Option<u64> = config.data.train.iter().map(|path| bytes(path)).sum();
+    let tokens = total.map(|bytes| (bytes as f64 / BYTES_PER_TOKEN) as u64);
+    let steps = tokens.map(|tokens| limit(config.train.epochs * tokens.div_ceil(config.train.batch_tokens as u64)));
+    Ok((DataPlan { tokens, supervised: None, estimated: true }, steps.or(config.train.max_steps)))
+}
+
+impl fmt::Display for Plan {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let memory = &self.memory;
+        let unknown = || "unknown: a data file is not there".to_owned();
+        let tokens = self.data.tokens.map_or_else(unknown, |tokens| {
+            let how = match self.data.supervised {
+                Some(supervised) => format!("{supervised} of the corpus supervised"),
+                None => "estimated from file sizes, the tokenizer is not there".to_owned(),
+            };
+            format!("{tokens} an epoch ({how})")
+        });
+        let rows = [
+            ("algorithm", self.algorithm.clone()),
+            ("target", format!("{} parameters, frozen", self.target_parameters)),
+            ("trainable", format!("{} parameters", self.trainable_parameters)),
+            ("memory", format!("{} at the peak", size(memory.total))),
+            ("  target", size(memory.target)),
+            ("  draft", size(memory.draft)),
+            ("  gradients", size(memory.gradients)),
+            ("  optimizer", size(memory.optimizer)),
+            ("  activations", format!("{} (estimated)", size(memory.activations))),
+            ("tokens", tokens),
+            ("steps", self.steps.map_or_else(unknown, |steps| steps.to_string())),
+            ("checkpoint", format!("{} each, {} on disk", size(self.checkpoint_bytes), size(self.disk_bytes))),
+            ("work", format!("{:.2} GFLOP a token", self.operations_per_token as f64 / 1e9)),
+        ];
+        rows.iter().try_for_each(|(name, value)| writeln!(formatter, "{name:<13} {value}"))
+    }
+}
+
+fn size(bytes: u64) -> String {
+    match bytes as f64 / f64::from(1 << 20) {
+        mebibytes if mebibytes < 1024.0 => format!("{mebibytes:.1} MiB"),
+        mebibytes => format!("{:.1} GiB", mebibytes / 1024.0),
+    }
+}

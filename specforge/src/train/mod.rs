@@ -1,0 +1,81 @@
+//! The one training loop. No algorithm has a name here: a draft gives gradients and metrics, a feature source gives
+//! hidden states, and this room owns time: steps, accumulation, logging, evaluation, saving, stopping.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+pub mod metrics;
+pub mod order;
+pub mod trainer;
+
+pub use order::DataOrder;
+pub use trainer::{TrainReport, Trainer, TrainerParts};
+
+/// The `train` section of a configuration.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainConfig {
+    /// Where checkpoints, logs and the resolved configuration go.
+    pub output_dir: PathBuf,
+    /// Passes over the training documents.
+    pub epochs: u64,
+    /// Stop after this many optimizer steps, whatever `epochs` says.
+    pub max_steps: Option<u64>,
+    /// Most tokens of one optimizer step, over all micro-batches.
+    pub batch_tokens: usize,
+    /// Most tokens that run through target and draft at once. Changes memory and speed, never the update.
+    pub micro_batch_tokens: usize,
+    /// Seed of data order and initial values.
+    pub seed: u64,
+    /// Optimizer steps between log lines.
+    pub log_every: u64,
+    /// Optimizer steps between evaluations on held-out documents; 0 evaluates at the start and the end only.
+    pub eval_every: u64,
+    /// Optimizer steps between checkpoints; 0 saves at the end only.
+    pub save_every: u64,
+    /// Most bytes that one chunk of logits takes.
+    pub chunk_mib: usize,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            output_dir: PathBuf::from("runs/default"),
+            epochs: 1,
+            max_steps: None,
+            batch_tokens: 16384,
+            micro_batch_tokens: 4096,
+            seed: 42,
+            log_every: 10,
+            eval_every: 200,
+            save_every: 200,
+            chunk_mib: 64,
+        }
+    }
+}
+
+impl TrainConfig {
+    /// Checks values that the types allow and the loop does not.
+    pub fn validate(&self) -> Result<()> {
+        let positive = [
+            ("epochs", self.epochs),
+            ("max_steps", self.max_steps.unwrap_or(1)),
+            ("batch_tokens", self.batch_tokens as u64),
+            ("micro_batch_tokens", self.micro_batch_tokens as u64),
+            ("log_every", self.log_every),
+            ("chunk_mib", self.chunk_mib as u64),
+        ];
+        if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
+            return Err(Error::config(format!("train.{key}"), "expected at least 1, got 0"));
+        }
+        if self.micro_batch_tokens > self.batch_tokens {
+            let problem =
+                format!("expected at most batch_tokens ({}), got {}", self.batch_tokens, self.micro_batch_tokens);
+            return Err(Error::config("train.micro_batch_tokens", problem));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,95 @@
+//! Arrows between rooms run down: a file uses only layers below its own. `lib.rs` is the drawing, this holds it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn source_folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("src")
+}
+
+/// Room to layer, from the `// L3: ...` comments and `pub mod` lines of lib.rs.
+fn layers() -> BTreeMap<String, usize> {
+    let text = fs::read_to_string(source_folder().join("lib.rs")).unwrap();
+    let mut layer = None;
+    let mut rooms = BTreeMap::new();
+    for line in text.lines() {
+        if let Some(rest) = line.strip_prefix("// L") {
+            let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+            layer = Some(digits.parse::<usize>().unwrap());
+        } else if let Some(room) = line.strip_prefix("pub mod ") {
+            rooms.insert(room.trim_end_matches(';').to_owned(), layer.expect("a layer comment stands above every room"));
+        }
+    }
+    rooms
+}
+
+fn rust_files(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    entries
+        .flat_map(|path| match path.is_dir() {
+            true => rust_files(&path),
+            false if path.extension().is_some_and(|extension| extension == "rs") => vec![path],
+            false => vec![],
+        })
+        .collect()
+}
+
+/// Every `crate::ROOM` that a text mentions outside comments.
+fn uses(text: &str) -> Vec<String> {
+    let code: String = text.lines().map(|line| line.split("//").next().unwrap_or_default().to_owned() + "\n").collect();
+    code.split("crate::")
+        .skip(1)
+        .map(|rest| rest.chars().take_while(|letter| letter.is_alphanumeric() || *letter == '_').collect())
+        .collect()
+}
+
+fn upward_arrows(folder: &Path, layers: &BTreeMap<String, usize>) -> Vec<String> {
+    let mut wrong = Vec::new();
+    for path in rust_files(folder) {
+        let relative = path.strip_prefix(folder).unwrap();
+        let room = relative.components().next().unwrap().as_os_str().to_string_lossy().trim_end_matches(".rs").to_owned();
+        if room == "lib" || room == "main" {
+            continue;
+        }
+        let own = layers.get(&room).unwrap_or_else(|| panic!("{room} is not in lib.rs"));
+        for used in uses(&fs::read_to_string(&path).unwrap()) {
+            if used == room {
+                continue;
+            }
+            match layers.get(&used) {
+                Some(layer) if layer < own => {}
+                // The lowest layer has no rooms: its files serve each other.
+                Some(0) if *own == 0 => {}
+                Some(layer) => wrong.push(format!("{} (L{own}) uses {used} (L{layer})", relative.display())),
+                None => wrong.push(format!("{} uses `crate::{used}`: name one room in each `use`", relative.display())),
+            }
+        }
+    }
+    wrong
+}
+
+#[test]
+fn arrows_between_rooms_run_down() {
+    let wrong = upward_arrows(&source_folder(), &layers());
+    assert!(wrong.is_empty(), "arrows that run up or sideways:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn an_upward_arrow_is_found() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir(folder.path().join("low")).unwrap();
+    fs::write(folder.path().join("low/inner.rs"), "use crate::error::Error; // crate::high\nuse crate::high::Thing;").unwrap();
+    let layers = BTreeMap::from([("error".to_owned(), 0), ("low".to_owned(), 1), ("high".to_owned(), 2)]);
+    assert_eq!(upward_arrows(folder.path(), &layers), ["low/inner.rs (L1) uses high (L2)"]);
+}
+
+#[test]
+fn the_training_loop_names_no_algorithm() {
+    for path in rust_files(&source_folder().join("train")) {
+        let text = fs::read_to_string(&path).unwrap().to_lowercase();
+        for algorithm in specforge::draft::ALGORITHMS {
+            assert!(!text.contains(algorithm.name), "{} names {}", path.display(), algorithm.name);
+        }
+    }
+}
