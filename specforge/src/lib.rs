@@ -6,8 +6,11 @@
 // L0
 pub mod error;
 pub mod files;
+pub mod shim;
 // L1: mathematics, files and data; no model names
 pub mod nn;
 pub mod weights;
 // L2: targets
 pub mod models;
+// L5: what a training run owns between its steps
+pub mod optim;
