@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <c10/core/CachingDeviceAllocator.h>
+#include <torch/headeronly/version.h>
 
 #include <cstdint>
 #include <cstring>
@@ -44,7 +45,7 @@ std::vector<at::Tensor> gather(at::Tensor *const *pointers, std::int64_t count) 
 extern "C" {
 
 // One AdamW step over `count` tensors in one kernel. Gradients are divided by `gradient_scale` on the fly
-// (clipping costs no extra pass), and nothing changes when `found_non_finite` holds 1.
+// (clipping costs no extra pass) and come back divided, and nothing changes when `found_non_finite` holds 1.
 int specforge_fused_adamw(at::Tensor *const *parameters, at::Tensor *const *gradients, at::Tensor *const *first_moments,
                           at::Tensor *const *second_moments, at::Tensor *const *steps, std::int64_t count,
                           double learning_rate, double beta1, double beta2, double weight_decay, double epsilon,
@@ -59,6 +60,9 @@ int specforge_fused_adamw(at::Tensor *const *parameters, at::Tensor *const *grad
       },
       error, error_size);
 }
+
+// The libtorch this was compiled against, such as "2.11.0".
+const char *specforge_libtorch_version() { return TORCH_VERSION; }
 
 // Peak and current bytes that the caching allocator of a CUDA device handed out.
 int specforge_cuda_memory(std::int32_t device, std::int64_t *current, std::int64_t *peak, char *error,

@@ -3,9 +3,12 @@
 //! The modules stand in layer order: a module uses only modules above it in this list, and modules on one layer do not
 //! see each other. A test reads every `use` line and fails on an arrow that runs the other way.
 
-// L0
+// L0: errors, files, what the terminal shows, what libtorch is asked for directly
+pub mod device;
 pub mod error;
 pub mod files;
+pub mod progress;
+pub mod shim;
 pub mod strict;
 // L1: mathematics, files and data; no model names
 pub mod data;
@@ -17,3 +20,10 @@ pub mod models;
 pub mod features;
 // L4: drafts
 pub mod draft;
+// L5: what a training run owns between its steps, and what it leaves behind
+pub mod checkpoint;
+pub mod export;
+pub mod optim;
+pub mod tracking;
+// L6: the training loop
+pub mod train;

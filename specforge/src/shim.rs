@@ -1,0 +1,212 @@
+//! The C++ shim (`csrc/shim.cpp`) from Rust: what libtorch can do and tch does not offer.
+//!
+//! Every unsafe call into the shim is here. Its functions catch C++ exceptions and hand their text back.
+
+use std::ffi::{CStr, c_char, c_int};
+
+use tch::Tensor;
+use torch_sys::C_tensor;
+
+use crate::error::{Error, Result};
+
+unsafe extern "C" {
+    fn specforge_fused_adamw(
+        parameters: *const *const C_tensor,
+        gradients: *const *const C_tensor,
+        first_moments: *const *const C_tensor,
+        second_moments: *const *const C_tensor,
+        steps: *const *const C_tensor,
+        count: i64,
+        learning_rate: f64,
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        epsilon: f64,
+        gradient_scale: *const C_tensor,
+        found_non_finite: *const C_tensor,
+        error: *mut c_char,
+        error_size: usize,
+    ) -> c_int;
+    fn specforge_libtorch_version() -> *const c_char;
+    fn specforge_cuda_memory(
+        device: i32,
+        current: *mut i64,
+        peak: *mut i64,
+        error: *mut c_char,
+        error_size: usize,
+    ) -> c_int;
+    fn specforge_cuda_reset_peak(device: i32, error: *mut c_char, error_size: usize) -> c_int;
+}
+
+/// Longer messages are cut; the first line says what happened.
+const MESSAGE_BYTES: usize = 4096;
+
+/// Calls a shim function with a buffer for its message and turns a failure into an error.
+fn checked(call: impl FnOnce(*mut c_char, usize) -> c_int) -> Result<()> {
+    let mut message = [0u8; MESSAGE_BYTES];
+    if call(message.as_mut_ptr().cast::<c_char>(), message.len()) == 0 {
+        return Ok(());
+    }
+    let text = CStr::from_bytes_until_nul(&message).map(CStr::to_string_lossy).unwrap_or_default();
+    Err(Error::Torch(text.into_owned()))
+}
+
+/// Constants of one AdamW step.
+#[derive(Debug, Clone, Copy)]
+pub struct AdamwConstants {
+    /// Step size.
+    pub learning_rate: f64,
+    /// Decay rates of the first and second moment.
+    pub betas: (f64, f64),
+    /// Decoupled weight decay, multiplied by the learning rate.
+    pub weight_decay: f64,
+    /// Added to the root of the second moment.
+    pub epsilon: f64,
+}
+
+/// One AdamW step over many tensors in one kernel; all lists are equally long and in one order.
+///
+/// `steps` count the step being taken, from 1. Gradients are divided by `gradient_scale` **in place**. Nothing at all
+/// changes when `found_non_finite` holds 1. Parameters that require gradients need a `no_grad` scope around the call.
+pub fn fused_adamw(
+    [parameters, gradients, first_moments, second_moments, steps]: [&[&Tensor]; 5],
+    constants: AdamwConstants,
+    gradient_scale: &Tensor,
+    found_non_finite: &Tensor,
+) -> Result<()> {
+    let count = parameters.len();
+    for list in [gradients, first_moments, second_moments, steps] {
+        if list.len() != count {
+            return Err(Error::Failed(format!(
+                "fused AdamW: expected {count} tensors in every list, got {}",
+                list.len()
+            )));
+        }
+    }
+    for index in 0..count {
+        // The CPU kernel walks raw memory: it reads past the end of a smaller tensor and pairs up the wrong elements of
+        // a transposed one, without a word.
+        let layout = |tensor: &Tensor| (tensor.size(), tensor.kind(), tensor.device(), tensor.is_contiguous());
+        let (size, kind, device, _) = layout(parameters[index]);
+        for tensor in [parameters[index], gradients[index], first_moments[index], second_moments[index]] {
+            let got = layout(tensor);
+            if got != (size.clone(), kind, device, true) {
+                return Err(Error::Failed(format!(
+                    "fused AdamW: tensor {index}: expected contiguous {kind:?} {size:?} on {device:?}, got {got:?}"
+                )));
+            }
+        }
+    }
+    let pointers = |list: &[&Tensor]| list.iter().map(|tensor| tensor.as_ptr()).collect::<Vec<_>>();
+    let (parameters, gradients, steps) = (pointers(parameters), pointers(gradients), pointers(steps));
+    let (first_moments, second_moments) = (pointers(first_moments), pointers(second_moments));
+    // SAFETY: every pointer belongs to a live tensor borrowed above, and each list holds `count` of them.
+    checked(|error, error_size| unsafe {
+        specforge_fused_adamw(
+            parameters.as_ptr(),
+            gradients.as_ptr(),
+            first_moments.as_ptr(),
+            second_moments.as_ptr(),
+            steps.as_ptr(),
+            count as i64,
+            constants.learning_rate,
+            constants.betas.0,
+            constants.betas.1,
+            constants.weight_decay,
+            constants.epsilon,
+            gradient_scale.as_ptr(),
+            found_non_finite.as_ptr(),
+            error,
+            error_size,
+        )
+    })
+}
+
+/// The libtorch this program was built for, such as `2.11.0`.
+pub fn libtorch_version() -> String {
+    // SAFETY: the shim returns a string literal.
+    unsafe { CStr::from_ptr(specforge_libtorch_version()) }.to_string_lossy().into_owned()
+}
+
+/// Bytes handed out by the caching allocator of a CUDA device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CudaMemory {
+    /// Now.
+    pub current: i64,
+    /// At most since the start or the last [`reset_cuda_peak`].
+    pub peak: i64,
+}
+
+/// How much memory of a CUDA device is in use. An error where there is no such device.
+pub fn cuda_memory(device: usize) -> Result<CudaMemory> {
+    let device = cuda_index(device)?;
+    let mut memory = CudaMemory { current: 0, peak: 0 };
+    // SAFETY: both numbers and the message buffer outlive the call.
+    checked(|error, error_size| unsafe {
+        specforge_cuda_memory(device, &raw mut memory.current, &raw mut memory.peak, error, error_size)
+    })?;
+    Ok(memory)
+}
+
+/// Starts a new peak measurement on a CUDA device. An error where there is no such device.
+pub fn reset_cuda_peak(device: usize) -> Result<()> {
+    let device = cuda_index(device)?;
+    // SAFETY: the message buffer outlives the call.
+    checked(|error, error_size| unsafe { specforge_cuda_reset_peak(device, error, error_size) })
+}
+
+/// libtorch looks devices up without a bounds check before CUDA is started.
+fn cuda_index(device: usize) -> Result<i32> {
+    let count = if tch::Cuda::is_available() { tch::Cuda::device_count() } else { 0 };
+    match i32::try_from(device) {
+        Ok(index) if i64::from(index) < count => Ok(index),
+        _ => Err(Error::Failed(format!("no CUDA device {device}: libtorch sees {count}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::{Device, Kind};
+
+    #[test]
+    fn a_refusal_of_libtorch_is_an_error_with_its_text() {
+        let zeros = |shape: &[i64]| Tensor::zeros(shape, (Kind::Float, Device::Cpu));
+        let (small, large, turned) = (zeros(&[2]), zeros(&[3]), zeros(&[2, 3]).tr());
+        let (scale, found, count) = (Tensor::from(1f32), Tensor::from(0f32), Tensor::from(1f32));
+        let constants = AdamwConstants { learning_rate: 0.1, betas: (0.9, 0.999), weight_decay: 0.0, epsilon: 1e-8 };
+        let step = |parameters: &[&Tensor], gradients: &[&Tensor]| {
+            let lists = [parameters, gradients, parameters, parameters, &[&count]];
+            fused_adamw(lists, constants, &scale, &found)
+        };
+        let integer = small.to_kind(Kind::Int64);
+        let error = step(&[&integer], &[&integer]).unwrap_err().to_string();
+        assert!(error.starts_with("libtorch: ") && error.contains("Long"), "{error}");
+        for (parameters, gradients) in [(&small, &large), (&large, &small), (&small, &integer), (&turned, &turned)] {
+            let error = step(&[parameters], &[gradients]).unwrap_err().to_string();
+            assert!(error.contains("expected contiguous"), "{error}");
+        }
+        assert!(step(&[&small], &[]).is_err());
+        step(&[&small], &[&small]).unwrap();
+    }
+
+    #[test]
+    fn memory_of_an_absent_device_is_an_error() {
+        assert!(cuda_memory(1 << 20).is_err());
+        assert!(reset_cuda_peak(usize::MAX).is_err());
+        if tch::Cuda::is_available() {
+            let held = Tensor::zeros([1 << 20], (Kind::Float, Device::Cuda(0)));
+            reset_cuda_peak(0).unwrap();
+            let memory = cuda_memory(0).unwrap();
+            assert!(memory.current >= 4 << 20 && memory.peak >= memory.current, "{memory:?}");
+            drop(held);
+        } else {
+            assert!(cuda_memory(0).is_err());
+        }
+    }
+
+    #[test]
+    fn the_version_of_libtorch_is_a_version() {
+        assert!(libtorch_version().starts_with("2."), "{}", libtorch_version());
+    }
+}
