@@ -18,7 +18,8 @@ fn layers() -> BTreeMap<String, usize> {
             let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
             layer = Some(digits.parse::<usize>().unwrap());
         } else if let Some(room) = line.strip_prefix("pub mod ") {
-            rooms.insert(room.trim_end_matches(';').to_owned(), layer.expect("a layer comment stands above every room"));
+            rooms
+                .insert(room.trim_end_matches(';').to_owned(), layer.expect("a layer comment stands above every room"));
         }
     }
     rooms
@@ -48,7 +49,8 @@ fn upward_arrows(folder: &Path, layers: &BTreeMap<String, usize>) -> Vec<String>
     let mut wrong = Vec::new();
     for path in rust_files(folder) {
         let relative = path.strip_prefix(folder).unwrap();
-        let room = relative.components().next().unwrap().as_os_str().to_string_lossy().trim_end_matches(".rs").to_owned();
+        let room =
+            relative.components().next().unwrap().as_os_str().to_string_lossy().trim_end_matches(".rs").to_owned();
         if room == "lib" || room == "main" {
             continue;
         }
@@ -79,7 +81,8 @@ fn arrows_between_rooms_run_down() {
 fn an_upward_arrow_is_found() {
     let folder = tempfile::tempdir().unwrap();
     fs::create_dir(folder.path().join("low")).unwrap();
-    fs::write(folder.path().join("low/inner.rs"), "use crate::error::Error; // crate::high\nuse crate::high::Thing;").unwrap();
+    fs::write(folder.path().join("low/inner.rs"), "use crate::error::Error; // crate::high\nuse crate::high::Thing;")
+        .unwrap();
     let layers = BTreeMap::from([("error".to_owned(), 0), ("low".to_owned(), 1), ("high".to_owned(), 2)]);
     assert_eq!(upward_arrows(folder.path(), &layers), ["low/inner.rs (L1) uses high (L2)"]);
 }

@@ -1,6 +1,7 @@
 // What tch lacks, behind a C ABI. Every function returns 0, or 1 after writing a message into `error`
 // (a buffer of `error_size` bytes). A tensor pointer is an `at::Tensor *` owned by the caller.
 
+#include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <c10/core/CachingDeviceAllocator.h>
@@ -10,6 +11,7 @@
 #include <cstring>
 #include <exception>
 #include <optional>
+#include <string>
 #include <vector>
 
 namespace {
@@ -63,6 +65,12 @@ int specforge_fused_adamw(at::Tensor *const *parameters, at::Tensor *const *grad
 
 // The libtorch this was compiled against, such as "2.11.0".
 const char *specforge_libtorch_version() { return TORCH_VERSION; }
+
+// How it was built: compiler, matrix library, settings.
+const char *specforge_libtorch_build() {
+  static const std::string text = at::show_config();
+  return text.c_str();
+}
 
 // Peak and current bytes that the caching allocator of a CUDA device handed out.
 int specforge_cuda_memory(std::int32_t device, std::int64_t *current, std::int64_t *peak, char *error,

@@ -34,7 +34,10 @@ fn open_cuda() -> Result<(), String> {
     let folder = libtorch_folder().ok_or("libtorch_cpu.so is not among the loaded libraries")?;
     let library = folder.join("libtorch_cuda.so");
     if !library.exists() {
-        return Err(format!("{} holds libtorch for CPU only; `scripts/setup --cuda` fetches the other", folder.display()));
+        return Err(format!(
+            "{} holds libtorch for CPU only; `scripts/setup --cuda` fetches the other",
+            folder.display()
+        ));
     }
     // SAFETY: libtorch's own library; its initialisers register the CUDA backend and nothing else.
     let opened = unsafe { Library::open(Some(&library), RTLD_NOW | RTLD_GLOBAL) };
@@ -64,7 +67,10 @@ pub fn nccl() -> Result<String, String> {
 /// The folder libtorch_cpu.so was loaded from.
 pub fn libtorch_folder() -> Option<PathBuf> {
     let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
-    let path = maps.lines().filter_map(|line| line.split_whitespace().nth(5)).find(|path| path.ends_with("/libtorch_cpu.so"))?;
+    let path = maps
+        .lines()
+        .filter_map(|line| line.split_whitespace().nth(5))
+        .find(|path| path.ends_with("/libtorch_cpu.so"))?;
     Path::new(path).parent().map(Path::to_path_buf)
 }
 
@@ -81,8 +87,8 @@ pub fn choose(name: &str) -> Result<Device> {
         "cuda" => Some(0),
         other => other.strip_prefix("cuda:").and_then(|number| number.parse().ok()),
     };
-    let number: usize = number
-        .ok_or_else(|| Error::Usage(format!("--device: expected auto, cpu, cuda or cuda:N, got `{name}`")))?;
+    let number: usize =
+        number.ok_or_else(|| Error::Usage(format!("--device: expected auto, cpu, cuda or cuda:N, got `{name}`")))?;
     match cuda() {
         CudaState::Usable(count) if number < *count => Ok(Device::Cuda(number)),
         CudaState::Usable(count) => {

@@ -27,3 +27,9 @@ pub mod optim;
 pub mod tracking;
 // L6: the training loop
 pub mod train;
+// L8: the sum of the rooms' own configurations
+pub mod config;
+// L9: what a run will take
+pub mod plan;
+// L10: the command line
+pub mod cli;

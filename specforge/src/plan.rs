@@ -95,7 +95,7 @@ impl Plan {
             total: (target_parameters + size.trainable) * width + optimizer + size.trainable * 4 + activations,
         };
         let checkpoint_bytes = size.trainable * width + optimizer;
-        let kept = (config.checkpoint.keep_last + usize::from(config.checkpoint.keep_best) + 1) as u64;
+        let kept = (config.checkpoint.keep_last + 2) as u64;
         // The embedding is a look-up; the target's head is not run for training.
         let embedding = (target.vocab_size * target.hidden_size) as u64;
         let heads = if target.tie_word_embeddings { 1 } else { 2 };

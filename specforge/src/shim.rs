@@ -28,6 +28,7 @@ unsafe extern "C" {
         error_size: usize,
     ) -> c_int;
     fn specforge_libtorch_version() -> *const c_char;
+    fn specforge_libtorch_build() -> *const c_char;
     fn specforge_cuda_memory(
         device: i32,
         current: *mut i64,
@@ -126,6 +127,12 @@ pub fn fused_adamw(
 pub fn libtorch_version() -> String {
     // SAFETY: the shim returns a string literal.
     unsafe { CStr::from_ptr(specforge_libtorch_version()) }.to_string_lossy().into_owned()
+}
+
+/// libtorch's own description of how it was built: compiler, matrix library, settings.
+pub fn libtorch_build() -> String {
+    // SAFETY: the shim returns a string that lives as long as the process.
+    unsafe { CStr::from_ptr(specforge_libtorch_build()) }.to_string_lossy().into_owned()
 }
 
 /// Bytes handed out by the caching allocator of a CUDA device.

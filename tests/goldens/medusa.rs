@@ -33,7 +33,8 @@ pub fn check(path: &Path) -> Result<String, String> {
     let hidden_size = hidden_states.size()[2];
     let labels = get("l.labels")?; // [B, T]
 
-    let labels_flat: Vec<i64> = Vec::try_from(labels.reshape([-1])).map_err(|error: tch::TchError| error.to_string())?;
+    let labels_flat: Vec<i64> =
+        Vec::try_from(labels.reshape([-1])).map_err(|error: tch::TchError| error.to_string())?;
     let batch = PackedBatch {
         ids: labels_flat.iter().map(|&label| label.max(0)).collect(),
         positions: (0..rows).flat_map(|_| 0..tokens).collect(),

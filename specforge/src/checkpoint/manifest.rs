@@ -1,12 +1,13 @@
 //! What a checkpoint folder says about itself, and reading one back with every byte checked.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::shim;
@@ -46,8 +47,8 @@ pub struct Manifest {
     pub metrics: BTreeMap<String, f64>,
     /// Size and digest of every other file of the folder; filled in when it is saved.
     pub files: BTreeMap<String, FileDigest>,
-    /// Whatever else the trainer wants back.
-    pub trainer_state: serde_json::Value,
+    /// What rebuilds the draft from its tensors, without the run's configuration.
+    pub draft: serde_json::Value,
 }
 
 /// What wrote a checkpoint.
@@ -144,6 +145,55 @@ pub struct Checkpoint {
     pub optimizer: WeightsFolder,
 }
 
+impl Checkpoint {
+    /// The draft's tensors in the order of their names, on the CPU.
+    pub fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
+        let kind = |name: &str| self.model.kind(name).unwrap_or(Kind::Float);
+        self.model.names().map(|name| Ok((name.to_owned(), self.model.load(name, kind(name), Device::Cpu)?))).collect()
+    }
+
+    /// Refuses a resumed run whose configuration would change the updates. `free` keys may differ; a key ending in a
+    /// section frees the whole section.
+    pub fn same_configuration(&self, now: &serde_json::Value, free: &[&str]) -> Result<()> {
+        let (mut then_values, mut now_values) = (BTreeMap::new(), BTreeMap::new());
+        flatten("", &self.manifest.configuration, &mut then_values);
+        flatten("", now, &mut now_values);
+        let is_free = |key: &str| free.iter().any(|free| key == *free || key.starts_with(&format!("{free}.")));
+        let keys: BTreeSet<&String> = then_values.keys().chain(now_values.keys()).collect();
+        for key in keys.into_iter().filter(|key| !is_free(key)) {
+            let (then, now) = (then_values.get(key), now_values.get(key));
+            if then != now {
+                let show = |value: Option<&String>| value.map_or("nothing", String::as_str).to_owned();
+                let problem = format!("the checkpoint was trained with {}, got {}", show(then), show(now));
+                return Err(Error::config(key, problem)
+                    .with_hint("set it back to resume, or start a new run in another train.output_dir"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses a resumed run on other data.
+    pub fn same_data(&self, now: &BTreeMap<String, String>) -> Result<()> {
+        if &self.manifest.data_hashes == now {
+            return Ok(());
+        }
+        let problem = format!("the data changed since this checkpoint: {:?}, now {now:?}", self.manifest.data_hashes);
+        Err(Error::bad_file(&self.path, problem).with_hint("restore the files of data.train, or start a new run"))
+    }
+}
+
+/// Every leaf of a JSON value under its dotted key.
+fn flatten(prefix: &str, value: &serde_json::Value, into: &mut BTreeMap<String, String>) {
+    match value.as_object() {
+        Some(object) => {
+            for (key, value) in object {
+                flatten(&if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") }, value, into);
+            }
+        }
+        None => drop(into.insert(prefix.to_owned(), value.to_string())),
+    }
+}
+
 /// Reads a checkpoint folder and verifies size and SHA-256 of its files.
 pub fn read(folder: &Path) -> Result<Checkpoint> {
     if !folder.is_dir() {
@@ -174,7 +224,7 @@ mod tests {
             value = (value * 1.37 + 1e-3) * if value > 1e9 { 1e-15 } else { 1.0 };
             manifest.metrics.insert(index.to_string(), value);
         }
-        manifest.trainer_state = serde_json::to_value(&manifest.metrics).unwrap();
+        manifest.draft = serde_json::to_value(&manifest.metrics).unwrap();
         let text = serde_json::to_string(&manifest).unwrap();
         assert_eq!(serde_json::from_str::<Manifest>(&text).unwrap(), manifest);
     }

@@ -15,5 +15,5 @@ pub mod store;
 
 pub use manifest::{Checkpoint, FileDigest, Manifest, Versions, read};
 pub use retention::{Direction, RetentionConfig};
-pub use scan::{Found, Scan, scan};
+pub use scan::{Found, Scan, find, scan};
 pub use store::{CheckpointStore, Saved};

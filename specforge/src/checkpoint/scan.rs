@@ -6,7 +6,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::manifest::Manifest;
+use super::manifest::{Checkpoint, MANIFEST_FILE, Manifest, read};
 use crate::error::{Error, Result};
 
 /// A checkpoint folder that looks whole.
@@ -81,4 +81,17 @@ pub(super) fn entries(root: &Path) -> Result<Vec<(String, PathBuf)>> {
         Ok((entry.file_name().to_string_lossy().into_owned(), entry.path()))
     };
     listing.map(entry).collect()
+}
+
+/// Reads a checkpoint folder, or the newest whole checkpoint of a run's output folder.
+pub fn find(path: &Path) -> Result<Checkpoint> {
+    if path.join(MANIFEST_FILE).is_file() {
+        return read(path);
+    }
+    let scan = scan(path)?;
+    match scan.latest() {
+        Some(found) => read(&found.path),
+        None => Err(Error::bad_file(path, "holds no whole checkpoint")
+            .with_hint("name a step-... folder or the train.output_dir of a run")),
+    }
 }

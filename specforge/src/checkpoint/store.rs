@@ -221,7 +221,7 @@ mod tests {
             versions: Versions::current(),
             data_hashes: BTreeMap::from([("train".to_owned(), "abc".to_owned())]),
             metrics: BTreeMap::from([("score".to_owned(), score), ("broken".to_owned(), f64::NAN)]),
-            trainer_state: serde_json::json!({"seed": u64::MAX}),
+            draft: serde_json::json!({"seed": u64::MAX}),
             ..Manifest::default()
         }
     }

@@ -24,13 +24,16 @@ struct Report {
 pub(super) fn run(output: &Output) -> Result<()> {
     let build = shim::libtorch_build();
     let (cuda, mut devices) = match device::cuda() {
-        CudaState::Usable(count) => (format!("usable, {count} devices"), (0..*count).map(|n| format!("cuda:{n}")).collect()),
+        CudaState::Usable(count) => {
+            (format!("usable, {count} devices"), (0..*count).map(|n| format!("cuda:{n}")).collect())
+        }
         CudaState::Unusable(reason) => (format!("not usable: {reason}"), Vec::new()),
     };
     devices.insert(0, "cpu".to_owned());
     let report = Report {
         versions: Versions::current(),
-        libtorch_folder: device::libtorch_folder().map_or_else(|| "unknown".to_owned(), |path| path.display().to_string()),
+        libtorch_folder: device::libtorch_folder()
+            .map_or_else(|| "unknown".to_owned(), |path| path.display().to_string()),
         blas: blas(&build),
         cpu_threads: tch::get_num_threads(),
         devices,
@@ -60,7 +63,10 @@ pub(super) fn run(output: &Output) -> Result<()> {
 
 /// The line of libtorch's build settings that names its matrix library.
 fn blas(build: &str) -> String {
-    let line = build.lines().map(|line| line.trim().trim_start_matches("- ")).find(|line| line.contains("Math Kernel Library"));
+    let line = build
+        .lines()
+        .map(|line| line.trim().trim_start_matches("- "))
+        .find(|line| line.contains("Math Kernel Library"));
     let setting = || build.split(", ").find_map(|part| part.trim().strip_prefix("BLAS_INFO="));
     line.or_else(setting).unwrap_or("unknown").to_owned()
 }

@@ -5,9 +5,8 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 
-use super::{Output, record};
+use super::{LazyProgress, Output, record};
 use crate::error::Result;
-use crate::progress::Progress;
 use crate::weights::gguf::{self, ImportDtype, ImportOptions};
 
 #[derive(Debug, Args)]
@@ -26,9 +25,9 @@ pub(super) struct ImportArgs {
 }
 
 pub(super) fn run(args: &ImportArgs, output: &Output) -> Result<()> {
-    let progress = Progress::new("import", 0, "tensors");
+    let progress = LazyProgress::new("import", "tensors");
     let options = ImportOptions { dtype: args.dtype, overwrite: args.overwrite };
-    let report = gguf::import(&args.source, &args.out, &options, &|done, total| progress.set_of(done, total, ""))?;
+    let report = gguf::import(&args.source, &args.out, &options, &|done, total| progress.set(done, total))?;
     progress.finish("");
     let configuration = json!({"source": args.source, "dtype": args.dtype.to_string()});
     record::write(&args.out.join(record::FILE_NAME), &configuration)?;

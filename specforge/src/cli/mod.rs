@@ -1,19 +1,19 @@
 //! The command line: one file a subcommand, no logic. Results go to stdout, progress and logs to stderr.
 
+use std::cell::OnceCell;
 use std::io::Write;
 
 use clap::{Parser, Subcommand};
 use serde::Serialize;
 
 use crate::error::Result;
+use crate::progress::Progress;
 
-mod bench;
 mod doctor;
 mod export;
 mod import;
 mod inspect;
 mod record;
-mod regen;
 mod signals;
 mod train;
 
@@ -32,16 +32,12 @@ pub struct Cli {
 enum Command {
     /// Train a draft model.
     Train(train::TrainArgs),
-    /// Let the target answer prompts itself: on-policy training data.
-    Regen(regen::RegenArgs),
     /// Show conversations as the trainer sees them, and the statistics of a data set.
     Inspect(inspect::InspectArgs),
     /// Write or check the files that serving engines load.
     Export(export::ExportArgs),
     /// Make a Hugging Face folder from a GGUF file.
     Import(import::ImportArgs),
-    /// Time a target's prefill and batched decode.
-    Bench(bench::BenchArgs),
     /// Show libtorch, devices, threads, and what is usable.
     Doctor,
 }
@@ -52,11 +48,9 @@ impl Cli {
         let output = Output { json: self.json };
         match self.command {
             Command::Train(args) => train::run(&args, &output),
-            Command::Regen(args) => regen::run(&args, &output),
             Command::Inspect(args) => inspect::run(&args, &output),
             Command::Export(args) => export::run(&args, &output),
             Command::Import(args) => import::run(&args, &output),
-            Command::Bench(args) => bench::run(&args, &output),
             Command::Doctor => doctor::run(&output),
         }
     }
@@ -81,4 +75,28 @@ impl Output {
 /// One line of progress on stderr.
 fn note(text: impl AsRef<str>) {
     let _ = writeln!(std::io::stderr(), "{}", text.as_ref());
+}
+
+/// Progress whose total is known at the first report.
+struct LazyProgress {
+    label: &'static str,
+    unit: &'static str,
+    inner: OnceCell<Progress>,
+}
+
+impl LazyProgress {
+    fn new(label: &'static str, unit: &'static str) -> Self {
+        Self { label, unit, inner: OnceCell::new() }
+    }
+
+    fn set(&self, done: u64, total: u64) {
+        self.inner.get_or_init(|| Progress::new(self.label, total, self.unit)).set(done, "");
+    }
+
+    fn finish(&self, message: &str) {
+        match self.inner.get() {
+            Some(progress) => progress.finish(message),
+            None => note(format!("{}: {message}", self.label)),
+        }
+    }
 }

@@ -7,7 +7,7 @@ use clap::Args;
 use serde_json::json;
 use tch::Device;
 
-use super::{Output, note, record, signals};
+use super::{LazyProgress, Output, note, record, signals};
 use crate::checkpoint::{self, CheckpointStore, Versions};
 use crate::config::RunConfig;
 use crate::data::{self, BuildReport, ChatTokenizer, TokenCache};
@@ -18,7 +18,6 @@ use crate::features::OnlineFeatures;
 use crate::files;
 use crate::models;
 use crate::plan::Plan;
-use crate::progress::Progress;
 use crate::tracking::Tracker;
 use crate::train::trainer::{Provenance, Split};
 use crate::train::{TrainReport, Trainer, TrainerParts};
@@ -52,13 +51,20 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     let device = device::choose(&args.device)?;
     let stop = signals::watch()?;
     let out = &config.train.output_dir;
-    let (store, warnings) = CheckpointStore::open(out, &config.checkpoint)?;
+    let algorithm = draft::algorithm(&config.draft)?;
+    let mut retention = config.checkpoint.clone();
+    retention.best_metric.get_or_insert_with(|| algorithm.selection_metric.to_owned());
+    let store = CheckpointStore::open(out, retention)?;
+    let (latest, warnings) = store.latest()?;
     warnings.iter().for_each(|warning| note(format!("warning: {warning}")));
-    let checkpoint = match (store.latest()?, args.resume) {
+    let checkpoint = match (latest, args.resume) {
         (Some(path), true) => Some(checkpoint::read(&path)?),
         (Some(path), false) => {
-            return Err(Error::bad_file(out, format!("already holds a run, with {} as its newest checkpoint", path.display()))
-                .with_hint("continue it with --resume, or choose another train.output_dir"));
+            return Err(Error::bad_file(
+                out,
+                format!("already holds a run, with {} as its newest checkpoint", path.display()),
+            )
+            .with_hint("continue it with --resume, or choose another train.output_dir"));
         }
         (None, true) => {
             return Err(Error::bad_file(out, "holds no checkpoint to resume from").with_hint("start without --resume"));
@@ -102,14 +108,15 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         seed: config.train.seed,
         chunk_bytes: config.train.chunk_mib << 20,
     };
-    let draft = (draft::algorithm(&config.draft)?.build)(&config.draft, &context)?;
+    let draft = (algorithm.build)(&config.draft, &context)?;
     let source = OnlineFeatures::new(Rc::clone(&target));
 
     files::write_json(&out.join("config.json"), &resolved)?;
     record::write(&out.join(record::FILE_NAME), &resolved)?;
     let start_step = checkpoint.as_ref().map(|checkpoint| checkpoint.manifest.step);
     let tracker = Tracker::open(out, start_step)?;
-    let mut data_hashes = std::collections::BTreeMap::from([("train".to_owned(), train_cache.content_hash().to_owned())]);
+    let mut data_hashes =
+        std::collections::BTreeMap::from([("train".to_owned(), train_cache.content_hash().to_owned())]);
     if let Some(cache) = &eval_cache {
         data_hashes.insert("eval".to_owned(), cache.content_hash().to_owned());
     }
@@ -149,9 +156,9 @@ const RESUMABLE: &[&str] = &[
 
 /// Opens or builds the token cache of some files and says what was dropped.
 fn tokens(config: &RunConfig, files: &[PathBuf], tokenizer: &ChatTokenizer) -> Result<TokenCache> {
-    let progress = Progress::new("tokenise", 0, "conversations");
-    let built = TokenCache::build_or_open(files, tokenizer, &config.data, &|done, total| progress.set_of(done, total, ""));
-    let (cache, report) = built?;
+    let progress = LazyProgress::new("tokenise", "conversations");
+    let report = |done, total| progress.set(done, total);
+    let (cache, report) = TokenCache::build_or_open(files, tokenizer, &config.data, &report)?;
     progress.finish(&data_line(&cache, &report));
     report.rejected.iter().for_each(|line| note(format!("warning: skipped {line}")));
     Ok(cache)
@@ -190,7 +197,10 @@ fn text(report: &TrainReport) -> String {
         lines.push(format!("always guessing the commonest token: {:.4}", report.commonest_token_share));
     }
     let rate = report.tokens as f64 / report.seconds.max(1e-9);
-    lines.push(format!("{} of {} steps, {} tokens, {rate:.0} tokens/s", report.steps, report.total_steps, report.tokens));
+    lines.push(format!(
+        "{} of {} steps, {} tokens, {rate:.0} tokens/s",
+        report.steps, report.total_steps, report.tokens
+    ));
     lines.push(format!("checkpoint: {}", report.checkpoint.display()));
     lines.join("\n")
 }

@@ -27,6 +27,7 @@ use crate::strict;
 pub const ALGORITHM: Algorithm = Algorithm {
     name: "medusa",
     summary: "several heads on the target's last hidden state (Cai et al. 2024)",
+    selection_metric: "simulated_acceptance_length",
     resolve: |section| Ok(json!(MedusaConfig::read(section)?)),
     size: |section, target| Ok(MedusaConfig::read(section)?.size(target)),
     build: |section, context| Ok(Box::new(Medusa::new(MedusaConfig::read(section)?, context)?)),
@@ -272,8 +273,8 @@ impl Medusa {
 const METRICS: [&str; 4] = ["loss", "top1", "top5", "chain"];
 
 impl DraftModel for Medusa {
-    fn algorithm(&self) -> &'static str {
-        ALGORITHM.name
+    fn algorithm(&self) -> &'static Algorithm {
+        &ALGORITHM
     }
 
     fn capture(&self) -> Vec<usize> {
@@ -291,7 +292,7 @@ impl DraftModel for Medusa {
 
     fn summary(&self, averages: &[f64]) -> Vec<(String, f64)> {
         let chains = averages.chunks(METRICS.len()).map(|head| head[3]);
-        vec![(self.selection_metric().to_owned(), 1.0 + chains.sum::<f64>())]
+        vec![(ALGORITHM.selection_metric.to_owned(), 1.0 + chains.sum::<f64>())]
     }
 
     fn count_rows(&self, batch: &PackedBatch) -> Vec<f64> {
@@ -309,10 +310,6 @@ impl DraftModel for Medusa {
 
     fn evaluate(&self, features: &FeatureBatch<'_>, global_counts: &[f64]) -> Result<Tally> {
         self.run(features, global_counts, None)
-    }
-
-    fn selection_metric(&self) -> &'static str {
-        "simulated_acceptance_length"
     }
 
     fn description(&self) -> Value {

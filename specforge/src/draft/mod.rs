@@ -39,8 +39,8 @@ pub struct Tally {
 
 /// A draft model in training.
 pub trait DraftModel {
-    /// Name in the table of algorithms.
-    fn algorithm(&self) -> &'static str;
+    /// Row of the table of algorithms.
+    fn algorithm(&self) -> &'static Algorithm;
     /// Hidden states the target must hand over, by Hugging Face's index.
     fn capture(&self) -> Vec<usize>;
     /// Trainable parameters.
@@ -57,8 +57,6 @@ pub trait DraftModel {
     -> Result<Tally>;
     /// Objective and metrics without gradients.
     fn evaluate(&self, features: &FeatureBatch<'_>, global_counts: &[f64]) -> Result<Tally>;
-    /// The figure of [`DraftModel::summary`] that decides which checkpoint is best; higher is better.
-    fn selection_metric(&self) -> &'static str;
     /// What a checkpoint must hold to rebuild this draft without the training configuration.
     fn description(&self) -> Value;
 }
@@ -99,6 +97,8 @@ pub struct Algorithm {
     pub name: &'static str,
     /// One line for help texts.
     pub summary: &'static str,
+    /// The figure of [`DraftModel::summary`] that decides which checkpoint is best; higher is better.
+    pub selection_metric: &'static str,
     /// Checks a configuration and fills in defaults.
     pub resolve: fn(&Value) -> Result<Value>,
     /// Size from configuration and target dimensions, before any weight is loaded.

@@ -80,7 +80,8 @@ fn names(head: usize, config: &MedusaConfig, vllm: bool) -> Vec<(String, String)
 /// The tensors of a source under a layout's names.
 fn renamed(source: &Source, description: &Description, vllm: bool) -> Result<Vec<(String, Tensor)>> {
     let config = &description.draft;
-    let find = |name: &str| source.tensors.iter().find(|(other, _)| other == name).map(|(_, tensor)| tensor.shallow_clone());
+    let find =
+        |name: &str| source.tensors.iter().find(|(other, _)| other == name).map(|(_, tensor)| tensor.shallow_clone());
     let shared = match config.projection {
         HeadProjection::Shared if vllm => Some(target_head(source, description)?),
         _ => None,
@@ -197,8 +198,11 @@ fn check_vllm(path: &Path, value: &Value) -> Result<ExportReport> {
         ..MedusaConfig::default()
     };
     if value.get("medusa_fc_bias") != Some(&json!(true)) {
-        return Err(Error::bad_file(path.join("config.json"), "`medusa_fc_bias`: expected true, the heads have biases")
-            .with_hint("vLLM drops the biases without it, and acceptance falls"));
+        return Err(Error::bad_file(
+            path.join("config.json"),
+            "`medusa_fc_bias`: expected true, the heads have biases",
+        )
+        .with_hint("vLLM drops the biases without it, and acceptance falls"));
     }
     let report = check_tensors(path, VLLM_FILE, &config, true)?;
     let weights = WeightsFolder::open(&path.join(VLLM_FILE))?;
@@ -237,7 +241,10 @@ fn check_tensors(path: &Path, file: &str, config: &MedusaConfig, vllm: bool) -> 
     let kinds: Vec<Kind> = weights.names().filter_map(|name| weights.kind(name)).collect();
     let kind = kinds[0];
     if dtype(kind) == "unsupported" || kinds.iter().any(|other| *other != kind) {
-        return Err(Error::bad_file(&file_path, format!("expected one floating-point type in all tensors, got {kinds:?}")));
+        return Err(Error::bad_file(
+            &file_path,
+            format!("expected one floating-point type in all tensors, got {kinds:?}"),
+        ));
     }
     let mut warnings = Vec::new();
     let base = base_model(path);

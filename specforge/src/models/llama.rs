@@ -74,6 +74,13 @@ impl LlamaConfig {
         Ok(config)
     }
 
+    /// Reads and checks a value with the keys of config.json.
+    pub fn from_value(value: &Value) -> Result<Self, String> {
+        let config: Self = serde_json::from_value(value.clone()).map_err(|error| error.to_string())?;
+        config.check()?;
+        Ok(config)
+    }
+
     fn check(&self) -> Result<(), String> {
         let positive = [
             ("hidden_size", self.hidden_size),

@@ -133,8 +133,7 @@ impl<'a> Trainer<'a> {
         let config = parts.config;
         config.validate()?;
         parts.optim.validate()?;
-        let order =
-            DataOrder::new(parts.train.lengths(), config.batch_tokens, config.micro_batch_tokens, config.seed)?;
+        let order = DataOrder::new(parts.train.lengths(), config.batch_tokens, config.micro_batch_tokens, config.seed)?;
         let mut total_steps = 0;
         for epoch in 0..config.epochs {
             total_steps += order.epoch(epoch)?.len() as u64;
@@ -164,8 +163,7 @@ impl<'a> Trainer<'a> {
             optimizer.load_state(&checkpoint.optimizer)?;
         }
         let zeros = |value: &Tensor| value.f_zeros_like().and_then(|zeros| zeros.f_detach()?.f_to_kind(Kind::Float));
-        let gradients =
-            parameters.iter().map(|parameter| Ok(zeros(&parameter.value)?)).collect::<Result<Vec<_>>>()?;
+        let gradients = parameters.iter().map(|parameter| Ok(zeros(&parameter.value)?)).collect::<Result<Vec<_>>>()?;
         let gradient_norm = Tensor::from(0f32);
         let first_step = position.step;
         let unchecked = Vec::new();
@@ -189,8 +187,7 @@ impl<'a> Trainer<'a> {
             for batch in batches.iter().skip(self.position.batch as usize) {
                 self.step(batch, &mut window)?;
                 let step = self.position.step;
-                let tokens_per_second =
-                    (self.position.tokens - first_tokens) as f64 / started.elapsed().as_secs_f64();
+                let tokens_per_second = (self.position.tokens - first_tokens) as f64 / started.elapsed().as_secs_f64();
                 progress.set(step, &format!("{tokens_per_second:.0} tokens/s"));
                 let due = |every: u64| every > 0 && step.is_multiple_of(every);
                 let last = step == self.total_steps;
@@ -290,7 +287,7 @@ impl<'a> Trainer<'a> {
         values.push(("tokens_per_second".to_owned(), tokens_per_second));
         values.push(("tokens".to_owned(), self.position.tokens as f64));
         let find = |name: &str| values.iter().find(|(key, _)| key == name).map_or(f64::NAN, |(_, value)| *value);
-        let chosen = self.parts.draft.selection_metric();
+        let chosen = self.parts.draft.algorithm().selection_metric;
         progress.println(&format!("step {step}: loss {:.4}, {chosen} {:.3}", find("loss"), find(chosen)));
         let prefixed: Vec<(String, f64)> =
             values.into_iter().map(|(name, value)| (format!("train/{name}"), value)).collect();
