@@ -6,6 +6,7 @@
 // L0
 pub mod error;
 pub mod files;
+pub mod progress;
 pub mod shim;
 // L1: mathematics, files and data; no model names
 pub mod nn;
@@ -13,4 +14,6 @@ pub mod weights;
 // L2: targets
 pub mod models;
 // L5: what a training run owns between its steps
+pub mod checkpoint;
 pub mod optim;
+pub mod tracking;

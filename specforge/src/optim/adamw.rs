@@ -21,6 +21,7 @@ use std::collections::HashSet;
 use tch::{Device, Kind, Tensor};
 
 use super::config::OptimConfig;
+use super::norm::global_norm;
 use crate::error::{Error, Result};
 use crate::shim::{self, AdamwConstants};
 use crate::weights::WeightsFolder;
@@ -327,27 +328,6 @@ fn check_slots(slots: &[ParameterSlot]) -> Result<()> {
     Ok(())
 }
 
-/// libtorch's CPU kernel sums squares in float32; beyond a few hundred of them it loses digits (0.8 % at ten million).
-const NORM_BLOCK: i64 = 512;
-
-/// Root of the sum of all squares: float32 scalar. Blocks are reduced in float32, the numbers that remain in float64.
-fn global_norm(gradients: &[Tensor]) -> Result<Tensor> {
-    let mut norms = Vec::new();
-    for gradient in gradients {
-        let flat = gradient.f_view(-1)?;
-        let length = flat.size()[0];
-        let whole = length / NORM_BLOCK * NORM_BLOCK;
-        for (start, size, block) in [(0, whole, NORM_BLOCK), (whole, length - whole, length - whole)] {
-            if size > 0 {
-                let blocks = flat.f_narrow(0, start, size)?.f_view([-1, block])?;
-                norms.push(blocks.f_norm_scalaropt_dim(2.0, [1i64], false)?);
-            }
-        }
-    }
-    let squares = Tensor::f_cat(&norms, 0)?.f_to_kind(Kind::Double)?.f_square()?;
-    Ok(squares.f_sum(Kind::Double)?.f_sqrt()?.f_to_kind(Kind::Float)?)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -544,16 +524,6 @@ mod tests {
         assert!((parameter.master.double_value(&[0]) - 0.998).abs() < 1e-5);
         assert_eq!(parameter.slot.value.double_value(&[0]), 0.99609375);
         assert!(parameter.slot.value.requires_grad());
-    }
-
-    #[test]
-    fn the_norm_of_a_large_tensor_is_exact_enough() {
-        let full = |count: i64| Tensor::full([count], 0.1, (Kind::Float, Device::Cpu));
-        for count in [1, 511, 512, 513, 10_000_000] {
-            let norm = global_norm(&[full(count), full(1)]).unwrap().double_value(&[]);
-            assert!((norm / (((count + 1) as f64).sqrt() * 0.1) - 1.0).abs() < 1e-6, "{count} {norm}");
-        }
-        assert!(global_norm(&[full(0), full(1)]).unwrap().double_value(&[]) > 0.0);
     }
 
     #[test]

@@ -2,8 +2,10 @@
 
 pub mod adamw;
 pub mod config;
+pub mod norm;
 pub mod schedule;
 
 pub use adamw::{AdamW, Group, NonFinite, ParameterSlot, StepReport};
 pub use config::OptimConfig;
+pub use norm::global_norm;
 pub use schedule::{ScheduleConfig, ScheduleKind};

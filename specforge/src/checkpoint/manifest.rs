@@ -1,0 +1,181 @@
+//! What a checkpoint folder says about itself, and reading one back with every byte checked.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::error::{Error, Result};
+use crate::shim;
+use crate::weights::WeightsFolder;
+
+/// Layout of a checkpoint folder that this program writes.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// Name of the manifest in a checkpoint folder.
+pub const MANIFEST_FILE: &str = "manifest.json";
+/// Name of the draft's parameters in a checkpoint folder.
+pub const MODEL_FILE: &str = "model.safetensors";
+/// Name of the optimizer's state in a checkpoint folder.
+pub const OPTIMIZER_FILE: &str = "optimizer.safetensors";
+
+/// Everything about a checkpoint that is not a tensor.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// Layout of the folder; filled in when it is saved.
+    pub format_version: u32,
+    /// Optimizer steps taken.
+    pub step: u64,
+    /// Passes over the data begun, from 0.
+    pub epoch: u64,
+    /// Batches consumed in this epoch.
+    pub position: u64,
+    /// Tokens trained on since the start of the run.
+    pub tokens_seen: u64,
+    /// The run's resolved configuration.
+    pub configuration: serde_json::Value,
+    /// What wrote this.
+    pub versions: Versions,
+    /// Digests of the data the run reads, by name.
+    pub data_hashes: BTreeMap<String, String>,
+    /// Latest measurements, such as `eval/acceptance_length`. Those that are not finite are left out on saving.
+    pub metrics: BTreeMap<String, f64>,
+    /// Size and digest of every other file of the folder; filled in when it is saved.
+    pub files: BTreeMap<String, FileDigest>,
+    /// Whatever else the trainer wants back.
+    pub trainer_state: serde_json::Value,
+}
+
+/// What wrote a checkpoint.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct Versions {
+    /// This program.
+    pub specforge: String,
+    /// libtorch.
+    pub libtorch: String,
+}
+
+impl Versions {
+    /// Those of the running program.
+    pub fn current() -> Self {
+        Self { specforge: env!("CARGO_PKG_VERSION").to_owned(), libtorch: shim::libtorch_version() }
+    }
+}
+
+/// Size and content of a file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileDigest {
+    /// Length.
+    pub bytes: u64,
+    /// SHA-256 in hexadecimal.
+    pub sha256: String,
+}
+
+impl FileDigest {
+    /// Reads a whole file.
+    pub fn of(path: &Path) -> Result<Self> {
+        let mut file = File::open(path).map_err(Error::io("open", path))?;
+        let mut hasher = Sha256::new();
+        let mut buffer = vec![0; 1 << 20];
+        let mut bytes = 0;
+        loop {
+            let count = file.read(&mut buffer).map_err(Error::io("read", path))?;
+            if count == 0 {
+                break;
+            }
+            hasher.update(&buffer[..count]);
+            bytes += count as u64;
+        }
+        let sha256 = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(Self { bytes, sha256 })
+    }
+}
+
+impl Manifest {
+    /// Reads the manifest of a checkpoint folder and checks that the files it names are there in their full size.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let path = folder.join(MANIFEST_FILE);
+        let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+        // The version is read first: a later layout may have fields that this program does not know.
+        let version = serde_json::from_str::<serde_json::Value>(&text)
+            .map_err(|error| Error::bad_file(&path, error.to_string()))?["format_version"]
+            .as_u64();
+        if version != Some(u64::from(FORMAT_VERSION)) {
+            let got = version.map_or("none".to_owned(), |version| version.to_string());
+            return Err(Error::bad_file(&path, format!("expected format_version {FORMAT_VERSION}, got {got}"))
+                .with_hint("read this checkpoint with the version of specforge that wrote it"));
+        }
+        let manifest: Manifest =
+            serde_json::from_str(&text).map_err(|error| Error::bad_file(&path, error.to_string()))?;
+        for required in [MODEL_FILE, OPTIMIZER_FILE] {
+            let Some(digest) = manifest.files.get(required) else {
+                return Err(Error::bad_file(&path, format!("`files` does not list {required}")));
+            };
+            let file = folder.join(required);
+            let got = std::fs::metadata(&file).map_err(Error::io("read", &file))?.len();
+            if got != digest.bytes {
+                return Err(damaged(&file, format!("expected {} bytes, got {got}", digest.bytes)));
+            }
+        }
+        Ok(manifest)
+    }
+}
+
+fn damaged(path: &Path, problem: String) -> Error {
+    Error::bad_file(path, problem)
+        .with_hint("the checkpoint is damaged: remove its folder and resume from an older one")
+}
+
+/// A checkpoint that was read and found sound.
+#[derive(Debug)]
+pub struct Checkpoint {
+    /// The folder.
+    pub path: PathBuf,
+    /// Its manifest.
+    pub manifest: Manifest,
+    /// Parameters of the draft. Tensors loaded from here on the CPU may share the file's read-only pages: copy them
+    /// before training on them.
+    pub model: WeightsFolder,
+    /// State of the optimizer.
+    pub optimizer: WeightsFolder,
+}
+
+/// Reads a checkpoint folder and verifies size and SHA-256 of its files.
+pub fn read(folder: &Path) -> Result<Checkpoint> {
+    if !folder.is_dir() {
+        return Err(Error::bad_file(folder, "no such checkpoint folder"));
+    }
+    let manifest = Manifest::open(folder)?;
+    for name in [MODEL_FILE, OPTIMIZER_FILE] {
+        let (path, expected) = (folder.join(name), &manifest.files[name]);
+        let got = FileDigest::of(&path)?;
+        if &got != expected {
+            return Err(damaged(&path, format!("expected SHA-256 {}, got {}", expected.sha256, got.sha256)));
+        }
+    }
+    let open = |name: &str| WeightsFolder::open(&folder.join(name));
+    let (model, optimizer) = (open(MODEL_FILE)?, open(OPTIMIZER_FILE)?);
+    Ok(Checkpoint { path: folder.to_path_buf(), manifest, model, optimizer })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_survive_to_the_bit() {
+        let mut manifest = Manifest { step: u64::MAX, ..Manifest::default() };
+        let mut value = 0.1;
+        for index in 0..2000 {
+            value = (value * 1.37 + 1e-3) * if value > 1e9 { 1e-15 } else { 1.0 };
+            manifest.metrics.insert(index.to_string(), value);
+        }
+        manifest.trainer_state = serde_json::to_value(&manifest.metrics).unwrap();
+        let text = serde_json::to_string(&manifest).unwrap();
+        assert_eq!(serde_json::from_str::<Manifest>(&text).unwrap(), manifest);
+    }
+}

@@ -1,0 +1,19 @@
+//! Checkpoints: folders that appear whole or not at all, a store that keeps the right ones, and exact resume.
+//!
+//! ```text
+//! checkpoints/
+//!   step-00000040/  manifest.json  model.safetensors  optimizer.safetensors
+//!   step-00000080/  ...
+//!   best.json       which of them is best by the chosen metric
+//!   .lock           held by the run that writes here
+//! ```
+
+pub mod manifest;
+pub mod retention;
+pub mod scan;
+pub mod store;
+
+pub use manifest::{Checkpoint, FileDigest, Manifest, Versions, read};
+pub use retention::{Direction, RetentionConfig};
+pub use scan::{Found, Scan, scan};
+pub use store::{CheckpointStore, Saved};
