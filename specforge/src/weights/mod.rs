@@ -1,6 +1,7 @@
 //! Files that hold tensors: reading Hugging Face folders, writing without ever leaving half a file.
 
 pub mod folder;
+pub mod gguf;
 pub mod writer;
 
 pub use folder::WeightsFolder;

@@ -1,0 +1,129 @@
+//! The metadata of a GGUF file, with errors that name the key.
+
+use std::path::PathBuf;
+
+use candle_core::quantized::gguf_file::{Content, Value};
+
+use crate::error::{Error, Result};
+
+/// An open GGUF file: its header as the library read it, and what to call the file in messages.
+pub(super) struct Metadata {
+    pub(super) path: PathBuf,
+    pub(super) content: Content,
+}
+
+impl Metadata {
+    pub(super) fn get(&self, key: &str) -> Option<&Value> {
+        self.content.metadata.get(key)
+    }
+
+    /// Text, where the key is there.
+    pub(super) fn text(&self, key: &str) -> Result<Option<&str>> {
+        let take = |value| match value {
+            &Value::String(ref text) => Some(text.as_str()),
+            _ => None,
+        };
+        self.typed(key, "text", take)
+    }
+
+    /// A whole number, not negative, where the key is there.
+    pub(super) fn whole(&self, key: &str) -> Result<Option<u64>> {
+        self.typed(key, "a whole number", |value| whole(value))
+    }
+
+    /// A finite number, where the key is there.
+    pub(super) fn number(&self, key: &str) -> Result<Option<f64>> {
+        self.typed(key, "a finite number", |value| number(value))
+    }
+
+    /// A truth value, where the key is there.
+    pub(super) fn flag(&self, key: &str) -> Result<Option<bool>> {
+        self.typed(key, "true or false", |value| value.to_bool().ok())
+    }
+
+    /// A list of texts, where the key is there.
+    pub(super) fn texts(&self, key: &str) -> Result<Option<Vec<&str>>> {
+        let text = |value| match value {
+            &Value::String(ref text) => Some(text.as_str()),
+            _ => None,
+        };
+        self.typed(key, "a list of texts", |value| list(value)?.iter().map(text).collect())
+    }
+
+    /// A list of whole numbers, not negative, where the key is there.
+    pub(super) fn wholes(&self, key: &str) -> Result<Option<Vec<u64>>> {
+        self.typed(key, "a list of whole numbers", |value| list(value)?.iter().map(whole).collect())
+    }
+
+    /// A list of finite numbers, where the key is there.
+    pub(super) fn numbers(&self, key: &str) -> Result<Option<Vec<f64>>> {
+        self.typed(key, "a list of finite numbers", |value| list(value)?.iter().map(number).collect())
+    }
+
+    /// What `found` holds, or an error that names the missing key: `need("llama.block_count", Metadata::whole)`.
+    pub(super) fn need<'a, T>(
+        &'a self,
+        key: &str,
+        read: impl FnOnce(&'a Self, &str) -> Result<Option<T>>,
+    ) -> Result<T> {
+        read(self, key)?.ok_or_else(|| self.bad(format!("the metadata key `{key}` is missing")))
+    }
+
+    /// An error about this file.
+    pub(super) fn bad(&self, problem: impl Into<String>) -> Error {
+        Error::bad_file(&self.path, problem)
+    }
+
+    fn typed<'a, T>(&'a self, key: &str, want: &str, take: impl FnOnce(&'a Value) -> Option<T>) -> Result<Option<T>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        match take(value) {
+            Some(taken) => Ok(Some(taken)),
+            None => Err(self.bad(format!("metadata key `{key}`: expected {want}, got {}", shown(value)))),
+        }
+    }
+}
+
+fn list(value: &Value) -> Option<&Vec<Value>> {
+    value.to_vec().ok()
+}
+
+fn whole(value: &Value) -> Option<u64> {
+    match *value {
+        Value::U8(number) => Some(number.into()),
+        Value::U16(number) => Some(number.into()),
+        Value::U32(number) => Some(number.into()),
+        Value::U64(number) => Some(number),
+        Value::I8(number) => number.try_into().ok(),
+        Value::I16(number) => number.try_into().ok(),
+        Value::I32(number) => number.try_into().ok(),
+        Value::I64(number) => number.try_into().ok(),
+        _ => None,
+    }
+}
+
+fn number(value: &Value) -> Option<f64> {
+    let number = match *value {
+        Value::F32(number) => f64::from(number),
+        Value::F64(number) => number,
+        Value::I8(number) => number.into(),
+        Value::I16(number) => number.into(),
+        Value::I32(number) => number.into(),
+        Value::I64(number) => number as f64,
+        _ => whole(value)? as f64,
+    };
+    number.is_finite().then_some(number)
+}
+
+/// A value as a message shows it: long ones only by their kind.
+fn shown(value: &Value) -> String {
+    match value {
+        Value::Array(elements) => format!("a list of {}", elements.len()),
+        Value::String(text) if text.chars().count() > 40 => format!("a text of {} bytes", text.len()),
+        Value::String(text) => format!("`{text}`"),
+        Value::Bool(flag) => flag.to_string(),
+        other => match number(other) {
+            Some(number) => number.to_string(),
+            None => format!("{other:?}"),
+        },
+    }
+}

@@ -1,0 +1,312 @@
+//! The tensors of a Llama GGUF: what they are called there and in Hugging Face folders, and their conversion.
+//!
+//! llama.cpp keeps the rows of q and k in another order, because its rotary turns neighbouring channels where Hugging
+//! Face's turns the two halves of a head. Row `2 i + s` of a head there is row `s * D/2 + i` here.
+//!
+//! A tensor is read, dequantised and rounded piece by piece while the file is being written, so memory holds one output
+//! tensor and a few pieces, however large the model is.
+
+use std::borrow::Cow;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use candle_core::Device;
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use half::{bf16, f16};
+use rayon::prelude::*;
+use safetensors::tensor::{Dtype, View};
+
+use super::config::Dimensions;
+use super::metadata::Metadata;
+use super::{ImportDtype, ggml_types};
+use crate::error::{Error, Result, TensorMismatch};
+use crate::files;
+
+/// Divisors of Llama 3's rotary frequencies. Not a weight: they become `rope_scaling`.
+const FACTORS: &str = "rope_freqs.weight";
+/// Elements that are converted at a time.
+const PIECE: usize = 1 << 20;
+
+/// One tensor to convert.
+#[derive(Debug, Clone)]
+pub(super) struct Plan {
+    /// Its name in the GGUF file.
+    pub(super) source: String,
+    /// Its name in Hugging Face folders.
+    pub(super) name: String,
+    pub(super) shape: Vec<usize>,
+    pub(super) kind: GgmlDType,
+    /// Where its data starts in the file.
+    start: u64,
+    /// Rows of a head, where they are to be put in Hugging Face's order.
+    head_rows: Option<usize>,
+}
+
+/// Everything there is to convert.
+#[derive(Debug)]
+pub(super) struct Plans {
+    pub(super) tensors: Vec<Plan>,
+    pub(super) tied: bool,
+    pub(super) attention_bias: bool,
+    pub(super) mlp_bias: bool,
+    factors: Option<Plan>,
+}
+
+impl Plan {
+    pub(super) fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
+impl Plans {
+    /// Matches the tensors of the file with those of the network.
+    pub(super) fn new(metadata: &Metadata, sizes: &Dimensions) -> Result<Self> {
+        let infos = &metadata.content.tensor_infos;
+        // Before a list of what every layer should have is made.
+        if sizes.layers > infos.len() {
+            let (layers, tensors) = (sizes.layers, infos.len());
+            let problem = format!("`llama.block_count` is {layers}, but there are only {tensors} tensors");
+            return Err(metadata.bad(problem));
+        }
+        let has = |names: &[&str]| infos.keys().any(|name| names.iter().any(|end| name.ends_with(end)));
+        let attention_bias = has(&["attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_output.bias"]);
+        let mlp_bias = has(&["ffn_gate.bias", "ffn_up.bias", "ffn_down.bias"]);
+        let tied = !infos.contains_key("output.weight");
+        let mut mismatch = TensorMismatch::default();
+        let mut expected = BTreeMap::new();
+        for plan in expected_tensors(sizes, attention_bias, mlp_bias, tied) {
+            expected.insert(plan.source.clone(), plan);
+        }
+        let mut plans = Self { tensors: Vec::new(), tied, attention_bias, mlp_bias, factors: None };
+        let by_name: BTreeMap<_, _> = infos.iter().collect();
+        for (name, info) in by_name {
+            let Some(mut plan) = expected.remove(name) else {
+                mismatch.surplus.push(name.clone());
+                continue;
+            };
+            if info.shape.dims() != plan.shape {
+                mismatch.misshaped.push((name.clone(), signed(&plan.shape), signed(info.shape.dims())));
+            }
+            plan.kind = info.ggml_dtype;
+            plan.start = metadata.content.tensor_data_offset + info.offset;
+            if name == FACTORS {
+                plans.factors = Some(plan);
+            } else {
+                plans.tensors.push(plan);
+            }
+        }
+        mismatch.missing = expected.into_keys().filter(|name| name != FACTORS).collect();
+        if !mismatch.is_empty() {
+            return Err(Error::Tensors { path: metadata.path.clone(), mismatch });
+        }
+        plans.tensors.sort_by(|left, right| left.name.cmp(&right.name));
+        Ok(plans)
+    }
+
+    /// The values of `rope_freqs.weight`, where the file has it.
+    pub(super) fn rope_factors(&self, path: &Path, file: &File) -> Result<Option<Vec<f32>>> {
+        self.factors.as_ref().map(|plan| dequantise(path, file, plan, 0, plan.elements())).transpose()
+    }
+}
+
+/// Writes `target`, converting as it goes. `progress` is told the bytes done and the bytes in all.
+pub(super) fn write(
+    target: &Path,
+    source: (&Path, &File),
+    plans: &Plans,
+    dtype: ImportDtype,
+    progress: &dyn Fn(u64, u64),
+) -> Result<()> {
+    let total = plans.tensors.iter().map(|plan| (plan.elements() * dtype.bytes()) as u64).sum();
+    let job = Job { source, dtype, progress, total, done: RefCell::new(0), failure: RefCell::new(None) };
+    progress(0, total);
+    let views = plans.tensors.iter().map(|plan| (plan.name.as_str(), Converted { plan, job: &job }));
+    files::write_through(target, |temporary| {
+        let header = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        let written = safetensors::serialize_to_file(views, Some(header), temporary);
+        if let Some(failure) = job.failure.take() {
+            return Err(failure);
+        }
+        written.map_err(|error| match error {
+            safetensors::SafeTensorError::IoError(source) => Error::io("write", target)(source),
+            other => Error::bad_file(target, format!("cannot be written: {other}")),
+        })
+    })
+}
+
+/// The tensors of a Llama of these sizes, with what only the file knows left blank.
+fn expected_tensors(sizes: &Dimensions, attention_bias: bool, mlp_bias: bool, tied: bool) -> Vec<Plan> {
+    let Dimensions { layers, hidden, intermediate, heads, groups, head_dim, vocab, .. } = *sizes;
+    let (query, key) = (heads * head_dim, groups * head_dim);
+    let mut plans = Vec::new();
+    let mut add = |source: String, name: String, shape: &[usize], by_heads: bool| {
+        let head_rows = by_heads.then_some(head_dim);
+        plans.push(Plan { source, name, shape: shape.to_vec(), kind: GgmlDType::F32, start: 0, head_rows });
+    };
+    add("token_embd.weight".into(), "model.embed_tokens.weight".into(), &[vocab, hidden], false);
+    add("output_norm.weight".into(), "model.norm.weight".into(), &[hidden], false);
+    add(FACTORS.into(), FACTORS.into(), &[head_dim / 2], false);
+    if !tied {
+        add("output.weight".into(), "lm_head.weight".into(), &[vocab, hidden], false);
+    }
+    let projections = [
+        ("attn_q", "self_attn.q_proj", [query, hidden], true, attention_bias),
+        ("attn_k", "self_attn.k_proj", [key, hidden], true, attention_bias),
+        ("attn_v", "self_attn.v_proj", [key, hidden], false, attention_bias),
+        ("attn_output", "self_attn.o_proj", [hidden, query], false, attention_bias),
+        ("ffn_gate", "mlp.gate_proj", [intermediate, hidden], false, mlp_bias),
+        ("ffn_up", "mlp.up_proj", [intermediate, hidden], false, mlp_bias),
+        ("ffn_down", "mlp.down_proj", [hidden, intermediate], false, mlp_bias),
+    ];
+    for layer in 0..layers {
+        let from = |part: &str| format!("blk.{layer}.{part}");
+        let to = |part: &str| format!("model.layers.{layer}.{part}");
+        add(from("attn_norm.weight"), to("input_layernorm.weight"), &[hidden], false);
+        add(from("ffn_norm.weight"), to("post_attention_layernorm.weight"), &[hidden], false);
+        for (source, name, shape, by_heads, bias) in projections {
+            add(from(&format!("{source}.weight")), to(&format!("{name}.weight")), &shape, by_heads);
+            if bias {
+                add(from(&format!("{source}.bias")), to(&format!("{name}.bias")), &shape[..1], by_heads);
+            }
+        }
+    }
+    plans
+}
+
+fn signed(shape: &[usize]) -> Vec<i64> {
+    shape.iter().map(|&size| size as i64).collect()
+}
+
+struct Job<'a> {
+    source: (&'a Path, &'a File),
+    dtype: ImportDtype,
+    progress: &'a dyn Fn(u64, u64),
+    total: u64,
+    done: RefCell<u64>,
+    /// The writer takes bytes, not errors: what goes wrong is kept here and told when it returns.
+    failure: RefCell<Option<Error>>,
+}
+
+struct Converted<'a> {
+    plan: &'a Plan,
+    job: &'a Job<'a>,
+}
+
+impl View for Converted<'_> {
+    fn dtype(&self) -> Dtype {
+        self.job.dtype.safetensors()
+    }
+    fn shape(&self) -> &[usize] {
+        &self.plan.shape
+    }
+    fn data(&self) -> Cow<'_, [u8]> {
+        let job = self.job;
+        if job.failure.borrow().is_some() {
+            return Cow::Borrowed(&[]);
+        }
+        match convert(job.source, self.plan, job.dtype) {
+            Ok(bytes) => {
+                let mut done = job.done.borrow_mut();
+                *done += bytes.len() as u64;
+                (job.progress)(*done, job.total);
+                Cow::Owned(bytes)
+            }
+            Err(error) => {
+                *job.failure.borrow_mut() = Some(error);
+                Cow::Borrowed(&[])
+            }
+        }
+    }
+    fn data_len(&self) -> usize {
+        self.plan.elements() * self.job.dtype.bytes()
+    }
+}
+
+/// The bytes of one tensor in Hugging Face's order.
+fn convert((path, file): (&Path, &File), plan: &Plan, dtype: ImportDtype) -> Result<Vec<u8>> {
+    // One-dimensional tensors are small, and blocks may run across their elements: one piece, rows of one element.
+    let (rows, columns) = match plan.shape.as_slice() {
+        [_, columns] => {
+            let step = plan.head_rows.unwrap_or(1);
+            ((PIECE / columns / step).max(1) * step, *columns)
+        }
+        _ => (plan.elements(), 1),
+    };
+    let width = columns * dtype.bytes();
+    let mut output = vec![0; plan.elements() * dtype.bytes()];
+    output.par_chunks_mut(rows * width).enumerate().try_for_each(|(piece, output)| {
+        let first = piece * rows * columns;
+        let values = dequantise(path, file, plan, first, output.len() / dtype.bytes())?;
+        for (row, values) in values.chunks_exact(columns).enumerate() {
+            let row = plan.head_rows.map_or(row, |head_rows| row_in_halves(row, head_rows));
+            if !encode(values, dtype, &mut output[row * width..(row + 1) * width]) {
+                return Err(unrepresentable(path, plan, values, dtype));
+            }
+        }
+        Ok(())
+    })?;
+    Ok(output)
+}
+
+/// Where Hugging Face has the row that llama.cpp has at `row`.
+fn row_in_halves(row: usize, head_rows: usize) -> usize {
+    let (head, channel) = (row / head_rows, row % head_rows);
+    head * head_rows + (channel % 2) * (head_rows / 2) + channel / 2
+}
+
+/// Rounds to nearest even. False if a value is infinite or not a number, or becomes so.
+fn encode(values: &[f32], dtype: ImportDtype, output: &mut [u8]) -> bool {
+    let mut finite = true;
+    match dtype {
+        ImportDtype::F32 => {
+            for (value, bytes) in values.iter().zip(output.chunks_exact_mut(4)) {
+                finite &= value.is_finite();
+                bytes.copy_from_slice(&value.to_le_bytes());
+            }
+        }
+        ImportDtype::Bf16 => {
+            for (value, bytes) in values.iter().zip(output.chunks_exact_mut(2)) {
+                let value = bf16::from_f32(*value);
+                finite &= value.is_finite();
+                bytes.copy_from_slice(&value.to_le_bytes());
+            }
+        }
+        ImportDtype::F16 => {
+            for (value, bytes) in values.iter().zip(output.chunks_exact_mut(2)) {
+                let value = f16::from_f32(*value);
+                finite &= value.is_finite();
+                bytes.copy_from_slice(&value.to_le_bytes());
+            }
+        }
+    }
+    finite
+}
+
+fn unrepresentable(path: &Path, plan: &Plan, values: &[f32], dtype: ImportDtype) -> Error {
+    let name = &plan.source;
+    match values.iter().find(|value| !value.is_finite()) {
+        Some(value) => Error::bad_file(path, format!("tensor `{name}` holds {value}; the model is damaged")),
+        None => {
+            let largest = values.iter().fold(0f32, |largest, value| largest.max(value.abs()));
+            Error::bad_file(path, format!("tensor `{name}` holds values up to {largest}, too large for {dtype}"))
+                .with_hint("import as bf16 or f32")
+        }
+    }
+}
+
+/// `count` elements from element `first`, in float32. Both are multiples of the block size, and `count` is not 0.
+fn dequantise(path: &Path, file: &File, plan: &Plan, first: usize, count: usize) -> Result<Vec<f32>> {
+    let (block, size) = (plan.kind.block_size(), plan.kind.type_size());
+    let mut bytes = vec![0; count / block * size];
+    let start = plan.start + (first / block * size) as u64;
+    file.read_exact_at(&mut bytes, start).map_err(Error::io("read", path))?;
+    QStorage::from_data(Cow::Borrowed(&bytes), &Device::Cpu, plan.kind)
+        .and_then(|storage| QTensor::new(storage, count)?.dequantize(&Device::Cpu)?.to_vec1())
+        .map_err(|error| {
+            let (name, kind) = (&plan.source, ggml_types::name(plan.kind));
+            Error::bad_file(path, format!("tensor `{name}` cannot be read as {kind}: {error}"))
+        })
+}
