@@ -91,7 +91,13 @@ impl StagedDir {
             None
         };
         let staging = self.staging.keep();
-        fs::rename(&staging, &self.target).map_err(Error::io("rename to", &self.target))?;
+        if let Err(error) = fs::rename(&staging, &self.target) {
+            // Put back what was there; what was staged is kept too, under its temporary name.
+            if let Some(aside) = &old {
+                let _ = fs::rename(aside.path().join("old"), &self.target);
+            }
+            return Err(Error::io("rename to", &self.target)(error));
+        }
         sync_dir(&parent)?;
         drop(old);
         Ok(())
