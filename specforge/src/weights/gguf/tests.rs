@@ -122,8 +122,18 @@ fn every_element_type_gives_the_values_the_library_decodes() {
 #[test]
 fn rounding_is_to_nearest_even() {
     // Halfway cases up and down, a carry into the exponent, subnormals of float16, zero with its sign.
-    let edge =
-        [1.003_906_25, 1.011_718_75, 1.998_046_9, 1.000_488_3, 1.001_464_8, 5.96e-8, 2.98e-8, 1e-9, -0.0, 65504.0];
+    let edge = [
+        257.0 / 256.0,
+        259.0 / 256.0,
+        511.0 / 256.0,
+        2049.0 / 2048.0,
+        2051.0 / 2048.0,
+        5.96e-8,
+        2.98e-8,
+        1e-9,
+        -0.0,
+        65504.0,
+    ];
     let mut values: Vec<f32> = edge.to_vec();
     values.extend((0..HIDDEN - edge.len()).map(|index| noise(5, index as u64) * 100.0));
     let mut file = Synthetic::plain();
@@ -139,7 +149,7 @@ fn rounding_is_to_nearest_even() {
     };
     let want: Vec<u8> = values.iter().flat_map(|value| by_hand(value).to_le_bytes()).collect();
     assert_eq!(bytes_of(&out, "model.norm.weight"), want);
-    assert_eq!(bf16::from_f32(1.003_906_25).to_f32(), 1.0);
+    assert_eq!(bf16::from_f32(257.0 / 256.0).to_f32(), 1.0);
 
     let (_folder, out, _) = imported(&file, ImportDtype::F16);
     let got: Vec<f16> =
@@ -435,6 +445,8 @@ fn targets_are_never_replaced_by_accident() {
     let missing = import_quietly(Path::new("no/such.gguf"), &folder.path().join("a/b"), ImportDtype::F32).unwrap_err();
     assert!(missing.to_string().contains("no/such.gguf"));
     assert!(!folder.path().join("a").exists());
+    let error = import_quietly(folder.path(), &folder.path().join("a"), ImportDtype::F32).unwrap_err();
+    assert!(error.to_string().contains("got a folder or a device"));
 }
 
 #[test]

@@ -399,7 +399,7 @@ mod tests {
         assert!(error.contains("`tokenizer.ggml.bos_token_id` is missing"), "{error}");
     }
 
-    /// A SentencePiece vocabulary like Llama 2's, of noise-made pieces, padded to the synthetic model's 262 tokens + 60.
+    /// A SentencePiece vocabulary built like Llama 2's, of pieces made from noise; also the pieces with their scores.
     fn sentencepiece() -> (Synthetic, Vec<(String, f32)>) {
         let mut pieces = vec![("<unk>".to_owned(), 0.0, 2), ("<s>".to_owned(), 0.0, 3), ("</s>".to_owned(), 0.0, 3)];
         pieces.extend((0..=255).map(|byte| (format!("<0x{byte:02X}>"), 0.0, 6)));
@@ -440,10 +440,10 @@ mod tests {
             let mut best: Option<(f32, usize)> = None;
             for at in 1..symbols.len() {
                 let joined = format!("{}{}", symbols[at - 1], symbols[at]);
-                if let Some(&score) = scores.get(joined.as_str()) {
-                    if best.is_none_or(|(other, _)| score > other) {
-                        best = Some((score, at));
-                    }
+                if let Some(&score) = scores.get(joined.as_str())
+                    && best.is_none_or(|(other, _)| score > other)
+                {
+                    best = Some((score, at));
                 }
             }
             let Some((_, at)) = best else { return symbols };
