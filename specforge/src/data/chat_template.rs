@@ -1,16 +1,17 @@
 //! The model's own chat template, rendered as transformers renders it (`utils/chat_template_utils.py`, 5.8).
 //!
-//! `{% generation %}` blocks, with which a template marks what the assistant says, become call blocks. Rendered plainly
+//! `{% generation %}` blocks, with which a template marks what the assistant says, become filter blocks. Rendered plainly
 //! they print their body; rendered with marks, the body stands between two sequences of private-use characters, which
-//! are taken out again and leave the spans behind.
+//! are taken out again and leave the spans behind. (transformers uses a call block; minijinja's would not see a
+//! namespace that the body only assigns to.)
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde};
-use minijinja::{Environment, ErrorKind, State, Value};
+use minijinja::value::Serde;
+use minijinja::{Environment, ErrorKind, Value};
 use serde_json::{Map, Value as Json};
 
 use super::conversation::Message;
@@ -234,25 +235,20 @@ fn environment() -> Result<Environment<'static>> {
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{message}")))
     });
     environment.add_function("strftime_now", |pattern: &str| TEMPLATE_DAY.format(pattern));
-    environment.add_function("__generation", |state: &mut State, kwargs: Kwargs| call_body(state, &kwargs));
-    environment.add_function("__marked_generation", |state: &mut State, kwargs: Kwargs| {
-        let body = call_body(state, &kwargs)?;
-        Ok::<_, minijinja::Error>(Value::from(format!("{OPEN_MARK}{body}{CLOSE_MARK}")))
-    });
+    environment.add_test("iterable", python::is_iterable);
+    environment.add_test("sequence", python::is_sequence);
+    environment.add_filter("__generation", |body: String| body);
+    environment.add_filter("__marked_generation", |body: String| format!("{OPEN_MARK}{body}{CLOSE_MARK}"));
     Ok(environment)
-}
-
-fn call_body(state: &mut State, kwargs: &Kwargs) -> Result<Value, minijinja::Error> {
-    kwargs.get::<Value>("caller")?.call(state, &[])
 }
 
 fn marked_name(name: &str) -> String {
     format!("{name} with marks")
 }
 
-/// Turns `{% generation %}` into a call of `function` and `{% endgeneration %}` into its end, keeping the signs that
+/// Turns `{% generation %}` into the start of a filter block and `{% endgeneration %}` into its end, keeping the signs that
 /// control white space. Also returns how many blocks there are.
-fn rewrite_generation_blocks(template: &str, function: &str) -> (String, usize) {
+fn rewrite_generation_blocks(template: &str, filter: &str) -> (String, usize) {
     let mut out = String::with_capacity(template.len());
     let (mut rest, mut blocks) = (template, 0);
     while let Some(start) = rest.find("{%") {
@@ -268,9 +264,9 @@ fn rewrite_generation_blocks(template: &str, function: &str) -> (String, usize) 
         match inner.trim_matches(['-', '+']).trim() {
             "generation" => {
                 blocks += 1;
-                out.push_str(&format!("{{%{before} call {function}() {after}%}}"));
+                out.push_str(&format!("{{%{before} filter {filter} {after}%}}"));
             }
-            "endgeneration" => out.push_str(&format!("{{%{before} endcall {after}%}}")),
+            "endgeneration" => out.push_str(&format!("{{%{before} endfilter {after}%}}")),
             _ => {
                 // Only the opening is passed over: a string inside the tag may hold what looks like its end.
                 out.push_str("{%");
@@ -360,10 +356,25 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn generation_blocks_may_assign_to_a_namespace_outside() {
+        let text = "{% set ns = namespace(n=0) %}{% for m in messages %}{% generation %}{% set ns.n = ns.n + 1 %}\
+                    {{ loop.index }}{% endgeneration %}{% endfor %}{{ ns.n }}";
+        let compiled = template(text);
+        let (text, spans) = compiled.prepare(&dialogue(), None).render_marked(3).unwrap().unwrap();
+        assert_eq!((text.as_str(), spans), ("1233", vec![0..1, 1..2, 2..3]));
+    }
+
+    #[test]
+    fn nothing_is_not_iterable() {
+        let text = "{{ tools is iterable }} {{ 'a' is iterable }} {{ 'a' is sequence }} {{ 1 is sequence }} {{ x is iterable }}";
+        assert_eq!(template(text).prepare(&[], None).render(0, false).unwrap(), "False True True False True");
+    }
+
+    #[test]
     fn only_generation_tags_are_rewritten() {
         let (text, blocks) =
             rewrite_generation_blocks("{{ '{%' }}{%+ generation -%}x{%endgeneration%}{% set a = 1 %}", "f");
-        assert_eq!(text, "{{ '{%' }}{%+ call f() -%}x{% endcall %}{% set a = 1 %}");
+        assert_eq!(text, "{{ '{%' }}{%+ filter f -%}x{% endfilter %}{% set a = 1 %}");
         assert_eq!(blocks, 1);
         assert_eq!(rewrite_generation_blocks("{% unclosed", "f").0, "{% unclosed");
     }

@@ -150,7 +150,8 @@ fn one_turn(prepared: &Prepared<'_>, messages: &[Message], index: usize) -> Resu
     let text = prepared.render(index + 1, false).map_err(|error| place(error.to_string()))?;
     if !text.starts_with(&before) {
         return Err(place(format!(
-            "the chat template rewrites it: the model is given {}, but the finished turn reads {}",
+            "the chat template rewrites it: the model is given {}, but the finished turn reads {}; \
+             data.template_arguments or data.chat_template can make them agree",
             around_difference(&before, &text),
             around_difference(&text, &before),
         )));

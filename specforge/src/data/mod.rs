@@ -28,7 +28,7 @@ pub use build::BuildReport;
 pub use cache::{Document, TokenCache, split};
 pub use conversation::{Conversation, Message, Rejections, Sample, read_conversations};
 pub use pack::{PackedBatch, assemble, pack};
-pub use stats::{Statistics, document_text};
+pub use stats::{Statistics, document_runs, document_text, mask_runs};
 pub use tokenizer::ChatTokenizer;
 
 /// Where training text comes from and how it becomes tokens.

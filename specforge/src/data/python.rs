@@ -206,6 +206,16 @@ pub(super) fn unknown_method(state: &mut State, value: &Value, method: &str, arg
     }
 }
 
+/// The `iterable` test. `None` is not; minijinja says it is.
+pub(super) fn is_iterable(value: &Value) -> bool {
+    !value.is_none() && value.try_iter().is_ok()
+}
+
+/// The `sequence` test: whatever has a length and items, so strings and dictionaries too.
+pub(super) fn is_sequence(value: &Value) -> bool {
+    matches!(value.kind(), ValueKind::Undefined | ValueKind::String | ValueKind::Seq | ValueKind::Map)
+}
+
 /// The `trim` filter.
 pub(super) fn trim(value: &Value, characters: Option<String>) -> String {
     let text = text_of(value);
