@@ -11,3 +11,5 @@ pub mod nn;
 pub mod weights;
 // L2: targets
 pub mod models;
+// L6: the loop, and decoding
+pub mod decode;

@@ -1,0 +1,8 @@
+//! From logits to text: plain decoding with continuous batching, and the regeneration of training data with it.
+
+pub mod autoregressive;
+
+pub use autoregressive::{Answer, Finish, Finished, Generator, Request, Throughput};
+
+#[cfg(test)]
+pub(crate) mod tiny;
