@@ -418,14 +418,16 @@ mod tests {
         sampling: Sampling,
         stop: &[u32],
         max_rows: usize,
-        requests: Vec<Request>,
+        mut requests: Vec<Request>,
     ) -> Vec<Answer> {
         let mut generator = Generator::new(target, sampling, stop.to_vec(), max_rows);
         let mut answers = vec![None; requests.len()];
+        // The second wave comes when the first row ends: it fills that gap and goes behind the rows that run.
+        let mut second_wave = requests.split_off(requests.len().min(4));
         requests.into_iter().for_each(|request| generator.submit(request).unwrap());
-        let mut receive = |_: &mut Generator<'_>, finished: Finished| {
+        let mut receive = |generator: &mut Generator<'_>, finished: Finished| {
             assert!(answers[finished.tag as usize].replace(finished.answer?).is_none(), "delivered twice");
-            Ok(())
+            second_wave.drain(..).try_for_each(|request| generator.submit(request))
         };
         generator.run(&AtomicBool::new(false), &mut receive).unwrap();
         answers.into_iter().map(Option::unwrap).collect()
