@@ -418,16 +418,14 @@ mod tests {
         sampling: Sampling,
         stop: &[u32],
         max_rows: usize,
-        mut requests: Vec<Request>,
+        requests: Vec<Request>,
     ) -> Vec<Answer> {
         let mut generator = Generator::new(target, sampling, stop.to_vec(), max_rows);
         let mut answers = vec![None; requests.len()];
-        // The second wave comes when the first row ends: it fills that gap and goes behind the rows that run.
-        let mut second_wave = requests.split_off(requests.len().min(4));
         requests.into_iter().for_each(|request| generator.submit(request).unwrap());
-        let mut receive = |generator: &mut Generator<'_>, finished: Finished| {
+        let mut receive = |_: &mut Generator<'_>, finished: Finished| {
             assert!(answers[finished.tag as usize].replace(finished.answer?).is_none(), "delivered twice");
-            second_wave.drain(..).try_for_each(|request| generator.submit(request))
+            Ok(())
         };
         generator.run(&AtomicBool::new(false), &mut receive).unwrap();
         answers.into_iter().map(Option::unwrap).collect()
@@ -470,6 +468,36 @@ mod tests {
                 assert_eq!(answers(&target, sampling, &stop, max_rows, requests.clone()), want, "{max_rows} rows");
             }
         }
+    }
+
+    #[test]
+    fn later_requests_fill_a_gap_and_go_behind_the_rows_that_run() {
+        let target = tiny::target(1);
+        let request = |tag: u64, max_new_tokens| Request {
+            tag,
+            prompt: (0..5).map(|id| id + tag as u32).collect(),
+            max_new_tokens,
+            key: tag,
+        };
+        let (first, second): (Vec<_>, Vec<_>) = (
+            [5, 20, 20].into_iter().zip(0..).map(|(limit, tag)| request(tag, limit)).collect(),
+            (3..7).map(|tag| request(tag, 20)).collect(),
+        );
+        let mut generator = Generator::new(&target, SAMPLED, vec![], 6);
+        first.iter().for_each(|request| generator.submit(request.clone()).unwrap());
+        let mut seen = 0;
+        let mut receive = |generator: &mut Generator<'_>, finished: Finished| {
+            if finished.tag == 0 {
+                assert_eq!((generator.rows.len(), generator.gaps.as_slice()), (3, [0].as_slice()));
+                second.iter().for_each(|request| generator.submit(request.clone()).unwrap());
+            }
+            let request = first.iter().chain(&second).find(|request| request.tag == finished.tag).unwrap();
+            assert_eq!(finished.answer?, plain(&target, SAMPLED, &[], request), "request {}", finished.tag);
+            seen += 1;
+            Ok(())
+        };
+        generator.run(&AtomicBool::new(false), &mut receive).unwrap();
+        assert_eq!(seen, 7);
     }
 
     #[test]
