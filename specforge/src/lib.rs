@@ -7,6 +7,7 @@
 pub mod error;
 pub mod files;
 // L1: mathematics, files and data; no model names
+pub mod data;
 pub mod nn;
 pub mod weights;
 // L2: targets

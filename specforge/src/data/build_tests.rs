@@ -1,0 +1,356 @@
+//! Tests of the room as a whole, on files: parity with transformers, and caches in every state.
+
+use std::fs;
+use std::sync::LazyLock;
+
+use serde_json::{Value, json};
+
+use super::super::conversation::Conversation;
+use super::super::stats::{Statistics, document_text};
+use super::super::{Message, Supervise, assemble, pack, split};
+use super::*;
+
+/// Made by scripts/golden/chat_templates.py.
+pub(in crate::data) static TINY: LazyLock<PathBuf> =
+    LazyLock::new(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/templates"));
+
+const CHATML: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{{ '\n' }}{% endfor %}{% \
+                      if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}";
+
+/// The tiny tokenizer with another template.
+pub(in crate::data) fn tiny_tokenizer(template: &str) -> ChatTokenizer {
+    with_config(&TINY.join("tokenizer"), json!({"chat_template": template}), json!({}))
+}
+
+/// A model folder's tokenizer under another tokenizer_config.json and config.json.
+fn with_config(folder: &Path, changes: Value, model: Value) -> ChatTokenizer {
+    let copy = tempfile::tempdir().unwrap();
+    fs::copy(folder.join("tokenizer.json"), copy.path().join("tokenizer.json")).unwrap();
+    let text = fs::read_to_string(folder.join("tokenizer_config.json")).unwrap();
+    let mut config: serde_json::Map<String, Value> = serde_json::from_str(&text).unwrap();
+    config.extend(changes.as_object().unwrap().clone());
+    fs::write(copy.path().join("tokenizer_config.json"), Value::Object(config).to_string()).unwrap();
+    fs::write(copy.path().join("config.json"), model.to_string()).unwrap();
+    ChatTokenizer::load(copy.path(), None).unwrap()
+}
+
+/// Renders, encodes and masks every case of a golden file as transformers did.
+fn check_golden(path: &Path) -> usize {
+    let golden: Value = serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap();
+    let folder = path.parent().unwrap().join(golden["tokenizer"].as_str().unwrap());
+    let changes = json!({"chat_template": golden["template"], "eos_token": golden["eos_token"]});
+    let tokenizer = with_config(&folder, changes, json!({}));
+    let cases = golden["cases"].as_array().unwrap();
+    for (number, case) in cases.iter().enumerate() {
+        let place = format!("{} case {number}", path.display());
+        let record = json!({"messages": case["messages"], "tools": case["tools"]}).to_string();
+        let Ok(Sample::Conversation(Conversation { messages, tools, id })) =
+            parse_sample(record.as_bytes(), || place.clone())
+        else {
+            panic!("{place}");
+        };
+        let render = |prompt| tokenizer.render(&messages, tools.as_ref(), prompt).unwrap();
+        assert_eq!(render(false), case["text"].as_str().unwrap(), "{place}");
+        assert_eq!(render(true), case["prompt"].as_str().unwrap(), "{place}");
+        let conversation = Conversation { id, messages: messages.clone(), tools: tools.clone() };
+        let (documents, _) = render_supervised(&tokenizer, &conversation, Supervise::Assistant).unwrap();
+        let want = case["documents"].as_array().unwrap();
+        assert_eq!(documents.len(), want.len(), "{place}");
+        for (document, want) in documents.iter().zip(want) {
+            assert_eq!(document.text, want["text"].as_str().unwrap(), "{place}");
+            let encoded = tokenizer.encode_with_offsets(&document.text).unwrap();
+            assert_eq!(json!(encoded.ids), want["ids"], "{place}");
+            assert_eq!(tokenizer.encode(&document.text).unwrap(), encoded.ids, "{place}");
+            let mask = token_mask(&tokenizer, &document.text, &encoded, &document.spans);
+            assert_eq!(json!(mask), want["mask"], "{place}");
+        }
+    }
+    cases.len()
+}
+
+#[test]
+fn parity_with_transformers() {
+    let mut files = 0;
+    for entry in fs::read_dir(&*TINY).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|end| end == "json") {
+            assert!(check_golden(&path) > 0);
+            files += 1;
+        }
+    }
+    assert!(files >= 6, "{files}");
+}
+
+#[test]
+fn a_real_model_folder() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.models/SmolLM2-135M-Instruct");
+    if !folder.is_dir() {
+        eprintln!("SKIPPED: {} is not there; scripts/setup fetches it", folder.display());
+        return;
+    }
+    let tokenizer = ChatTokenizer::load(&folder, None).unwrap();
+    assert_eq!(
+        (tokenizer.vocab_size(), tokenizer.eos_token_ids(), tokenizer.eos_token()),
+        (49152, &[2][..], Some("<|im_end|>"))
+    );
+    let messages = [Message::new("user", "Hello world, it's 12345 café 你好"), Message::new("assistant", "Hi!")];
+    let text = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n\
+                <|im_start|>user\nHello world, it's 12345 café 你好<|im_end|>\n<|im_start|>assistant\nHi!<|im_end|>\n";
+    assert_eq!(tokenizer.render(&messages, None, false).unwrap(), text);
+    let ids = tokenizer.encode(text).unwrap();
+    assert_eq!(ids[..4], [1, 9690, 198, 2683]);
+    assert_eq!(tokenizer.decode(&ids, false).unwrap(), text);
+    let conversation = Conversation { id: String::new(), messages: messages.to_vec(), tools: None };
+    let (documents, _) = render_supervised(&tokenizer, &conversation, Supervise::Assistant).unwrap();
+    let encoded = tokenizer.encode_with_offsets(text).unwrap();
+    let mask = token_mask(&tokenizer, text, &encoded, &documents[0].spans);
+    let trained: Vec<u32> = encoded.ids.iter().zip(mask).filter(|(_, flag)| *flag == 1).map(|(id, _)| *id).collect();
+    assert_eq!(tokenizer.decode(&trained, false).unwrap(), "Hi!<|im_end|>");
+}
+
+/// A folder with a configuration whose cache lies in it.
+struct Workshop {
+    folder: tempfile::TempDir,
+    config: DataConfig,
+    tokenizer: ChatTokenizer,
+}
+
+impl Workshop {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let config = DataConfig { cache_dir: folder.path().join("cache"), ..DataConfig::default() };
+        Self { folder, config, tokenizer: tiny_tokenizer(CHATML) }
+    }
+
+    fn write(&self, name: &str, content: &str) -> PathBuf {
+        let path = self.folder.path().join(name);
+        fs::write(&path, content).unwrap();
+        path
+    }
+
+    fn build(&self, paths: &[PathBuf]) -> Result<(TokenCache, BuildReport)> {
+        TokenCache::build_or_open(paths, &self.tokenizer, &self.config, &|_, _| {})
+    }
+}
+
+fn line(id: &str, answer: &str) -> String {
+    let messages = json!([{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}]);
+    format!("{}\n", json!({"id": id, "messages": messages}))
+}
+
+fn trained_text(workshop: &Workshop, cache: &TokenCache, index: usize) -> String {
+    let document = cache.document(index);
+    let marked = document_text(&workshop.tokenizer, &document, false).unwrap();
+    marked.split_once('⟦').unwrap().1.split_once('⟧').unwrap().0.to_owned()
+}
+
+#[test]
+fn build_then_open_then_rebuild_what_is_damaged() {
+    let workshop = Workshop::new();
+    let many: String = (0..3000).map(|n| line(&format!("c{n}"), &format!("answer {n}"))).collect();
+    let paths = [workshop.write("a.jsonl", &many)];
+    let seen = std::cell::RefCell::new(Vec::new());
+    let (cache, report) = TokenCache::build_or_open(&paths, &workshop.tokenizer, &workshop.config, &|done, total| {
+        seen.borrow_mut().push((done, total));
+    })
+    .unwrap();
+    assert_eq!(*seen.borrow(), [(0, 3000), (1024, 3000), (2048, 3000), (3000, 3000)]);
+    assert_eq!((cache.len(), report.documents, report.from_cache, report.note.clone()), (3000, 3000, false, None));
+    assert_eq!(
+        (cache.document(2999).id, trained_text(&workshop, &cache, 2999)),
+        ("c2999", "answer 2999<|im_end|>".to_owned())
+    );
+    assert_eq!((cache.find("c17"), cache.find("c")), (Some(17), None));
+    let statistics = Statistics::of(&cache, 0..cache.len());
+    assert_eq!((statistics.tokens, statistics.supervised), (cache.total_tokens(), cache.supervised_tokens()));
+    assert!(statistics.to_string().contains("3000 documents"), "{statistics}");
+
+    let (again, report) = workshop.build(&paths).unwrap();
+    assert!(report.from_cache);
+    assert_eq!(again.content_hash(), cache.content_hash());
+    let (whole, file) = (fs::read(cache.path()).unwrap(), cache.path().to_path_buf());
+    let hash = cache.content_hash().to_owned();
+    drop((cache, again));
+    let flipped = |at: usize| {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 1;
+        bytes
+    };
+    let damaged = [
+        (whole[..whole.len() - 5].to_vec(), "bytes, got"),
+        (whole[..100].to_vec(), "no token cache"),
+        (Vec::new(), ""),
+        (b"something else entirely".repeat(20), "no token cache"),
+        (flipped(9), "expected version"),
+        (flipped(20), "header's checksum"),
+        (flipped(300), "checksum does not hold"),
+        (flipped(whole.len() - 1), "checksum does not hold"),
+    ];
+    for (bytes, problem) in damaged {
+        // A mapped file is never written to: another file takes its name.
+        files::write_file(&file, |out| out.write_all(&bytes)).unwrap();
+        let (cache, report) = workshop.build(&paths).unwrap();
+        let note = report.note.unwrap();
+        assert!(!report.from_cache && note.contains(problem) && note.ends_with("built again"), "{problem}: {note}");
+        assert_eq!(cache.content_hash(), hash);
+    }
+}
+
+#[test]
+fn everything_that_matters_makes_another_cache() {
+    let mut workshop = Workshop::new();
+    let paths = [workshop.write("a.jsonl", &line("a", "one"))];
+    let mut seen = std::collections::HashSet::new();
+    let mut expect_new = |workshop: &Workshop, paths: &[PathBuf]| {
+        let (cache, report) = workshop.build(paths).unwrap();
+        assert!(!report.from_cache && seen.insert(cache.path().to_path_buf()));
+    };
+    expect_new(&workshop, &paths);
+    expect_new(&workshop, &[paths[0].clone(), paths[0].clone()]);
+    workshop.config.max_length = 100;
+    expect_new(&workshop, &paths);
+    workshop.config.supervise = Supervise::All;
+    expect_new(&workshop, &paths);
+    workshop.config.too_long = TooLong::Drop;
+    expect_new(&workshop, &paths);
+    let arguments = json!({"enable_thinking": false}).as_object().unwrap().clone();
+    workshop.tokenizer = tiny_tokenizer(CHATML).with_template_arguments(arguments);
+    expect_new(&workshop, &paths);
+    workshop.tokenizer = tiny_tokenizer(&CHATML.replace("m.content", "m.content | trim"));
+    expect_new(&workshop, &paths);
+    fs::write(&paths[0], line("b", "one")).unwrap();
+    expect_new(&workshop, &paths);
+    workshop.config.max_bad_share = 0.5;
+    assert!(workshop.build(&paths).unwrap().1.from_cache);
+}
+
+#[test]
+fn bad_records_are_skipped_up_to_a_share() {
+    let mut workshop = Workshop::new();
+    let broken = "{\"messages\": [\n";
+    let content = format!("\u{feff}{}\r\n{broken}{}{{\"id\": 3}}\n", line("a", "one"), line("b", "two"));
+    let paths = [workshop.write("mixed.json", &content)];
+    let message = workshop.build(&paths).unwrap_err().to_string();
+    assert!(message.contains("2 of 4 records (50.0 %)") && message.contains("mixed.json:3: is not JSON"), "{message}");
+    workshop.config.max_bad_share = 0.5;
+    let (cache, report) = workshop.build(&paths).unwrap();
+    assert_eq!((cache.len(), report.rejected_count, report.conversations), (2, 2, 4));
+    assert!(report.rejected[1].contains("mixed.json:5: expected `messages`"), "{:?}", report.rejected);
+    workshop.config.max_bad_share = 0.01;
+    let message = workshop.build(&paths).unwrap_err().to_string();
+    assert!(message.contains("2 of 4 records (50.0 %)"), "{message}");
+}
+
+#[test]
+fn what_trains_nothing_is_dropped_and_counted() {
+    let mut workshop = Workshop::new();
+    let silent = r#"[{"messages": [{"role": "user", "content": "x"}]}, {"messages": []}, {"text": ""}]"#;
+    let paths = [workshop.write("silent.json", silent)];
+    let error = workshop.build(&paths).unwrap_err();
+    assert!(error.to_string().contains("no document to train on is left of 3 records"), "{error}");
+    assert!(error.to_string().contains("3 without supervised tokens"), "{error}");
+    let empty = [workshop.write("empty.jsonl", "\n")];
+    assert!(workshop.build(&empty).unwrap_err().to_string().contains("left of 0 records"));
+    assert!(workshop.build(&[]).unwrap_err().to_string().contains("names no file"));
+
+    let long_answer = "word ".repeat(200);
+    let late = json!({"messages": [{"role": "user", "content": long_answer}, {"role": "assistant", "content": "x"}]});
+    let content = format!("{}{}{late}\n", line("short", "one"), line("long", &long_answer));
+    let paths = [workshop.write("long.jsonl", &content)];
+    workshop.config.max_length = 40;
+    let (cache, report) = workshop.build(&paths).unwrap();
+    assert_eq!((cache.len(), report.truncated, report.without_supervision, report.too_long), (2, 2, 1, 0));
+    assert_eq!((cache.length(1), cache.document(1).supervised[39]), (40, 1));
+    workshop.config.too_long = TooLong::Drop;
+    let (cache, report) = workshop.build(&paths).unwrap();
+    assert_eq!((cache.len(), report.truncated, report.too_long), (1, 0, 2));
+}
+
+#[test]
+fn preformatted_text_is_taken_as_it_is() {
+    let workshop = Workshop::new();
+    let content = "{\"text\": \"<s>all of it</s>\"}\n{\"prompt\": \"2+2=\", \"completion\": \"4\"}\n\
+                   {\"prompt\": \"a\", \"completion\": \"b<|im_end|>\"}\n";
+    let paths = [workshop.write("text.jsonl", content)];
+    let (cache, _) = workshop.build(&paths).unwrap();
+    let texts: Vec<String> =
+        (0..3).map(|index| document_text(&workshop.tokenizer, &cache.document(index), false).unwrap()).collect();
+    assert_eq!(texts, ["⟦<s>all of it</s>⟧", "2+2=⟦4<|im_end|>⟧", "a⟦b<|im_end|>⟧"]);
+    assert_eq!(cache.document(0).id, "text.jsonl:1");
+}
+
+#[test]
+fn fatal_problems_name_their_cause() {
+    let mut workshop = Workshop::new();
+    let paths = [workshop.write("a.jsonl", &line("a", "one"))];
+    workshop.tokenizer = with_config(&TINY.join("tokenizer"), json!({"chat_template": null}), json!({}));
+    let error = workshop.build(&paths).unwrap_err();
+    assert!(error.to_string().contains("has no chat template") && error.hint().unwrap().contains("data.chat_template"));
+    workshop.tokenizer =
+        with_config(&TINY.join("tokenizer"), json!({}), json!({"vocab_size": 30, "eos_token_id": [2, 9]}));
+    assert_eq!(workshop.tokenizer.eos_token_ids(), [2, 9]);
+    let message = workshop.build(&paths).unwrap_err().to_string();
+    assert!(message.contains("of document `a`, but the model has 30 tokens"), "{message}");
+    let message = ChatTokenizer::load(workshop.folder.path(), None).unwrap_err().to_string();
+    assert!(message.contains("tokenizer.json: is not there"), "{message}");
+    workshop.config.cache_dir = workshop.write("file", "x");
+    workshop.tokenizer = tiny_tokenizer(CHATML);
+    assert!(matches!(workshop.build(&paths).unwrap_err(), Error::Io { .. }));
+}
+
+#[test]
+fn the_split_ignores_order_and_company() {
+    let workshop = Workshop::new();
+    let lines: Vec<String> = (0..400).map(|n| line(&format!("c{n}"), &format!("answer {n}"))).collect();
+    let names = |content: String| {
+        let paths = [workshop.write("split.jsonl", &content)];
+        let (cache, _) = workshop.build(&paths).unwrap();
+        let (train, eval) = split(&cache, 0.25);
+        assert_eq!(train.len() + eval.len(), cache.len());
+        let mut names: Vec<String> = eval.into_iter().map(|index| cache.document(index).id.to_owned()).collect();
+        names.sort();
+        names
+    };
+    let all = names(lines.concat());
+    assert!((60..140).contains(&all.len()), "{}", all.len());
+    assert_eq!(names(lines.iter().rev().cloned().collect()), all);
+    let half = names(lines[..200].concat());
+    assert!(half.iter().all(|name| all.contains(name)) && !half.is_empty());
+    let (cache, _) = workshop.build(&[workshop.write("one.jsonl", &lines[0])]).unwrap();
+    assert_eq!(split(&cache, 0.0), (vec![0], vec![]));
+}
+
+#[test]
+fn turns_of_one_conversation_stay_on_one_side_and_batches_keep_boundaries() {
+    let mut workshop = Workshop::new();
+    // Earlier answers are shortened, so that each turn becomes a document.
+    workshop.tokenizer = tiny_tokenizer(
+        "{% for m in messages %}<|im_start|>{{ m.content if loop.last or m.role == 'user' else '' }}<|im_end|>{% endfor %}\
+         {% if add_generation_prompt %}<|im_start|>{% endif %}",
+    );
+    let turns = json!([{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"},
+                       {"from": "human", "value": "c"}, {"from": "gpt", "value": "d"}]);
+    let paths = [workshop.write("a.json", &json!({"id": "x", "conversations": turns}).to_string())];
+    let (cache, report) = workshop.build(&paths).unwrap();
+    assert_eq!((cache.len(), report.fanned_out, report.conversations), (2, 1, 1));
+    assert_eq!((cache.document(0).id, cache.document(1).id, cache.find("x")), ("x#1", "x#2", Some(0)));
+    assert_eq!(cache.conversation_key(0), cache.conversation_key(1));
+    let lengths = [cache.length(1), cache.length(0)];
+    let batches = pack(&lengths, &[1, 0], 100).unwrap();
+    assert_eq!(batches, [[1, 0]]);
+    let batch = assemble(&cache, &batches[0]);
+    assert_eq!(batch.lengths, [lengths[0] as i64, lengths[1] as i64]);
+    assert_eq!(batch.documents, ["x#2", "x#1"]);
+    let positions: Vec<i64> = (0..batch.lengths[0]).chain(0..batch.lengths[1]).collect();
+    assert_eq!(batch.positions, positions);
+    let trained: Vec<u32> =
+        batch.ids.iter().zip(&batch.supervised).filter(|(_, flag)| **flag).map(|(id, _)| *id as u32).collect();
+    assert_eq!(workshop.tokenizer.decode(&trained, false).unwrap(), "d<|im_end|>b<|im_end|>");
+}
+
+#[test]
+fn the_cache_can_be_shared_between_threads() {
+    fn shared<T: Send + Sync>() {}
+    shared::<TokenCache>();
+    shared::<ChatTokenizer>();
+}

@@ -1,0 +1,370 @@
+//! Tokenised documents in one memory-mapped file.
+//!
+//! ```text
+//! header   256 bytes: magic, version, checksum of the header, key, content hash, counts, offsets, checksum of the rest
+//! body     per document: token ids (u32), one mask byte per token, zeros up to a multiple of 4
+//! index    per document 32 bytes: offset, length, name's length and offset, hash of its conversation
+//! names    UTF-8, one after the other
+//! report   JSON: what was read, left out and why
+//! ```
+//!
+//! All numbers are little-endian. A file is opened only if both checksums, the key and every range hold; anything else is
+//! built again.
+
+use std::fs::File;
+use std::io::{BufWriter, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+use sha2::{Digest, Sha256};
+
+use super::build::BuildReport;
+use super::tokenizer::hex;
+use crate::error::{Error, Result};
+
+// Token ids are used in the mapped bytes as they lie.
+const _: () = assert!(cfg!(target_endian = "little"), "the token cache needs a little-endian machine");
+
+const MAGIC: &[u8; 8] = b"SPECTOKS";
+/// Rises with every change of this layout, and with every change of how documents are rendered, masked or cut.
+pub(super) const VERSION: u32 = 1;
+const HEADER_LENGTH: usize = 256;
+const ENTRY_LENGTH: usize = 32;
+
+/// One document.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Document<'a> {
+    /// Its name: the conversation's own, or file and line; `#n` after it is the n-th turn alone.
+    pub id: &'a str,
+    /// Token ids.
+    pub tokens: &'a [u32],
+    /// 1 for each token that is trained, 0 for the others.
+    pub supervised: &'a [u8],
+}
+
+/// Tokenised documents, memory-mapped.
+#[derive(Debug)]
+pub struct TokenCache {
+    map: Mmap,
+    path: PathBuf,
+    header: Header,
+    content_hash: String,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Header {
+    key: [u8; 32],
+    content: [u8; 32],
+    documents: u64,
+    tokens: u64,
+    supervised: u64,
+    index_offset: u64,
+    names_offset: u64,
+    report_offset: u64,
+    file_length: u64,
+    checksum: u32,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Entry {
+    offset: u64,
+    length: u32,
+    name_length: u32,
+    name_offset: u64,
+    conversation: u64,
+}
+
+impl TokenCache {
+    /// Number of documents.
+    pub fn len(&self) -> usize {
+        self.header.documents as usize
+    }
+
+    /// Whether there are none; a cache that was built has some.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// A document. Panics if `index` is not below [`TokenCache::len`], as a slice does.
+    pub fn document(&self, index: usize) -> Document<'_> {
+        let entry = self.entry(index);
+        let (start, length) = (entry.offset as usize, entry.length as usize);
+        let masks = start + 4 * length;
+        let name = self.header.names_offset as usize + entry.name_offset as usize;
+        let id = std::str::from_utf8(&self.map[name..name + entry.name_length as usize]).unwrap_or_default();
+        // SAFETY: every bit pattern is a u32.
+        let (unaligned, tokens, rest) = unsafe { self.map[start..masks].align_to::<u32>() };
+        debug_assert!(unaligned.is_empty() && rest.is_empty());
+        Document { id, tokens, supervised: &self.map[masks..masks + length] }
+    }
+
+    /// Number of tokens of a document.
+    pub fn length(&self, index: usize) -> usize {
+        self.entry(index).length as usize
+    }
+
+    /// A hash of the conversation a document comes from: the same for all documents of one conversation.
+    pub fn conversation_key(&self, index: usize) -> u64 {
+        self.entry(index).conversation
+    }
+
+    /// The first document of this name, or the first of this conversation's turns.
+    pub fn find(&self, id: &str) -> Option<usize> {
+        let is_turn = |name: &str| name.strip_prefix(id).is_some_and(|rest| rest.starts_with('#'));
+        let position = |wanted: &dyn Fn(&str) -> bool| (0..self.len()).find(|&index| wanted(self.document(index).id));
+        position(&|name| name == id).or_else(|| position(&is_turn))
+    }
+
+    /// SHA-256 of all documents with names and masks, as hexadecimal digits.
+    pub fn content_hash(&self) -> &str {
+        &self.content_hash
+    }
+
+    /// Number of tokens of all documents.
+    pub fn total_tokens(&self) -> u64 {
+        self.header.tokens
+    }
+
+    /// Number of trained tokens of all documents.
+    pub fn supervised_tokens(&self) -> u64 {
+        self.header.supervised
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn entry(&self, index: usize) -> Entry {
+        let start = self.header.index_offset as usize + index * ENTRY_LENGTH;
+        Entry::from_bytes(&self.map[start..start + ENTRY_LENGTH])
+    }
+
+    /// Opens a file made for `key`, or says what is wrong with it.
+    pub(super) fn open(path: &Path, key: &[u8; 32]) -> Result<(Self, BuildReport), String> {
+        let file = File::open(path).map_err(|error| error.to_string())?;
+        // SAFETY: the file is only ever replaced by a rename, so the mapped bytes stay.
+        let map = unsafe { Mmap::map(&file) }.map_err(|error| error.to_string())?;
+        let header = Header::from_bytes(&map)?;
+        if header.key != *key {
+            return Err("it was made from other data".to_owned());
+        }
+        if header.file_length != map.len() as u64 {
+            return Err(format!("expected {} bytes, got {}", header.file_length, map.len()));
+        }
+        if crc32c::crc32c(&map[HEADER_LENGTH..]) != header.checksum {
+            return Err("its checksum does not hold".to_owned());
+        }
+        let content_hash = hex(&header.content);
+        let cache = Self { map, path: path.to_path_buf(), header, content_hash };
+        cache.check_ranges()?;
+        let report = &cache.map[cache.header.report_offset as usize..];
+        let report: BuildReport = serde_json::from_slice(report).map_err(|error| error.to_string())?;
+        Ok((cache, report))
+    }
+
+    fn check_ranges(&self) -> Result<(), String> {
+        let header = &self.header;
+        let wrong = |what: &str| Err(format!("its {what} do not hold"));
+        let index_length = header.documents.checked_mul(ENTRY_LENGTH as u64);
+        if index_length.and_then(|length| header.index_offset.checked_add(length)) != Some(header.names_offset)
+            || header.names_offset > header.report_offset
+            || header.report_offset > header.file_length
+        {
+            return wrong("offsets");
+        }
+        let mut position = HEADER_LENGTH as u64;
+        for index in 0..self.len() {
+            let Entry { offset, length, name_length, name_offset, .. } = self.entry(index);
+            let name_end = name_offset.checked_add(u64::from(name_length));
+            let names = header.report_offset - header.names_offset;
+            if offset != position || name_end.is_none_or(|end| end > names) {
+                return wrong("document offsets");
+            }
+            position += body_length(length);
+            if position > header.index_offset {
+                return wrong("document lengths");
+            }
+        }
+        if position == header.index_offset { Ok(()) } else { wrong("lengths") }
+    }
+}
+
+/// Tokens, mask and padding of a document, in bytes.
+fn body_length(length: u32) -> u64 {
+    (5 * u64::from(length)).next_multiple_of(4)
+}
+
+/// Writes a cache document by document.
+pub(super) struct CacheWriter<'a> {
+    out: BufWriter<File>,
+    path: &'a Path,
+    position: u64,
+    checksum: u32,
+    content: Sha256,
+    index: Vec<u8>,
+    names: Vec<u8>,
+    header: Header,
+}
+
+impl<'a> CacheWriter<'a> {
+    /// Starts writing to `temporary`; errors speak of `path`.
+    pub(super) fn create(temporary: &Path, path: &'a Path, key: [u8; 32]) -> Result<Self> {
+        let mut out = BufWriter::with_capacity(1 << 20, File::create(temporary).map_err(Error::io("create", path))?);
+        out.write_all(&[0; HEADER_LENGTH]).map_err(Error::io("write", path))?;
+        let header = Header { key, ..Header::default() };
+        let (index, names) = (Vec::new(), Vec::new());
+        let position = HEADER_LENGTH as u64;
+        Ok(Self { out, path, position, checksum: 0, content: Sha256::new(), index, names, header })
+    }
+
+    /// Adds a document.
+    pub(super) fn add(&mut self, id: &str, conversation: u64, tokens: &[u32], supervised: &[u8]) -> Result<()> {
+        debug_assert_eq!(tokens.len(), supervised.len());
+        let entry = Entry {
+            offset: self.position,
+            length: u32::try_from(tokens.len()).map_err(|error| Error::Failed(error.to_string()))?,
+            name_length: id.len() as u32,
+            name_offset: self.names.len() as u64,
+            conversation,
+        };
+        let mut body: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
+        body.extend_from_slice(supervised);
+        body.resize(body.len().next_multiple_of(4), 0);
+        self.write(&body)?;
+        self.content.update(entry.length.to_le_bytes());
+        self.content.update(&body);
+        self.content.update(entry.name_length.to_le_bytes());
+        self.content.update(id);
+        self.index.extend(entry.to_bytes());
+        self.names.extend_from_slice(id.as_bytes());
+        self.header.documents += 1;
+        self.header.tokens += tokens.len() as u64;
+        self.header.supervised += supervised.iter().map(|&flag| u64::from(flag)).sum::<u64>();
+        Ok(())
+    }
+
+    /// Documents, tokens and trained tokens so far.
+    pub(super) fn counts(&self) -> (u64, u64, u64) {
+        (self.header.documents, self.header.tokens, self.header.supervised)
+    }
+
+    /// Writes what comes after the documents, and the header last.
+    pub(super) fn finish(mut self, report: &BuildReport) -> Result<()> {
+        let report = serde_json::to_vec(report).map_err(|error| Error::Failed(error.to_string()))?;
+        let (index, names) = (std::mem::take(&mut self.index), std::mem::take(&mut self.names));
+        self.header.index_offset = self.position;
+        self.write(&index)?;
+        self.header.names_offset = self.position;
+        self.write(&names)?;
+        self.header.report_offset = self.position;
+        self.write(&report)?;
+        self.header.file_length = self.position;
+        self.header.checksum = self.checksum;
+        self.header.content = self.content.clone().finalize().into();
+        let header = self.header.to_bytes();
+        let written = self.out.seek(SeekFrom::Start(0)).and_then(|_| self.out.write_all(&header));
+        written.and_then(|()| self.out.flush()).map_err(Error::io("write", self.path))
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.out.write_all(bytes).map_err(Error::io("write", self.path))?;
+        self.checksum = crc32c::crc32c_append(self.checksum, bytes);
+        self.position += bytes.len() as u64;
+        Ok(())
+    }
+}
+
+impl Entry {
+    fn to_bytes(self) -> [u8; ENTRY_LENGTH] {
+        let mut bytes = [0; ENTRY_LENGTH];
+        bytes[..8].copy_from_slice(&self.offset.to_le_bytes());
+        bytes[8..12].copy_from_slice(&self.length.to_le_bytes());
+        bytes[12..16].copy_from_slice(&self.name_length.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.name_offset.to_le_bytes());
+        bytes[24..].copy_from_slice(&self.conversation.to_le_bytes());
+        bytes
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Self {
+        Self {
+            offset: read_u64(bytes, 0),
+            length: read_u32(bytes, 8),
+            name_length: read_u32(bytes, 12),
+            name_offset: read_u64(bytes, 16),
+            conversation: read_u64(bytes, 24),
+        }
+    }
+}
+
+impl Header {
+    fn to_bytes(&self) -> [u8; HEADER_LENGTH] {
+        let mut bytes = [0; HEADER_LENGTH];
+        bytes[..8].copy_from_slice(MAGIC);
+        bytes[8..12].copy_from_slice(&VERSION.to_le_bytes());
+        bytes[16..48].copy_from_slice(&self.key);
+        bytes[48..80].copy_from_slice(&self.content);
+        let numbers = [
+            self.documents,
+            self.tokens,
+            self.supervised,
+            self.index_offset,
+            self.names_offset,
+            self.report_offset,
+            self.file_length,
+            u64::from(self.checksum),
+        ];
+        for (slot, number) in bytes[80..144].chunks_exact_mut(8).zip(numbers) {
+            slot.copy_from_slice(&number.to_le_bytes());
+        }
+        let checksum = crc32c::crc32c(&bytes[16..]);
+        bytes[12..16].copy_from_slice(&checksum.to_le_bytes());
+        bytes
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Result<Self, String> {
+        if bytes.len() < HEADER_LENGTH || bytes[..8] != *MAGIC {
+            return Err("it is no token cache".to_owned());
+        }
+        let version = read_u32(bytes, 8);
+        if version != VERSION {
+            return Err(format!("expected version {VERSION}, got {version}"));
+        }
+        if crc32c::crc32c(&bytes[16..HEADER_LENGTH]) != read_u32(bytes, 12) {
+            return Err("its header's checksum does not hold".to_owned());
+        }
+        let mut header = Self {
+            documents: read_u64(bytes, 80),
+            tokens: read_u64(bytes, 88),
+            supervised: read_u64(bytes, 96),
+            index_offset: read_u64(bytes, 104),
+            names_offset: read_u64(bytes, 112),
+            report_offset: read_u64(bytes, 120),
+            file_length: read_u64(bytes, 128),
+            checksum: read_u64(bytes, 136) as u32,
+            ..Self::default()
+        };
+        header.key.copy_from_slice(&bytes[16..48]);
+        header.content.copy_from_slice(&bytes[48..80]);
+        Ok(header)
+    }
+}
+
+fn read_u32(bytes: &[u8], at: usize) -> u32 {
+    let mut number = [0; 4];
+    number.copy_from_slice(&bytes[at..at + 4]);
+    u32::from_le_bytes(number)
+}
+
+fn read_u64(bytes: &[u8], at: usize) -> u64 {
+    let mut number = [0; 8];
+    number.copy_from_slice(&bytes[at..at + 8]);
+    u64::from_le_bytes(number)
+}
+
+/// Indices to train on and indices to evaluate on. A conversation's hash decides, so neither the order of files nor what
+/// else they hold moves it, and all documents of one conversation are on one side.
+pub fn split(cache: &TokenCache, eval_fraction: f64) -> (Vec<usize>, Vec<usize>) {
+    let to_train = |index: &usize| (cache.conversation_key(*index) >> 11) as f64 / (1u64 << 53) as f64 >= eval_fraction;
+    (0..cache.len()).partition(to_train)
+}

@@ -1,0 +1,142 @@
+//! From files of conversations to rows of token ids with a loss mask.
+//!
+//! `reader` finds the records of a file, `conversation` gives them meaning, `chat_template` renders them with the
+//! tokenizer's own template, `loss_mask` says which tokens are trained, `build` does that in parallel and `cache` keeps
+//! the result in one memory-mapped file. `pack` fills batches, `stats` describes what came out.
+//!
+//! This room ends at token ids and masks: it knows no model, no tensor and no hidden state.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::error::{Error, Result};
+
+pub mod build;
+pub mod cache;
+pub mod chat_template;
+pub mod conversation;
+pub mod loss_mask;
+pub mod pack;
+mod python;
+pub mod reader;
+pub mod stats;
+pub mod tokenizer;
+
+pub use build::BuildReport;
+pub use cache::{Document, TokenCache, split};
+pub use conversation::{Conversation, Message, Rejections, Sample, read_conversations};
+pub use pack::{PackedBatch, assemble, pack};
+pub use stats::{Statistics, mask_runs};
+pub use tokenizer::ChatTokenizer;
+
+/// Where training text comes from and how it becomes tokens.
+#[derive(Serialize, Deserialize, Clone, Debug)]
+#[serde(deny_unknown_fields, default)]
+pub struct DataConfig {
+    /// JSONL or JSON files to train on.
+    pub train: Vec<PathBuf>,
+    /// Files to evaluate on. Empty: a part of the training files is set aside.
+    pub eval: Vec<PathBuf>,
+    /// That part, where `eval` is empty. A conversation is chosen by a hash of its content.
+    pub eval_fraction: f64,
+    /// Longest document, in tokens.
+    pub max_length: usize,
+    /// Which messages are trained on.
+    pub supervise: Supervise,
+    /// Largest share of conversations that may be unusable before the run is refused.
+    pub max_bad_share: f64,
+    /// Folder for tokenised data.
+    pub cache_dir: PathBuf,
+    /// A Jinja file that replaces the model's own chat template.
+    pub chat_template: Option<PathBuf>,
+    /// Values the template is given besides the conversation, such as `enable_thinking = false`.
+    pub template_arguments: Map<String, Value>,
+    /// What happens to documents above `max_length`.
+    pub too_long: TooLong,
+    /// Seed of the order of documents.
+    pub shuffle_seed: u64,
+}
+
+impl Default for DataConfig {
+    fn default() -> Self {
+        Self {
+            train: Vec::new(),
+            eval: Vec::new(),
+            eval_fraction: 0.05,
+            max_length: 2048,
+            supervise: Supervise::Assistant,
+            max_bad_share: 0.01,
+            cache_dir: PathBuf::from(".cache/tokens"),
+            chat_template: None,
+            template_arguments: Map::new(),
+            too_long: TooLong::Truncate,
+            shuffle_seed: 0,
+        }
+    }
+}
+
+impl DataConfig {
+    /// Refuses values that cannot be meant.
+    pub fn check(&self) -> Result<()> {
+        if !(0.0..1.0).contains(&self.eval_fraction) {
+            let problem = format!("expected a share from 0 to below 1, got {}", self.eval_fraction);
+            return Err(Error::config("data.eval_fraction", problem));
+        }
+        if !(0.0..=1.0).contains(&self.max_bad_share) {
+            let problem = format!("expected a share from 0 to 1, got {}", self.max_bad_share);
+            return Err(Error::config("data.max_bad_share", problem));
+        }
+        if self.max_length < 2 {
+            let problem = format!("expected at least 2 tokens, got {}", self.max_length);
+            return Err(Error::config("data.max_length", problem));
+        }
+        Ok(())
+    }
+
+    /// The tokenizer of a model folder, with this configuration's template and template arguments.
+    pub fn tokenizer(&self, model_dir: &Path) -> Result<ChatTokenizer> {
+        let tokenizer = ChatTokenizer::load(model_dir, self.chat_template.as_deref())?;
+        Ok(tokenizer.with_template_arguments(self.template_arguments.clone()))
+    }
+}
+
+/// Which tokens of a conversation are trained on.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum Supervise {
+    /// What the assistant says, with its end of turn. An assistant message that no other speaker precedes is context.
+    Assistant,
+    /// The assistant's last message.
+    LastTurn,
+    /// Every token.
+    All,
+}
+
+/// What happens to documents above the longest length.
+#[derive(Serialize, Deserialize, Clone, Copy, Debug, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum TooLong {
+    /// Keep the head.
+    Truncate,
+    /// Leave them out.
+    Drop,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn configuration_is_strict_and_checked() {
+        let config: DataConfig = serde_json::from_str(r#"{"train": ["a.jsonl"], "supervise": "last_turn"}"#).unwrap();
+        assert_eq!((config.supervise, config.max_length), (Supervise::LastTurn, 2048));
+        config.check().unwrap();
+        assert!(serde_json::from_str::<DataConfig>(r#"{"trian": []}"#).is_err());
+        for bad in [r#"{"eval_fraction": 1.0}"#, r#"{"max_bad_share": -0.1}"#, r#"{"max_length": 1}"#] {
+            let config: DataConfig = serde_json::from_str(bad).unwrap();
+            assert!(config.check().unwrap_err().to_string().contains("data."), "{bad}");
+        }
+    }
+}

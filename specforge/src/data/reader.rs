@@ -1,0 +1,333 @@
+//! Finds the records of a file, whatever its name ends in: JSON Lines, a JSON list, or a JSON object around a list.
+//!
+//! Lists are cut at their commas without being parsed as a whole, so that a broken element is one broken record with a
+//! line number, and a large file needs no memory of its own.
+
+use std::fs::File;
+use std::io::Read;
+use std::ops::{Deref, Range};
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+use serde::de::IgnoredAny;
+
+use crate::error::{Error, Result};
+
+/// One record: where it lies and on which line it starts, counted from 1.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Record {
+    /// Bytes of the file.
+    pub range: Range<usize>,
+    /// First line.
+    pub line: usize,
+}
+
+/// An open input file, cut into records.
+#[derive(Debug)]
+pub struct SourceFile {
+    path: PathBuf,
+    bytes: Bytes,
+    records: Vec<Record>,
+}
+
+#[derive(Debug)]
+enum Bytes {
+    Mapped(Mmap),
+    Owned(Vec<u8>),
+}
+
+impl Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Bytes::Mapped(map) => map,
+            Bytes::Owned(bytes) => bytes,
+        }
+    }
+}
+
+impl SourceFile {
+    /// Opens a file and finds its records. Records themselves are not looked into.
+    pub fn open(path: &Path) -> Result<Self> {
+        let bytes = read(path)?;
+        refuse_other_formats(path, &bytes)?;
+        let records = find_records(&bytes).map_err(|(line, problem)| Error::BadLine {
+            path: path.to_path_buf(),
+            line,
+            problem: format!("{problem}; one broken line costs one record in JSON Lines, here it costs the file"),
+        })?;
+        Ok(Self { path: path.to_path_buf(), bytes, records })
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The whole content.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// All records in the order of the file.
+    pub fn records(&self) -> &[Record] {
+        &self.records
+    }
+
+    /// The bytes of one record.
+    pub fn record(&self, record: &Record) -> &[u8] {
+        &self.bytes[record.range.clone()]
+    }
+}
+
+fn read(path: &Path) -> Result<Bytes> {
+    let mut file = File::open(path).map_err(Error::io("open", path))?;
+    let metadata = file.metadata().map_err(Error::io("read", path))?;
+    if metadata.is_dir() {
+        return Err(Error::bad_file(path, "is a folder, expected a file").with_hint("name its files one by one"));
+    }
+    if metadata.is_file() && metadata.len() > 0 {
+        // SAFETY: inputs are read-only; changing a file under a running program is not supported.
+        return Ok(Bytes::Mapped(unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?));
+    }
+    // Pipes and the like have no size and cannot be mapped.
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).map_err(Error::io("read", path))?;
+    Ok(Bytes::Owned(bytes))
+}
+
+fn refuse_other_formats(path: &Path, bytes: &[u8]) -> Result<()> {
+    const SIGNATURES: &[(&[u8], &str, &str)] = &[
+        (b"\x1f\x8b", "is compressed with gzip", "unpack it with gunzip"),
+        (b"\x28\xb5\x2f\xfd", "is compressed with zstd", "unpack it with unzstd"),
+        (b"PAR1", "is a Parquet file", "convert it to JSON Lines"),
+        (b"\xff\xfe", "is UTF-16", "convert it to UTF-8"),
+        (b"\xfe\xff", "is UTF-16", "convert it to UTF-8"),
+    ];
+    match SIGNATURES.iter().find(|(signature, _, _)| bytes.starts_with(signature)) {
+        Some((_, problem, hint)) => Err(Error::bad_file(path, *problem).with_hint(*hint)),
+        None => Ok(()),
+    }
+}
+
+/// A problem and the line it was found on.
+type Located = (usize, String);
+
+fn find_records(bytes: &[u8]) -> Result<Vec<Record>, Located> {
+    let start = if bytes.starts_with(b"\xef\xbb\xbf") { 3 } else { 0 };
+    let Some(first) = bytes[start..].iter().position(|byte| !byte.is_ascii_whitespace()).map(|at| start + at) else {
+        return Ok(Vec::new());
+    };
+    if !matches!(bytes[first], b'[' | b'{') {
+        return Ok(lines(bytes, start));
+    }
+    let line_end = bytes[first..].iter().position(|&byte| byte == b'\n').map_or(bytes.len(), |at| first + at);
+    let more_follows = bytes[line_end..].iter().any(|byte| !byte.is_ascii_whitespace());
+    let one_value = |part: &[u8]| serde_json::from_slice::<IgnoredAny>(part).is_ok();
+    if more_follows && one_value(&bytes[first..line_end]) {
+        return Ok(lines(bytes, start));
+    }
+    let line = 1 + newlines(&bytes[..first]);
+    if bytes[first] == b'[' {
+        return list_records(bytes, first, line);
+    }
+    // An object over many lines is one value; otherwise its first line is merely a broken line.
+    if more_follows && !one_value(&bytes[first..]) {
+        return Ok(lines(bytes, start));
+    }
+    object_records(bytes, first, line)
+}
+
+fn newlines(bytes: &[u8]) -> usize {
+    bytes.iter().filter(|&&byte| byte == b'\n').count()
+}
+
+fn lines(bytes: &[u8], start: usize) -> Vec<Record> {
+    let mut records = Vec::new();
+    let mut at = start;
+    for (index, line) in bytes[start..].split(|&byte| byte == b'\n').enumerate() {
+        if line.iter().any(|byte| !byte.is_ascii_whitespace()) {
+            records.push(Record { range: at..at + line.len(), line: index + 1 });
+        }
+        at += line.len() + 1;
+    }
+    records
+}
+
+/// Records of a list. A list of messages is itself one record.
+fn list_records(bytes: &[u8], open: usize, line: usize) -> Result<Vec<Record>, Located> {
+    let parts = Parts::split(bytes, open, line)?;
+    match parts.parts.first() {
+        Some(first) if is_message(&bytes[first.range.clone()]) => Ok(vec![Record { range: open..parts.end, line }]),
+        _ => Ok(parts.parts),
+    }
+}
+
+/// Records of an object: itself, or the list of objects it is wrapped around.
+fn object_records(bytes: &[u8], open: usize, line: usize) -> Result<Vec<Record>, Located> {
+    let itself = |end: usize| Ok(vec![Record { range: open..end, line }]);
+    let Ok(members) = Parts::split(bytes, open, line) else {
+        return itself(bytes.len());
+    };
+    let mut lists = Vec::new();
+    for member in &members.parts {
+        let text = &bytes[member.range.clone()];
+        let mut keys = serde_json::Deserializer::from_slice(text).into_iter::<String>();
+        let Some(Ok(key)) = keys.next() else {
+            return itself(members.end);
+        };
+        let after_key = keys.byte_offset();
+        let value = text[after_key..].iter().position(|&byte| byte != b':' && !byte.is_ascii_whitespace());
+        let Some(value) = value.map(|at| after_key + at).filter(|&at| text[at] == b'[') else {
+            continue;
+        };
+        let value_line = member.line + newlines(&text[..value]);
+        let list = Parts::split(bytes, member.range.start + value, value_line)?;
+        let first = list.parts.first().map(|part| &bytes[part.range.clone()]);
+        if first.is_some_and(|element| element.starts_with(b"{") && !is_message(element)) && key != "tools" {
+            lists.push((key, list.parts));
+        }
+    }
+    match lists.len() {
+        0 => itself(members.end),
+        1 => Ok(lists.remove(0).1),
+        _ => {
+            let names: Vec<String> = lists.into_iter().map(|(key, _)| format!("`{key}`")).collect();
+            Err((line, format!("the object holds several lists of records ({}); keep one", names.join(", "))))
+        }
+    }
+}
+
+fn is_message(element: &[u8]) -> bool {
+    let object: Result<serde_json::Map<String, serde_json::Value>, _> = serde_json::from_slice(element);
+    object.is_ok_and(|object| object.contains_key("role") || object.contains_key("from"))
+}
+
+/// What stands between the brackets of a list or an object, cut at its commas.
+struct Parts {
+    parts: Vec<Record>,
+    /// One past the closing bracket.
+    end: usize,
+}
+
+impl Parts {
+    fn split(bytes: &[u8], open: usize, first_line: usize) -> Result<Self, Located> {
+        let mut parts = Vec::new();
+        let (mut line, mut depth, mut in_string, mut escaped) = (first_line, 1usize, false, false);
+        let mut current: Option<Record> = None;
+        for (at, &byte) in bytes.iter().enumerate().skip(open + 1) {
+            if byte == b'\n' {
+                line += 1;
+            }
+            if in_string {
+                if escaped {
+                    escaped = false;
+                } else if byte == b'\\' {
+                    escaped = true;
+                } else if byte == b'"' {
+                    in_string = false;
+                }
+            } else if byte.is_ascii_whitespace() {
+                continue;
+            } else if depth == 1 && byte == b',' {
+                parts.extend(current.take());
+                continue;
+            } else {
+                match byte {
+                    b'"' => in_string = true,
+                    b'{' | b'[' => depth += 1,
+                    b'}' | b']' => depth -= 1,
+                    _ => {}
+                }
+                if depth == 0 {
+                    parts.extend(current.take());
+                    return Self::closed(bytes, open, parts, at + 1, line);
+                }
+            }
+            current.get_or_insert(Record { range: at..at, line }).range.end = at + 1;
+        }
+        let opened = current.map_or(first_line, |part| part.line);
+        Err((opened, "the file ends before what starts here is closed".to_owned()))
+    }
+
+    fn closed(bytes: &[u8], open: usize, parts: Vec<Record>, end: usize, line: usize) -> Result<Self, Located> {
+        let expected = if bytes[open] == b'[' { b']' } else { b'}' };
+        if bytes[end - 1] != expected {
+            let (want, got) = (char::from(expected), char::from(bytes[end - 1]));
+            return Err((line, format!("expected `{want}` to close what was opened, got `{got}`")));
+        }
+        Ok(Self { parts, end })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn texts(content: &str) -> Vec<(usize, &str)> {
+        let records = find_records(content.as_bytes()).unwrap();
+        records.into_iter().map(|record| (record.line, content[record.range].trim())).collect()
+    }
+
+    #[test]
+    fn json_lines_with_mark_blank_lines_and_carriage_returns() {
+        let content = "\u{feff}{\"a\":1}\r\n\r\n  \n{\"a\":2}\r\nnot json\n{\"a\":3}";
+        assert_eq!(texts(content), [(1, "{\"a\":1}"), (4, "{\"a\":2}"), (5, "not json"), (6, "{\"a\":3}")]);
+        assert!(texts("").is_empty());
+        assert!(texts("\u{feff} \n\n").is_empty());
+    }
+
+    #[test]
+    fn a_broken_first_line_is_one_broken_line() {
+        assert_eq!(texts("{\"a\": \n{\"a\":2}\n"), [(1, "{\"a\":"), (2, "{\"a\":2}")]);
+    }
+
+    #[test]
+    fn lists_are_cut_at_their_commas() {
+        let content = "\n[ {\"a\": \"],[\\\"\"},\n  {\"b\": [1, {\"c\": 2}]} , oops\n]\n";
+        let want = [(2, "{\"a\": \"],[\\\"\"}"), (3, "{\"b\": [1, {\"c\": 2}]}"), (3, "oops")];
+        assert_eq!(texts(content), want);
+        assert!(texts("[]").is_empty());
+        assert_eq!(texts("[{\"a\":1},{\"a\":2}]").len(), 2);
+    }
+
+    #[test]
+    fn an_object_is_itself_or_the_list_it_wraps() {
+        let wrapped = "{\n \"version\": 1,\n \"data\": [\n  {\"messages\": []},\n  {\"messages\": []}\n ]\n}";
+        assert_eq!(texts(wrapped), [(4, "{\"messages\": []}"), (5, "{\"messages\": []}")]);
+        let single = "{\n \"conversations\": [\n {\"from\": \"human\", \"value\": \"x\"}]\n}\n";
+        assert_eq!(texts(single), [(1, single.trim())]);
+        assert_eq!(texts("{\"text\": \"x\"}"), [(1, "{\"text\": \"x\"}")]);
+        let (_, problem) = find_records(b"{\"a\": [{}], \"b\": [{}]}").unwrap_err();
+        assert!(problem.contains("`a`, `b`"), "{problem}");
+    }
+
+    #[test]
+    fn a_list_of_messages_is_one_record() {
+        assert_eq!(texts("[{\"role\":\"user\",\"content\":\"x\"}]").len(), 1);
+        assert_eq!(texts("[{\"role\":\"user\"}]\n[{\"role\":\"user\"}]\n").len(), 2);
+    }
+
+    #[test]
+    fn a_list_that_is_never_closed_is_refused_with_its_line() {
+        assert_eq!(find_records(b"[{\"a\":1},\n{\"a\":").unwrap_err().0, 2);
+        assert_eq!(find_records(b"[{\"a\":\"x},\n{\"a\":2}]").unwrap_err().0, 1);
+        assert!(find_records(b"[1}").unwrap_err().1.contains("expected `]`"));
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("cut.json");
+        std::fs::write(&path, "[{\"a\":1},\n{\"a\":").unwrap();
+        let message = SourceFile::open(&path).unwrap_err().to_string();
+        assert!(message.contains("cut.json:2: the file ends"), "{message}");
+    }
+
+    #[test]
+    fn other_formats_and_missing_files_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.jsonl");
+        assert!(SourceFile::open(&path).unwrap_err().to_string().contains("cannot open"));
+        std::fs::write(&path, b"\x1f\x8b\x08").unwrap();
+        assert!(SourceFile::open(&path).unwrap_err().hint().unwrap().contains("gunzip"));
+        assert!(SourceFile::open(folder.path()).unwrap_err().to_string().contains("is a folder"));
+    }
+}

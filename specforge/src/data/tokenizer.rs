@@ -1,0 +1,227 @@
+//! A model folder's tokenizer, with its chat template and its end-of-sequence tokens.
+//!
+//! Nothing is added to a text: whatever special tokens a sequence has are in the text, because the chat template or the
+//! author of a preformatted file wrote them there.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+use tokenizers::{PostProcessorWrapper, Tokenizer};
+
+use super::chat_template::{ChatTemplate, Prepared, TemplateSource};
+use super::conversation::Message;
+use crate::error::{Error, Result};
+
+/// Token ids and where each lies in the text, in bytes. The several tokens of one character all lie where it does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Encoded {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// First byte and one past the last.
+    pub offsets: Vec<(usize, usize)>,
+}
+
+/// Tokenizer, template and special tokens of a model folder.
+#[derive(Debug)]
+pub struct ChatTokenizer {
+    tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+    folder: PathBuf,
+    special_ids: HashSet<u32>,
+    eos_ids: Vec<u32>,
+    eos_text: Option<String>,
+    vocab_size: usize,
+    model_vocab_size: Option<usize>,
+    fingerprint: String,
+}
+
+impl ChatTokenizer {
+    /// Loads `tokenizer.json`, `tokenizer_config.json` and the chat template of a model folder.
+    pub fn load(model_dir: &Path, template_override: Option<&Path>) -> Result<Self> {
+        let path = model_dir.join("tokenizer.json");
+        if !path.is_file() {
+            return Err(Error::bad_file(&path, "is not there")
+                .with_hint("name a Hugging Face folder with tokenizer.json; slow tokenizers must be converted first"));
+        }
+        let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
+        let mut tokenizer = Tokenizer::from_bytes(&bytes)
+            .map_err(|error| Error::bad_file(&path, format!("is not a tokenizer this program can read: {error}")))?;
+        // Texts are whole already, and the byte-level post-processor would cut white space off the offsets.
+        tokenizer.with_post_processor(None::<PostProcessorWrapper>);
+        tokenizer.with_padding(None);
+        let problem = |error: tokenizers::Error| Error::bad_file(&path, error.to_string());
+        tokenizer.with_truncation(None).map_err(problem)?;
+
+        let config = read_object(&model_dir.join("tokenizer_config.json"))?;
+        let special_tokens = special_tokens(model_dir, &config)?;
+        let source = TemplateSource::find(model_dir, template_override, &config)?;
+        let template = match &source {
+            Some(source) => Some(ChatTemplate::new(source, special_tokens.clone())?),
+            None => None,
+        };
+        let eos_text = special_tokens.get("eos_token").and_then(Value::as_str).map(str::to_owned);
+        let model_config = read_object(&model_dir.join("config.json"))?;
+        let mut eos_ids = token_ids(&read_object(&model_dir.join("generation_config.json"))?, "eos_token_id");
+        eos_ids.extend(token_ids(&model_config, "eos_token_id"));
+        eos_ids.extend(eos_text.as_deref().and_then(|text| tokenizer.token_to_id(text)));
+        let mut seen = HashSet::new();
+        eos_ids.retain(|id| seen.insert(*id));
+
+        let added = tokenizer.get_added_tokens_decoder();
+        let special_ids = added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
+        let vocab_size = tokenizer.get_vocab(true).values().max().map_or(0, |largest| *largest as usize + 1);
+        let model_vocab_size = config_value(&model_config, "vocab_size").and_then(Value::as_u64);
+
+        let mut hash = Sha256::new();
+        hash.update(Sha256::digest(&bytes));
+        for (name, text) in source.iter().flat_map(|source| &source.templates) {
+            hash.update(Sha256::digest(name));
+            hash.update(Sha256::digest(text));
+        }
+        hash.update(Sha256::digest(Value::Object(special_tokens).to_string()));
+        hash.update(Sha256::digest(format!("{eos_ids:?}")));
+        Ok(Self {
+            tokenizer,
+            template,
+            folder: model_dir.to_path_buf(),
+            special_ids,
+            eos_ids,
+            eos_text,
+            vocab_size,
+            model_vocab_size: model_vocab_size.map(|size| size as usize),
+            fingerprint: hex(&hash.finalize()),
+        })
+    }
+
+    /// The same, with values that every rendering of the template is given.
+    pub fn with_template_arguments(mut self, arguments: Map<String, Value>) -> Self {
+        if let Some(template) = self.template.as_mut().filter(|_| !arguments.is_empty()) {
+            template.add_arguments(&arguments);
+            let joined = format!("{}{}", self.fingerprint, Value::Object(arguments));
+            self.fingerprint = hex(&Sha256::digest(joined));
+        }
+        self
+    }
+
+    /// Token ids of a text.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self.tokenizer.encode_fast(text, false).map_err(|error| self.failed("encode", error))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Token ids of a text, and where they lie in it.
+    pub fn encode_with_offsets(&self, text: &str) -> Result<Encoded> {
+        let encoding = self.tokenizer.encode(text, false).map_err(|error| self.failed("encode", error))?;
+        Ok(Encoded { ids: encoding.get_ids().to_vec(), offsets: encoding.get_offsets().to_vec() })
+    }
+
+    /// Text of token ids.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
+        self.tokenizer.decode(ids, skip_special).map_err(|error| self.failed("decode", error))
+    }
+
+    fn failed(&self, action: &str, error: tokenizers::Error) -> Error {
+        Error::Failed(format!("the tokenizer of {} cannot {action}: {error}", self.folder.display()))
+    }
+
+    /// The id of a token, by its text.
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.tokenizer.token_to_id(token)
+    }
+
+    /// The largest id of the tokenizer, added tokens included, plus one.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// Every id must lie below this: the rows of the model's embedding where config.json names them.
+    pub fn id_limit(&self) -> usize {
+        self.model_vocab_size.unwrap_or(self.vocab_size)
+    }
+
+    /// Renders a conversation.
+    pub fn render(&self, messages: &[Message], tools: Option<&Value>, add_generation_prompt: bool) -> Result<String> {
+        self.prepare(messages, tools)?.render(messages.len(), add_generation_prompt)
+    }
+
+    /// A conversation, ready to be rendered many times.
+    pub fn prepare(&self, messages: &[Message], tools: Option<&Value>) -> Result<Prepared<'_>> {
+        let template = self.template.as_ref().ok_or_else(|| {
+            Error::bad_file(&self.folder, "has no chat template, which conversations are rendered with")
+                .with_hint("name a Jinja file with data.chat_template, or give preformatted `text`")
+        })?;
+        Ok(template.prepare(messages, tools))
+    }
+
+    /// Whether conversations can be rendered.
+    pub fn has_chat_template(&self) -> bool {
+        self.template.is_some()
+    }
+
+    /// Tokens that end a sequence: those of generation_config.json, config.json and tokenizer_config.json.
+    pub fn eos_token_ids(&self) -> &[u32] {
+        &self.eos_ids
+    }
+
+    /// Text of the end-of-sequence token, where tokenizer_config.json names one.
+    pub fn eos_token(&self) -> Option<&str> {
+        self.eos_text.as_deref()
+    }
+
+    /// Whether a token is special or ends a sequence.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.special_ids.contains(&id) || self.eos_ids.contains(&id)
+    }
+
+    /// A hash of everything that decides which tokens a conversation becomes.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    /// The model folder.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+}
+
+/// An object from a JSON file; empty if the file is not there.
+fn read_object(path: &Path) -> Result<Map<String, Value>> {
+    if !path.is_file() {
+        return Ok(Map::new());
+    }
+    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+    serde_json::from_str(&text).map_err(|error| Error::bad_file(path, error.to_string()))
+}
+
+/// Special tokens by name, from tokenizer_config.json or the older special_tokens_map.json.
+fn special_tokens(model_dir: &Path, config: &Map<String, Value>) -> Result<Map<String, Value>> {
+    const NAMES: [&str; 7] =
+        ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+    let older = read_object(&model_dir.join("special_tokens_map.json"))?;
+    let text = |value: &Value| value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned);
+    let find = |name: &str| config.get(name).or_else(|| older.get(name)).and_then(text);
+    Ok(NAMES.into_iter().filter_map(|name| Some((name.to_owned(), Value::from(find(name)?)))).collect())
+}
+
+/// A key of config.json; models with several parts keep the language model's under `text_config`.
+fn config_value<'a>(config: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
+    let own = config.get(key).filter(|value| !value.is_null());
+    own.or_else(|| config.get("text_config")?.get(key).filter(|value| !value.is_null()))
+}
+
+/// One id or a list of them.
+fn token_ids(config: &Map<String, Value>, key: &str) -> Vec<u32> {
+    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    match config_value(config, key) {
+        Some(Value::Array(list)) => list.iter().filter_map(id).collect(),
+        Some(value) => id(value).into_iter().collect(),
+        None => Vec::new(),
+    }
+}
+
+/// Bytes as lower-case hexadecimal digits.
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
