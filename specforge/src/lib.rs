@@ -25,7 +25,8 @@ pub mod checkpoint;
 pub mod export;
 pub mod optim;
 pub mod tracking;
-// L6: the training loop
+// L6: the training loop; decoding
+pub mod decode;
 pub mod train;
 // L8: the sum of the rooms' own configurations
 pub mod config;

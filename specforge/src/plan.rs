@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::config::{Dtype, RunConfig};
-use crate::data::{self, ChatTokenizer, TokenCache};
+use crate::data::{self, TokenCache};
 use crate::draft;
 use crate::error::{Error, Result};
 use crate::models::{Dimensions, LlamaConfig};
@@ -137,7 +137,7 @@ fn target_config(config: &RunConfig) -> Result<LlamaConfig> {
 fn data_plan(config: &RunConfig) -> Result<(DataPlan, Option<u64>)> {
     let limit = |steps: u64| config.train.max_steps.map_or(steps, |most| most.min(steps));
     if config.target.path.join("tokenizer.json").is_file() {
-        let tokenizer = ChatTokenizer::load(&config.target.path, config.data.chat_template.as_deref())?;
+        let tokenizer = config.data.tokenizer(&config.target.path)?;
         let (cache, _) = TokenCache::build_or_open(&config.data.train, &tokenizer, &config.data, &|_, _| {})?;
         let documents = match config.data.eval.is_empty() {
             true => data::split(&cache, config.data.eval_fraction).0,

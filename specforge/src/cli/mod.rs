@@ -14,6 +14,7 @@ mod export;
 mod import;
 mod inspect;
 mod record;
+mod regen;
 mod signals;
 mod train;
 
@@ -32,6 +33,8 @@ pub struct Cli {
 enum Command {
     /// Train a draft model.
     Train(train::TrainArgs),
+    /// Let the target answer prompts itself: on-policy training data.
+    Regen(regen::RegenArgs),
     /// Show conversations as the trainer sees them, and the statistics of a data set.
     Inspect(inspect::InspectArgs),
     /// Write or check the files that serving engines load.
@@ -48,6 +51,7 @@ impl Cli {
         let output = Output { json: self.json };
         match self.command {
             Command::Train(args) => train::run(&args, &output),
+            Command::Regen(args) => regen::run(&args, &output),
             Command::Inspect(args) => inspect::run(&args, &output),
             Command::Export(args) => export::run(&args, &output),
             Command::Import(args) => import::run(&args, &output),
@@ -90,7 +94,11 @@ impl LazyProgress {
     }
 
     fn set(&self, done: u64, total: u64) {
-        self.inner.get_or_init(|| Progress::new(self.label, total, self.unit)).set(done, "");
+        self.set_with(done, total, "");
+    }
+
+    fn set_with(&self, done: u64, total: u64, message: &str) {
+        self.inner.get_or_init(|| Progress::new(self.label, total, self.unit)).set(done, message);
     }
 
     fn finish(&self, message: &str) {

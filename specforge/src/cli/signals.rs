@@ -8,23 +8,30 @@ use signal_hook::low_level;
 
 use crate::error::{Error, Result};
 
-/// Number of the signal that arrived; 0 while none did.
-pub(super) fn watch() -> Result<Arc<AtomicI32>> {
-    let arrived = Arc::new(AtomicI32::new(0));
-    let armed = Arc::new(AtomicBool::new(false));
+/// What arrived so far.
+pub(super) struct Watch {
+    /// Whether a signal arrived.
+    pub(super) arrived: Arc<AtomicBool>,
+    /// Its number; 0 while none did.
+    pub(super) number: Arc<AtomicI32>,
+}
+
+/// Starts watching. Until the first signal arrives nothing changes; the second one ends the process.
+pub(super) fn watch() -> Result<Watch> {
+    let watch = Watch { arrived: Arc::new(AtomicBool::new(false)), number: Arc::new(AtomicI32::new(0)) };
     for signal in [SIGINT, SIGTERM] {
         let failed = |error| Error::Failed(format!("cannot watch signal {signal}: {error}"));
         // Registered first, so that it acts on the second signal only.
-        signal_hook::flag::register_conditional_default(signal, Arc::clone(&armed)).map_err(failed)?;
-        let (arrived, armed) = (Arc::clone(&arrived), Arc::clone(&armed));
+        signal_hook::flag::register_conditional_default(signal, Arc::clone(&watch.arrived)).map_err(failed)?;
+        let (number, arrived) = (Arc::clone(&watch.number), Arc::clone(&watch.arrived));
         let action = move || {
-            arrived.store(signal, Ordering::Relaxed);
-            armed.store(true, Ordering::Relaxed);
+            number.store(signal, Ordering::Relaxed);
+            arrived.store(true, Ordering::Relaxed);
         };
         // SAFETY: the action only stores to atomics, which a signal handler may do.
         unsafe { low_level::register(signal, action) }.map_err(failed)?;
     }
-    Ok(arrived)
+    Ok(watch)
 }
 
 /// Name of a signal for messages.

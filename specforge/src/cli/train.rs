@@ -78,7 +78,8 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     }
 
     // Data: tokens first, so that mistakes in it show before any weight is loaded.
-    let tokenizer = ChatTokenizer::load(&config.target.path, config.data.chat_template.as_deref())?;
+    config.data.check()?;
+    let tokenizer = config.data.tokenizer(&config.target.path)?;
     let train_cache = tokens(&config, &config.data.train, &tokenizer)?;
     let eval_cache = match config.data.eval.is_empty() {
         true => None,
@@ -133,7 +134,7 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         store,
         tracker,
         provenance: Provenance { configuration: resolved, versions: Versions::current(), data_hashes },
-        stop: &stop,
+        stop: &stop.number,
     };
     let report = Trainer::new(parts, checkpoint.as_ref())?.run()?;
     files::write_json(&out.join("report.json"), &report)?;

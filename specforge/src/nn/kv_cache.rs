@@ -26,7 +26,8 @@ const GROWTH: i64 = 64;
 impl KvCache {
     /// An empty cache for `rows` sequences, with room for `capacity` tokens each before it has to grow.
     pub fn new(layers: usize, rows: i64, groups: i64, dim: i64, capacity: i64, options: (Kind, Device)) -> Self {
-        let empty = || Tensor::empty([rows, groups, capacity, dim], options);
+        // Zeros, not uninitialised memory: a hidden slot has weight zero, and zero times NaN is NaN.
+        let empty = || Tensor::zeros([rows, groups, capacity, dim], options);
         let layers = (0..layers).map(|_| Layer { key: empty(), value: empty() }).collect();
         Self { layers, lengths: vec![0; rows as usize] }
     }
@@ -101,13 +102,29 @@ impl KvCache {
     /// Adds the rows of another cache behind these.
     pub fn append_rows(&mut self, mut other: KvCache) {
         let capacity = self.capacity().max(other.capacity());
-        self.reserve(capacity);
-        other.reserve(capacity);
+        self.grow_to(capacity);
+        other.grow_to(capacity);
         for (mine, theirs) in self.layers.iter_mut().zip(&other.layers) {
             mine.key = Tensor::cat(&[&mine.key, &theirs.key], 0);
             mine.value = Tensor::cat(&[&mine.value, &theirs.value], 0);
         }
         self.lengths.extend(other.lengths);
+    }
+
+    /// Puts the first rows of another cache in the place of the rows named, one for each. Only the tokens they hold are
+    /// copied, so a batch that loses a row and gains another does not move its other rows.
+    pub fn replace_rows(&mut self, rows: &[i64], other: &KvCache) {
+        assert!(rows.len() as i64 <= other.rows(), "{} rows cannot be filled from {}", rows.len(), other.rows());
+        self.reserve(other.len());
+        for (mine, theirs) in self.layers.iter_mut().zip(&other.layers) {
+            for (store, new) in [(&mine.key, &theirs.key), (&mine.value, &theirs.value)] {
+                for ((from, &to), &length) in (0..).zip(rows).zip(&other.lengths) {
+                    let slots = |tensor: &Tensor, row: i64| tensor.select(0, row).narrow(1, 0, length); // [G, length, D]
+                    slots(store, to).copy_(&slots(new, from));
+                }
+            }
+        }
+        rows.iter().zip(&other.lengths).for_each(|(&row, &length)| self.lengths[row as usize] = length);
     }
 
     fn capacity(&self) -> i64 {
@@ -116,16 +133,71 @@ impl KvCache {
 
     fn reserve(&mut self, slots: i64) {
         let capacity = self.capacity();
-        if slots <= capacity {
+        if slots > capacity {
+            self.grow_to(capacity + (slots - capacity).max(capacity / 2).max(GROWTH));
+        }
+    }
+
+    fn grow_to(&mut self, capacity: i64) {
+        let more = capacity - self.capacity();
+        if more <= 0 {
             return;
         }
-        let more = (slots - capacity).max(capacity / 2).max(GROWTH);
         for layer in &mut self.layers {
             for store in [&mut layer.key, &mut layer.value] {
                 let [rows, groups, _, dim] = <[i64; 4]>::try_from(store.size()).expect("stores are [B, G, C, D]");
-                let room = Tensor::empty([rows, groups, more, dim], (store.kind(), store.device()));
+                let room = Tensor::zeros([rows, groups, more, dim], (store.kind(), store.device()));
                 *store = Tensor::cat(&[&*store, &room], 2);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A cache of one layer whose row `r` holds `lengths[r]` tokens of value `100 * mark + r`.
+    fn cache(mark: f64, lengths: &[i64], capacity: i64) -> KvCache {
+        let rows = lengths.len() as i64;
+        let mut cache = KvCache::new(1, rows, 1, 2, capacity, (Kind::Double, Device::Cpu));
+        let longest = lengths.iter().copied().max().unwrap();
+        let values = Tensor::arange(rows, (Kind::Double, Device::Cpu)) + 100.0 * mark;
+        let values = values.view([rows, 1, 1, 1]).expand([rows, 1, longest, 2], false);
+        let _ = cache.write(0, &values, &values);
+        cache.advance(lengths);
+        cache
+    }
+
+    /// What each row holds: its length and its first number.
+    fn content(cache: &KvCache) -> Vec<(i64, f64)> {
+        let row = |(row, &length): (usize, &i64)| {
+            let held = cache.layers[0].value.select(0, row as i64).narrow(1, 0, length);
+            assert_eq!(held.min().double_value(&[]), held.max().double_value(&[]));
+            (length, held.min().double_value(&[]))
+        };
+        cache.lengths.iter().enumerate().map(row).collect()
+    }
+
+    #[test]
+    fn rows_are_appended_from_a_larger_cache_and_to_a_larger_one() {
+        for (mine, theirs) in [(5, 20), (20, 5), (5, 500)] {
+            let mut joined = cache(1.0, &[3, 5], mine);
+            joined.append_rows(cache(2.0, &[4], theirs));
+            assert_eq!(content(&joined), [(3, 100.0), (5, 101.0), (4, 200.0)]);
+        }
+    }
+
+    #[test]
+    fn replaced_rows_hold_the_new_tokens_and_the_others_stay() {
+        let mut batch = cache(1.0, &[3, 5, 2], 5);
+        batch.replace_rows(&[2, 0], &cache(2.0, &[80, 1, 7], 90));
+        assert_eq!(content(&batch), [(1, 201.0), (5, 101.0), (80, 200.0)]);
+    }
+
+    #[test]
+    fn slots_that_were_never_written_are_finite() {
+        let batch = cache(1.0, &[3, 5], 64);
+        assert!(batch.layers[0].key.isfinite().all().int64_value(&[]) == 1);
     }
 }

@@ -1,0 +1,129 @@
+//! What a file of answers was made with: written beside it, and compared before a run goes on.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use super::RegenOptions;
+use crate::error::{Error, Result};
+use crate::files;
+
+/// Version of the record's own layout.
+const FORMAT: u32 = 1;
+
+/// Everything the answers depend on, and where they came from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct RunRecord {
+    format: u32,
+    /// Version of this program when the file was begun. Another version may go on.
+    specforge: String,
+    target: PathBuf,
+    prompts: PathBuf,
+    max_rows: usize,
+    /// Must be the same for a run that goes on.
+    same: Same,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Same {
+    target_fingerprint: String,
+    tokenizer_fingerprint: String,
+    element_type: String,
+    max_new_tokens: usize,
+    max_prompt_tokens: Option<usize>,
+    temperature: f64,
+    /// `None` where nothing is sampled.
+    seed: Option<u64>,
+}
+
+impl RunRecord {
+    pub(super) fn new(options: &RegenOptions, kind: tch::Kind, tokenizer_fingerprint: String) -> Result<Self> {
+        Ok(Self {
+            format: FORMAT,
+            specforge: env!("CARGO_PKG_VERSION").to_owned(),
+            target: options.target.clone(),
+            prompts: options.prompts.clone(),
+            max_rows: options.max_rows,
+            same: Same {
+                target_fingerprint: target_fingerprint(&options.target)?,
+                tokenizer_fingerprint,
+                element_type: format!("{kind:?}").to_lowercase(),
+                max_new_tokens: options.max_new_tokens,
+                max_prompt_tokens: options.max_prompt_tokens,
+                temperature: options.temperature,
+                seed: (options.temperature > 0.0).then_some(options.seed),
+            },
+        })
+    }
+
+    pub(super) fn write(&self, path: &Path) -> Result<()> {
+        files::write_json(path, self)
+    }
+
+    /// Refuses to go on with other options than the file was begun with.
+    pub(super) fn check_same(&self, path: &Path) -> Result<()> {
+        let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let hint = "repeat the old options, or start over with --restart, which keeps the old answers as .bak";
+        let before: Self = serde_json::from_str(&text)
+            .map_err(|error| Error::bad_file(path, format!("is no record of a run: {error}")).with_hint(hint))?;
+        if before.format != FORMAT {
+            let problem = format!("layout: expected {FORMAT}, got {}", before.format);
+            return Err(Error::bad_file(path, problem).with_hint(hint));
+        }
+        let fields = |same: &Same| match serde_json::to_value(same) {
+            Ok(Value::Object(fields)) => fields,
+            _ => serde_json::Map::new(),
+        };
+        let (then, now) = (fields(&before.same), fields(&self.same));
+        let changed: Vec<String> = then
+            .iter()
+            .filter(|(key, value)| now.get(*key) != Some(value))
+            .map(|(key, value)| format!("{key}: {value} then, {} now", now.get(key).unwrap_or(&Value::Null)))
+            .collect();
+        if changed.is_empty() {
+            return Ok(());
+        }
+        let problem = format!("the answers were begun with other options ({})", changed.join("; "));
+        Err(Error::bad_file(path, problem).with_hint(hint))
+    }
+}
+
+/// Bytes of each sample of a weights file.
+const SAMPLE: u64 = 64 << 10;
+/// Samples of a weights file, evenly spaced, the first and the last included.
+const SAMPLES: u64 = 64;
+
+/// Tells targets apart: a hash of config.json and of samples of every weights file. Reading all of a large model would
+/// take minutes; two models that agree in these samples differ in no training run's way.
+fn target_fingerprint(folder: &Path) -> Result<String> {
+    let mut digest = Sha256::new();
+    let config = folder.join("config.json");
+    digest.update(std::fs::read(&config).map_err(Error::io("read", &config))?);
+    let entries = std::fs::read_dir(folder).map_err(Error::io("read", folder))?;
+    let mut weights: Vec<PathBuf> = entries
+        .filter_map(|entry| entry.ok().map(|entry| entry.path()))
+        .filter(|path| path.extension().is_some_and(|extension| extension == "safetensors"))
+        .collect();
+    weights.sort();
+    for path in weights {
+        let file = File::open(&path).map_err(Error::io("open", &path))?;
+        let length = file.metadata().map_err(Error::io("read", &path))?.len();
+        digest.update(length.to_le_bytes());
+        let mut sample = vec![0; SAMPLE.min(length) as usize];
+        let room = length - sample.len() as u64;
+        for index in 0..SAMPLES {
+            let offset = (u128::from(room) * u128::from(index) / u128::from(SAMPLES - 1)) as u64;
+            file.read_exact_at(&mut sample, offset).map_err(Error::io("read", &path))?;
+            digest.update(&sample);
+        }
+    }
+    Ok(hex(&digest.finalize()[..16]))
+}
+
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
