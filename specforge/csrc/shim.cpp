@@ -3,7 +3,9 @@
 
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_fused_adamw.h>
+#include <ATen/ops/linear.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <torch/headeronly/version.h>
 
@@ -12,6 +14,7 @@
 #include <exception>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace {
@@ -42,9 +45,31 @@ std::vector<at::Tensor> gather(at::Tensor *const *pointers, std::int64_t count) 
   return tensors;
 }
 
+// oneDNN's inner product over plain tensors. libtorch registers it for compiled graphs only; there is no C++ function.
+using LinearPointwise = at::Tensor(const at::Tensor &input, const at::Tensor &weight,
+                                   const std::optional<at::Tensor> &bias, std::string_view attribute,
+                                   c10::List<std::optional<at::Scalar>> scalars,
+                                   std::optional<std::string_view> algorithm);
+
 }  // namespace
 
 extern "C" {
+
+// `input [.., in]` times the transpose of `weight [out, in]`, plus `bias` where it is not null, without autograd.
+// On the CPU, at::linear multiplies with MKL, which leaves half of a processor idle that is not Intel's.
+int specforge_onednn_linear(const at::Tensor *input, const at::Tensor *weight, const at::Tensor *bias,
+                            at::Tensor **output, char *error, std::size_t error_size) {
+  return guarded(
+      [&] {
+        static const auto operation = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+        const auto offset = bias == nullptr ? std::optional<at::Tensor>() : std::optional<at::Tensor>(*bias);
+        const c10::List<std::optional<at::Scalar>> none;
+        *output = new at::Tensor(
+            operation ? operation->typed<LinearPointwise>().call(*input, *weight, offset, "none", none, std::nullopt)
+                      : at::linear(*input, *weight, offset));
+      },
+      error, error_size);
+}
 
 // One AdamW step over `count` tensors in one kernel. Gradients are divided by `gradient_scale` on the fly
 // (clipping costs no extra pass) and come back divided, and nothing changes when `found_non_finite` holds 1.

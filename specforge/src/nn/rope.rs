@@ -90,8 +90,10 @@ impl Rope {
 
     /// Tables for `positions [B, T]`.
     pub fn tables(&self, positions: &Tensor, kind: Kind) -> RopeTables {
-        let stretched = self.dynamic_frequencies(positions);
-        let frequencies = stretched.as_ref().unwrap_or(&self.inverse_frequencies);
+        let frequencies = match self.config.scaling {
+            RopeScaling::Dynamic { factor } => self.dynamic_frequencies(positions, factor), // [B, 1, D / 2]
+            _ => self.inverse_frequencies.shallow_clone(),                                  // [D / 2]
+        };
         let angles = positions.to_kind(Kind::Float).unsqueeze(-1) * frequencies; // [B, T, D / 2]
         let angles = Tensor::cat(&[&angles, &angles], -1).unsqueeze(1); // [B, 1, T, D]
         let scaled = |table: Tensor| {
@@ -104,20 +106,15 @@ impl Rope {
         RopeTables { cos: scaled(angles.cos()), sin: scaled(angles.sin()) }
     }
 
-    /// Dynamic scaling looks at the longest position of the pass; `None` where the pretrained frequencies hold.
-    fn dynamic_frequencies(&self, positions: &Tensor) -> Option<Tensor> {
-        let RopeScaling::Dynamic { factor } = self.config.scaling else {
-            return None;
-        };
-        let length = (positions.max().int64_value(&[]) + 1) as f64; // the only variant that asks the device
-        let pretrained = self.config.max_position_embeddings as f64;
-        if length <= pretrained {
-            return None;
-        }
-        let dim = self.config.head_dim as f64;
-        let growth = (factor * length / pretrained) - (factor - 1.0);
-        let theta = self.config.theta * growth.powf(dim / (dim - 2.0));
-        Some(default_frequencies(theta, self.config.head_dim).to_device(positions.device()))
+    /// Dynamic scaling looks at the longest position of the pass, each row for itself, so that a batch equals its rows
+    /// alone. A row within the pretrained length keeps its frequencies to the last bit.
+    fn dynamic_frequencies(&self, positions: &Tensor, factor: f64) -> Tensor {
+        let (pretrained, dim) = (self.config.max_position_embeddings as f64, self.config.head_dim as f64);
+        let length: Tensor = positions.amax([-1], true).unsqueeze(-1) + 1; // [B, 1, 1]
+        let length = length.to_kind(Kind::Float).clamp_min(pretrained);
+        let growth: Tensor = length * factor / pretrained - (factor - 1.0);
+        let theta: Tensor = growth.pow_tensor_scalar(dim / (dim - 2.0)) * self.config.theta;
+        theta.pow(&exponents(self.config.head_dim).to_device(positions.device())).reciprocal() // [B, 1, D / 2]
     }
 }
 
@@ -131,11 +128,14 @@ impl RopeTables {
     }
 }
 
+/// `2i / D`
+fn exponents(head_dim: i64) -> Tensor {
+    Tensor::arange_start_step(0, head_dim, 2, (Kind::Int64, Device::Cpu)).to_kind(Kind::Float) / head_dim as f64
+}
+
 /// `theta^(-2i / D)`, computed as PyTorch does it so that tables agree to the last bit.
 fn default_frequencies(theta: f64, head_dim: i64) -> Tensor {
-    let exponents =
-        Tensor::arange_start_step(0, head_dim, 2, (Kind::Int64, Device::Cpu)).to_kind(Kind::Float) / head_dim as f64;
-    Tensor::pow_scalar(theta, &exponents).reciprocal() // [D / 2]
+    Tensor::pow_scalar(theta, &exponents(head_dim)).reciprocal() // [D / 2]
 }
 
 fn inverse_frequencies(config: &RopeConfig) -> Tensor {
