@@ -1,4 +1,6 @@
 //! Integration tests: one binary, so that libtorch is linked once.
 
+mod fixture;
 mod goldens;
 mod layers;
+mod resume;
