@@ -269,8 +269,7 @@ impl<'a> Trainer<'a> {
             self.unchecked.clear();
             return Ok(());
         };
-        // The optimizer counts the steps of this process.
-        let step = self.first_step + bad.step;
+        let step = bad.step;
         let names = self.unchecked.iter().find(|(at, _)| *at == step).map(|(_, names)| names.as_slice());
         let names = names.unwrap_or_default();
         let mut batch = names.iter().take(NAMES_SHOWN).cloned().collect::<Vec<_>>().join(", ");
