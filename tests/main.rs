@@ -3,4 +3,6 @@
 mod fixture;
 mod goldens;
 mod layers;
+mod medusa;
 mod resume;
+mod training;
