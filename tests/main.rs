@@ -1,5 +1,9 @@
 //! Integration tests: one binary, so that libtorch is linked once.
 
 mod configuration;
+mod fixture;
 mod goldens;
 mod layers;
+mod medusa;
+mod resume;
+mod training;

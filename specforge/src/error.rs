@@ -90,6 +90,14 @@ pub enum Error {
     /// libtorch refused an operation.
     #[error("libtorch: {}", first_line(.0))]
     Torch(String),
+    /// A mistake in this program.
+    #[error("internal error at {location}: {}", one_line(.message))]
+    Internal {
+        /// FILE:LINE of the source.
+        location: String,
+        /// What did not hold.
+        message: String,
+    },
     /// Something failed that no group above describes.
     #[error("{0}")]
     Failed(String),
@@ -183,6 +191,9 @@ impl Error {
             Error::Torch(text) if text.contains("out of memory") => {
                 Some("lower train.micro_batch_tokens, or compare `--plan` with the free memory".to_owned())
             }
+            Error::Internal { .. } => Some(
+                "this is a mistake in specforge: report it, with what RUST_BACKTRACE=1 adds to this message".to_owned(),
+            ),
             _ => None,
         }
     }
@@ -203,11 +214,18 @@ impl Error {
 
 impl From<tch::TchError> for Error {
     fn from(error: tch::TchError) -> Self {
-        Error::Torch(error.to_string())
+        match error {
+            tch::TchError::Torch(text) => Error::Torch(text),
+            other => Error::Torch(other.to_string()),
+        }
     }
 }
 
 /// libtorch appends a C++ backtrace to its messages; the first line says what happened.
 fn first_line(text: &str) -> &str {
     text.lines().next().unwrap_or(text)
+}
+
+fn one_line(text: &str) -> String {
+    text.lines().map(str::trim).collect::<Vec<_>>().join(" ")
 }

@@ -2,18 +2,27 @@
 //!
 //! Exit codes: 0 done, 1 failed, 2 wrong usage or bad input.
 
-use std::panic;
+use std::any::Any;
+use std::backtrace::{Backtrace, BacktraceStatus};
+use std::panic::{self, PanicHookInfo};
 use std::process::ExitCode;
+use std::sync::OnceLock;
 
 use clap::Parser;
 use specforge::cli::Cli;
 use specforge::error::Error;
 
+/// Where the first panic happened, as FILE:LINE. The panic itself, which may cross threads, does not carry it.
+static PANICKED_AT: OnceLock<String> = OnceLock::new();
+
 fn main() -> ExitCode {
     let cli = Cli::parse();
     // libtorch's operators panic where they fail (out of memory, say): such a panic is reported like any other error.
-    panic::set_hook(Box::new(|_| {}));
-    let outcome = panic::catch_unwind(|| cli.run()).unwrap_or_else(|payload| Err(from_panic(payload.as_ref())));
+    panic::set_hook(Box::new(note_panic));
+    let outcome = panic::catch_unwind(|| cli.run()).unwrap_or_else(|payload| {
+        let location = PANICKED_AT.get().map_or("an unknown place", String::as_str);
+        Err(from_panic(payload.as_ref(), location))
+    });
     let Err(error) = outcome else {
         return ExitCode::SUCCESS;
     };
@@ -24,8 +33,77 @@ fn main() -> ExitCode {
     ExitCode::from(error.exit_code())
 }
 
-fn from_panic(payload: &(dyn std::any::Any + Send)) -> Error {
+/// Says nothing yet, unless a backtrace was asked for.
+fn note_panic(info: &PanicHookInfo<'_>) {
+    if let Some(location) = info.location() {
+        let _ = PANICKED_AT.set(format!("{}:{}", location.file(), location.line()));
+    }
+    let backtrace = Backtrace::capture();
+    if backtrace.status() == BacktraceStatus::Captured {
+        eprintln!("{info}\n{backtrace}");
+    }
+}
+
+fn from_panic(payload: &(dyn Any + Send), location: &str) -> Error {
     let text = payload.downcast_ref::<String>().map(String::as_str);
     let text = text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("unknown");
-    Error::Torch(text.to_owned())
+    match libtorch_message(text) {
+        Some(message) => Error::Torch(message),
+        None => Error::Internal { location: location.to_owned(), message: text.to_owned() },
+    }
+}
+
+/// What libtorch said, where a panic is an operator of tch that unwrapped libtorch's refusal.
+fn libtorch_message(text: &str) -> Option<String> {
+    let quoted = text.strip_prefix("called `Result::unwrap()` on an `Err` value: Torch(\"")?.strip_suffix("\")")?;
+    let mut message = String::new();
+    let mut letters = quoted.chars();
+    while let Some(letter) = letters.next() {
+        // Undoes Rust's quoting.
+        message.push(match letter {
+            '\\' => match letters.next()? {
+                'n' => '\n',
+                't' => '\t',
+                other => other,
+            },
+            letter => letter,
+        });
+    }
+    Some(message)
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind, Tensor};
+
+    use super::*;
+
+    fn caught(body: fn()) -> Error {
+        let payload = panic::catch_unwind(body).unwrap_err();
+        from_panic(payload.as_ref(), "src/some.rs:7")
+    }
+
+    #[test]
+    fn a_refusal_of_libtorch_is_its_first_line() {
+        let error = caught(|| {
+            let zeros = |size: i64| Tensor::zeros([size], (Kind::Float, Device::Cpu));
+            drop(zeros(2) + zeros(3));
+        });
+        let want =
+            "libtorch: The size of tensor a (2) must match the size of tensor b (3) at non-singleton dimension 0";
+        assert_eq!(error.to_string(), want);
+        assert_eq!(error.exit_code(), 1);
+        let quoted = "called `Result::unwrap()` on an `Err` value: Torch(\"a \\\"b\\\" c\\nException raised from x\")";
+        assert_eq!(from_panic(&quoted.to_owned(), "").to_string(), "libtorch: a \"b\" c");
+    }
+
+    #[test]
+    fn every_other_panic_is_one_line_with_its_place() {
+        let error = caught(|| panic!("3 heads,\nbut 2 rows"));
+        assert_eq!(error.to_string(), "internal error at src/some.rs:7: 3 heads, but 2 rows");
+        assert!(error.hint().unwrap().contains("RUST_BACKTRACE=1"));
+        assert_eq!(error.exit_code(), 1);
+        let error = caught(|| assert_eq!(1, 2));
+        assert!(!error.to_string().contains('\n'), "{error}");
+    }
 }

@@ -48,6 +48,7 @@ pub fn cross_entropy(
     let rows = labels.size()[0];
     let mut sum = Tensor::zeros([], (Kind::Double, input.device()));
     let (mut top1, mut top5, mut gradients) = (Vec::new(), Vec::new(), Vec::new());
+    let room = Room::new(input, projection.weight, rows_per_chunk.min(rows));
     let mut start = 0;
     while start < rows {
         let count = rows_per_chunk.min(rows - start);
@@ -55,21 +56,31 @@ pub fn cross_entropy(
         let label = labels.narrow(0, start, count).unsqueeze(1); // [C, 1]
         start += count;
 
-        let logits = chunk.linear(projection.weight, None::<&Tensor>); // [C, V]
-        let wide = if logits.kind() == Kind::Double { Kind::Double } else { Kind::Float };
-        let mut log_probabilities = logits.log_softmax(-1, wide); // [C, V]
-        drop(logits);
+        let Room { logits, wide_logits, log_probabilities } = room.of(count); // [C, V]
+        let _ = chunk.linear_out(&logits, projection.weight, None::<&Tensor>);
+        if wide_logits.kind() != logits.kind() {
+            wide_logits.shallow_clone().copy_(&logits);
+        }
+        let _ = wide_logits.log_softmax_int_out(&log_probabilities, -1, None::<Kind>);
         let at_label = log_probabilities.gather(1, &label, false); // [C, 1]
         sum -= at_label.sum(Kind::Double);
         // How many tokens are at least as likely as the label, itself included. NaN gives 0, which is no hit.
-        let rank = log_probabilities.ge_tensor(&at_label).sum_dim_intlist(-1, false, Kind::Int64); // [C]
+        let _ = log_probabilities.ge_tensor_out(&wide_logits, &at_label);
+        let rank = wide_logits.sum_dim_intlist(-1, false, None::<Kind>); // [C]
         top1.push(rank.eq(1));
         top5.push(rank.ge(1).logical_and(&rank.le(5)));
 
         if let Some(scale) = scale {
-            let mut slope = log_probabilities.exp_(); // [C, V]: softmax
-            let _ = slope.scatter_add_(1, &label, &(label.ones_like().to_kind(wide) * -1.0));
-            let slope = (slope * scale).to_kind(chunk.kind()); // [C, V]
+            let mut slope = log_probabilities.shallow_clone().exp_(); // [C, V]: softmax
+            let _ = slope.scatter_add_(1, &label, &at_label.full_like(-1.0));
+            let _ = slope.g_mul_scalar_(scale);
+            let slope = match slope.kind() == logits.kind() {
+                true => slope,
+                false => {
+                    logits.shallow_clone().copy_(&slope);
+                    logits
+                }
+            };
             gradients.push(slope.matmul(projection.weight)); // [C, H]
             if let Some(total) = projection.gradient.as_deref_mut() {
                 add_outer(total, &slope, &chunk);
@@ -85,6 +96,33 @@ pub fn cross_entropy(
         false => Tensor::cat(&gradients, 0), // [R, H]
     });
     RowLosses { sum, top1: join(top1, Kind::Bool), top5: join(top5, Kind::Bool), input_gradient }
+}
+
+/// Memory that every chunk uses again. A fresh tensor for each would leave gaps in the heap of the C library, which
+/// then grows with the number of chunks after all.
+struct Room {
+    logits: Tensor,
+    /// float32 at least; the memory of `logits` itself where they are that already.
+    wide_logits: Tensor,
+    log_probabilities: Tensor,
+}
+
+impl Room {
+    fn new(input: &Tensor, weight: &Tensor, rows: i64) -> Self {
+        let shape = [rows, weight.size()[0]];
+        let wide = if input.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+        let logits = Tensor::empty(shape, (input.kind(), input.device()));
+        let wide_logits = if wide == input.kind() { logits.shallow_clone() } else { logits.empty_like().to_kind(wide) };
+        let log_probabilities = wide_logits.empty_like();
+        Self { logits, wide_logits, log_probabilities }
+    }
+
+    /// The part that a chunk of `count` rows uses.
+    fn of(&self, count: i64) -> Self {
+        let part = |tensor: &Tensor| tensor.narrow(0, 0, count);
+        let (logits, wide_logits) = (part(&self.logits), part(&self.wide_logits));
+        Self { logits, wide_logits, log_probabilities: part(&self.log_probabilities) }
+    }
 }
 
 /// `total += slope^T input`, in place where the element types allow it.

@@ -178,6 +178,7 @@ impl<'a> Trainer<'a> {
         let mut report = self.empty_report();
         if first_step == 0 {
             report.start = self.evaluate()?;
+            self.log_evaluation(&report.start)?;
         }
         let progress = Progress::new("train", self.total_steps, "steps");
         let mut window = Window::default();
@@ -200,6 +201,7 @@ impl<'a> Trainer<'a> {
                 if last || (due(config.eval_every) && !ends) {
                     self.check_finite()?;
                     report.end = self.evaluate()?;
+                    self.log_evaluation(&report.end)?;
                     progress.println(&eval_line(step, &report.end));
                 }
                 if due(config.save_every) || ends {
@@ -217,7 +219,8 @@ impl<'a> Trainer<'a> {
             self.position.batch = 0;
         }
         if report.end.is_empty() && report.stopped_by.is_none() {
-            report.end = self.evaluate()?; // a resumed run that had nothing left to do
+            // A resumed run that had nothing left to do. Its last evaluation is in the log already.
+            report.end = self.evaluate()?;
         }
         if let Some(step) = saved_at.filter(|_| report.checkpoint.as_os_str().is_empty()) {
             report.checkpoint = self.parts.store.folder_of(step);
@@ -266,8 +269,7 @@ impl<'a> Trainer<'a> {
             self.unchecked.clear();
             return Ok(());
         };
-        // The optimizer counts the steps of this process.
-        let step = self.first_step + bad.step;
+        let step = bad.step;
         let names = self.unchecked.iter().find(|(at, _)| *at == step).map(|(_, names)| names.as_slice());
         let names = names.unwrap_or_default();
         let mut batch = names.iter().take(NAMES_SHOWN).cloned().collect::<Vec<_>>().join(", ");
@@ -294,8 +296,8 @@ impl<'a> Trainer<'a> {
         self.parts.tracker.log(step, &prefixed)
     }
 
-    /// Metrics on the held-out documents, logged and returned.
-    fn evaluate(&mut self) -> Result<BTreeMap<String, f64>> {
+    /// Metrics on the held-out documents.
+    fn evaluate(&self) -> Result<BTreeMap<String, f64>> {
         let (draft, eval) = (self.parts.draft, &self.parts.eval);
         if eval.documents.is_empty() {
             return Ok(BTreeMap::new());
@@ -309,11 +311,16 @@ impl<'a> Trainer<'a> {
             let features = self.parts.source.features(part, &draft.capture())?;
             window.add(&draft.evaluate(&features, &counts)?);
         }
-        let values: BTreeMap<String, f64> = window.take(draft).into_iter().collect();
+        Ok(window.take(draft).into_iter().collect())
+    }
+
+    fn log_evaluation(&mut self, values: &BTreeMap<String, f64>) -> Result<()> {
+        if values.is_empty() {
+            return Ok(()); // nothing is held out
+        }
         let prefixed: Vec<(String, f64)> =
             values.iter().map(|(name, value)| (format!("eval/{name}"), *value)).collect();
-        self.parts.tracker.log(self.position.step, &prefixed)?;
-        Ok(values)
+        self.parts.tracker.log(self.position.step, &prefixed)
     }
 
     fn save(&mut self, metrics: BTreeMap<String, f64>) -> Result<PathBuf> {

@@ -1,0 +1,174 @@
+//! Invariants of whole training runs, through the program.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use specforge::weights;
+
+use crate::fixture::{Workspace, contents, conversations, json_of, largest_difference, model_config, model_tensors};
+use crate::fixture::{litter, output_of, stderr_of, tensors_of};
+
+#[test]
+fn weights_do_not_depend_on_the_micro_batch_size() {
+    let mut workspace = Workspace::new();
+    workspace.set("train.batch_tokens", 512).set("train.max_steps", 10).set("optim.learning_rate", 1e-3);
+    for projection in ["own", "shared"] {
+        workspace.set("draft.projection", projection);
+        let trained = [512, 128, 64].map(|tokens| {
+            let out = format!("{projection}{tokens}");
+            workspace.train(&out, &["--set", &format!("train.micro_batch_tokens={tokens}")]);
+            tensors_of(&workspace.path(&out).join("step-00000010/model.safetensors"))
+        });
+        for other in &trained[1..] {
+            for ((name, whole), (_, split)) in trained[0].iter().zip(other) {
+                let difference = largest_difference(whole, split);
+                assert!(difference < 1e-5, "{projection} {name}: {difference:e}");
+            }
+        }
+    }
+}
+
+/// The target is frozen: it is not in the optimizer, and its files stay as they are.
+#[test]
+fn only_the_draft_is_trained_and_the_plan_knows_how_much() {
+    let mut workspace = Workspace::new();
+    let before = contents(&workspace.path("model"));
+    for (projection, share) in [("own", false), ("shared", false), ("own", true)] {
+        let out = format!("{projection}{share}");
+        workspace.set("draft.projection", projection).set("draft.num_layers", 2).set("draft.share_layers", share);
+        let plan = json_of(&mut workspace.train_command(&out, &["--plan"]));
+        assert!(!workspace.path(&out).exists(), "--plan writes nothing");
+        let report = workspace.train(&out, &[]);
+        let checkpoint = workspace.path(&out).join("step-00000004");
+        assert_eq!(report["checkpoint"], json!(checkpoint));
+        let model = tensors_of(&checkpoint.join("model.safetensors"));
+        let count = |tensors: &[(String, tch::Tensor)]| tensors.iter().map(|(_, tensor)| tensor.numel()).sum::<usize>();
+        assert_eq!(plan["trainable_parameters"], count(&model), "{out}");
+        // Two moments for each parameter, and the number of steps.
+        let optimizer = tensors_of(&checkpoint.join("optimizer.safetensors"));
+        assert_eq!(count(&optimizer), 2 * count(&model) + 1, "{out}");
+        assert_eq!(optimizer.len(), 2 * model.len() + 1, "{out}");
+        let bytes: u64 = ["model", "optimizer"]
+            .map(|name| fs::metadata(checkpoint.join(format!("{name}.safetensors"))).unwrap().len())
+            .iter()
+            .sum();
+        let planned = plan["checkpoint_bytes"].as_u64().unwrap();
+        assert!((planned..planned + 8192).contains(&bytes), "{out}: planned {planned}, got {bytes}");
+    }
+    assert!(contents(&workspace.path("model")) == before, "the target's files changed");
+}
+
+/// Logits of all rows at once would take 800 MB; the whole process stays far below.
+#[test]
+fn memory_does_not_grow_with_rows_times_vocabulary() {
+    let vocabulary = 100_000;
+    let mut workspace = Workspace::with_model(&json!({"vocab_size": vocabulary}));
+    workspace
+        .set("draft.num_heads", 1)
+        .set("draft.projection", "shared")
+        .set("data.eval_fraction", 0.0)
+        .set("data.supervise", "all")
+        .set("train.max_steps", 1)
+        .set("train.batch_tokens", 2048)
+        .set("train.micro_batch_tokens", 2048)
+        .set("train.chunk_mib", 8);
+    let mut child = workspace.train_command("run", &[]).spawn().unwrap();
+    let status = format!("/proc/{}/status", child.id());
+    let (mut peak, started) = (0, Instant::now());
+    while child.try_wait().unwrap().is_none() {
+        assert!(started.elapsed() < Duration::from_secs(120), "the run hangs");
+        let text = fs::read_to_string(&status).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kibibytes = line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>().ok());
+        peak = kibibytes.unwrap_or(0).max(peak);
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", stderr_of(&output));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let rows = report["tokens"].as_u64().unwrap();
+    let one_tensor = rows * vocabulary * 4 >> 10;
+    println!("peak {} MiB, {rows} tokens, rows x vocabulary {} MiB", peak >> 10, one_tensor >> 10);
+    assert!(rows > 1900, "{rows}");
+    assert!(peak > 50 << 10, "VmHWM was not read");
+    assert!(peak < one_tensor / 2, "peak {peak} KiB, rows x vocabulary {one_tensor} KiB");
+}
+
+#[test]
+fn one_conversation_is_learned_by_heart() {
+    let mut workspace = Workspace::with_model(&json!({"hidden_size": 64}));
+    let one = workspace.path("one.jsonl");
+    let messages = json!([
+        {"role": "user", "content": "What did the fox say?"},
+        {"role": "assistant", "content": "Nothing at all, it was asleep under the old green bridge."},
+    ]);
+    fs::write(&one, json!({"id": "fox", "messages": messages}).to_string()).unwrap();
+    workspace.set("data.train", vec![json!(one)]).set("data.eval", vec![json!(one)]);
+    for projection in ["own", "shared"] {
+        // A head that may not change its projection learns more slowly.
+        let steps = if projection == "own" { "train.max_steps=60" } else { "train.max_steps=300" };
+        workspace.set("draft.projection", projection);
+        let report = workspace.train(projection, &["--set", steps]);
+        for head in 1..=3 {
+            assert_eq!(report["end"][format!("head{head}/top1")], 1.0, "{projection}: {:#}", report["end"]);
+        }
+        assert_eq!(report["end"]["simulated_acceptance_length"], 4.0);
+        assert!(report["start"]["head1/top1"].as_f64().unwrap() < 0.5);
+    }
+}
+
+/// The embedding of one token is NaN, and one document holds that token.
+#[test]
+fn a_value_that_is_not_finite_stops_the_run_and_overwrites_nothing() {
+    let mut workspace = Workspace::new();
+    let poisoned = json!({"id": "poisoned", "messages": [
+        {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Zebras. ZZZZ, many zebras."},
+    ]});
+    let path = workspace.path("conversations.jsonl");
+    fs::write(&path, conversations(60) + &poisoned.to_string()).unwrap();
+    workspace
+        .set("data.eval_fraction", 0.0)
+        .set("train.batch_tokens", 128)
+        .set("train.epochs", 2)
+        .set("train.max_steps", Value::Null)
+        .set("train.save_every", 1);
+    let sound = workspace.train("sound", &[]);
+    assert!(sound["steps"].as_u64().unwrap() > 10);
+
+    let config = model_config(&json!({}));
+    let tokenizer: Value = serde_json::from_slice(&fs::read(workspace.path("model/tokenizer.json")).unwrap()).unwrap();
+    let token = tokenizer["model"]["vocab"]["Z"].as_i64().unwrap();
+    let tensors = model_tensors(&config);
+    drop(tensors[0].1.get(token).fill_(f64::NAN));
+    assert_eq!(tensors[0].0, "model.embed_tokens.weight");
+    weights::write_tensors(&workspace.path("model/model.safetensors"), &tensors, &[]).unwrap();
+
+    // A run that meets it at once, and one that goes on from a sound checkpoint of the run above.
+    let run = |out: &str, arguments: &[&str]| {
+        let output = output_of(&mut workspace.train_command(out, arguments));
+        let message = stderr_of(&output);
+        assert_eq!(output.status.code(), Some(1), "{message}");
+        assert_eq!(output.stdout, b"");
+        let line = message.lines().find(|line| line.starts_with("error: ")).unwrap().to_owned();
+        assert!(line.contains("is not finite") && line.contains("poisoned"), "{line}");
+        let step = line.strip_prefix("error: step ").unwrap().split(':').next().unwrap().parse::<u64>().unwrap();
+        assert!(message.contains("\nhint: "), "{message}");
+        assert_eq!(litter(&workspace.path(out)), Vec::<std::path::PathBuf>::new());
+        step
+    };
+    let step = run("fresh", &[]);
+    let newest = |out: &str| {
+        let names = fs::read_dir(workspace.path(out)).unwrap().map(|entry| entry.unwrap().file_name());
+        names.filter_map(|name| name.to_string_lossy().strip_prefix("step-")?.parse::<u64>().ok()).max()
+    };
+    assert_eq!(newest("fresh"), Some(step - 1).filter(|&step| step > 0), "nothing was saved at or after step {step}");
+
+    // The same run again, from a checkpoint two steps earlier: it stops at the same step and keeps what was there.
+    assert!(step > 1, "the order of documents leaves room for a checkpoint before");
+    let checkpoint = |out: &str| workspace.path(out).join(format!("step-{:08}", step - 1));
+    let before = contents(&checkpoint("fresh"));
+    assert_eq!(run("fresh", &["--resume"]), step);
+    assert!(contents(&checkpoint("fresh")) == before, "the checkpoint changed");
+    assert_eq!(newest("fresh"), Some(step - 1));
+}
