@@ -1,11 +1,14 @@
 // What tch lacks, behind a C ABI. Every function returns 0, or 1 after writing a message into `error`
 // (a buffer of `error_size` bytes). A tensor pointer is an `at::Tensor *` owned by the caller.
 
+#include <ATen/Context.h>
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_fused_adamw.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <torch/headeronly/version.h>
 
@@ -86,6 +89,28 @@ int specforge_fused_adamw(at::Tensor *const *parameters, at::Tensor *const *grad
                           /*amsgrad=*/false, /*maximize=*/false, *gradient_scale, *found_non_finite);
       },
       error, error_size);
+}
+
+// total += scale * left right, in place. A product of 16-bit matrices reaches a float32 total on CUDA in the product's
+// own kernel; on the CPU it is made first and added after.
+int specforge_add_product(at::Tensor *total, const at::Tensor *left, const at::Tensor *right, double scale, char *error,
+                          std::size_t error_size) {
+  return guarded(
+      [&] {
+        if (total->scalar_type() == left->scalar_type()) {
+          total->addmm_(*left, *right, /*beta=*/1, /*alpha=*/scale);
+        } else if (total->is_cuda()) {
+          at::addmm_out(*total, *total, *left, *right, total->scalar_type(), /*beta=*/1, /*alpha=*/scale);
+        } else {
+          total->add_(at::mm(*left, *right), /*alpha=*/scale);
+        }
+      },
+      error, error_size);
+}
+
+// Products of float32 matrices in float32, whatever the environment asks for: no TF32.
+int specforge_exact_float32_products(char *error, std::size_t error_size) {
+  return guarded([&] { at::globalContext().setFloat32MatmulPrecision("highest"); }, error, error_size);
 }
 
 // The libtorch this was compiled against, such as "2.11.0".

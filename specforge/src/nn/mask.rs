@@ -29,8 +29,10 @@ pub enum PreparedMask {
     Dense(Tensor),
 }
 
-/// From this many documents in a pack on, one dense mask costs a GPU less than many small kernels.
-const SLICES_ON_GPU: usize = 2;
+/// Packs of more documents than this take one dense mask on a GPU. A slice costs it a launch, tens of microseconds a
+/// layer; a dense mask over `T` tokens costs all `T^2` scores and a slower kernel, which at 4096 tokens of Llama-3-8B is
+/// worth dozens of launches.
+const SLICES_ON_GPU: usize = 32;
 
 impl AttentionMask {
     /// Turns the mask into kernel form for `tokens` new tokens a row on top of cached rows of length `past`
