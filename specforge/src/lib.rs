@@ -28,6 +28,8 @@ pub mod tracking;
 // L6: the training loop; decoding
 pub mod decode;
 pub mod train;
+// L7: what the rest is worth
+pub mod eval;
 // L8: the sum of the rooms' own configurations
 pub mod config;
 // L9: what a run will take

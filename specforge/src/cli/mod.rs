@@ -11,6 +11,7 @@ use crate::progress::Progress;
 
 mod doctor;
 mod export;
+mod gpu_check;
 mod import;
 mod inspect;
 mod record;
@@ -43,6 +44,8 @@ enum Command {
     Import(import::ImportArgs),
     /// Show libtorch, devices, threads, and what is usable.
     Doctor,
+    /// Check that a GPU computes what the CPU computes, and measure how fast it trains.
+    GpuCheck(gpu_check::GpuCheckArgs),
 }
 
 impl Cli {
@@ -56,6 +59,7 @@ impl Cli {
             Command::Export(args) => export::run(&args, &output),
             Command::Import(args) => import::run(&args, &output),
             Command::Doctor => doctor::run(&output),
+            Command::GpuCheck(args) => gpu_check::run(&args, &output),
         }
     }
 }

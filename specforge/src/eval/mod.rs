@@ -1,0 +1,3 @@
+//! Measurements of what exists: speed of targets, acceptance of drafts, what a GPU makes of both.
+
+pub mod gpu_check;
