@@ -13,6 +13,7 @@ pub mod strict;
 // L1: mathematics, files and data; no model names
 pub mod data;
 pub mod nn;
+pub mod tree;
 pub mod weights;
 // L2: targets
 pub mod models;

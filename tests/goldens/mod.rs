@@ -11,6 +11,7 @@ use specforge::weights::WeightsFolder;
 use tch::{Device, Kind, Tensor};
 
 mod medusa;
+mod medusa_trees;
 mod smollm2;
 mod tiny_llama;
 
@@ -23,6 +24,7 @@ const PREFIXES: &[(&str, Check)] = &[
     ("smollm2", smollm2::check),
     ("tiny_llama_", tiny_llama::check),
     // drafts
+    ("medusa_choices", medusa_trees::check_choices),
     ("medusa", medusa::check),
 ];
 
@@ -93,6 +95,11 @@ impl Golden {
     pub fn tensor(&self, name: &str) -> Result<Tensor, String> {
         let kind = self.tensors.kind(name).unwrap_or(Kind::Float);
         self.tensors.load(name, kind, Device::Cpu).map_err(|error| error.to_string())
+    }
+
+    /// Whether a tensor is there.
+    pub fn has(&self, name: &str) -> bool {
+        self.tensors.contains(name)
     }
 
     /// The integers of a tensor.

@@ -157,7 +157,8 @@ mod tests {
         let input = Tensor::from_slice2(&[[7f32, 6., 5., 4., 3., 2., 1.]; 7]);
         let labels = Tensor::arange(7, (Kind::Int64, Device::Cpu));
         let hits = |input: &Tensor| {
-            let losses = cross_entropy(input, &labels, &mut Projection { weight: &weight, gradient: None }, None, 3).unwrap();
+            let losses =
+                cross_entropy(input, &labels, &mut Projection { weight: &weight, gradient: None }, None, 3).unwrap();
             [losses.top1, losses.top5]
                 .map(|hits| Vec::<bool>::try_from(hits).unwrap().iter().filter(|&&hit| hit).count())
         };
