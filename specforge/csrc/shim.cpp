@@ -2,13 +2,16 @@
 // (a buffer of `error_size` bytes). A tensor pointer is an `at::Tensor *` owned by the caller.
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_fused_adamw.h>
+#include <ATen/ops/linear.h>
 #include <c10/core/CachingDeviceAllocator.h>
 
 #include <cstdint>
 #include <cstring>
 #include <exception>
 #include <optional>
+#include <string_view>
 #include <vector>
 
 namespace {
@@ -38,6 +41,12 @@ std::vector<at::Tensor> gather(at::Tensor *const *pointers, std::int64_t count) 
   for (std::int64_t index = 0; index < count; ++index) tensors.push_back(*pointers[index]);
   return tensors;
 }
+
+// oneDNN's inner product over plain tensors. libtorch registers it for compiled graphs only; there is no C++ function.
+using LinearPointwise = at::Tensor(const at::Tensor &input, const at::Tensor &weight,
+                                   const std::optional<at::Tensor> &bias, std::string_view attribute,
+                                   c10::List<std::optional<at::Scalar>> scalars,
+                                   std::optional<std::string_view> algorithm);
 
 }  // namespace
 
@@ -76,6 +85,22 @@ int specforge_cuda_memory(std::int32_t device, std::int64_t *current, std::int64
 // Starts a new peak measurement on a CUDA device.
 int specforge_cuda_reset_peak(std::int32_t device, char *error, std::size_t error_size) {
   return guarded([&] { at::getDeviceAllocator(c10::DeviceType::CUDA)->resetPeakStats(device); }, error, error_size);
+}
+
+// `input [.., in]` times the transpose of `weight [out, in]`, plus `bias` where it is not null, without autograd.
+// On the CPU, at::linear multiplies with MKL, which leaves half of a processor idle that is not Intel's.
+int specforge_onednn_linear(const at::Tensor *input, const at::Tensor *weight, const at::Tensor *bias,
+                            at::Tensor **output, char *error, std::size_t error_size) {
+  return guarded(
+      [&] {
+        static const auto operation = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+        const auto offset = bias == nullptr ? std::optional<at::Tensor>() : std::optional<at::Tensor>(*bias);
+        const c10::List<std::optional<at::Scalar>> none;
+        *output = new at::Tensor(
+            operation ? operation->typed<LinearPointwise>().call(*input, *weight, offset, "none", none, std::nullopt)
+                      : at::linear(*input, *weight, offset));
+      },
+      error, error_size);
 }
 
 }  // extern "C"

@@ -11,3 +11,5 @@ pub mod nn;
 pub mod weights;
 // L2: targets
 pub mod models;
+// L7: what the rest is worth
+pub mod eval;

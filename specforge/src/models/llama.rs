@@ -12,7 +12,7 @@ use tch::{Device, Kind, Tensor};
 use super::{Dimensions, ForwardInput, ForwardOutput, LogitRows, TargetModel};
 use crate::error::{Error, Result};
 use crate::nn::rope::RopeTables;
-use crate::nn::{KvCache, Linear, PreparedMask, RmsNorm, Rope, RopeConfig, RopeScaling, attention};
+use crate::nn::{KvCache, Linear, PreparedMask, RmsNorm, Rope, RopeConfig, RopeScaling, attention, linear};
 use crate::weights::WeightsFolder;
 
 /// The keys of config.json that the network depends on. Other keys are Hugging Face's own business.
@@ -250,7 +250,7 @@ struct Mlp {
 impl Mlp {
     /// `[B, T, H]` to `[B, T, H]`
     fn forward(&self, input: &Tensor) -> Tensor {
-        let gated = self.gate.forward(input).silu() * self.up.forward(input); // [B, T, width]
+        let gated = self.gate.forward(input).silu_() * self.up.forward(input); // [B, T, width]
         self.down.forward(&gated)
     }
 }
@@ -382,8 +382,9 @@ impl TargetModel for LlamaTarget {
         for (index, layer) in self.layers.iter().enumerate() {
             keep(index, &hidden);
             let cache = cache.as_mut().map(|cache| (&mut **cache, index));
-            hidden = &hidden + layer.attention.forward(&layer.input_norm.forward(&hidden), &rope, &mask, cache);
-            hidden = &hidden + layer.mlp.forward(&layer.post_attention_norm.forward(&hidden));
+            // Each block's own output takes the sum: `hidden` itself may have been captured.
+            hidden = layer.attention.forward(&layer.input_norm.forward(&hidden), &rope, &mask, cache).g_add_(&hidden);
+            hidden = layer.mlp.forward(&layer.post_attention_norm.forward(&hidden)).g_add_(&hidden);
         }
         // The final norm works row by row: where only some rows are projected, only those are normed.
         if input.capture.contains(&last) || matches!(input.logits, LogitRows::All) {
@@ -394,12 +395,12 @@ impl TargetModel for LlamaTarget {
                 LogitRows::All => Some(hidden.view([rows * tokens, -1])),
                 LogitRows::Rows(index) => Some(hidden.view([rows * tokens, -1]).index_select(0, index)),
             };
-            return Ok(output(input, &captured, logits.map(|rows| rows.linear(&self.head, None::<&Tensor>))));
+            return Ok(output(input, &captured, logits.map(|rows| linear(&rows, &self.head, None))));
         }
         let logits = match input.logits {
             LogitRows::Rows(index) => {
                 let chosen = hidden.view([rows * tokens, -1]).index_select(0, index); // [R, H]
-                Some(self.norm.forward(&chosen).linear(&self.head, None::<&Tensor>)) // [R, V]
+                Some(linear(&self.norm.forward(&chosen), &self.head, None)) // [R, V]
             }
             LogitRows::None | LogitRows::All => None,
         };
