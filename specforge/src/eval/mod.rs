@@ -1,0 +1,3 @@
+//! Measurements of what exists: speed of targets, acceptance of drafts.
+
+pub mod bench;
