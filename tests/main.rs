@@ -1,5 +1,6 @@
 //! Integration tests: one binary, so that libtorch is linked once.
 
+mod exports;
 mod fixture;
 mod goldens;
 mod layers;
