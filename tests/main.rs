@@ -1,7 +1,7 @@
 //! Integration tests: one binary, so that libtorch is linked once.
 
 mod configuration;
-mod export;
+mod exports;
 mod fixture;
 mod goldens;
 mod layers;

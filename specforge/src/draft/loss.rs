@@ -151,6 +151,25 @@ mod tests {
         }
     }
 
+    /// In bfloat16, gradients are those of float32 but for the rounding of their parts, also where the label is nearly
+    /// certain and its slope is far smaller than bfloat16's steps below 1.
+    #[test]
+    fn sixteen_bits_keep_the_slope_of_a_certain_label() {
+        let weight = Tensor::eye(4, (Kind::Float, Device::Cpu));
+        let input = Tensor::from_slice2(&[[8f32, 0., 0., 0.], [0., 7., 0., 1.]]);
+        let labels = Tensor::from_slice(&[0i64, 1]);
+        let gradients = |kind: Kind| {
+            let (weight, mut total) = (weight.to_kind(kind), Tensor::zeros([4, 4], (Kind::Float, Device::Cpu)));
+            let mut projection = Projection { weight: &weight, gradient: Some(&mut total) };
+            let losses = cross_entropy(&input.to_kind(kind), &labels, &mut projection, Some(0.1), 1).unwrap();
+            [total, losses.input_gradient.unwrap().to_kind(Kind::Float)]
+        };
+        for (got, want) in gradients(Kind::BFloat16).iter().zip(gradients(Kind::Float)) {
+            assert!(want.abs().max().double_value(&[]) > 1e-4);
+            assert!(((got - &want).abs() - want.abs() * 0.02).max().double_value(&[]) <= 0.0, "{got} {want}");
+        }
+    }
+
     #[test]
     fn hits_count_ranks_and_ties_are_misses() {
         let weight = Tensor::eye(7, (Kind::Float, Device::Cpu));
