@@ -1,6 +1,7 @@
 //! Integration tests: one binary, so that libtorch is linked once.
 
 mod configuration;
+mod exports;
 mod fixture;
 mod goldens;
 mod layers;

@@ -13,6 +13,7 @@ pub mod strict;
 // L1: mathematics, files and data; no model names
 pub mod data;
 pub mod nn;
+pub mod tree;
 pub mod weights;
 // L2: targets
 pub mod models;
@@ -28,7 +29,7 @@ pub mod tracking;
 // L6: the training loop; decoding
 pub mod decode;
 pub mod train;
-// L7: what the rest is worth
+// L7: what a target or a draft is worth
 pub mod eval;
 // L8: the sum of the rooms' own configurations
 pub mod config;

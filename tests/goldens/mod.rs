@@ -11,6 +11,7 @@ use specforge::weights::WeightsFolder;
 use tch::{Device, Kind, Tensor};
 
 mod medusa;
+mod medusa_trees;
 mod smollm2;
 mod tiny_llama;
 
@@ -23,6 +24,7 @@ const PREFIXES: &[(&str, Check)] = &[
     ("smollm2", smollm2::check),
     ("tiny_llama_", tiny_llama::check),
     // drafts
+    ("medusa_choices", medusa_trees::check_choices),
     ("medusa", medusa::check),
 ];
 
@@ -95,6 +97,11 @@ impl Golden {
         self.tensors.load(name, kind, Device::Cpu).map_err(|error| error.to_string())
     }
 
+    /// Whether a tensor is there.
+    pub fn has(&self, name: &str) -> bool {
+        self.tensors.contains(name)
+    }
+
     /// The integers of a tensor.
     pub fn integers(&self, name: &str) -> Result<Vec<i64>, String> {
         Vec::<i64>::try_from(self.tensor(name)?.to_kind(Kind::Int64).flatten(0, -1)).map_err(|error| error.to_string())
@@ -114,16 +121,26 @@ impl Golden {
 /// Largest difference of any row (last dimension) of two tensors; an error where it exceeds the tolerance, naming the
 /// row. NaN never passes.
 pub fn compare(what: &str, got: &Tensor, want: &Tensor, tolerance: f64) -> Result<f64, String> {
+    compare_scaled(what, got, want, tolerance, 0.0)
+}
+
+/// The same where a row's tolerance is the absolute one or `relative` times its largest value, whichever is larger.
+pub fn compare_scaled(what: &str, got: &Tensor, want: &Tensor, absolute: f64, relative: f64) -> Result<f64, String> {
     if got.size() != want.size() {
         return Err(format!("{what}: expected shape {:?}, got {:?}", want.size(), got.size()));
     }
     let width = *want.size().last().unwrap_or(&1);
-    let difference = (got.to_kind(Kind::Double) - want.to_kind(Kind::Double)).abs().view([-1, width]);
-    let rows = Vec::<f64>::try_from(difference.amax([-1], false)).map_err(|error| error.to_string())?;
-    match rows.iter().position(|largest| !(*largest <= tolerance)) {
-        Some(row) => Err(format!("{what}: row {row} differs by {:.3e}, tolerance {tolerance:.0e}", rows[row])),
-        None => Ok(rows.into_iter().fold(0.0, f64::max)),
+    let (got, want) = (got.to_kind(Kind::Double), want.to_kind(Kind::Double));
+    let largest = |tensor: Tensor| Vec::<f64>::try_from(tensor.abs().view([-1, width]).amax([-1], false));
+    let differences = largest(got - &want).map_err(|error| error.to_string())?;
+    let sizes = largest(want).map_err(|error| error.to_string())?;
+    for (row, (&difference, size)) in differences.iter().zip(sizes).enumerate() {
+        let tolerance = absolute.max(relative * size);
+        if difference.is_nan() || difference > tolerance {
+            return Err(format!("{what}: row {row} differs by {difference:.3e}, tolerance {tolerance:.1e}"));
+        }
     }
+    Ok(differences.into_iter().fold(0.0, f64::max))
 }
 
 #[test]

@@ -6,9 +6,12 @@ use specforge::models::{ForwardInput, LogitRows, TargetModel, load_target};
 use specforge::nn::{AttentionMask, KvCache};
 use tch::{Device, Kind, Tensor};
 
-use super::{Golden, compare};
+use super::{Golden, compare, compare_scaled};
 
 const TOLERANCE: f64 = 1e-3;
+/// The first token's hidden states reach 22,000 in the middle layers, where neighbouring float32 are 2e-3 apart and the
+/// reference is 2e-2 off its own float64 result.
+const RELATIVE: f64 = 5e-6;
 const PROMPTS: [&str; 3] = ["p0", "p1", "p2"];
 const CAPTURE: [usize; 6] = [0, 1, 3, 16, 28, 30];
 
@@ -37,7 +40,7 @@ pub fn check(path: &Path) -> Result<String, String> {
             }
         }
     }
-    Ok(format!("largest difference {largest:.1e}, {} prompts token for token", PROMPTS.len()))
+    Ok(format!("logits differ by {largest:.1e}, {} prompts token for token", PROMPTS.len()))
 }
 
 fn end_of_text(folder: &Path) -> Result<i64, String> {
@@ -53,14 +56,13 @@ fn check_states(golden: &Golden, target: &dyn TargetModel, prompt: &str) -> Resu
     let input =
         ForwardInput { ids: &ids, positions: &positions, mask: &mask, capture: &CAPTURE, logits: LogitRows::All };
     let output = target.forward(&input, None).map_err(|error| error.to_string())?;
-    let mut largest = 0f64;
     for (index, got) in CAPTURE.iter().zip(&output.hidden) {
         let name = format!("{prompt}.hidden.{index}");
-        largest = largest.max(compare(&name, &got.squeeze_dim(0), &golden.tensor(&name)?, TOLERANCE)?);
+        compare_scaled(&name, &got.squeeze_dim(0), &golden.tensor(&name)?, TOLERANCE, RELATIVE)?;
     }
     let name = format!("{prompt}.logits_last");
     let last = output.logits.ok_or("no logits came back")?.get(-1);
-    Ok(largest.max(compare(&name, &last, &golden.tensor(&name)?, TOLERANCE)?))
+    compare(&name, &last, &golden.tensor(&name)?, TOLERANCE)
 }
 
 /// The most likely continuation, the end of the text never chosen.

@@ -66,7 +66,7 @@ fn check_narrow(golden: &Golden, target: &dyn TargetModel, tolerance: f64) -> Re
     for (name, got) in [("logits", &logits), (&last, &hidden[hidden.len() - 1])] {
         let want = golden.tensor(name)?;
         let relative = ((got.to_kind(Kind::Float) - &want).norm() / want.norm()).double_value(&[]);
-        if !(relative <= tolerance) {
+        if relative.is_nan() || relative > tolerance {
             return Err(format!("{name} in {:?}: relative error {relative:.2e}, tolerance {tolerance}", target.kind()));
         }
     }

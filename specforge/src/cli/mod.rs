@@ -9,6 +9,7 @@ use serde::Serialize;
 use crate::error::Result;
 use crate::progress::Progress;
 
+mod bench;
 mod doctor;
 mod export;
 mod gpu_check;
@@ -42,6 +43,8 @@ enum Command {
     Export(export::ExportArgs),
     /// Make a Hugging Face folder from a GGUF file.
     Import(import::ImportArgs),
+    /// Time a target's prefill and greedy decode.
+    Bench(bench::BenchArgs),
     /// Show libtorch, devices, threads, and what is usable.
     Doctor,
     /// Check that a GPU computes what the CPU computes, and measure how fast it trains.
@@ -58,6 +61,7 @@ impl Cli {
             Command::Inspect(args) => inspect::run(&args, &output),
             Command::Export(args) => export::run(&args, &output),
             Command::Import(args) => import::run(&args, &output),
+            Command::Bench(args) => bench::run(&args, &output),
             Command::Doctor => doctor::run(&output),
             Command::GpuCheck(args) => gpu_check::run(&args, &output),
         }

@@ -27,6 +27,7 @@ const VLLM_FILE: &str = "model.safetensors";
 pub const ORIGINAL: Format = Format {
     name: "medusa",
     summary: "the original repository's names: medusa_lm_head.safetensors",
+    files: &["config.json", ORIGINAL_FILE],
     recognise: |config| config.get("medusa_num_heads").is_some(),
     write: write_original,
     check: check_original,
@@ -36,6 +37,7 @@ pub const ORIGINAL: Format = Format {
 pub const VLLM: Format = Format {
     name: "medusa-vllm",
     summary: "vLLM up to 0.30: model.safetensors with blocks.* and lm_heads.*",
+    files: &["config.json", VLLM_FILE],
     recognise: |config| config.get("model_type").is_some_and(|kind| kind == "medusa"),
     write: write_vllm,
     check: check_vllm,
@@ -86,6 +88,8 @@ fn renamed(source: &Source, description: &Description, vllm: bool) -> Result<Vec
         HeadProjection::Shared if vllm => Some(target_head(source, description)?),
         _ => None,
     };
+    // The target's head follows the trained tensors: engines want one type in a file.
+    let kind = source.kind.or_else(|| source.tensors.first().map(|(_, tensor)| tensor.kind())).unwrap_or(Kind::Float);
     let mut tensors = Vec::new();
     for head in 0..config.num_heads {
         for (trained, exported) in names(head, config, vllm) {
@@ -94,7 +98,6 @@ fn renamed(source: &Source, description: &Description, vllm: bool) -> Result<Vec
             let tied = || config.share_layers.then(|| find(&first_block)).flatten();
             let value = find(&trained).or_else(tied).or_else(|| shared.as_ref().map(Tensor::shallow_clone));
             let value = value.ok_or_else(|| Error::Failed(format!("the checkpoint holds no tensor `{trained}`")))?;
-            let kind = source.kind.unwrap_or(value.kind());
             tensors.push((exported, value.f_to_kind(kind)?));
         }
     }

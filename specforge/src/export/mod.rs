@@ -52,6 +52,8 @@ pub struct Format {
     pub name: &'static str,
     /// One line for help texts.
     pub summary: &'static str,
+    /// Names of the files it writes.
+    pub files: &'static [&'static str],
     /// Whether a folder's config.json is of this format.
     pub recognise: fn(&Value) -> bool,
     /// Writes the files into an empty folder.
@@ -70,16 +72,37 @@ pub fn export(source: &Source, format: &str, out: &Path) -> Result<ExportReport>
         .iter()
         .find(|entry| entry.name == format)
         .ok_or_else(|| Error::Usage(format!("--format: expected one of {}, got `{format}`", names())))?;
-    let holds_other_files = out.is_dir() && config(out).map_or(true, |config| !(format.recognise)(&config));
-    if holds_other_files && std::fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_some()) {
-        return Err(Error::bad_file(out, format!("holds files that are no {} export", format.name))
-            .with_hint("choose a new folder; nothing was changed"));
-    }
+    check_target(format, out)?;
     let staged = StagedDir::new(out)?;
     (format.write)(source, staged.path())?;
     (format.check)(staged.path(), &config(staged.path())?)?;
     staged.commit()?;
     check(out)
+}
+
+/// The command line's record of how a folder came about.
+const RECORD_FILE: &str = "specforge.json";
+
+/// Nothing of the user's is replaced but an older export of the same format.
+fn check_target(format: &Format, out: &Path) -> Result<()> {
+    let refuse =
+        |problem: String| Err(Error::bad_file(out, problem).with_hint("choose a new folder; nothing was changed"));
+    if !out.exists() {
+        return Ok(());
+    }
+    if !out.is_dir() {
+        return refuse("expected a folder to write to, found a file".to_owned());
+    }
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(out).map_err(Error::io("read folder", out))? {
+        names.push(entry.map_err(Error::io("read folder", out))?.file_name());
+    }
+    let foreign = names.iter().find(|name| **name != *RECORD_FILE && !format.files.iter().any(|file| **name == **file));
+    match foreign {
+        Some(name) => refuse(format!("holds files that are no {} export: {}", format.name, name.to_string_lossy())),
+        None if names.is_empty() || config(out).is_ok_and(|config| (format.recognise)(&config)) => Ok(()),
+        None => refuse(format!("holds files that are no {} export", format.name)),
+    }
 }
 
 /// Checks a folder against the format its config.json shows.

@@ -257,7 +257,7 @@ struct Mlp {
 impl Mlp {
     /// `[B, T, H]` to `[B, T, H]`
     fn forward(&self, input: &Tensor) -> Tensor {
-        let gated = self.gate.forward(input).silu() * self.up.forward(input); // [B, T, width]
+        let gated = self.gate.forward(input).silu_() * self.up.forward(input); // [B, T, width]
         self.down.forward(&gated)
     }
 }
@@ -389,8 +389,9 @@ impl TargetModel for LlamaTarget {
         for (index, layer) in self.layers.iter().enumerate() {
             keep(index, &hidden);
             let cache = cache.as_mut().map(|cache| (&mut **cache, index));
-            hidden = &hidden + layer.attention.forward(&layer.input_norm.forward(&hidden), &rope, &mask, cache);
-            hidden = &hidden + layer.mlp.forward(&layer.post_attention_norm.forward(&hidden));
+            // Each block's own output takes the sum: `hidden` itself may have been captured.
+            hidden = layer.attention.forward(&layer.input_norm.forward(&hidden), &rope, &mask, cache).g_add_(&hidden);
+            hidden = layer.mlp.forward(&layer.post_attention_norm.forward(&hidden)).g_add_(&hidden);
         }
         // The final norm works row by row: where only some rows are projected, only those are normed.
         if input.capture.contains(&last) || matches!(input.logits, LogitRows::All) {

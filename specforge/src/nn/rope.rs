@@ -73,7 +73,9 @@ pub struct Rope {
 /// cos and sin of one pass, each `[B, 1, T, D]`, in the element type of the heads.
 #[derive(Debug)]
 pub struct RopeTables {
+    /// Both halves alike.
     cos: Tensor,
+    /// The first half negated, so that turning a head is only swapping its halves.
     sin: Tensor,
 }
 
@@ -94,16 +96,11 @@ impl Rope {
             RopeScaling::Dynamic { factor } => self.dynamic_frequencies(positions, factor), // [B, 1, D / 2]
             _ => self.inverse_frequencies.shallow_clone(),                                  // [D / 2]
         };
-        let angles = positions.to_kind(Kind::Float).unsqueeze(-1) * frequencies; // [B, T, D / 2]
-        let angles = Tensor::cat(&[&angles, &angles], -1).unsqueeze(1); // [B, 1, T, D]
-        let scaled = |table: Tensor| {
-            if self.attention_factor == 1.0 {
-                table.to_kind(kind)
-            } else {
-                (table * self.attention_factor).to_kind(kind)
-            }
-        };
-        RopeTables { cos: scaled(angles.cos()), sin: scaled(angles.sin()) }
+        let angles = (positions.to_kind(Kind::Float).unsqueeze(-1) * frequencies).unsqueeze(1); // [B, 1, T, D / 2]
+        let (cos, sin) = (angles.cos() * self.attention_factor, angles.sin() * self.attention_factor);
+        let cos = Tensor::cat(&[&cos, &cos], -1).to_kind(kind); // [B, 1, T, D]
+        let sin = Tensor::cat(&[&sin.neg(), &sin], -1).to_kind(kind); // [B, 1, T, D]
+        RopeTables { cos, sin }
     }
 
     /// Dynamic scaling looks at the longest position of the pass, each row for itself, so that a batch equals its rows
@@ -123,8 +120,8 @@ impl RopeTables {
     pub fn rotate(&self, heads: &Tensor) -> Tensor {
         let half = heads.size()[3] / 2;
         let (first, second) = (heads.narrow(3, 0, half), heads.narrow(3, half, half));
-        let turned = Tensor::cat(&[second.neg(), first], 3); // [B, N, T, D]
-        (heads * &self.cos).addcmul_(&turned, &self.sin)
+        let swapped = Tensor::cat(&[second, first], 3); // [B, N, T, D]
+        (heads * &self.cos).addcmul_(&swapped, &self.sin)
     }
 }
 
