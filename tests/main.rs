@@ -4,6 +4,7 @@ mod configuration;
 mod exports;
 mod fixture;
 mod goldens;
+mod gpu_check;
 mod layers;
 mod medusa;
 mod resume;
