@@ -88,9 +88,12 @@ impl Workspace {
 
     /// `specforge train` into the folder `out`, with further arguments.
     pub fn train_command(&self, out: &str, arguments: &[&str]) -> Command {
-        let mut command = specforge(&["train", "--json", "--device", "cpu", "--config"]);
+        let mut command = specforge(&["train", "--json", "--config"]);
         command.arg(self.config()).arg("--set").arg(format!("train.output_dir={}", self.path(out).display()));
         command.args(arguments);
+        if !arguments.contains(&"--device") {
+            command.args(["--device", "cpu"]);
+        }
         command
     }
 

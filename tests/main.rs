@@ -1,5 +1,6 @@
 //! Integration tests: one binary, so that libtorch is linked once.
 
+mod bad_input;
 mod exports;
 mod fixture;
 mod goldens;
