@@ -9,10 +9,8 @@ use serde_json::{Value, json};
 use specforge::weights;
 use tch::{Device, Kind, Tensor};
 
-use crate::fixture::{
-    TOKENIZER_SIZE, Workspace, contents, conversations, json_of, litter, model_config, model_tensors,
-};
-use crate::fixture::{output_of, specforge, stderr_of};
+use crate::fixture::{Workspace, contents, conversations, json_of, litter, model_config, model_tensors};
+use crate::fixture::{output_of, specforge, stderr_of, write_gguf};
 
 /// One way to go wrong.
 struct Case {
@@ -873,6 +871,17 @@ fn imports() {
             },
             exit_code: 2,
             expected: &["{}/huge.gguf"],
+        },
+        Case {
+            name: "a GGUF file without its last tensor",
+            spoil: |workspace| {
+                let path = workspace.path("model.gguf");
+                write_gguf(&path);
+                truncate(&path, 64);
+                import(workspace, "model.gguf")
+            },
+            exit_code: 2,
+            expected: &["{}/model.gguf", "blk.0.ffn_norm.weight"],
         },
         Case {
             name: "an unknown element type",

@@ -1,6 +1,7 @@
 //! Integration tests: one binary, so that libtorch is linked once.
 
 mod bad_input;
+mod cli;
 mod exports;
 mod fixture;
 mod goldens;
