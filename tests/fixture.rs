@@ -6,6 +6,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use candle_core::quantized::gguf_file::{self, Value as GgufValue};
+use candle_core::quantized::{GgmlDType, QTensor};
 use serde_json::{Value, json};
 use specforge::models::LlamaConfig;
 use specforge::nn::noise;
@@ -88,9 +90,12 @@ impl Workspace {
 
     /// `specforge train` into the folder `out`, with further arguments.
     pub fn train_command(&self, out: &str, arguments: &[&str]) -> Command {
-        let mut command = specforge(&["train", "--json", "--device", "cpu", "--config"]);
+        let mut command = specforge(&["train", "--json", "--config"]);
         command.arg(self.config()).arg("--set").arg(format!("train.output_dir={}", self.path(out).display()));
         command.args(arguments);
+        if !arguments.contains(&"--device") {
+            command.args(["--device", "cpu"]);
+        }
         command
     }
 
@@ -180,6 +185,69 @@ pub fn write_model(folder: &Path, changes: &Value) {
         fs::copy(tokenizer.join(name), folder.join(name)).unwrap();
     }
     weights::write_tensors(&folder.join("model.safetensors"), &model_tensors(&config), &[]).unwrap();
+}
+
+/// Writes a GGUF file of a small Llama in float32, with a byte-level tokenizer and a chat template.
+pub fn write_gguf(path: &Path) {
+    let (hidden, width, heads, groups) = (32, 48, 4, 2);
+    let text = |text: &str| GgufValue::String(text.to_owned());
+    let number = |number: usize| GgufValue::U32(number as u32);
+    let mut alphabet: Vec<char> = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet().into_iter().collect();
+    alphabet.sort_unstable();
+    let special = ["<|unknown|>", "<|begin|>", "<|im_end|>", "<|im_start|>"];
+    let tokens: Vec<String> = special
+        .map(str::to_owned)
+        .into_iter()
+        .chain(alphabet.into_iter().map(String::from))
+        .chain(["he".to_owned()])
+        .collect();
+    let vocabulary = tokens.len();
+    let kinds = (0..vocabulary).map(|token| GgufValue::I32(if token < special.len() { 3 } else { 1 })).collect();
+    let template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if \
+                    add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    let metadata = [
+        ("general.architecture", text("llama")),
+        ("llama.block_count", number(1)),
+        ("llama.context_length", number(256)),
+        ("llama.embedding_length", number(hidden)),
+        ("llama.feed_forward_length", number(width)),
+        ("llama.attention.head_count", number(heads)),
+        ("llama.attention.head_count_kv", number(groups)),
+        ("llama.attention.layer_norm_rms_epsilon", GgufValue::F32(1e-5)),
+        ("tokenizer.ggml.model", text("gpt2")),
+        ("tokenizer.ggml.pre", text("smollm")),
+        ("tokenizer.ggml.tokens", GgufValue::Array(tokens.into_iter().map(GgufValue::String).collect())),
+        ("tokenizer.ggml.token_type", GgufValue::Array(kinds)),
+        ("tokenizer.ggml.merges", GgufValue::Array(vec![text("h e")])),
+        ("tokenizer.ggml.bos_token_id", number(1)),
+        ("tokenizer.ggml.eos_token_id", number(2)),
+        ("tokenizer.chat_template", text(template)),
+    ];
+    let shared = hidden / heads * groups;
+    let tensors = [
+        ("token_embd.weight", vec![vocabulary, hidden]),
+        ("output_norm.weight", vec![hidden]),
+        ("blk.0.attn_q.weight", vec![hidden, hidden]),
+        ("blk.0.attn_k.weight", vec![shared, hidden]),
+        ("blk.0.attn_v.weight", vec![shared, hidden]),
+        ("blk.0.attn_output.weight", vec![hidden, hidden]),
+        ("blk.0.ffn_gate.weight", vec![width, hidden]),
+        ("blk.0.ffn_up.weight", vec![width, hidden]),
+        ("blk.0.ffn_down.weight", vec![hidden, width]),
+        ("blk.0.attn_norm.weight", vec![hidden]),
+        ("blk.0.ffn_norm.weight", vec![hidden]),
+    ];
+    let tensors: Vec<(&str, QTensor)> = tensors
+        .into_iter()
+        .map(|(name, shape)| {
+            let values: Vec<f32> = (0..shape.iter().product()).map(|index: usize| (index as f32).sin() * 0.3).collect();
+            let tensor = candle_core::Tensor::from_vec(values, shape, &candle_core::Device::Cpu).unwrap();
+            (name, QTensor::quantize(&tensor, GgmlDType::F32).unwrap())
+        })
+        .collect();
+    let metadata: Vec<(&str, &GgufValue)> = metadata.iter().map(|(key, value)| (*key, value)).collect();
+    let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
+    gguf_file::write(&mut fs::File::create(path).unwrap(), &metadata, &tensors).unwrap();
 }
 
 /// `count` conversations of one to three turns, one a line; line `n` has the id `c<n>`.

@@ -1,11 +1,13 @@
 //! Integration tests: one binary, so that libtorch is linked once.
 
+mod bad_input;
+mod cli;
 mod configuration;
 mod exports;
 mod fixture;
 mod goldens;
 mod gpu_check;
-mod layers;
+mod lay.rs;
 mod medusa;
 mod resume;
 mod training;

@@ -3,6 +3,7 @@
 //! Every message says what was wrong, where (path, line, tensor, key), what was expected and what was found.
 //! What to do about it is kept apart as a hint, which `main` prints on a line of its own.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
@@ -179,8 +180,8 @@ impl Error {
         match self {
             Error::BadFile { hint, .. } | Error::Config { hint, .. } => hint.clone(),
             Error::Io { source, path, .. } => match source.kind() {
-                std::io::ErrorKind::StorageFull => Some("free some space or choose another folder".to_owned()),
-                std::io::ErrorKind::PermissionDenied | std::io::ErrorKind::ReadOnlyFilesystem => {
+                ErrorKind::StorageFull => Some("free some space or choose another folder".to_owned()),
+                ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
                     Some(format!("choose a folder you can write to instead of {}", path.display()))
                 }
                 _ => None,
@@ -188,7 +189,7 @@ impl Error {
             Error::NonFinite { .. } => {
                 Some("lower optim.learning_rate, or look at the named documents with `specforge inspect`".to_owned())
             }
-            Error::Torch(text) if text.contains("out of memory") => {
+            Error::Torch(text) if text.contains("out of memory") || text.contains("can't allocate memory") => {
                 Some("lower train.micro_batch_tokens, or compare `--plan` with the free memory".to_owned())
             }
             Error::Internal { .. } => Some(
@@ -206,7 +207,17 @@ impl Error {
             | Error::Tensors { .. }
             | Error::Config { .. }
             | Error::Usage(_) => 2,
-            Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => 2,
+            Error::Io { source, .. } => match source.kind() {
+                // A path that cannot be meant, or a text file that holds no text.
+                ErrorKind::NotFound
+                | ErrorKind::AlreadyExists
+                | ErrorKind::NotADirectory
+                | ErrorKind::IsADirectory
+                | ErrorKind::PermissionDenied
+                | ErrorKind::ReadOnlyFilesystem
+                | ErrorKind::InvalidData => 2,
+                _ => 1,
+            },
             _ => 1,
         }
     }

@@ -1,5 +1,6 @@
 //! `specforge train`
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::rc::Rc;
 
@@ -85,6 +86,14 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         true => None,
         false => Some(tokens(&config, &config.data.eval, &tokenizer)?),
     };
+    let mut data_hashes = BTreeMap::from([("train".to_owned(), train_cache.content_hash().to_owned())]);
+    if let Some(cache) = &eval_cache {
+        data_hashes.insert("eval".to_owned(), cache.content_hash().to_owned());
+    }
+    // Before anything in the output folder is touched.
+    if let Some(checkpoint) = &checkpoint {
+        checkpoint.same_data(&data_hashes)?;
+    }
     let all = |cache: &TokenCache| (0..cache.len()).collect::<Vec<_>>();
     let (train_documents, eval_documents) = match &eval_cache {
         Some(cache) => (all(&train_cache), all(cache)),
@@ -101,6 +110,9 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         let problem = format!("the tokenizer has {tokens_known} tokens, the model {}", dimensions.vocab_size);
         return Err(Error::bad_file(&config.target.path, problem));
     }
+    for cache in [Some(&train_cache), eval_cache.as_ref()].into_iter().flatten() {
+        fits_context(cache, dimensions.max_position_embeddings)?;
+    }
     let context = DraftContext {
         target: dimensions,
         head: target.head(),
@@ -112,18 +124,8 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     let draft = (algorithm.build)(&config.draft, &context)?;
     let source = OnlineFeatures::new(Rc::clone(&target));
 
-    files::write_json(&out.join("config.json"), &resolved)?;
-    record::write(&out.join(record::FILE_NAME), &resolved)?;
     let start_step = checkpoint.as_ref().map(|checkpoint| checkpoint.manifest.step);
     let tracker = Tracker::open(out, start_step)?;
-    let mut data_hashes =
-        std::collections::BTreeMap::from([("train".to_owned(), train_cache.content_hash().to_owned())]);
-    if let Some(cache) = &eval_cache {
-        data_hashes.insert("eval".to_owned(), cache.content_hash().to_owned());
-    }
-    if let Some(checkpoint) = &checkpoint {
-        checkpoint.same_data(&data_hashes)?;
-    }
     let parts = TrainerParts {
         config: &config.train,
         optim: &config.optim,
@@ -133,10 +135,14 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         eval: Split { cache: eval_cache.as_ref().unwrap_or(&train_cache), documents: eval_documents },
         store,
         tracker,
-        provenance: Provenance { configuration: resolved, versions: Versions::current(), data_hashes },
+        provenance: Provenance { configuration: resolved.clone(), versions: Versions::current(), data_hashes },
         stop: &stop.number,
     };
-    let report = Trainer::new(parts, checkpoint.as_ref())?.run()?;
+    let trainer = Trainer::new(parts, checkpoint.as_ref())?;
+    // Nothing can be refused any more.
+    files::write_json(&out.join("config.json"), &resolved)?;
+    record::write(&out.join(record::FILE_NAME), &resolved)?;
+    let report = trainer.run()?;
     files::write_json(&out.join("report.json"), &report)?;
     output.result(&report, || text(&report));
     Ok(())
@@ -163,6 +169,16 @@ fn tokens(config: &RunConfig, files: &[PathBuf], tokenizer: &ChatTokenizer) -> R
     progress.finish(&data_line(&cache, &report));
     report.rejected.iter().for_each(|line| note(format!("warning: skipped {line}")));
     Ok(cache)
+}
+
+/// Refuses documents that are longer than what the target was made for.
+fn fits_context(cache: &TokenCache, context: i64) -> Result<()> {
+    let longest = (0..cache.len()).map(|index| cache.length(index)).max().unwrap_or(0);
+    if longest as i64 <= context {
+        return Ok(());
+    }
+    let problem = format!("a document has {longest} tokens, the target reads at most {context}");
+    Err(Error::config("data.max_length", problem).with_hint(format!("set data.max_length to {context} or less")))
 }
 
 fn data_line(cache: &TokenCache, report: &BuildReport) -> String {

@@ -226,7 +226,4 @@ mod tests {
         }
         assert!("8x4".parse::<DecodeShape>().is_err());
     }
-
-    #[test]
-    fn devices_and_types_are_read() {}
 }

@@ -100,6 +100,12 @@ impl LlamaConfig {
             let (heads, groups) = (self.num_attention_heads, self.groups());
             return Err(format!("`num_key_value_heads`: expected a divisor of the {heads} heads, got {groups}"));
         }
+        if self.head_dim.is_none() && self.hidden_size % self.num_attention_heads != 0 {
+            let (heads, hidden) = (self.num_attention_heads, self.hidden_size);
+            return Err(format!(
+                "`num_attention_heads`: expected a divisor of hidden_size ({hidden}) where there is no `head_dim`, got {heads}"
+            ));
+        }
         if self.head_dim() <= 0 || self.head_dim() % 2 != 0 {
             return Err(format!("`head_dim`: expected an even positive number, got {}", self.head_dim()));
         }

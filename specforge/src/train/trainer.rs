@@ -180,7 +180,7 @@ impl<'a> Trainer<'a> {
             report.start = self.evaluate()?;
             self.log_evaluation(&report.start)?;
         }
-        let progress = Progress::new("train", self.total_steps, "steps");
+        let progress = Progress::resumed("train", self.total_steps, "steps", first_step);
         let mut window = Window::default();
         let mut saved_at = (first_step > 0).then_some(first_step);
         'run: while self.position.step < self.total_steps {

@@ -1,0 +1,142 @@
+//! What the command line shows: help, typical errors, and JSON that is JSON and alone on stdout.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::{Value, json};
+
+use crate::fixture::{Workspace, json_of, output_of, specforge, stderr_of, write_gguf};
+
+/// Compares with a file of tests/snapshots, under this name. `INSTA_UPDATE=always cargo test` writes them anew.
+fn compare(name: &str, text: &str) {
+    let mut settings = insta::Settings::clone_current();
+    settings.set_snapshot_path(Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/snapshots"));
+    settings.set_prepend_module_to_snapshot(false);
+    settings.set_omit_expression(true);
+    settings.bind(|| insta::assert_snapshot!(name, text));
+}
+
+fn help_of(arguments: &[&str]) -> String {
+    let output = output_of(&mut specforge(arguments));
+    assert_eq!(output.status.code(), Some(0), "{}", stderr_of(&output));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn help() {
+    let help = help_of(&["--help"]);
+    compare("help", &help);
+    let commands = help.lines().skip_while(|line| *line != "Commands:").skip(1).take_while(|line| !line.is_empty());
+    let names: Vec<&str> = commands.filter_map(|line| line.split_whitespace().next()).collect();
+    assert!(names.contains(&"train") && names.contains(&"doctor"), "{names:?}");
+    for name in names.into_iter().filter(|name| *name != "help") {
+        compare(&format!("help-{name}"), &help_of(&[name, "--help"]));
+    }
+}
+
+#[test]
+fn version() {
+    assert_eq!(help_of(&["--version"]), format!("specforge {}\n", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn nothing_asked_for_is_answered_with_help() {
+    let output = output_of(&mut specforge(&[]));
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr_of(&output).contains("Usage: specforge"), "{}", stderr_of(&output));
+}
+
+/// stderr of a failing command, with the workspace's folder as `<folder>`.
+fn error_of(workspace: &Workspace, command: &mut Command) -> String {
+    let output = output_of(command);
+    assert_eq!(output.status.code(), Some(2), "{}", stderr_of(&output));
+    assert_eq!(output.stdout, b"");
+    let lines = stderr_of(&output).replace(workspace.path("").to_str().unwrap().trim_end_matches('/'), "<folder>");
+    // Progress before the error depends on the clock.
+    lines.lines().filter(|line| !line.starts_with("tokenise: ")).map(|line| format!("{line}\n")).collect()
+}
+
+#[test]
+fn typical_errors() {
+    let workspace = Workspace::new();
+    let train = |arguments: &[&str]| workspace.train_command("run", arguments);
+    compare("error-unknown-command", &error_of(&workspace, &mut specforge(&["trian"])));
+    compare("error-missing-argument", &error_of(&workspace, &mut specforge(&["train"])));
+    compare("error-typo", &error_of(&workspace, &mut train(&["--set", "optim.learning_rte=1"])));
+    compare("error-wrong-type", &error_of(&workspace, &mut train(&["--set", "train.epochs=many"])));
+    compare("error-no-model", &error_of(&workspace, &mut train(&["--set", "target.path=/nowhere/model"])));
+
+    let good = fs::read(workspace.path("conversations.jsonl")).unwrap();
+    fs::write(workspace.path("conversations.jsonl"), "once upon a time\n{\"messages\": 7}\n").unwrap();
+    compare("error-malformed-data", &error_of(&workspace, &mut train(&[])));
+    fs::write(workspace.path("conversations.jsonl"), good).unwrap();
+
+    let weights = workspace.path("model/model.safetensors");
+    let whole = fs::read(&weights).unwrap();
+    fs::write(&weights, &whole[..whole.len() / 2]).unwrap();
+    compare("error-truncated-weights", &error_of(&workspace, &mut train(&[])));
+    let config = fs::read_to_string(workspace.path("model/config.json")).unwrap();
+    fs::write(&weights, &whole).unwrap();
+    let deeper = config.replace("\"num_hidden_layers\":2", "\"num_hidden_layers\":3");
+    fs::write(workspace.path("model/config.json"), deeper).unwrap();
+    compare("error-missing-tensors", &error_of(&workspace, &mut train(&[])));
+    fs::write(workspace.path("model/config.json"), config).unwrap();
+
+    workspace.train("run", &[]);
+    compare("error-run-is-there", &error_of(&workspace, &mut train(&[])));
+    let changed = ["--resume", "--set", "optim.learning_rate=0.5"];
+    compare("error-changed-configuration", &error_of(&workspace, &mut train(&changed)));
+}
+
+/// Runs with `--json` and demands that stdout is one JSON value, and that what is for people is on stderr.
+fn value_of(command: &mut Command, for_people: &str) -> Value {
+    let output = output_of(command);
+    assert!(output.status.success(), "{}", stderr_of(&output));
+    assert!(stderr_of(&output).contains(for_people), "{}", stderr_of(&output));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn json_is_alone_on_stdout() {
+    let workspace = Workspace::new();
+    let (model, data) = (workspace.path("model"), workspace.path("conversations.jsonl"));
+    let report = value_of(&mut workspace.train_command("run", &[]), "step 4: loss");
+    assert_eq!((&report["steps"], &report["total_steps"]), (&json!(4), &json!(4)));
+    assert!(report["end"]["loss"].is_f64());
+    let plan = value_of(&mut workspace.train_command("run", &["--plan"]), "");
+    assert!(plan["memory"]["total"].as_u64().unwrap() > 0);
+
+    let mut inspect = specforge(&["inspect", "--json", "--show", "2", "--target"]);
+    inspect.arg(&model).arg("--data").arg(&data);
+    let report = value_of(&mut inspect, "");
+    assert_eq!(report["shown"].as_array().unwrap().len(), 2);
+    assert_eq!(report["build"]["conversations"], 60);
+
+    let out = workspace.path("export");
+    let mut export = specforge(&["export", "--json", "--checkpoint"]);
+    let report = value_of(export.arg(workspace.path("run")).arg("--out").arg(&out), "");
+    assert_eq!(json_of(specforge(&["--json", "export", "--check"]).arg(&out)), report);
+
+    let report = json_of(&mut specforge(&["doctor", "--json"]));
+    assert_eq!(report["versions"]["specforge"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(report["devices"][0], "cpu");
+
+    let gguf = workspace.path("small.gguf");
+    write_gguf(&gguf);
+    let imported = workspace.path("imported");
+    let mut import = specforge(&["import", "--json", "--dtype", "bf16"]);
+    let report = value_of(import.arg(&gguf).arg("--out").arg(&imported), "import: ");
+    assert_eq!(
+        (&report["tensors"], &report["dtype"], &report["chat_template"]),
+        (&json!(11), &json!("bf16"), &json!(true))
+    );
+    // What was imported is a model like any other.
+    let report = workspace.train("of-imported", &["--set", &format!("target.path={}", imported.display())]);
+    assert_eq!(report["steps"], 4);
+
+    // Without --json the same commands speak to people.
+    let output = output_of(specforge(&["export", "--check"]).arg(&out));
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("9 tensors") && serde_json::from_str::<Value>(&text).is_err(), "{text}");
+}
