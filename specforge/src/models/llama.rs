@@ -12,7 +12,9 @@ use tch::{Device, Kind, Tensor};
 use super::{Dimensions, ForwardInput, ForwardOutput, LogitRows, TargetModel};
 use crate::error::{Error, Result};
 use crate::nn::rope::RopeTables;
-use crate::nn::{KvCache, Linear, PreparedMask, RmsNorm, Rope, RopeConfig, RopeScaling, attention, linear};
+use crate::nn::{
+    AttentionMask, KvCache, Linear, PreparedMask, RmsNorm, Rope, RopeConfig, RopeScaling, attention, linear,
+};
 use crate::weights::WeightsFolder;
 
 /// The keys of config.json that the network depends on. Other keys are Hugging Face's own business.
@@ -314,6 +316,34 @@ impl LlamaTarget {
     pub fn config(&self) -> &LlamaConfig {
         &self.config
     }
+
+    /// Everything a caller can get wrong, checked once.
+    fn check_input(&self, input: &ForwardInput<'_>, cache: Option<&KvCache>) -> Result<()> {
+        let (rows, tokens) = input.ids.size2()?;
+        let last = self.layers.len();
+        if let Some(index) = input.capture.iter().find(|&&index| index > last) {
+            return Err(Error::Failed(format!("hidden state {index} was asked for; this model has 0 to {last}")));
+        }
+        if input.positions.size() != [rows, tokens] {
+            let got = input.positions.size();
+            return Err(Error::Failed(format!(
+                "positions: expected the shape of the ids, [{rows}, {tokens}], got {got:?}"
+            )));
+        }
+        if let Some(cached) = cache.map(KvCache::rows).filter(|&cached| cached != rows) {
+            return Err(Error::Failed(format!("the cache holds {cached} rows, the ids {rows}")));
+        }
+        match input.mask {
+            AttentionMask::Documents(lengths) if lengths.iter().sum::<i64>() != tokens => {
+                let sum: i64 = lengths.iter().sum();
+                Err(Error::Failed(format!("the documents of a pack have {sum} tokens, the ids {tokens}")))
+            }
+            AttentionMask::Documents(_) if cache.is_some_and(|cache| !cache.is_empty()) => {
+                Err(Error::Failed("packed documents cannot follow cached tokens".to_owned()))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 fn build_layer(config: &LlamaConfig, prefix: &str, get: &mut dyn FnMut(String) -> Result<Tensor>) -> Result<Layer> {
@@ -362,11 +392,9 @@ impl TargetModel for LlamaTarget {
 
     fn forward(&self, input: &ForwardInput<'_>, mut cache: Option<&mut KvCache>) -> Result<ForwardOutput> {
         let _guard = tch::no_grad_guard();
+        self.check_input(input, cache.as_deref())?;
         let (rows, tokens) = input.ids.size2()?;
         let last = self.layers.len();
-        if let Some(&index) = input.capture.iter().find(|&&index| index > last) {
-            return Err(Error::Failed(format!("hidden state {index} was asked for; this model has 0 to {last}")));
-        }
         let empty = vec![0; rows as usize];
         let past = cache.as_ref().map_or(empty.as_slice(), |cache| cache.lengths());
         let mask = input.mask.prepare(past, tokens, self.device());
@@ -378,7 +406,8 @@ impl TargetModel for LlamaTarget {
             }
         };
 
-        let mut hidden = Tensor::embedding(&self.embedding, input.ids, -1, false, false); // [B, T, H]
+        // A token id outside the vocabulary is an error of libtorch here, and the only one an input can cause from now on.
+        let mut hidden = Tensor::f_embedding(&self.embedding, input.ids, -1, false, false)?; // [B, T, H]
         for (index, layer) in self.layers.iter().enumerate() {
             keep(index, &hidden);
             let cache = cache.as_mut().map(|cache| (&mut **cache, index));
@@ -425,3 +454,6 @@ fn output(input: &ForwardInput<'_>, captured: &[(usize, Tensor)], logits: Option
     let find = |index: &usize| captured.iter().find(|(at, _)| at == index).map(|(_, hidden)| hidden.shallow_clone());
     ForwardOutput { hidden: input.capture.iter().filter_map(find).collect(), logits }
 }
+
+#[cfg(test)]
+mod tests;
