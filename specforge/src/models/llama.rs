@@ -79,24 +79,26 @@ impl LlamaConfig {
     }
 
     fn check(&self) -> Result<(), String> {
-        let positive = [
-            ("hidden_size", self.hidden_size),
-            ("intermediate_size", self.intermediate_size),
-            ("num_hidden_layers", self.num_hidden_layers as i64),
-            ("num_attention_heads", self.num_attention_heads),
-            ("num_key_value_heads", self.groups()),
-            ("vocab_size", self.vocab_size),
-            ("max_position_embeddings", self.max_position_embeddings),
+        // The limits are far beyond any model, and keep products of two sizes within 64 bits.
+        let sizes = [
+            ("hidden_size", self.hidden_size, i64::from(i32::MAX)),
+            ("intermediate_size", self.intermediate_size, i64::from(i32::MAX)),
+            ("num_hidden_layers", i64::try_from(self.num_hidden_layers).unwrap_or(i64::MAX), 10_000),
+            ("num_attention_heads", self.num_attention_heads, 10_000),
+            ("num_key_value_heads", self.groups(), 10_000),
+            ("head_dim", self.head_dim(), i64::from(i32::MAX)),
+            ("vocab_size", self.vocab_size, i64::from(i32::MAX)),
+            ("max_position_embeddings", self.max_position_embeddings, i64::MAX),
         ];
-        if let Some((name, value)) = positive.iter().find(|(_, value)| *value <= 0) {
-            return Err(format!("`{name}`: expected a positive number, got {value}"));
+        if let Some((name, value, limit)) = sizes.iter().find(|(_, value, limit)| !(1..=*limit).contains(value)) {
+            return Err(format!("`{name}`: expected a number from 1 to {limit}, got {value}"));
         }
         if self.num_attention_heads % self.groups() != 0 {
             let (heads, groups) = (self.num_attention_heads, self.groups());
             return Err(format!("`num_key_value_heads`: expected a divisor of the {heads} heads, got {groups}"));
         }
-        if self.head_dim() <= 0 || self.head_dim() % 2 != 0 {
-            return Err(format!("`head_dim`: expected an even positive number, got {}", self.head_dim()));
+        if self.head_dim() % 2 != 0 {
+            return Err(format!("`head_dim`: expected an even number, got {}", self.head_dim()));
         }
         if self.hidden_act != "silu" {
             return Err(format!("`hidden_act`: expected silu, got {}", self.hidden_act));
@@ -122,13 +124,20 @@ impl LlamaConfig {
         let sources = [&self.rope_scaling, &self.rope_parameters];
         let values = sources.into_iter().flatten().find(filled).unwrap_or(&nothing);
         let number = |key: &str| values.get(key).and_then(Value::as_f64);
-        let need = |key: &str| number(key).ok_or_else(|| format!("rope scaling: `{key}` is missing or no number"));
+        let need = |key: &str| match number(key) {
+            Some(value) if value > 0.0 => Ok(value),
+            Some(value) => Err(format!("rope scaling: `{key}`: expected a number above 0, got {value}")),
+            None => Err(format!("rope scaling: `{key}` is missing or no number")),
+        };
         if let Some(partial) = number("partial_rotary_factor").filter(|&share| share != 1.0) {
             return Err(format!(
                 "`partial_rotary_factor`: expected 1, got {partial}; partial rotation is not supported"
             ));
         }
         let theta = number("rope_theta").or(self.rope_theta).unwrap_or(10_000.0);
+        if theta <= 0.0 {
+            return Err(format!("`rope_theta`: expected a number above 0, got {theta}"));
+        }
         let kind = values.get("rope_type").or_else(|| values.get("type")).and_then(Value::as_str).unwrap_or("default");
         let pretrained = self.original_max_position_embeddings.or(number("original_max_position_embeddings"));
         let original_max_position_embeddings = pretrained.unwrap_or(self.max_position_embeddings as f64);

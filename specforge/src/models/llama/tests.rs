@@ -304,6 +304,10 @@ fn configurations_that_cannot_be_run_are_named() {
         ("num_key_value_heads", 0.into()),
         ("num_key_value_heads", 4.into()),
         ("head_dim", 7.into()),
+        ("head_dim", (-2).into()),
+        ("num_hidden_layers", u64::MAX.into()),
+        ("vocab_size", i64::MAX.into()),
+        ("rope_theta", 0.into()),
         ("hidden_act", "gelu".into()),
     ] {
         let problem = check(key, value);
@@ -312,6 +316,7 @@ fn configurations_that_cannot_be_run_are_named() {
     for (scaling, word) in [
         (r#"{"rope_type": "longrope"}"#, "longrope"),
         (r#"{"rope_type": "linear"}"#, "factor"),
+        (r#"{"rope_type": "dynamic", "factor": 0}"#, "factor"),
         (r#"{"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}"#, "low_freq_factor"),
         (r#"{"rope_type": "default", "partial_rotary_factor": 0.5}"#, "partial_rotary_factor"),
     ] {
@@ -319,5 +324,45 @@ fn configurations_that_cannot_be_run_are_named() {
             let problem = check(key, serde_json::from_str(scaling).unwrap());
             assert!(problem.contains(word), "{problem}");
         }
+    }
+}
+
+/// Files may hold a tied head and old rotary buffers; anything else must fit, and is listed where it does not.
+#[test]
+fn weights_of_a_folder_are_checked() {
+    let folder = tempfile::tempdir().unwrap();
+    type Tensors = Vec<(String, Tensor)>;
+    let open = |tied: bool, change: &dyn Fn(&mut Tensors)| {
+        let config = LlamaConfig { tie_word_embeddings: tied, ..config() };
+        let filled = |(name, shape): (String, Vec<i64>)| (name, Tensor::ones(shape, (Kind::Float, Device::Cpu)));
+        let mut tensors: Tensors = config.tensors().into_iter().map(filled).collect();
+        change(&mut tensors);
+        crate::weights::write_tensors(&folder.path().join("model.safetensors"), &tensors, &[]).unwrap();
+        let mut json = serde_json::to_value(&config).unwrap();
+        json["model_type"] = "llama".into();
+        std::fs::write(folder.path().join("config.json"), json.to_string()).unwrap();
+        super::super::load_target(folder.path(), Kind::Float, Device::Cpu)
+            .map(|_| ())
+            .map_err(|error| error.to_string())
+    };
+    let ones = |shape: &[i64]| Tensor::ones(shape, (Kind::Float, Device::Cpu));
+    open(false, &|_| {}).unwrap();
+    open(true, &|tensors| {
+        tensors.push(("lm_head.weight".to_owned(), ones(&[50, 24])));
+        tensors.push(("model.layers.0.self_attn.rotary_emb.inv_freq".to_owned(), ones(&[4])));
+    })
+    .unwrap();
+    let problem = open(false, &|tensors| {
+        tensors.retain(|(name, _)| name != "lm_head.weight" && name != "model.layers.1.mlp.up_proj.weight");
+        tensors.push(("model.layers.0.mlp.up_proj.bias".to_owned(), ones(&[40])));
+        tensors[0].1 = ones(&[51, 24]);
+    })
+    .unwrap_err();
+    for line in [
+        "missing (2):\n    model.layers.1.mlp.up_proj.weight [40, 24]\n    lm_head.weight [50, 24]",
+        "surplus (1):\n    model.layers.0.mlp.up_proj.bias [40]",
+        "wrong shape (1):\n    model.embed_tokens.weight: expected [50, 24], got [51, 24]",
+    ] {
+        assert!(problem.contains(line), "{problem}");
     }
 }
