@@ -7,7 +7,7 @@ mod exports;
 mod fixture;
 mod goldens;
 mod gpu_check;
-mod lay.rs;
+mod layers;
 mod medusa;
 mod resume;
 mod training;
