@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod cli;
+mod configuration;
 mod exports;
 mod fixture;
 mod goldens;

@@ -1,9 +1,14 @@
 // What tch lacks, behind a C ABI. Every function returns 0, or 1 after writing a message into `error`
 // (a buffer of `error_size` bytes). A tensor pointer is an `at::Tensor *` owned by the caller.
 
+#include <ATen/Context.h>
 #include <ATen/Version.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/_fused_adamw.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <torch/headeronly/version.h>
 
@@ -12,6 +17,7 @@
 #include <exception>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace {
@@ -42,9 +48,31 @@ std::vector<at::Tensor> gather(at::Tensor *const *pointers, std::int64_t count) 
   return tensors;
 }
 
+// oneDNN's inner product over plain tensors. libtorch registers it for compiled graphs only; there is no C++ function.
+using LinearPointwise = at::Tensor(const at::Tensor &input, const at::Tensor &weight,
+                                   const std::optional<at::Tensor> &bias, std::string_view attribute,
+                                   c10::List<std::optional<at::Scalar>> scalars,
+                                   std::optional<std::string_view> algorithm);
+
 }  // namespace
 
 extern "C" {
+
+// `input [.., in]` times the transpose of `weight [out, in]`, plus `bias` where it is not null, without autograd.
+// On the CPU, at::linear multiplies with MKL, which leaves half of a processor idle that is not Intel's.
+int specforge_onednn_linear(const at::Tensor *input, const at::Tensor *weight, const at::Tensor *bias,
+                            at::Tensor **output, char *error, std::size_t error_size) {
+  return guarded(
+      [&] {
+        static const auto operation = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+        const auto offset = bias == nullptr ? std::optional<at::Tensor>() : std::optional<at::Tensor>(*bias);
+        const c10::List<std::optional<at::Scalar>> none;
+        *output = new at::Tensor(
+            operation ? operation->typed<LinearPointwise>().call(*input, *weight, offset, "none", none, std::nullopt)
+                      : at::linear(*input, *weight, offset));
+      },
+      error, error_size);
+}
 
 // One AdamW step over `count` tensors in one kernel. Gradients are divided by `gradient_scale` on the fly
 // (clipping costs no extra pass) and come back divided, and nothing changes when `found_non_finite` holds 1.
@@ -61,6 +89,28 @@ int specforge_fused_adamw(at::Tensor *const *parameters, at::Tensor *const *grad
                           /*amsgrad=*/false, /*maximize=*/false, *gradient_scale, *found_non_finite);
       },
       error, error_size);
+}
+
+// total += scale * left right, in place. A product of 16-bit matrices reaches a float32 total on CUDA in the product's
+// own kernel; on the CPU it is made first and added after.
+int specforge_add_product(at::Tensor *total, const at::Tensor *left, const at::Tensor *right, double scale, char *error,
+                          std::size_t error_size) {
+  return guarded(
+      [&] {
+        if (total->scalar_type() == left->scalar_type()) {
+          total->addmm_(*left, *right, /*beta=*/1, /*alpha=*/scale);
+        } else if (total->is_cuda()) {
+          at::addmm_out(*total, *total, *left, *right, total->scalar_type(), /*beta=*/1, /*alpha=*/scale);
+        } else {
+          total->add_(at::mm(*left, *right), /*alpha=*/scale);
+        }
+      },
+      error, error_size);
+}
+
+// Products of float32 matrices in float32, whatever the environment asks for: no TF32.
+int specforge_exact_float32_products(char *error, std::size_t error_size) {
+  return guarded([&] { at::globalContext().setFloat32MatmulPrecision("highest"); }, error, error_size);
 }
 
 // The libtorch this was compiled against, such as "2.11.0".

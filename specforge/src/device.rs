@@ -3,11 +3,13 @@
 //! The binary links libtorch_cpu alone. When libtorch_cuda lies beside it, it is opened with its symbols global, and
 //! one binary serves machines with and without a GPU.
 
+use std::ffi::{CStr, c_char};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
-use tch::{Cuda, Device};
+use serde::Serialize;
+use tch::{Cuda, Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 
@@ -21,11 +23,18 @@ pub enum CudaState {
 }
 
 /// Opens libtorch_cuda once and reports what came of it.
+///
+/// libtorch decides for good whether it has CUDA when it is first asked, so nothing may ask before this: not tch's
+/// `Cuda`, and not libtorch's description of its build.
 pub fn cuda() -> &'static CudaState {
     static STATE: OnceLock<CudaState> = OnceLock::new();
     STATE.get_or_init(|| match open_cuda() {
         Ok(()) if Cuda::is_available() => CudaState::Usable(Cuda::device_count() as usize),
-        Ok(()) => CudaState::Unusable("libtorch has CUDA, but the driver shows no device".to_owned()),
+        // SAFETY: a question without arguments.
+        Ok(()) if unsafe { torch_sys::at_context_has_cudart() } => {
+            CudaState::Unusable("libtorch has CUDA, but the driver shows no device".to_owned())
+        }
+        Ok(()) => CudaState::Unusable("libtorch was asked for CUDA before its CUDA half was opened".to_owned()),
         Err(reason) => CudaState::Unusable(reason),
     })
 }
@@ -62,6 +71,97 @@ pub fn nccl() -> Result<String, String> {
         std::mem::forget(library);
         Ok(format!("{}.{}.{}", number / 10_000, number / 100 % 100, number % 100))
     }
+}
+
+/// What the driver says about a CUDA device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct CudaDevice {
+    /// Such as `NVIDIA H100 80GB HBM3`.
+    pub name: String,
+    /// Memory in bytes.
+    pub memory_bytes: usize,
+    /// Streaming multiprocessors.
+    pub multiprocessors: i32,
+    /// Compute capability, such as `9.0`.
+    pub capability: String,
+    /// CUDA version of the driver, such as `13.0`.
+    pub driver: String,
+}
+
+/// Asks the driver about a device; numbers are those of `--device cuda:N`.
+pub fn describe(index: usize) -> Result<CudaDevice> {
+    if !matches!(cuda(), CudaState::Usable(count) if index < *count) {
+        return Err(Error::Failed(format!("there is no CUDA device {index}")));
+    }
+    ask_driver(index).map_err(|error| Error::Failed(format!("asking the driver about CUDA device {index}: {error}")))
+}
+
+/// `CUdevice_attribute` numbers of cuda.h.
+const MULTIPROCESSOR_COUNT: i32 = 16;
+const CAPABILITY_MAJOR: i32 = 75;
+const CAPABILITY_MINOR: i32 = 76;
+
+fn ask_driver(index: usize) -> Result<CudaDevice, String> {
+    type Function<'a, F> = libloading::os::unix::Symbol<F>;
+    let text = |error: libloading::Error| error.to_string();
+    let answered = |name: &str, code: i32| if code == 0 { Ok(()) } else { Err(format!("{name} gave {code}")) };
+    // SAFETY: signatures are those of cuda.h; every pointer is to a local that outlives its call, and the name's buffer
+    // has the length that is passed.
+    unsafe {
+        let driver = Library::open(Some("libcuda.so.1"), RTLD_NOW).map_err(text)?;
+        let get_device: Function<'_, unsafe extern "C" fn(*mut i32, i32) -> i32> =
+            driver.get(b"cuDeviceGet").map_err(text)?;
+        let get_name: Function<'_, unsafe extern "C" fn(*mut c_char, i32, i32) -> i32> =
+            driver.get(b"cuDeviceGetName").map_err(text)?;
+        let get_memory: Function<'_, unsafe extern "C" fn(*mut usize, i32) -> i32> =
+            driver.get(b"cuDeviceTotalMem_v2").map_err(text)?;
+        let get_attribute: Function<'_, unsafe extern "C" fn(*mut i32, i32, i32) -> i32> =
+            driver.get(b"cuDeviceGetAttribute").map_err(text)?;
+        let get_version: Function<'_, unsafe extern "C" fn(*mut i32) -> i32> =
+            driver.get(b"cuDriverGetVersion").map_err(text)?;
+        let start: Function<'_, unsafe extern "C" fn(u32) -> i32> = driver.get(b"cuInit").map_err(text)?;
+
+        let (mut device, mut name, mut memory_bytes, mut version) = (0, [0u8; 256], 0usize, 0);
+        answered("cuInit", start(0))?;
+        answered("cuDeviceGet", get_device(&raw mut device, index as i32))?;
+        answered("cuDeviceGetName", get_name(name.as_mut_ptr().cast::<c_char>(), name.len() as i32, device))?;
+        answered("cuDeviceTotalMem", get_memory(&raw mut memory_bytes, device))?;
+        answered("cuDriverGetVersion", get_version(&raw mut version))?;
+        let attribute = |attribute: i32| {
+            let mut value = 0;
+            answered("cuDeviceGetAttribute", get_attribute(&raw mut value, attribute, device)).map(|()| value)
+        };
+        let (major, minor) = (attribute(CAPABILITY_MAJOR)?, attribute(CAPABILITY_MINOR)?);
+        let multiprocessors = attribute(MULTIPROCESSOR_COUNT)?;
+        let name = CStr::from_bytes_until_nul(&name).map(CStr::to_string_lossy).unwrap_or_default().into_owned();
+        std::mem::forget(driver); // the program's own; libtorch holds it anyway
+        Ok(CudaDevice {
+            name,
+            memory_bytes,
+            multiprocessors,
+            capability: format!("{major}.{minor}"),
+            driver: format!("{}.{}", version / 1000, version % 1000 / 10),
+        })
+    }
+}
+
+/// Waits until a device has done everything that was asked of it. Nothing to wait for on the CPU.
+pub fn synchronize(device: Device) {
+    if let Device::Cuda(index) = device {
+        Cuda::synchronize(index as i64);
+    }
+}
+
+/// Numbers of the host as an int64 tensor on a device, without waiting for what the device is doing: a copy from
+/// ordinary host memory would wait for it, one from page-locked memory takes its turn.
+pub fn upload(values: &[i64], device: Device) -> Result<Tensor> {
+    let host = Tensor::from_slice(values);
+    if device == Device::Cpu || values.is_empty() {
+        return Ok(host.f_to_device(device)?);
+    }
+    // A machine that gives out no page-locked memory pays with the wait.
+    let locked = host.f_internal_pin_memory(device).unwrap_or(host);
+    Ok(locked.f_to_device_(device, Kind::Int64, true, false)?)
 }
 
 /// The folder libtorch_cpu.so was loaded from.
@@ -101,6 +201,28 @@ pub fn choose(name: &str) -> Result<Device> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_absent_device_is_not_described() {
+        assert!(describe(1 << 20).is_err());
+        if let CudaState::Usable(_) = cuda() {
+            let device = describe(0).unwrap();
+            assert!(device.memory_bytes > 1 << 30 && device.multiprocessors > 0 && !device.name.is_empty());
+        }
+    }
+
+    #[test]
+    fn uploaded_numbers_arrive() {
+        let mut devices = vec![Device::Cpu];
+        if let CudaState::Usable(_) = cuda() {
+            devices.push(Device::Cuda(0));
+        }
+        for device in devices {
+            let tensor = upload(&[3, -1, i64::MAX], device).unwrap();
+            assert_eq!(Vec::<i64>::try_from(tensor).unwrap(), [3, -1, i64::MAX]);
+            assert_eq!(upload(&[], device).unwrap().size(), [0]);
+        }
+    }
 
     #[test]
     fn device_names() {

@@ -13,6 +13,7 @@ pub mod strict;
 // L1: mathematics, files and data; no model names
 pub mod data;
 pub mod nn;
+pub mod tree;
 pub mod weights;
 // L2: targets
 pub mod models;
@@ -28,6 +29,8 @@ pub mod tracking;
 // L6: the training loop; decoding
 pub mod decode;
 pub mod train;
+// L7: what a target or a draft is worth
+pub mod eval;
 // L8: the sum of the rooms' own configurations
 pub mod config;
 // L9: what a run will take

@@ -7,6 +7,7 @@ use std::ffi::{CStr, c_char, c_int};
 use tch::Tensor;
 use torch_sys::C_tensor;
 
+use crate::device::{self, CudaState};
 use crate::error::{Error, Result};
 
 unsafe extern "C" {
@@ -27,6 +28,15 @@ unsafe extern "C" {
         error: *mut c_char,
         error_size: usize,
     ) -> c_int;
+    fn specforge_add_product(
+        total: *const C_tensor,
+        left: *const C_tensor,
+        right: *const C_tensor,
+        scale: f64,
+        error: *mut c_char,
+        error_size: usize,
+    ) -> c_int;
+    fn specforge_exact_float32_products(error: *mut c_char, error_size: usize) -> c_int;
     fn specforge_libtorch_version() -> *const c_char;
     fn specforge_libtorch_build() -> *const c_char;
     fn specforge_cuda_memory(
@@ -123,6 +133,21 @@ pub fn fused_adamw(
     })
 }
 
+/// `total += scale * left right`, in place; needs a `no_grad` scope. `total` may be float32 where the factors are
+/// narrower: on CUDA no product in between takes memory then, and nothing is rounded to the narrower type.
+pub fn add_product(total: &mut Tensor, left: &Tensor, right: &Tensor, scale: f64) -> Result<()> {
+    // SAFETY: three live tensors; libtorch checks types, shapes and devices.
+    checked(|error, error_size| unsafe {
+        specforge_add_product(total.as_ptr(), left.as_ptr(), right.as_ptr(), scale, error, error_size)
+    })
+}
+
+/// Turns TF32 off for the whole process: products of float32 matrices are float32 to the end.
+pub fn exact_float32_products() -> Result<()> {
+    // SAFETY: the message buffer outlives the call.
+    checked(|error, error_size| unsafe { specforge_exact_float32_products(error, error_size) })
+}
+
 /// The libtorch this program was built for, such as `2.11.0`.
 pub fn libtorch_version() -> String {
     // SAFETY: the shim returns a string literal.
@@ -164,9 +189,12 @@ pub fn reset_cuda_peak(device: usize) -> Result<()> {
 
 /// libtorch looks devices up without a bounds check before CUDA is started.
 fn cuda_index(device: usize) -> Result<i32> {
-    let count = if tch::Cuda::is_available() { tch::Cuda::device_count() } else { 0 };
+    let count = match device::cuda() {
+        CudaState::Usable(count) => *count,
+        CudaState::Unusable(_) => 0,
+    };
     match i32::try_from(device) {
-        Ok(index) if i64::from(index) < count => Ok(index),
+        Ok(index) if device < count => Ok(index),
         _ => Err(Error::Failed(format!("no CUDA device {device}: libtorch sees {count}"))),
     }
 }
@@ -201,7 +229,7 @@ mod tests {
     fn memory_of_an_absent_device_is_an_error() {
         assert!(cuda_memory(1 << 20).is_err());
         assert!(reset_cuda_peak(usize::MAX).is_err());
-        if tch::Cuda::is_available() {
+        if let CudaState::Usable(_) = device::cuda() {
             let held = Tensor::zeros([1 << 20], (Kind::Float, Device::Cuda(0)));
             reset_cuda_peak(0).unwrap();
             let memory = cuda_memory(0).unwrap();
@@ -210,6 +238,26 @@ mod tests {
         } else {
             assert!(cuda_memory(0).is_err());
         }
+    }
+
+    #[test]
+    fn a_product_is_added_in_every_pair_of_types() {
+        let _guard = tch::no_grad_guard();
+        let left = Tensor::from_slice2(&[[1f32, 2.0], [3.0, 4.0], [5.0, 6.0]]);
+        let right = Tensor::from_slice2(&[[1f32, -1.0], [0.5, 2.0]]);
+        let want = Tensor::from_slice2(&[[11f64, 11.5], [12.5, 12.5], [14.0, 13.5]]);
+        for (wide, narrow) in [
+            (Kind::Double, Kind::Double),
+            (Kind::Float, Kind::Float),
+            (Kind::Float, Kind::BFloat16),
+            (Kind::Float, Kind::Half),
+        ] {
+            let mut total = Tensor::full([3, 2], 10.0, (wide, Device::Cpu));
+            add_product(&mut total, &left.to_kind(narrow), &right.to_kind(narrow), 0.5).unwrap();
+            assert_eq!(total.to_kind(Kind::Double), want, "{wide:?} {narrow:?}");
+        }
+        let mut total = Tensor::zeros([2, 2], (Kind::Float, Device::Cpu));
+        assert!(add_product(&mut total, &left, &right, 1.0).is_err());
     }
 
     #[test]

@@ -88,9 +88,14 @@ pub fn check(path: &Path) -> Result<String, String> {
     let base = get("l.base_logits")?.reshape([-1, vocabulary]).index_select(0, &Tensor::from_slice(&own_rows));
     let identity = Tensor::eye(vocabulary, (Kind::Float, Device::Cpu));
     let mut projection = Projection { weight: &identity, gradient: None };
-    let own = cross_entropy(&base, &Tensor::from_slice(&own_labels), &mut projection, None, 5);
+    let own = cross_entropy(&base, &Tensor::from_slice(&own_labels), &mut projection, None, 5)
+        .map_err(|error| error.to_string())?;
     near("medusa2_loss", &(tally.objective + own.sum / own_rows.len() as f64), &get("l.medusa2_loss")?.squeeze())?;
-    Ok(format!("{num_heads} heads of {num_layers} blocks: logits, losses, {} gradients", gradients.len()))
+    let trees = super::medusa_trees::check_buffers(&super::Golden::open(path)?)?;
+    Ok(format!(
+        "{trees} trees, {num_heads} heads of {num_layers} blocks: logits, losses, {} gradients",
+        gradients.len()
+    ))
 }
 
 /// Rows whose next token is trained, with that token.

@@ -1,1 +1,154 @@
-pub mod medusa;
+//! Golden tests: files of tensors that a reference implementation made, by name prefix.
+//!
+//! `SPECFORGE_GOLDENS=DIR ./scripts/test goldens` runs every file under a folder; without the variable the committed
+//! files of `tests/data/goldens` are run. A file that no prefix claims fails, so that none is skipped by accident.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use safetensors::SafeTensors;
+use specforge::weights::WeightsFolder;
+use tch::{Device, Kind, Tensor};
+
+mod medusa;
+mod medusa_trees;
+mod smollm2;
+mod tiny_llama;
+
+/// Checks one file. `Ok` says what was compared, `Err` what differs.
+type Check = fn(&Path) -> Result<String, String>;
+
+/// Which check a file belongs to, by the beginning of its name. Adding a golden is adding a line.
+const PREFIXES: &[(&str, Check)] = &[
+    // targets
+    ("smollm2", smollm2::check),
+    ("tiny_llama_", tiny_llama::check),
+    // drafts
+    ("medusa_choices", medusa_trees::check_choices),
+    ("medusa", medusa::check),
+];
+
+#[test]
+fn goldens() {
+    let committed = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/goldens");
+    let folder = std::env::var_os("SPECFORGE_GOLDENS").map_or(committed, PathBuf::from);
+    if let Err(problems) = run_folder(&folder) {
+        panic!("{problems}");
+    }
+}
+
+/// Runs every golden file under a folder and returns how many there were, or what failed, a line each.
+pub fn run_folder(folder: &Path) -> Result<usize, String> {
+    let mut files = Vec::new();
+    collect(folder, &mut files).map_err(|error| format!("{}: {error}", folder.display()))?;
+    files.sort();
+    if files.is_empty() {
+        return Err(format!("{}: no golden file lies here", folder.display()));
+    }
+    let mut problems = Vec::new();
+    for file in &files {
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        let check = PREFIXES.iter().find(|(prefix, _)| name.starts_with(prefix));
+        let known = || PREFIXES.iter().map(|(prefix, _)| *prefix).collect::<Vec<_>>().join(", ");
+        match check.map_or_else(|| Err(format!("no golden test knows it; known: {}", known())), |(_, run)| run(file)) {
+            Ok(summary) => println!("golden ok      {}: {summary}", file.display()),
+            Err(problem) => {
+                println!("golden FAILED  {}: {problem}", file.display());
+                problems.push(format!("{}: {problem}", file.display()));
+            }
+        }
+    }
+    if problems.is_empty() {
+        return Ok(files.len());
+    }
+    Err(format!("{} of {} golden files failed\n{}", problems.len(), files.len(), problems.join("\n")))
+}
+
+fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> std::io::Result<()> {
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            collect(&path, files)?;
+        } else if path.file_name().is_none_or(|name| name != "README.md") {
+            files.push(path);
+        }
+    }
+    Ok(())
+}
+
+/// One golden file: its tensors and its metadata.
+pub struct Golden {
+    tensors: WeightsFolder,
+    metadata: HashMap<String, String>,
+}
+
+impl Golden {
+    /// Opens a file.
+    pub fn open(path: &Path) -> Result<Self, String> {
+        let bytes = std::fs::read(path).map_err(|error| error.to_string())?;
+        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|error| error.to_string())?;
+        let tensors = WeightsFolder::open(path).map_err(|error| error.to_string())?;
+        Ok(Self { tensors, metadata: header.metadata().clone().unwrap_or_default() })
+    }
+
+    /// A tensor in its stored element type.
+    pub fn tensor(&self, name: &str) -> Result<Tensor, String> {
+        let kind = self.tensors.kind(name).unwrap_or(Kind::Float);
+        self.tensors.load(name, kind, Device::Cpu).map_err(|error| error.to_string())
+    }
+
+    /// Whether a tensor is there.
+    pub fn has(&self, name: &str) -> bool {
+        self.tensors.contains(name)
+    }
+
+    /// The integers of a tensor.
+    pub fn integers(&self, name: &str) -> Result<Vec<i64>, String> {
+        Vec::<i64>::try_from(self.tensor(name)?.to_kind(Kind::Int64).flatten(0, -1)).map_err(|error| error.to_string())
+    }
+
+    /// A metadata entry.
+    pub fn text(&self, key: &str) -> Result<&str, String> {
+        self.metadata.get(key).map(String::as_str).ok_or_else(|| format!("the metadata lack `{key}`"))
+    }
+
+    /// Names of the tensors that begin with `prefix`, without it.
+    pub fn names_after<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = &'a str> {
+        self.tensors.names().filter_map(move |name| name.strip_prefix(prefix))
+    }
+}
+
+/// Largest difference of any row (last dimension) of two tensors; an error where it exceeds the tolerance, naming the
+/// row. NaN never passes.
+pub fn compare(what: &str, got: &Tensor, want: &Tensor, tolerance: f64) -> Result<f64, String> {
+    compare_scaled(what, got, want, tolerance, 0.0)
+}
+
+/// The same where a row's tolerance is the absolute one or `relative` times its largest value, whichever is larger.
+pub fn compare_scaled(what: &str, got: &Tensor, want: &Tensor, absolute: f64, relative: f64) -> Result<f64, String> {
+    if got.size() != want.size() {
+        return Err(format!("{what}: expected shape {:?}, got {:?}", want.size(), got.size()));
+    }
+    let width = *want.size().last().unwrap_or(&1);
+    let (got, want) = (got.to_kind(Kind::Double), want.to_kind(Kind::Double));
+    let largest = |tensor: Tensor| Vec::<f64>::try_from(tensor.abs().view([-1, width]).amax([-1], false));
+    let differences = largest(got - &want).map_err(|error| error.to_string())?;
+    let sizes = largest(want).map_err(|error| error.to_string())?;
+    for (row, (&difference, size)) in differences.iter().zip(sizes).enumerate() {
+        let tolerance = absolute.max(relative * size);
+        if difference.is_nan() || difference > tolerance {
+            return Err(format!("{what}: row {row} differs by {difference:.3e}, tolerance {tolerance:.1e}"));
+        }
+    }
+    Ok(differences.into_iter().fold(0.0, f64::max))
+}
+
+#[test]
+fn a_folder_without_goldens_or_with_a_stranger_fails() {
+    let folder = tempfile::tempdir().unwrap();
+    assert!(run_folder(&folder.path().join("absent")).is_err());
+    assert!(run_folder(folder.path()).unwrap_err().contains("no golden file"));
+    std::fs::create_dir(folder.path().join("inner")).unwrap();
+    std::fs::write(folder.path().join("inner/stranger.safetensors"), "x").unwrap();
+    assert!(run_folder(folder.path()).unwrap_err().contains("no golden test knows it"));
+}

@@ -22,13 +22,13 @@ struct Report {
 }
 
 pub(super) fn run(output: &Output) -> Result<()> {
-    let build = shim::libtorch_build();
     let (cuda, mut devices) = match device::cuda() {
         CudaState::Usable(count) => {
             (format!("usable, {count} devices"), (0..*count).map(|n| format!("cuda:{n}")).collect())
         }
         CudaState::Unusable(reason) => (format!("not usable: {reason}"), Vec::new()),
     };
+    let build = shim::libtorch_build(); // only after CUDA was opened: see `device::cuda`
     devices.insert(0, "cpu".to_owned());
     let report = Report {
         versions: Versions::current(),

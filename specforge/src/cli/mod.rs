@@ -9,8 +9,10 @@ use serde::Serialize;
 use crate::error::Result;
 use crate::progress::Progress;
 
+mod bench;
 mod doctor;
 mod export;
+mod gpu_check;
 mod import;
 mod inspect;
 mod record;
@@ -41,8 +43,12 @@ enum Command {
     Export(export::ExportArgs),
     /// Make a Hugging Face folder from a GGUF file.
     Import(import::ImportArgs),
+    /// Time a target's prefill and greedy decode.
+    Bench(bench::BenchArgs),
     /// Show libtorch, devices, threads, and what is usable.
     Doctor,
+    /// Check that a GPU computes what the CPU computes, and measure how fast it trains.
+    GpuCheck(gpu_check::GpuCheckArgs),
 }
 
 impl Cli {
@@ -55,7 +61,9 @@ impl Cli {
             Command::Inspect(args) => inspect::run(&args, &output),
             Command::Export(args) => export::run(&args, &output),
             Command::Import(args) => import::run(&args, &output),
+            Command::Bench(args) => bench::run(&args, &output),
             Command::Doctor => doctor::run(&output),
+            Command::GpuCheck(args) => gpu_check::run(&args, &output),
         }
     }
 }

@@ -55,8 +55,6 @@ pub struct DataConfig {
     pub template_arguments: Map<String, Value>,
     /// What happens to documents above `max_length`.
     pub too_long: TooLong,
-    /// Seed of the order of documents.
-    pub shuffle_seed: u64,
 }
 
 impl Default for DataConfig {
@@ -72,7 +70,6 @@ impl Default for DataConfig {
             chat_template: None,
             template_arguments: Map::new(),
             too_long: TooLong::Truncate,
-            shuffle_seed: 0,
         }
     }
 }

@@ -1,10 +1,10 @@
 //! Plain decoding, one token a row and pass, with continuous batching.
 //!
 //! Up to `max_rows` requests run together. A row that ends leaves at once and the next request takes its slots in the
-//! cache, so the batch stays full until the queue is empty. New requests are prefilled in right-padded groups of similar
-//! length. Sampling is keyed by the request and the absolute position, so what a request gets does not depend on which
-//! others share its batch. One limit of that promise: kernels add in another order for another batch shape, so two
-//! tokens whose logits differ by less than the rounding error (about 1e-5 in float32) may change places.
+//! cache, so the batch stays full until the queue is empty. New requests are prefilled in right-padded groups of about
+//! one length. Sampling is keyed by the request and the absolute position, so what a request gets does not depend on
+//! which others share its batch. One limit of that promise: kernels add in another order for another batch shape, so
+//! two tokens whose logits differ by less than the rounding error (about 1e-5 in float32) may change places.
 //!
 //! Shape legend: see `nn`.
 

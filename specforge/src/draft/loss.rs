@@ -2,11 +2,16 @@
 //!
 //! A chunk computes logits, loss, hits and gradients in one go and forgets everything but sums and the gradient of its
 //! input rows, so nothing of size rows x vocabulary outlives its chunk. The gradient is the closed form
-//! `softmax - onehot`, so no autograd graph of the logits exists either.
+//! `softmax - onehot`, so no autograd graph of the logits exists either. It is kept unscaled: the scale enters as the
+//! factor of a matrix product, which is free, where scaling `[C, V]` would be a pass over memory.
 //!
 //! Shape legend: `R` rows, `C` rows of a chunk, `H` hidden size, `V` vocabulary.
 
 use tch::{Kind, Tensor};
+
+use crate::error::Result;
+use crate::nn::linear;
+use crate::shim;
 
 /// A vocabulary projection and where its gradient goes.
 #[derive(Debug)]
@@ -43,12 +48,13 @@ pub fn cross_entropy(
     projection: &mut Projection<'_>,
     scale: Option<f64>,
     rows_per_chunk: i64,
-) -> RowLosses {
+) -> Result<RowLosses> {
     let _guard = tch::no_grad_guard();
     let rows = labels.size()[0];
     let mut sum = Tensor::zeros([], (Kind::Double, input.device()));
     let (mut top1, mut top5, mut gradients) = (Vec::new(), Vec::new(), Vec::new());
-    let room = Room::new(input, projection.weight, rows_per_chunk.min(rows));
+    // A trained weight asks for gradients; the products here are not autograd's business.
+    let weight = projection.weight.detach();
     let mut start = 0;
     while start < rows {
         let count = rows_per_chunk.min(rows - start);
@@ -56,34 +62,24 @@ pub fn cross_entropy(
         let label = labels.narrow(0, start, count).unsqueeze(1); // [C, 1]
         start += count;
 
-        let Room { logits, wide_logits, log_probabilities } = room.of(count); // [C, V]
-        let _ = chunk.linear_out(&logits, projection.weight, None::<&Tensor>);
-        if wide_logits.kind() != logits.kind() {
-            wide_logits.shallow_clone().copy_(&logits);
-        }
-        let _ = wide_logits.log_softmax_int_out(&log_probabilities, -1, None::<Kind>);
-        let at_label = log_probabilities.gather(1, &label, false); // [C, 1]
-        sum -= at_label.sum(Kind::Double);
+        let logits = project(&chunk, &weight)?; // [C, V]
         // How many tokens are at least as likely as the label, itself included. NaN gives 0, which is no hit.
-        let _ = log_probabilities.ge_tensor_out(&wide_logits, &at_label);
-        let rank = wide_logits.sum_dim_intlist(-1, false, None::<Kind>); // [C]
+        let at_label = logits.f_gather(1, &label, false)?; // [C, 1]
+        let rank = logits.f_ge_tensor(&at_label)?.f_sum_dim_intlist(-1, false, Kind::Int64)?; // [C]
         top1.push(rank.eq(1));
         top5.push(rank.ge(1).logical_and(&rank.le(5)));
 
+        let wide = if logits.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+        let log_probabilities = logits.f_log_softmax(-1, wide)?; // [C, V]
+        drop(logits);
+        let at_label = log_probabilities.f_gather(1, &label, false)?; // [C, 1]
+        sum -= at_label.sum(Kind::Double);
+
         if let Some(scale) = scale {
-            let mut slope = log_probabilities.shallow_clone().exp_(); // [C, V]: softmax
-            let _ = slope.scatter_add_(1, &label, &at_label.full_like(-1.0));
-            let _ = slope.g_mul_scalar_(scale);
-            let slope = match slope.kind() == logits.kind() {
-                true => slope,
-                false => {
-                    logits.shallow_clone().copy_(&slope);
-                    logits
-                }
-            };
-            gradients.push(slope.matmul(projection.weight)); // [C, H]
+            let slope = slope(log_probabilities, &label, &at_label, chunk.kind())?; // [C, V]
+            gradients.push(linear(&slope, &weight.transpose(0, 1), None)); // [C, H]
             if let Some(total) = projection.gradient.as_deref_mut() {
-                add_outer(total, &slope, &chunk);
+                shim::add_product(total, &slope.transpose(0, 1), &chunk, scale)?;
             }
         }
     }
@@ -91,48 +87,35 @@ pub fn cross_entropy(
         true => Tensor::zeros([0], (kind, input.device())),
         false => Tensor::cat(&parts, 0),
     };
-    let input_gradient = scale.map(|_| match gradients.is_empty() {
+    let input_gradient = scale.map(|scale| match gradients.is_empty() {
         true => input.zeros_like(),
-        false => Tensor::cat(&gradients, 0), // [R, H]
+        false => Tensor::cat(&gradients, 0) * scale, // [R, H]
     });
-    RowLosses { sum, top1: join(top1, Kind::Bool), top5: join(top5, Kind::Bool), input_gradient }
+    Ok(RowLosses { sum, top1: join(top1, Kind::Bool), top5: join(top5, Kind::Bool), input_gradient })
 }
 
-/// Memory that every chunk uses again. A fresh tensor for each would leave gaps in the heap of the C library, which
-/// then grows with the number of chunks after all.
-struct Room {
-    logits: Tensor,
-    /// float32 at least; the memory of `logits` itself where they are that already.
-    wide_logits: Tensor,
-    log_probabilities: Tensor,
+/// Logits of a chunk, `[C, V]`. From 16-bit factors CUDA gives them in float32, which costs no more than rounding them
+/// and converting them back.
+fn project(chunk: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    let narrow = matches!(chunk.kind(), Kind::BFloat16 | Kind::Half);
+    Ok(match narrow && chunk.device().is_cuda() {
+        true => chunk.f_mm_dtype(&weight.f_transpose(0, 1)?, Kind::Float)?,
+        false => linear(chunk, weight, None),
+    })
 }
 
-impl Room {
-    fn new(input: &Tensor, weight: &Tensor, rows: i64) -> Self {
-        let shape = [rows, weight.size()[0]];
-        let wide = if input.kind() == Kind::Double { Kind::Double } else { Kind::Float };
-        let logits = Tensor::empty(shape, (input.kind(), input.device()));
-        let wide_logits = if wide == input.kind() { logits.shallow_clone() } else { logits.empty_like().to_kind(wide) };
-        let log_probabilities = wide_logits.empty_like();
-        Self { logits, wide_logits, log_probabilities }
-    }
-
-    /// The part that a chunk of `count` rows uses.
-    fn of(&self, count: i64) -> Self {
-        let part = |tensor: &Tensor| tensor.narrow(0, 0, count);
-        let (logits, wide_logits) = (part(&self.logits), part(&self.wide_logits));
-        Self { logits, wide_logits, log_probabilities: part(&self.log_probabilities) }
-    }
-}
-
-/// `total += slope^T input`, in place where the element types allow it.
-fn add_outer(total: &mut Tensor, slope: &Tensor, input: &Tensor) {
-    let transposed = slope.transpose(0, 1); // [V, C]
-    if total.kind() == input.kind() {
-        let _ = total.addmm_(&transposed, input);
+/// `softmax - onehot` in the element type of the model; takes the log-probabilities' memory where it can.
+///
+/// The label's own slope is `p - 1` before any rounding: a confident row's would be lost otherwise.
+fn slope(mut log_probabilities: Tensor, label: &Tensor, at_label: &Tensor, kind: Kind) -> Result<Tensor> {
+    let own = at_label.f_expm1()?.f_to_kind(kind)?; // [C, 1]
+    let mut slope = if log_probabilities.kind() == kind {
+        log_probabilities.f_exp_()?
     } else {
-        *total += transposed.matmul(input);
-    }
+        let rounded = Tensor::f_empty(log_probabilities.size(), (kind, log_probabilities.device()))?;
+        log_probabilities.f_exp_out(&rounded)?
+    }; // [C, V]
+    Ok(slope.f_scatter_(1, label, &own)?)
 }
 
 #[cfg(test)]
@@ -160,11 +143,30 @@ mod tests {
         for rows_per_chunk in [1, 2, 3, 7, 50] {
             let mut gradient = Tensor::zeros([11, 5], options);
             let mut projection = Projection { weight: &weight, gradient: Some(&mut gradient) };
-            let losses = cross_entropy(&input.detach(), &labels, &mut projection, Some(0.3), rows_per_chunk);
+            let losses = cross_entropy(&input.detach(), &labels, &mut projection, Some(0.3), rows_per_chunk).unwrap();
             let difference = |a: &Tensor, b: &Tensor| (a - b).abs().max().double_value(&[]);
             assert!(difference(&losses.sum, &loss) < 1e-12);
             assert!(difference(&losses.input_gradient.unwrap(), &input.grad()) < 1e-12);
             assert!(difference(&gradient, &weight.grad()) < 1e-12);
+        }
+    }
+
+    /// In bfloat16, gradients are those of float32 but for the rounding of their parts, also where the label is nearly
+    /// certain and its slope is far smaller than bfloat16's steps below 1.
+    #[test]
+    fn sixteen_bits_keep_the_slope_of_a_certain_label() {
+        let weight = Tensor::eye(4, (Kind::Float, Device::Cpu));
+        let input = Tensor::from_slice2(&[[8f32, 0., 0., 0.], [0., 7., 0., 1.]]);
+        let labels = Tensor::from_slice(&[0i64, 1]);
+        let gradients = |kind: Kind| {
+            let (weight, mut total) = (weight.to_kind(kind), Tensor::zeros([4, 4], (Kind::Float, Device::Cpu)));
+            let mut projection = Projection { weight: &weight, gradient: Some(&mut total) };
+            let losses = cross_entropy(&input.to_kind(kind), &labels, &mut projection, Some(0.1), 1).unwrap();
+            [total, losses.input_gradient.unwrap().to_kind(Kind::Float)]
+        };
+        for (got, want) in gradients(Kind::BFloat16).iter().zip(gradients(Kind::Float)) {
+            assert!(want.abs().max().double_value(&[]) > 1e-4);
+            assert!(((got - &want).abs() - want.abs() * 0.02).max().double_value(&[]) <= 0.0, "{got} {want}");
         }
     }
 
@@ -174,7 +176,8 @@ mod tests {
         let input = Tensor::from_slice2(&[[7f32, 6., 5., 4., 3., 2., 1.]; 7]);
         let labels = Tensor::arange(7, (Kind::Int64, Device::Cpu));
         let hits = |input: &Tensor| {
-            let losses = cross_entropy(input, &labels, &mut Projection { weight: &weight, gradient: None }, None, 3);
+            let losses =
+                cross_entropy(input, &labels, &mut Projection { weight: &weight, gradient: None }, None, 3).unwrap();
             [losses.top1, losses.top5]
                 .map(|hits| Vec::<bool>::try_from(hits).unwrap().iter().filter(|&&hit| hit).count())
         };

@@ -18,6 +18,7 @@ use super::loss::{self, Projection, RowLosses};
 use super::supervision::{MaskAlignment, TrainedRows, trained_rows};
 use super::{Algorithm, DraftContext, DraftModel, DraftSize, Parameter, Tally};
 use crate::data::PackedBatch;
+use crate::device;
 use crate::error::{Error, Result};
 use crate::features::FeatureBatch;
 use crate::models::Dimensions;
@@ -216,8 +217,8 @@ impl Medusa {
         let mut chain = Tensor::ones([hidden.size()[0]], (Kind::Bool, device));
         for (head, weight) in self.config.weights().into_iter().enumerate() {
             let trained = self.rows(features.batch, head);
-            let rows = Tensor::from_slice(&trained.rows).to_device(device);
-            let labels = Tensor::from_slice(&trained.labels).to_device(device);
+            let rows = device::upload(&trained.rows, device)?;
+            let labels = device::upload(&trained.labels, device)?;
             let input = hidden.index_select(0, &rows).to_kind(self.parameters[0].value.kind()); // [R, H]
             let scale = weight / global_counts[head].max(1.0);
             let losses = match gradients.as_deref_mut() {
@@ -227,7 +228,7 @@ impl Medusa {
                     let own = self.head_parameters(head).1;
                     let mut projection = Projection { weight: own.unwrap_or(&self.head), gradient: None };
                     let output = self.backbone(head, &input);
-                    loss::cross_entropy(&output, &labels, &mut projection, None, self.rows_per_chunk)
+                    loss::cross_entropy(&output, &labels, &mut projection, None, self.rows_per_chunk)?
                 }
             };
             objective += &losses.sum * scale;
@@ -257,7 +258,7 @@ impl Medusa {
         let (block_gradients, projection_gradients) = gradients[first..first + count].split_at_mut(blocks);
         let mut projection =
             Projection { weight: own.unwrap_or(&self.head), gradient: projection_gradients.first_mut() };
-        let losses = loss::cross_entropy(&output.detach(), labels, &mut projection, Some(scale), self.rows_per_chunk);
+        let losses = loss::cross_entropy(&output.detach(), labels, &mut projection, Some(scale), self.rows_per_chunk)?;
         if let Some(slope) = losses.input_gradient.as_ref().filter(|slope| slope.numel() > 0) {
             // The chunked gradient enters the graph of the blocks through this product.
             let surrogate = (&output * slope).sum(Kind::Float);

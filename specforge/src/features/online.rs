@@ -2,11 +2,10 @@
 
 use std::rc::Rc;
 
-use tch::Tensor;
-
 use super::{FeatureBatch, FeatureSource};
 use crate::data::PackedBatch;
-use crate::error::Result;
+use crate::device;
+use crate::error::{Error, Result};
 use crate::models::{ForwardInput, LogitRows, TargetModel};
 use crate::nn::AttentionMask;
 
@@ -25,8 +24,8 @@ impl OnlineFeatures {
 impl FeatureSource for OnlineFeatures {
     fn features<'a>(&self, batch: &'a PackedBatch, capture: &[usize]) -> Result<FeatureBatch<'a>> {
         let device = self.target.device();
-        let row = |values: &[i64]| Tensor::from_slice(values).to_device(device).unsqueeze(0); // [1, T]
-        let (ids, positions) = (row(&batch.ids), row(&batch.positions));
+        let row = |values: &[i64]| Ok::<_, Error>(device::upload(values, device)?.unsqueeze(0)); // [1, T]
+        let (ids, positions) = (row(&batch.ids)?, row(&batch.positions)?);
         let mask = AttentionMask::Documents(batch.lengths.clone());
         let logits = LogitRows::None; // the head is the draft's business
         let input = ForwardInput { ids: &ids, positions: &positions, mask: &mask, capture, logits };

@@ -12,7 +12,7 @@ use tch::{Device, Kind, Tensor};
 use super::{Dimensions, ForwardInput, ForwardOutput, LogitRows, TargetModel};
 use crate::error::{Error, Result};
 use crate::nn::rope::RopeTables;
-use crate::nn::{KvCache, Linear, PreparedMask, RmsNorm, Rope, RopeConfig, RopeScaling, attention};
+use crate::nn::{KvCache, Linear, PreparedMask, RmsNorm, Rope, RopeConfig, RopeScaling, attention, linear};
 use crate::weights::WeightsFolder;
 
 /// The keys of config.json that the network depends on. Other keys are Hugging Face's own business.
@@ -43,6 +43,8 @@ pub struct LlamaConfig {
     pub rope_scaling: Option<Value>,
     /// Rotary variant and base, newer key.
     pub rope_parameters: Option<Value>,
+    /// Context length of pretraining, where a file has it outside the rotary keys.
+    pub original_max_position_embeddings: Option<f64>,
     /// Whether the head is the embedding.
     #[serde(default)]
     pub tie_word_embeddings: bool,
@@ -123,10 +125,13 @@ impl LlamaConfig {
         self.num_key_value_heads.unwrap_or(self.num_attention_heads)
     }
 
-    /// The rotary configuration, from the newer or the older keys.
+    /// The rotary configuration. As in the reference, `rope_scaling` goes before `rope_parameters`, and an
+    /// `original_max_position_embeddings` beside them before one inside.
     pub fn rope(&self) -> Result<RopeConfig, String> {
+        let filled = |values: &&Value| values.as_object().is_some_and(|keys| !keys.is_empty());
         let nothing = Value::Null;
-        let values = self.rope_parameters.as_ref().or(self.rope_scaling.as_ref()).unwrap_or(&nothing);
+        let sources = [&self.rope_scaling, &self.rope_parameters];
+        let values = sources.into_iter().flatten().find(filled).unwrap_or(&nothing);
         let number = |key: &str| values.get(key).and_then(Value::as_f64);
         let need = |key: &str| number(key).ok_or_else(|| format!("rope scaling: `{key}` is missing or no number"));
         if let Some(partial) = number("partial_rotary_factor").filter(|&share| share != 1.0) {
@@ -136,7 +141,8 @@ impl LlamaConfig {
         }
         let theta = number("rope_theta").or(self.rope_theta).unwrap_or(10_000.0);
         let kind = values.get("rope_type").or_else(|| values.get("type")).and_then(Value::as_str).unwrap_or("default");
-        let original = number("original_max_position_embeddings").unwrap_or(self.max_position_embeddings as f64);
+        let pretrained = self.original_max_position_embeddings.or(number("original_max_position_embeddings"));
+        let original_max_position_embeddings = pretrained.unwrap_or(self.max_position_embeddings as f64);
         let scaling = match kind {
             "default" => RopeScaling::Default,
             "linear" => RopeScaling::Linear { factor: need("factor")? },
@@ -145,23 +151,18 @@ impl LlamaConfig {
                 factor: need("factor")?,
                 low_freq_factor: need("low_freq_factor")?,
                 high_freq_factor: need("high_freq_factor")?,
-                original_max_position_embeddings: need("original_max_position_embeddings")?,
+                original_max_position_embeddings,
             },
             "yarn" => {
-                let factor = need("factor")?;
-                let magnitude = |scale: f64| {
-                    if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 }
-                };
-                let computed = match (number("mscale"), number("mscale_all_dim")) {
-                    (Some(scale), Some(all)) if scale != 0.0 && all != 0.0 => magnitude(scale) / magnitude(all),
-                    _ => magnitude(1.0),
-                };
+                let stretch = pretrained.map(|original| self.max_position_embeddings as f64 / original);
+                let factor = number("factor").or(stretch).map_or_else(|| need("factor"), Ok)?;
                 RopeScaling::Yarn {
                     factor,
-                    attention_factor: number("attention_factor").unwrap_or(computed),
-                    beta_fast: number("beta_fast").unwrap_or(32.0),
-                    beta_slow: number("beta_slow").unwrap_or(1.0),
-                    original_max_position_embeddings: original,
+                    attention_factor: number("attention_factor")
+                        .unwrap_or_else(|| yarn_attention_factor(factor, number("mscale"), number("mscale_all_dim"))),
+                    beta_fast: number("beta_fast").filter(|&beta| beta != 0.0).unwrap_or(32.0),
+                    beta_slow: number("beta_slow").filter(|&beta| beta != 0.0).unwrap_or(1.0),
+                    original_max_position_embeddings,
                     truncate: values.get("truncate").and_then(Value::as_bool).unwrap_or(true),
                 }
             }
@@ -201,6 +202,15 @@ impl LlamaConfig {
             tensors.push(("lm_head.weight".to_owned(), vec![self.vocab_size, hidden]));
         }
         tensors
+    }
+}
+
+/// What YaRN multiplies cos and sin with where the file does not say it.
+fn yarn_attention_factor(factor: f64, scale: Option<f64>, scale_all: Option<f64>) -> f64 {
+    let magnitude = |scale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 };
+    match (scale, scale_all) {
+        (Some(scale), Some(all)) if scale != 0.0 && all != 0.0 => magnitude(scale) / magnitude(all),
+        _ => magnitude(1.0),
     }
 }
 
@@ -253,7 +263,7 @@ struct Mlp {
 impl Mlp {
     /// `[B, T, H]` to `[B, T, H]`
     fn forward(&self, input: &Tensor) -> Tensor {
-        let gated = self.gate.forward(input).silu() * self.up.forward(input); // [B, T, width]
+        let gated = self.gate.forward(input).silu_() * self.up.forward(input); // [B, T, width]
         self.down.forward(&gated)
     }
 }
@@ -385,8 +395,9 @@ impl TargetModel for LlamaTarget {
         for (index, layer) in self.layers.iter().enumerate() {
             keep(index, &hidden);
             let cache = cache.as_mut().map(|cache| (&mut **cache, index));
-            hidden = &hidden + layer.attention.forward(&layer.input_norm.forward(&hidden), &rope, &mask, cache);
-            hidden = &hidden + layer.mlp.forward(&layer.post_attention_norm.forward(&hidden));
+            // Each block's own output takes the sum: `hidden` itself may have been captured.
+            hidden = layer.attention.forward(&layer.input_norm.forward(&hidden), &rope, &mask, cache).g_add_(&hidden);
+            hidden = layer.mlp.forward(&layer.post_attention_norm.forward(&hidden)).g_add_(&hidden);
         }
         // The final norm works row by row: where only some rows are projected, only those are normed.
         if input.capture.contains(&last) || matches!(input.logits, LogitRows::All) {
@@ -397,12 +408,12 @@ impl TargetModel for LlamaTarget {
                 LogitRows::All => Some(hidden.view([rows * tokens, -1])),
                 LogitRows::Rows(index) => Some(hidden.view([rows * tokens, -1]).index_select(0, index)),
             };
-            return Ok(output(input, &captured, logits.map(|rows| rows.linear(&self.head, None::<&Tensor>))));
+            return Ok(output(input, &captured, logits.map(|rows| linear(&rows, &self.head, None))));
         }
         let logits = match input.logits {
             LogitRows::Rows(index) => {
                 let chosen = hidden.view([rows * tokens, -1]).index_select(0, index); // [R, H]
-                Some(self.norm.forward(&chosen).linear(&self.head, None::<&Tensor>)) // [R, V]
+                Some(linear(&self.norm.forward(&chosen), &self.head, None)) // [R, V]
             }
             LogitRows::None | LogitRows::All => None,
         };

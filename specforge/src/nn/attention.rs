@@ -8,12 +8,14 @@ use super::mask::PreparedMask;
 pub fn attention(query: &Tensor, key: &Tensor, value: &Tensor, mask: &PreparedMask) -> Tensor {
     let (rows, heads, tokens, dim) = query.size4().expect("query is [B, N, T, D]");
     let groups = key.size()[1];
-    // One new token: the heads of a group act as queries of one head, and no key is repeated.
+    // One new token: the heads of a group act as queries of one head, and no key is read twice.
     if tokens == 1 && heads != groups {
         let grouped = query.view([rows, groups, heads / groups, dim]); // [B, G, N/G, D]
         return kernel(&grouped, key, value, mask).reshape([rows, heads, 1, dim]);
     }
-    let (key, value) = (repeat_heads(key, heads / groups), repeat_heads(value, heads / groups)); // [B, N, S, D]
+    // The kernels for GPUs want a key for every query head, the one for CPUs finds a group's key itself.
+    let times = if query.device().is_cuda() { heads / groups } else { 1 };
+    let (key, value) = (repeat_heads(key, times), repeat_heads(value, times)); // [B, G or N, S, D]
     let PreparedMask::Slices(lengths) = mask else {
         return kernel(query, &key, &value, mask);
     };
@@ -37,7 +39,8 @@ fn kernel(query: &Tensor, key: &Tensor, value: &Tensor, mask: &PreparedMask) -> 
         PreparedMask::Dense(mask) => (Some(mask), false),
         PreparedMask::Slices(_) => unreachable!("slices are taken apart by the caller"),
     };
-    Tensor::scaled_dot_product_attention(query, key, value, dense, 0.0, causal, None, false)
+    let grouped = query.size()[1] != key.size()[1];
+    Tensor::scaled_dot_product_attention(query, key, value, dense, 0.0, causal, None, grouped)
 }
 
 /// `[B, G, S, D]` to `[B, G * times, S, D]`: head `g` serves queries `g * times ..`.

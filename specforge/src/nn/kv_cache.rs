@@ -1,8 +1,10 @@
 //! Keys and values of past tokens, as a value: nothing else knows how many tokens a row holds.
 //!
 //! Rows may differ in length. Slot `s` of row `b` holds the key of the row's token `s`; slots at or behind the row's
-//! length are garbage that no mask shows. A forward pass writes every layer's new keys with [`KvCache::write`] and then
-//! moves the lengths once with [`KvCache::advance`].
+//! length are zero. They must not be garbage: a mask takes a hidden slot's weight to zero, but zero times NaN is NaN.
+//!
+//! A forward pass writes the new keys of every layer, from layer 0 on, with [`KvCache::write`]; the caller then moves
+//! the lengths once with [`KvCache::advance`]. What it does not keep of a pass is erased.
 
 use tch::{Device, Kind, Tensor};
 
@@ -13,11 +15,20 @@ struct Layer {
     value: Tensor,
 }
 
+/// Tokens written behind the lengths and not yet kept.
+#[derive(Debug)]
+struct Pass {
+    tokens: i64,
+    /// Where each row's tokens go, `[B, 1, T, 1]`; `None` where all rows have one length.
+    slots: Option<Tensor>,
+}
+
 /// Keys and values of all layers.
 #[derive(Debug)]
 pub struct KvCache {
     layers: Vec<Layer>,
     lengths: Vec<i64>,
+    pass: Option<Pass>,
 }
 
 /// Capacity grows in steps of this many slots, at least by half.
@@ -29,7 +40,7 @@ impl KvCache {
         // Zeros, not uninitialised memory: a hidden slot has weight zero, and zero times NaN is NaN.
         let empty = || Tensor::zeros([rows, groups, capacity, dim], options);
         let layers = (0..layers).map(|_| Layer { key: empty(), value: empty() }).collect();
-        Self { layers, lengths: vec![0; rows as usize] }
+        Self { layers, lengths: vec![0; rows as usize], pass: None }
     }
 
     /// Number of tokens of every row.
@@ -56,42 +67,83 @@ impl KvCache {
     /// up to the longest row's end, `[B, G, S, D]`. Lengths do not move.
     pub fn write(&mut self, layer: usize, key: &Tensor, value: &Tensor) -> (Tensor, Tensor) {
         let tokens = key.size()[2];
-        let slots = self.len() + tokens;
-        self.reserve(slots);
-        let ragged = self.lengths.iter().any(|&length| length != self.lengths[0]);
+        if layer == 0 {
+            self.begin_pass(tokens);
+        }
+        let pass = self.pass.as_ref().filter(|pass| pass.tokens == tokens);
+        let pass = pass.expect("a pass writes the same number of tokens to every layer, from layer 0 on");
         let target = &self.layers[layer];
         for (store, new) in [(&target.key, key), (&target.value, value)] {
-            if ragged {
-                let first = Tensor::from_slice(&self.lengths).to_device(new.device()).view([-1, 1, 1, 1]);
-                let offset = Tensor::arange(tokens, (Kind::Int64, new.device())).view([1, 1, -1, 1]);
-                let index = (first + offset).expand_as(new); // [B, G, T, D]
-                let _ = store.shallow_clone().scatter_(2, &index, new);
-            } else {
-                store.narrow(2, self.lengths[0], tokens).copy_(new);
+            match &pass.slots {
+                Some(slots) => drop(store.shallow_clone().scatter_(2, &slots.expand_as(new), new)),
+                None => store.narrow(2, self.lengths[0], tokens).copy_(new),
             }
         }
-        (target.key.narrow(2, 0, slots), target.value.narrow(2, 0, slots))
+        let end = self.len() + tokens;
+        (target.key.narrow(2, 0, end), target.value.narrow(2, 0, end))
+    }
+
+    fn begin_pass(&mut self, tokens: i64) {
+        self.abandon_pass();
+        self.reserve(self.len() + tokens);
+        let ragged = self.lengths.iter().any(|&length| length != self.lengths[0]);
+        let slots = ragged.then(|| {
+            let first = Tensor::from_slice(&self.lengths).to_device(self.device()).view([-1, 1, 1, 1]);
+            first + Tensor::arange(tokens, (Kind::Int64, self.device())).view([1, 1, -1, 1]) // [B, 1, T, 1]
+        });
+        self.pass = Some(Pass { tokens, slots });
+    }
+
+    /// Erases what was written and not kept.
+    fn abandon_pass(&mut self) {
+        if let Some(pass) = self.pass.take() {
+            let ends: Vec<i64> = self.lengths.iter().map(|length| length + pass.tokens).collect();
+            self.erase_to(&ends);
+        }
     }
 
     /// Moves every row's length by its own number of tokens, after all layers were written. Rows of a padded prefill
-    /// move by their true length, and the padding is overwritten later.
+    /// move by their true length.
     pub fn advance(&mut self, tokens: &[i64]) {
         assert_eq!(tokens.len(), self.lengths.len(), "one count for each row");
+        let written = self.pass.take().map_or(0, |pass| pass.tokens);
+        assert!(tokens.iter().all(|&count| count <= written), "advancing by {tokens:?} tokens, {written} were written");
+        let ends: Vec<i64> = self.lengths.iter().map(|length| length + written).collect();
         self.lengths.iter_mut().zip(tokens).for_each(|(length, &count)| *length += count);
+        self.erase_to(&ends);
     }
 
     /// Forgets the tokens of each row from `lengths` on. A row never grows this way.
     pub fn truncate(&mut self, lengths: &[i64]) {
-        for (length, &keep) in self.lengths.iter_mut().zip(lengths) {
-            assert!(keep <= *length, "truncating {length} tokens to {keep} would show garbage");
-            *length = keep;
+        assert_eq!(lengths.len(), self.lengths.len(), "one length for each row");
+        self.abandon_pass();
+        let ends = std::mem::replace(&mut self.lengths, lengths.to_vec());
+        let grown = lengths.iter().zip(&ends).find(|(keep, end)| keep > end);
+        assert!(grown.is_none(), "truncating {ends:?} tokens to {lengths:?} would show erased slots");
+        self.erase_to(&ends);
+    }
+
+    /// Writes zeros from every row's length to its end of `ends`.
+    fn erase_to(&mut self, ends: &[i64]) {
+        let from = self.lengths.iter().copied().min().unwrap_or(0);
+        let to = ends.iter().copied().max().unwrap_or(0);
+        if self.lengths.iter().zip(ends).all(|(length, end)| length >= end) {
+            return;
+        }
+        let column = |values: &[i64]| Tensor::from_slice(values).to_device(self.device()).view([-1, 1, 1, 1]);
+        let slot = Tensor::arange_start(from, to, (Kind::Int64, self.device())).view([1, 1, -1, 1]);
+        let erased = slot.ge_tensor(&column(&self.lengths)).logical_and(&slot.lt_tensor(&column(ends))); // [B, 1, n, 1]
+        for layer in &self.layers {
+            for store in [&layer.key, &layer.value] {
+                let _ = store.narrow(2, from, to - from).masked_fill_(&erased, 0.0);
+            }
         }
     }
 
     /// Keeps the rows named, in that order.
     pub fn select_rows(&mut self, rows: &[i64]) {
-        let device = self.layers.first().map_or(Device::Cpu, |layer| layer.key.device());
-        let index = Tensor::from_slice(rows).to_device(device);
+        self.abandon_pass();
+        let index = Tensor::from_slice(rows).to_device(self.device());
         for layer in &mut self.layers {
             layer.key = layer.key.index_select(0, &index);
             layer.value = layer.value.index_select(0, &index);
@@ -101,12 +153,17 @@ impl KvCache {
 
     /// Adds the rows of another cache behind these.
     pub fn append_rows(&mut self, mut other: KvCache) {
+        self.abandon_pass();
+        other.abandon_pass();
         let capacity = self.capacity().max(other.capacity());
-        self.grow_to(capacity);
-        other.grow_to(capacity);
+        self.reserve(capacity);
+        other.reserve(capacity);
+        let joined = |mine: &Tensor, theirs: &Tensor| {
+            Tensor::cat(&[mine.narrow(2, 0, capacity), theirs.narrow(2, 0, capacity)], 0)
+        };
         for (mine, theirs) in self.layers.iter_mut().zip(&other.layers) {
-            mine.key = Tensor::cat(&[&mine.key, &theirs.key], 0);
-            mine.value = Tensor::cat(&[&mine.value, &theirs.value], 0);
+            mine.key = joined(&mine.key, &theirs.key);
+            mine.value = joined(&mine.value, &theirs.value);
         }
         self.lengths.extend(other.lengths);
     }
@@ -115,6 +172,7 @@ impl KvCache {
     /// copied, so a batch that loses a row and gains another does not move its other rows.
     pub fn replace_rows(&mut self, rows: &[i64], other: &KvCache) {
         assert!(rows.len() as i64 <= other.rows(), "{} rows cannot be filled from {}", rows.len(), other.rows());
+        self.abandon_pass();
         self.reserve(other.len());
         for (mine, theirs) in self.layers.iter_mut().zip(&other.layers) {
             for (store, new) in [(&mine.key, &theirs.key), (&mine.value, &theirs.value)] {
@@ -125,6 +183,10 @@ impl KvCache {
             }
         }
         rows.iter().zip(&other.lengths).for_each(|(&row, &length)| self.lengths[row as usize] = length);
+    }
+
+    fn device(&self) -> Device {
+        self.layers.first().map_or(Device::Cpu, |layer| layer.key.device())
     }
 
     fn capacity(&self) -> i64 {

@@ -29,8 +29,10 @@ pub enum PreparedMask {
     Dense(Tensor),
 }
 
-/// From this many documents in a pack on, one dense mask costs a GPU less than many small kernels.
-const SLICES_ON_GPU: usize = 2;
+/// Packs of more documents than this take one dense mask on a GPU. A slice costs it a launch, tens of microseconds a
+/// layer; a dense mask over `T` tokens costs all `T^2` scores and a slower kernel, which at 4096 tokens of Llama-3-8B is
+/// worth dozens of launches.
+const SLICES_ON_GPU: usize = 32;
 
 impl AttentionMask {
     /// Turns the mask into kernel form for `tokens` new tokens a row on top of cached rows of length `past`
@@ -38,11 +40,7 @@ impl AttentionMask {
     pub fn prepare(&self, past: &[i64], tokens: i64, device: Device) -> PreparedMask {
         match self {
             AttentionMask::Causal => causal(past, tokens, device),
-            AttentionMask::Documents(lengths) if lengths.len() == 1 => PreparedMask::Causal,
-            AttentionMask::Documents(lengths) if device.is_cuda() && lengths.len() > SLICES_ON_GPU => {
-                PreparedMask::Dense(same_document_and_causal(lengths, device))
-            }
-            AttentionMask::Documents(lengths) => PreparedMask::Slices(lengths.clone()),
+            AttentionMask::Documents(lengths) => documents(lengths, device),
             AttentionMask::Visible(visible) => PreparedMask::Dense(visible.unsqueeze(1)), // [B, 1, T, S]
         }
     }
@@ -61,6 +59,17 @@ fn causal(past: &[i64], tokens: i64, device: Device) -> PreparedMask {
     let queries = Tensor::arange(tokens, (Kind::Int64, device)).view([1, 1, tokens, 1]);
     let lengths = Tensor::from_slice(past).to_device(device).view([-1, 1, 1, 1]);
     PreparedMask::Dense(slots.le_tensor(&(queries + lengths))) // [B, 1, T, S]
+}
+
+fn documents(lengths: &[i64], device: Device) -> PreparedMask {
+    let lengths: Vec<i64> = lengths.iter().copied().filter(|&length| length > 0).collect();
+    match lengths.len() {
+        0 | 1 => PreparedMask::Causal,
+        count if device.is_cuda() && count > SLICES_ON_GPU => {
+            PreparedMask::Dense(same_document_and_causal(&lengths, device))
+        }
+        _ => PreparedMask::Slices(lengths),
+    }
 }
 
 fn same_document_and_causal(lengths: &[i64], device: Device) -> Tensor {

@@ -15,7 +15,7 @@ pub mod sampling;
 
 pub use attention::attention;
 pub use kv_cache::KvCache;
-pub use linear::Linear;
+pub use linear::{Linear, linear};
 pub use mask::{AttentionMask, PreparedMask};
 pub use rms_norm::RmsNorm;
 pub use rope::{Rope, RopeConfig, RopeScaling};

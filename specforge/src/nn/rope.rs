@@ -73,7 +73,9 @@ pub struct Rope {
 /// cos and sin of one pass, each `[B, 1, T, D]`, in the element type of the heads.
 #[derive(Debug)]
 pub struct RopeTables {
+    /// Both halves alike.
     cos: Tensor,
+    /// The first half negated, so that turning a head is only swapping its halves.
     sin: Tensor,
 }
 
@@ -90,34 +92,26 @@ impl Rope {
 
     /// Tables for `positions [B, T]`.
     pub fn tables(&self, positions: &Tensor, kind: Kind) -> RopeTables {
-        let stretched = self.dynamic_frequencies(positions);
-        let frequencies = stretched.as_ref().unwrap_or(&self.inverse_frequencies);
-        let angles = positions.to_kind(Kind::Float).unsqueeze(-1) * frequencies; // [B, T, D / 2]
-        let angles = Tensor::cat(&[&angles, &angles], -1).unsqueeze(1); // [B, 1, T, D]
-        let scaled = |table: Tensor| {
-            if self.attention_factor == 1.0 {
-                table.to_kind(kind)
-            } else {
-                (table * self.attention_factor).to_kind(kind)
-            }
+        let frequencies = match self.config.scaling {
+            RopeScaling::Dynamic { factor } => self.dynamic_frequencies(positions, factor), // [B, 1, D / 2]
+            _ => self.inverse_frequencies.shallow_clone(),                                  // [D / 2]
         };
-        RopeTables { cos: scaled(angles.cos()), sin: scaled(angles.sin()) }
+        let angles = (positions.to_kind(Kind::Float).unsqueeze(-1) * frequencies).unsqueeze(1); // [B, 1, T, D / 2]
+        let (cos, sin) = (angles.cos() * self.attention_factor, angles.sin() * self.attention_factor);
+        let cos = Tensor::cat(&[&cos, &cos], -1).to_kind(kind); // [B, 1, T, D]
+        let sin = Tensor::cat(&[&sin.neg(), &sin], -1).to_kind(kind); // [B, 1, T, D]
+        RopeTables { cos, sin }
     }
 
-    /// Dynamic scaling looks at the longest position of the pass; `None` where the pretrained frequencies hold.
-    fn dynamic_frequencies(&self, positions: &Tensor) -> Option<Tensor> {
-        let RopeScaling::Dynamic { factor } = self.config.scaling else {
-            return None;
-        };
-        let length = (positions.max().int64_value(&[]) + 1) as f64; // the only variant that asks the device
-        let pretrained = self.config.max_position_embeddings as f64;
-        if length <= pretrained {
-            return None;
-        }
-        let dim = self.config.head_dim as f64;
-        let growth = (factor * length / pretrained) - (factor - 1.0);
-        let theta = self.config.theta * growth.powf(dim / (dim - 2.0));
-        Some(default_frequencies(theta, self.config.head_dim).to_device(positions.device()))
+    /// Dynamic scaling looks at the longest position of the pass, each row for itself, so that a batch equals its rows
+    /// alone. A row within the pretrained length keeps its frequencies to the last bit.
+    fn dynamic_frequencies(&self, positions: &Tensor, factor: f64) -> Tensor {
+        let (pretrained, dim) = (self.config.max_position_embeddings as f64, self.config.head_dim as f64);
+        let length: Tensor = positions.amax([-1], true).unsqueeze(-1) + 1; // [B, 1, 1]
+        let length = length.to_kind(Kind::Float).clamp_min(pretrained);
+        let growth: Tensor = length * factor / pretrained - (factor - 1.0);
+        let theta: Tensor = growth.pow_tensor_scalar(dim / (dim - 2.0)) * self.config.theta;
+        theta.pow(&exponents(self.config.head_dim).to_device(positions.device())).reciprocal() // [B, 1, D / 2]
     }
 }
 
@@ -126,16 +120,19 @@ impl RopeTables {
     pub fn rotate(&self, heads: &Tensor) -> Tensor {
         let half = heads.size()[3] / 2;
         let (first, second) = (heads.narrow(3, 0, half), heads.narrow(3, half, half));
-        let turned = Tensor::cat(&[second.neg(), first], 3); // [B, N, T, D]
-        (heads * &self.cos).addcmul_(&turned, &self.sin)
+        let swapped = Tensor::cat(&[second, first], 3); // [B, N, T, D]
+        (heads * &self.cos).addcmul_(&swapped, &self.sin)
     }
+}
+
+/// `2i / D`
+fn exponents(head_dim: i64) -> Tensor {
+    Tensor::arange_start_step(0, head_dim, 2, (Kind::Int64, Device::Cpu)).to_kind(Kind::Float) / head_dim as f64
 }
 
 /// `theta^(-2i / D)`, computed as PyTorch does it so that tables agree to the last bit.
 fn default_frequencies(theta: f64, head_dim: i64) -> Tensor {
-    let exponents =
-        Tensor::arange_start_step(0, head_dim, 2, (Kind::Int64, Device::Cpu)).to_kind(Kind::Float) / head_dim as f64;
-    Tensor::pow_scalar(theta, &exponents).reciprocal() // [D / 2]
+    Tensor::pow_scalar(theta, &exponents(head_dim)).reciprocal() // [D / 2]
 }
 
 fn inverse_frequencies(config: &RopeConfig) -> Tensor {

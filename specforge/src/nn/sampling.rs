@@ -1,6 +1,7 @@
 //! From a row of logits to a token.
 
-use tch::{Kind, Tensor};
+use rayon::prelude::*;
+use tch::{Device, Kind, Tensor};
 
 use super::noise;
 
@@ -21,28 +22,27 @@ pub enum Sampling {
 impl Sampling {
     /// Chooses one token for each row of `logits [R, V]`; `keys` gives each row's own seed offset and its position.
     pub fn choose(&self, logits: &Tensor, keys: &[(u64, u64)]) -> Vec<i64> {
-        let chosen = match *self {
-            Sampling::Greedy => logits.argmax(-1, false), // [R]
-            Sampling::Keyed { temperature, seed } => {
-                let vocabulary = logits.size()[1];
-                let rows: Vec<Tensor> = keys
-                    .iter()
-                    .map(|&(row_seed, position)| {
-                        noise::gumbel_row(seed.wrapping_add(row_seed), noise::TEXT, position, vocabulary)
-                    })
-                    .collect();
-                let noise = Tensor::stack(&rows, 0).to_device(logits.device()); // [R, V]
-                (logits.to_kind(Kind::Double) / temperature + noise).argmax(-1, false) // [R]
+        match *self {
+            Sampling::Greedy => {
+                let chosen = logits.argmax(-1, false); // [R]
+                Vec::try_from(chosen).expect("argmax gives int64")
             }
-        };
-        Vec::try_from(chosen).expect("argmax gives int64")
+            Sampling::Keyed { temperature, seed } => {
+                let vocabulary = logits.size()[1] as usize;
+                let logits = logits.to_device(Device::Cpu).to_kind(Kind::Double).contiguous().view([-1]);
+                let values: Vec<f64> = Vec::try_from(logits).expect("logits are float64 now"); // R * V
+                let rows = values.par_chunks_exact(vocabulary).zip(keys);
+                rows.map(|(row, &(row_seed, position))| {
+                    noise::gumbel_argmax(seed.wrapping_add(row_seed), noise::TEXT, position, row, temperature) as i64
+                })
+                .collect()
+            }
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use tch::Device;
-
     use super::*;
 
     #[test]

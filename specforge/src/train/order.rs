@@ -35,7 +35,8 @@ impl DataOrder {
     /// All global batches of one epoch.
     pub fn epoch(&self, epoch: u64) -> Result<Vec<GlobalBatch>> {
         let order = noise::permutation(self.lengths.len(), self.seed, epoch);
-        let batches = data::pack(&self.lengths, &order, self.batch_tokens)?;
+        let lengths: Vec<usize> = order.iter().map(|&document| self.lengths[document]).collect();
+        let batches = data::pack(&lengths, &order, self.batch_tokens)?;
         Ok(batches.into_iter().map(|batch| self.split(&batch)).collect())
     }
 

@@ -1,13 +1,13 @@
 //! Lets a target answer prompts itself, so that drafts are trained on what the target really says.
 //!
 //! A row of the prompts is a conversation. Its assistant messages are dropped and generated again: every user message
-//! is answered in turn, and each prompt holds the answers before it. A row without assistant messages therefore asks its
-//! user messages one after the other. Rows are answered in one batch that stays full (see [`super::autoregressive`]).
+//! is answered in turn, and each prompt holds the answers before it. A row without assistant messages thus asks its
+//! user messages one after the other. Rows run together in a batch that stays full (see [`super::autoregressive`]).
 //!
 //! Files, for `--out answers.jsonl`:
 //! - `answers.jsonl`: one line a finished row: everything the prompt's row held, `messages` with the answers, and
-//!   `finish`, why each answer ended (`stop` or `length`). While the run lasts, in the order rows finish; at the end, in
-//!   the order of the prompts, so that a run that was killed and went on leaves the file of a run that was not.
+//!   `finish`, why each answer ended (`stop` or `length`). While the run lasts they stand in the order they finish;
+//!   at the end in that of the prompts, so that a run that was killed and went on leaves the file of one that was not.
 //! - `answers.jsonl.run.json`: what the answers depend on. A run only goes on with the same.
 //! - `answers.jsonl.errors.jsonl`: rows without answer, each with the reason. The next run tries them again.
 //!

@@ -159,8 +159,8 @@ mod tests {
     fn answers_go_where_the_row_had_its_messages_and_other_keys_stay() {
         let prompts = read(
             concat!(
-                r#"{"topic":"birds","id":7,"conversations":[{"from":"human","value":"a"},{"from":"gpt","value":"old"}],"#,
-                r#""tools":[{"name":"t"}],"finish":["stop"],"empty":null}"#,
+                r#"{"topic":"birds","id":7,"conversations":[{"from":"human","value":"a"},"#,
+                r#"{"from":"gpt","value":"old"}],"tools":[{"name":"t"}],"finish":["stop"],"empty":null}"#,
                 "\n",
                 r#"{"system":"be brief","messages":[{"role":"user","content":"b","name":"Ann"}]}"#,
                 "\n",
@@ -176,7 +176,8 @@ mod tests {
             first.answered(&messages, &[Finish::Length]).unwrap(),
             concat!(
                 r#"{"topic":"birds","id":7,"tools":[{"name":"t"}],"#,
-                r#""messages":[{"role":"user","content":"a"},{"role":"assistant","content":"new"}],"finish":["length"]}"#
+                r#""messages":[{"role":"user","content":"a"},{"role":"assistant","content":"new"}],"#,
+                r#""finish":["length"]}"#
             )
         );
         assert_eq!(second.messages[0], Message::new("system", "be brief"));

@@ -51,7 +51,7 @@ impl RunRecord {
             same: Same {
                 target_fingerprint: target_fingerprint(&options.target)?,
                 tokenizer_fingerprint,
-                element_type: format!("{kind:?}").to_lowercase(),
+                element_type: element_type(kind),
                 max_new_tokens: options.max_new_tokens,
                 max_prompt_tokens: options.max_prompt_tokens,
                 temperature: options.temperature,
@@ -92,13 +92,22 @@ impl RunRecord {
     }
 }
 
+fn element_type(kind: tch::Kind) -> String {
+    match kind {
+        tch::Kind::Float => "float32".to_owned(),
+        tch::Kind::Double => "float64".to_owned(),
+        tch::Kind::Half => "float16".to_owned(),
+        other => format!("{other:?}").to_lowercase(),
+    }
+}
+
 /// Bytes of each sample of a weights file.
 const SAMPLE: u64 = 64 << 10;
 /// Samples of a weights file, evenly spaced, the first and the last included.
 const SAMPLES: u64 = 64;
 
 /// Tells targets apart: a hash of config.json and of samples of every weights file. Reading all of a large model would
-/// take minutes; two models that agree in these samples differ in no training run's way.
+/// take minutes, and training changes every tensor: two models that agree in all samples are copies of one.
 fn target_fingerprint(folder: &Path) -> Result<String> {
     let mut digest = Sha256::new();
     let config = folder.join("config.json");

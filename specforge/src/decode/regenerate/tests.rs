@@ -52,7 +52,8 @@ const PROMPTS: &str = concat!(
     "\n",
     r#"{"id":"c","messages":[{"role":"user","content":"5"},{"role":"assistant","content":"old"}]}"#,
     "\n",
-    r#"{"id":"d","messages":[{"role":"user","content":"x"},{"role":"user","content":"y"},{"role":"user","content":"z"}]}"#,
+    r#"{"id":"d","messages":[{"role":"user","content":"x"},{"role":"user","content":"y"},"#,
+    r#"{"role":"user","content":"z"}]}"#,
     "\n",
 );
 
@@ -327,16 +328,15 @@ fn failed_rows_are_listed_and_tried_again() {
 #[test]
 fn options_that_cannot_be_meant_are_refused() {
     let bench = Bench::new(PROMPTS);
-    let change: [(&str, fn(&mut RegenOptions)); 5] = [
-        ("max_new_tokens", |options| options.max_new_tokens = 0),
-        ("max_rows", |options| options.max_rows = 0),
-        ("temperature", |options| options.temperature = f64::NAN),
-        ("max_bad_share", |options| options.max_bad_share = 2.0),
-        ("out", |options| options.out = options.prompts.clone()),
-    ];
-    for (key, change) in change {
-        let mut options = bench.options.clone();
-        change(&mut options);
+    let good = || bench.options.clone();
+    for (key, options) in [
+        ("max_new_tokens", RegenOptions { max_new_tokens: 0, ..good() }),
+        ("max_rows", RegenOptions { max_rows: 0, ..good() }),
+        ("temperature", RegenOptions { temperature: f64::NAN, ..good() }),
+        ("temperature", RegenOptions { temperature: -0.1, ..good() }),
+        ("max_bad_share", RegenOptions { max_bad_share: 2.0, ..good() }),
+        ("out", RegenOptions { out: bench.options.prompts.clone(), ..good() }),
+    ] {
         let message = options.check().unwrap_err().to_string();
         assert!(message.contains(&format!("`{key}`")), "{message}");
     }

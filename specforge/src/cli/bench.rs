@@ -1,0 +1,63 @@
+//! `specforge bench`
+
+use std::path::PathBuf;
+
+use clap::{Args, value_parser};
+
+use super::Output;
+use crate::config::Dtype;
+use crate::device;
+use crate::error::Result;
+use crate::eval::bench::{self, BenchOptions, BenchReport, DecodeShape, PrefillShape};
+
+#[derive(Debug, Args)]
+pub(super) struct BenchArgs {
+    /// Model folder.
+    #[arg(long)]
+    target: PathBuf,
+    /// Time a prefill of ROWSxTOKENS. May be given several times.
+    #[arg(long, value_name = "RxT")]
+    prefill: Vec<PrefillShape>,
+    /// Time greedy decoding of ROWSxPROMPTxNEW tokens. May be given several times.
+    #[arg(long, value_name = "RxTxN")]
+    decode: Vec<DecodeShape>,
+    /// Timed runs of each shape, after one that is not timed.
+    #[arg(long, default_value_t = 3, value_parser = value_parser!(u32).range(1..))]
+    repeat: u32,
+    /// Threads of libtorch. All cores where it is not given.
+    #[arg(long, value_parser = value_parser!(i32).range(1..))]
+    threads: Option<i32>,
+    /// Element type of the target: float32, bfloat16 or float16.
+    #[arg(long, default_value = "float32")]
+    dtype: Dtype,
+    /// auto, cpu, cuda or cuda:N.
+    #[arg(long, default_value = "auto")]
+    device: String,
+}
+
+pub(super) fn run(args: &BenchArgs, output: &Output) -> Result<()> {
+    let report = bench::run(&BenchOptions {
+        target: args.target.clone(),
+        prefill: args.prefill.clone(),
+        decode: args.decode.clone(),
+        repeat: args.repeat,
+        threads: args.threads,
+        kind: args.dtype.kind(),
+        device: device::choose(&args.device)?,
+    })?;
+    output.result(&report, || text(&report));
+    Ok(())
+}
+
+fn text(report: &BenchReport) -> String {
+    let prefill = report.prefill.iter().map(|timing| {
+        let shape = timing.shape;
+        format!("prefill  {:>3} x {:<10} {:>9.1} tokens/s", shape.rows, shape.tokens, timing.tokens_per_second)
+    });
+    let decode = report.decode.iter().map(|timing| {
+        let shape = timing.shape;
+        let sizes = format!("{} + {}", shape.prompt, shape.new);
+        format!("decode   {:>3} x {sizes:<10} {:>9.1} tokens/s", shape.rows, timing.tokens_per_second)
+    });
+    prefill.chain(decode).collect::<Vec<_>>().join("\n")
+}

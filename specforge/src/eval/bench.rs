@@ -1,0 +1,232 @@
+//! Speed of a target: prefill and greedy decode, timed apart.
+//!
+//! Prompts are made of numbers, so that another program can time the same work without a tokenizer
+//! (`benchmarks/target_vs_transformers`): token `t` of row `b` is `(7919 b + 104729 t + 17) mod V`.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Instant;
+
+use serde::Serialize;
+use tch::{Device, Kind, Tensor};
+
+use crate::error::{Error, Result};
+use crate::models::{ForwardInput, LogitRows, TargetModel, load_target};
+use crate::nn::{AttentionMask, KvCache};
+
+/// What to time.
+#[derive(Debug, Clone)]
+pub struct BenchOptions {
+    /// Folder of the model.
+    pub target: PathBuf,
+    /// Prefills to time.
+    pub prefill: Vec<PrefillShape>,
+    /// Greedy decodes to time.
+    pub decode: Vec<DecodeShape>,
+    /// Timed runs of each shape, after one that is not timed.
+    pub repeat: u32,
+    /// Threads of libtorch; all cores where it is not given.
+    pub threads: Option<i32>,
+    /// Element type of the model.
+    pub kind: Kind,
+    /// Where to run.
+    pub device: Device,
+}
+
+/// `RxT`: rows and tokens of a row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct PrefillShape {
+    /// Rows of the batch.
+    pub rows: i64,
+    /// Tokens of each row.
+    pub tokens: i64,
+}
+
+/// `RxTxN`: rows, tokens of each prompt, new tokens of each row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct DecodeShape {
+    /// Rows of the batch.
+    pub rows: i64,
+    /// Tokens of each prompt.
+    pub prompt: i64,
+    /// New tokens of each row: one forward pass each.
+    pub new: i64,
+}
+
+impl FromStr for PrefillShape {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let [rows, tokens] = parse_sizes(text, "ROWSxTOKENS, such as 8x128")?;
+        Ok(Self { rows, tokens })
+    }
+}
+
+impl FromStr for DecodeShape {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let [rows, prompt, new] = parse_sizes(text, "ROWSxPROMPTxNEW, such as 8x64x32")?;
+        Ok(Self { rows, prompt, new })
+    }
+}
+
+fn parse_sizes<const COUNT: usize>(text: &str, expected: &str) -> Result<[i64; COUNT], String> {
+    let sizes: Option<Vec<i64>> = text.split('x').map(|part| part.parse().ok().filter(|&size| size > 0)).collect();
+    sizes.and_then(|sizes| sizes.try_into().ok()).ok_or_else(|| format!("expected {expected}, got `{text}`"))
+}
+
+/// What was measured.
+#[derive(Debug, Serialize)]
+pub struct BenchReport {
+    /// Folder of the model.
+    pub target: PathBuf,
+    /// Threads of libtorch.
+    pub threads: i32,
+    /// Seconds to load the model.
+    pub load_seconds: f64,
+    /// One entry for each prefill shape.
+    pub prefill: Vec<Timing<PrefillShape>>,
+    /// One entry for each decode shape.
+    pub decode: Vec<Timing<DecodeShape>>,
+}
+
+/// Timed runs of one shape.
+#[derive(Debug, Serialize)]
+pub struct Timing<Shape> {
+    /// The shape.
+    #[serde(flatten)]
+    pub shape: Shape,
+    /// Seconds of every run; of decoding without its prefill.
+    pub seconds: Vec<f64>,
+    /// Tokens per second of the median run, all rows together.
+    pub tokens_per_second: f64,
+    /// The tokens chosen in the last run, row by row: after a prefill one, after decoding the new ones.
+    pub chosen: Vec<Vec<i64>>,
+}
+
+/// Loads the target and times every shape.
+pub fn run(options: &BenchOptions) -> Result<BenchReport> {
+    if options.prefill.is_empty() && options.decode.is_empty() {
+        return Err(Error::Usage("nothing to time: give --prefill RxT or --decode RxTxN".to_owned()));
+    }
+    if let Some(threads) = options.threads {
+        tch::set_num_threads(threads);
+    }
+    let start = Instant::now();
+    let target = load_target(&options.target, options.kind, options.device)?;
+    let load_seconds = start.elapsed().as_secs_f64();
+    let target = target.as_ref();
+    let prefill = options.prefill.iter().map(|&shape| {
+        let run = || Ok(prefill(target, shape)?.timed(shape.rows));
+        measure(shape, shape.rows * shape.tokens, options.repeat, run)
+    });
+    let prefill = prefill.collect::<Result<_>>()?;
+    let decode = options
+        .decode
+        .iter()
+        .map(|&shape| measure(shape, shape.rows * shape.new, options.repeat, || decode(target, shape)));
+    let decode = decode.collect::<Result<_>>()?;
+    let threads = tch::get_num_threads();
+    Ok(BenchReport { target: options.target.clone(), threads, load_seconds, prefill, decode })
+}
+
+/// One untimed run, then `repeat` timed ones. `run` returns its seconds and its tokens, row by row.
+fn measure<Shape>(
+    shape: Shape,
+    tokens: i64,
+    repeat: u32,
+    run: impl Fn() -> Result<(f64, Vec<Vec<i64>>)>,
+) -> Result<Timing<Shape>> {
+    let (_, mut chosen) = run()?;
+    let mut seconds = Vec::with_capacity(repeat as usize);
+    for _ in 0..repeat {
+        let (elapsed, tokens) = run()?;
+        seconds.push(elapsed);
+        chosen = tokens;
+    }
+    let mut sorted = seconds.clone();
+    sorted.sort_by(f64::total_cmp);
+    let tokens_per_second = tokens as f64 / sorted[sorted.len() / 2];
+    Ok(Timing { shape, seconds, tokens_per_second, chosen })
+}
+
+/// A batch after its prefill.
+struct Prefilled {
+    seconds: f64,
+    cache: KvCache,
+    /// `[B]` on the target's device
+    next: Tensor,
+}
+
+impl Prefilled {
+    fn timed(self, rows: i64) -> (f64, Vec<Vec<i64>>) {
+        (self.seconds, split_rows(&self.next.view([rows, 1])))
+    }
+}
+
+fn prefill(target: &dyn TargetModel, shape: PrefillShape) -> Result<Prefilled> {
+    let PrefillShape { rows, tokens } = shape;
+    let options = (Kind::Int64, target.device());
+    let (row, token) = (Tensor::arange(rows, options).unsqueeze(1), Tensor::arange(tokens, options));
+    let ids: Tensor = (row * 7919 + token * 104_729 + 17).remainder(target.dimensions().vocab_size); // [B, T]
+    let start = Instant::now();
+    let positions = Tensor::arange(tokens, options).expand([rows, tokens], false);
+    let last = Tensor::arange(rows, options) * tokens + (tokens - 1); // [B]
+    let mut cache = target.new_cache(rows, tokens);
+    let next = next_tokens(target, &ids, &positions, &last, &mut cache)?;
+    let _ = next.to_device(Device::Cpu); // waits for the device
+    Ok(Prefilled { seconds: start.elapsed().as_secs_f64(), cache, next })
+}
+
+/// One pass of `ids [B, T]`; the most likely token after the rows of `last`, `[B]`.
+fn next_tokens(
+    target: &dyn TargetModel,
+    ids: &Tensor,
+    positions: &Tensor,
+    last: &Tensor,
+    cache: &mut KvCache,
+) -> Result<Tensor> {
+    let (rows, tokens) = ids.size2()?;
+    let logits = LogitRows::Rows(last);
+    let input = ForwardInput { ids, positions, mask: &AttentionMask::Causal, capture: &[], logits };
+    let output = target.forward(&input, Some(cache))?;
+    cache.advance(&vec![tokens; rows as usize]);
+    let logits = output.logits.ok_or_else(|| Error::Failed("the target gave no logits".to_owned()))?;
+    Ok(logits.argmax(-1, false))
+}
+
+fn decode(target: &dyn TargetModel, shape: DecodeShape) -> Result<(f64, Vec<Vec<i64>>)> {
+    let DecodeShape { rows, prompt, new } = shape;
+    let Prefilled { mut cache, mut next, .. } = prefill(target, PrefillShape { rows, tokens: prompt })?;
+    let every_row = Tensor::arange(rows, (Kind::Int64, target.device()));
+    let mut chosen = Vec::with_capacity(new as usize);
+    let start = Instant::now();
+    for position in prompt..prompt + new {
+        let positions = Tensor::full([rows, 1], position, (Kind::Int64, target.device()));
+        next = next_tokens(target, &next.unsqueeze(1), &positions, &every_row, &mut cache)?;
+        chosen.push(next.to_device(Device::Cpu)); // a real decoder looks at every token
+    }
+    Ok((start.elapsed().as_secs_f64(), split_rows(&Tensor::stack(&chosen, 1))))
+}
+
+fn split_rows(tokens: &Tensor) -> Vec<Vec<i64>> {
+    (0..tokens.size()[0]).map(|row| tokens.get(row).iter::<i64>().into_iter().flatten().collect()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shapes_are_read_and_wrong_ones_named() {
+        assert_eq!("8x128".parse(), Ok(PrefillShape { rows: 8, tokens: 128 }));
+        assert_eq!("1x64x32".parse(), Ok(DecodeShape { rows: 1, prompt: 64, new: 32 }));
+        for wrong in ["", "8", "8x", "0x4", "-1x4", "8x4x2", "8 x 4", "axb"] {
+            let problem = wrong.parse::<PrefillShape>().unwrap_err();
+            assert!(problem.contains("expected ROWSxTOKENS") && problem.contains(&format!("`{wrong}`")), "{problem}");
+        }
+        assert!("8x4".parse::<DecodeShape>().is_err());
+    }
+
+    #[test]
+    fn devices_and_types_are_read() {}
+}

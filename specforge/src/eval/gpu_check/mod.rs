@@ -1,0 +1,217 @@
+//! Whether a GPU computes what the CPU computes, and how fast it trains.
+//!
+//! Everything takes the device as a parameter: without a GPU the same code compares the CPU with itself and trains tiny
+//! shapes, so that what runs on a GPU machine has run before.
+
+use std::fmt;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+use serde_json::json;
+use tch::Device;
+
+use crate::checkpoint::Versions;
+use crate::device::{self, CudaDevice, CudaState};
+use crate::error::Result;
+use crate::shim;
+
+pub mod ceilings;
+pub mod parity;
+pub mod programs;
+pub mod training;
+
+pub use ceilings::{CeilingSizes, Ceilings};
+pub use parity::Comparison;
+pub use training::{TrainingRun, TrainingSetup};
+
+/// What a check found.
+#[derive(Debug, Clone, Serialize)]
+pub struct GpuCheck {
+    /// When, in UTC.
+    pub date: String,
+    /// What was run.
+    pub versions: Versions,
+    /// `cpu` or `cuda:N`.
+    pub device: String,
+    /// The driver's description of a CUDA device.
+    pub card: Option<CudaDevice>,
+    /// Whether CUDA is usable, or why not.
+    pub cuda: String,
+    /// Whether sizes were too small for times to mean anything.
+    pub quick: bool,
+    /// Whether every comparison passed.
+    pub passed: bool,
+    /// The device against the CPU.
+    pub parity: Vec<Comparison>,
+    /// The device at its best.
+    pub ceilings: Ceilings,
+    /// Training speed.
+    pub training: Vec<TrainingRun>,
+}
+
+/// Checks a device. On the CPU, sizes are always the quick ones.
+pub fn run(device: Device, quick: bool, say: &dyn Fn(&str)) -> Result<GpuCheck> {
+    let quick = quick || device == Device::Cpu;
+    shim::exact_float32_products()?;
+    let card = match device {
+        Device::Cuda(index) => Some(device::describe(index)?),
+        _ => None,
+    };
+    say("parity: target, loss, optimizer, checkpoint and sampling against the CPU");
+    let parity = parity::check(device)?;
+    say("ceilings: matrix products and copies");
+    let sizes = if quick { CeilingSizes::QUICK } else { CeilingSizes::FULL };
+    let ceilings = ceilings::measure(device, sizes)?;
+    let setup = if quick { TrainingSetup::quick()? } else { TrainingSetup::full()? };
+    let training = training::run(&setup, device, &ceilings, say)?;
+    Ok(GpuCheck {
+        date: utc(SystemTime::now()),
+        versions: Versions::current(),
+        device: match device {
+            Device::Cuda(index) => format!("cuda:{index}"),
+            _ => "cpu".to_owned(),
+        },
+        card,
+        cuda: match device::cuda() {
+            CudaState::Usable(count) => format!("usable, {count} devices"),
+            CudaState::Unusable(reason) => format!("not usable: {reason}"),
+        },
+        quick,
+        passed: parity.iter().all(|row| row.passed),
+        parity,
+        ceilings,
+        training,
+    })
+}
+
+impl fmt::Display for GpuCheck {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let device = match &self.card {
+            Some(card) => {
+                let memory = gibibytes(card.memory_bytes as f64);
+                let CudaDevice { name, multiprocessors, capability, driver, .. } = card;
+                format!("{name}, {memory} GiB, {multiprocessors} multiprocessors of {capability}, driver CUDA {driver}")
+            }
+            None => self.device.clone(),
+        };
+        writeln!(out, "device     {device}")?;
+        writeln!(out, "cuda       {}", self.cuda)?;
+        writeln!(out, "versions   specforge {}, libtorch {}", self.versions.specforge, self.versions.libtorch)?;
+        let Ceilings { bfloat16_size, bfloat16_rate, float32_size, float32_rate, copy_bandwidth } = self.ceilings;
+        let (bfloat16, float32) = (tera(bfloat16_rate), tera(float32_rate));
+        writeln!(
+            out,
+            "ceilings   bfloat16 {bfloat16} TFLOP/s ({bfloat16_size} squared), float32 {float32} TFLOP/s \
+             ({float32_size} squared), copy {} TB/s",
+            tera(copy_bandwidth)
+        )?;
+        self.write_parity(out)?;
+        self.write_training(out)
+    }
+}
+
+impl GpuCheck {
+    fn write_parity(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let failed = self.parity.iter().filter(|row| !row.passed).count();
+        let verdict = match failed {
+            0 => "all passed".to_owned(),
+            _ => format!("{failed} FAILED"),
+        };
+        writeln!(out, "\nparity with the CPU in float32: {} checks, {verdict}", self.parity.len())?;
+        let width = self.parity.iter().map(|row| row.check.len()).max().unwrap_or(0);
+        writeln!(out, "{:<width$}  {:<8}  {:>8}  {:>8}", "check", "type", "error", "limit")?;
+        for row in &self.parity {
+            let mark = if row.passed { "" } else { "  FAILED" };
+            let Comparison { check, kind, error, limit, .. } = row;
+            writeln!(out, "{check:<width$}  {kind:<8}  {error:>8.1e}  {limit:>8.1e}{mark}")?;
+        }
+        Ok(())
+    }
+
+    fn write_training(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let note = if self.quick { " at tiny shapes, where times mean nothing" } else { " at Llama-3-8B shapes" };
+        writeln!(out, "\ntraining{note}")?;
+        writeln!(
+            out,
+            "{:<7} {:<6} {:>6} {:>9} {:>8} {:>8} {:>8} {:>8} {:>9} {:>8} {:>10} {:>6}",
+            "project",
+            "heads",
+            "tokens",
+            "tokens/s",
+            "step ms",
+            "target",
+            "draft",
+            "optim",
+            "asked",
+            "peak GiB",
+            "GFLOP/tok",
+            "share"
+        )?;
+        for run in &self.training {
+            let projection = json!(run.projection).as_str().unwrap_or_default().to_owned();
+            let start = format!("{projection:<7} {:<6} {:>6}", format!("{}x{}", run.heads, run.layers), run.tokens);
+            let Some(result) = &run.result else {
+                writeln!(out, "{start} {}", run.problem.as_deref().unwrap_or_default())?;
+                continue;
+            };
+            writeln!(
+                out,
+                "{start} {:>9.0} {:>8.1} {:>8.1} {:>8.1} {:>8.1} {:>9.1} {:>8} {:>10.3} {:>5.1}%",
+                result.tokens_per_second,
+                result.step_ms,
+                result.target_ms,
+                result.draft_ms,
+                result.optimizer_ms,
+                result.asked_ms,
+                result.peak_bytes.map_or("-".to_owned(), |bytes| gibibytes(bytes as f64)),
+                result.operations_per_token / 1e9,
+                100.0 * result.share_of_matrix_rate,
+            )?;
+        }
+        Ok(())
+    }
+}
+
+fn gibibytes(bytes: f64) -> String {
+    format!("{:.1}", bytes / f64::from(1 << 30))
+}
+
+fn tera(value: f64) -> String {
+    format!("{:.3}", value / 1e12)
+}
+
+/// `2026-03-01T12:00:00Z`
+fn utc(time: SystemTime) -> String {
+    let seconds = time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let (days, seconds) = (seconds / 86_400, seconds % 86_400);
+    // Years that begin in March put the leap day last (Hinnant, "chrono-compatible low-level date algorithms").
+    let days = days + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", seconds / 3600, seconds / 60 % 60, seconds % 60)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn dates() {
+        for (seconds, text) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (951_782_399, "2000-02-28T23:59:59Z"),
+            (951_782_400, "2000-02-29T00:00:00Z"),
+            (1_767_225_599, "2025-12-31T23:59:59Z"),
+            (1_772_366_400, "2026-03-01T12:00:00Z"),
+        ] {
+            assert_eq!(utc(UNIX_EPOCH + Duration::from_secs(seconds)), text);
+        }
+    }
+}

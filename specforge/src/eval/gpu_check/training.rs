@@ -1,0 +1,439 @@
+//! How fast a draft trains: whole steps and their parts, peak memory, and the share of the matrix rate that is reached.
+//!
+//! The steps are the trainer's own: features, gradients, optimizer, on packed random documents. A multiply-add counts as
+//! two operations; what is counted is what the mathematics needs (causal attention, supervised rows), not what happens
+//! to be computed.
+
+use std::panic::{self, AssertUnwindSafe};
+use std::rc::Rc;
+use std::time::Instant;
+
+use serde::Serialize;
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+use super::ceilings::{Ceilings, median};
+use super::programs;
+use crate::data::PackedBatch;
+use crate::device;
+use crate::draft::loss::chunk_rows;
+use crate::draft::medusa::{HeadProjection, MedusaConfig};
+use crate::draft::{self, DraftContext, DraftModel};
+use crate::error::{Error, Result};
+use crate::features::{FeatureSource, OnlineFeatures};
+use crate::models::{Dimensions, LlamaConfig, LlamaTarget, TargetModel};
+use crate::optim::{AdamW, Group, OptimConfig, ParameterSlot};
+use crate::shim;
+
+/// What libtorch's message holds where memory does not suffice.
+const OUT_OF_MEMORY: &str = "out of memory";
+
+/// What is trained, and for how long.
+#[derive(Debug, Clone)]
+pub struct TrainingSetup {
+    /// Shape of the target.
+    pub target: LlamaConfig,
+    /// Element type of target and draft.
+    pub kind: Kind,
+    /// Tokens of each document of a step.
+    pub lengths: Vec<i64>,
+    /// Most bytes of one chunk of float32 logits.
+    pub chunk_bytes: usize,
+    /// Steps before the clock runs.
+    pub warm_up: u32,
+    /// Timed steps; the parts are timed in as many again.
+    pub steps: u32,
+    /// Residual blocks of a head.
+    pub num_layers: usize,
+    /// Heads of the run with a shared projection.
+    pub shared_heads: usize,
+    /// Heads of the run with projections of their own; fewer are tried where memory is short.
+    pub own_heads: usize,
+}
+
+impl TrainingSetup {
+    /// Shapes of Llama-3-8B, batches as `configs/llama3-8B-medusa.json` has them.
+    pub fn full() -> Result<Self> {
+        let target = json!({
+            "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
+            "rope_theta": 500_000.0,
+        });
+        Ok(Self {
+            target: LlamaConfig::from_value(&target).map_err(Error::Failed)?,
+            kind: Kind::BFloat16,
+            lengths: vec![2048; 4],
+            chunk_bytes: 1 << 30,
+            warm_up: 3,
+            steps: 10,
+            num_layers: 1,
+            shared_heads: 5,
+            own_heads: 5,
+        })
+    }
+
+    /// The same program at sizes that take no time.
+    pub fn quick() -> Result<Self> {
+        let (_, target) = programs::targets()?.swap_remove(0);
+        let (lengths, chunk_bytes) = (vec![24, 9, 17, 14], 307 * 4 * 16);
+        Ok(Self { target, kind: Kind::Float, lengths, chunk_bytes, warm_up: 1, steps: 2, ..Self::full()? })
+    }
+}
+
+/// One configuration that was trained.
+#[derive(Debug, Clone, Serialize)]
+pub struct TrainingRun {
+    /// Heads.
+    pub heads: usize,
+    /// Residual blocks of a head.
+    pub layers: usize,
+    /// `own` or `shared`.
+    pub projection: HeadProjection,
+    /// Element type.
+    pub kind: String,
+    /// Trained parameters.
+    pub trainable: i64,
+    /// Tokens of a step.
+    pub tokens: usize,
+    /// Trained rows of a step, over all heads.
+    pub rows: u64,
+    /// Rows of a chunk of logits.
+    pub chunk_rows: i64,
+    /// Operations of a step.
+    pub operations: Operations,
+    /// Measurements; absent where it did not run.
+    pub result: Option<Measured>,
+    /// Why there are none: out of memory.
+    pub problem: Option<String>,
+}
+
+/// Floating-point operations of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Operations {
+    /// Forward pass of the target, without its head.
+    pub target: u64,
+    /// Forward and backward pass of the draft.
+    pub draft: u64,
+}
+
+/// What the clock said, in milliseconds for one step.
+#[derive(Debug, Clone, Serialize)]
+pub struct Measured {
+    /// A whole step: median.
+    pub step_ms: f64,
+    /// Fastest and slowest step.
+    pub step_ms_range: [f64; 2],
+    /// Until the host had asked for everything. Near `step_ms`, the device may be waiting for the host.
+    pub asked_ms: f64,
+    /// Features of the target: median, with a wait on either side like the other parts.
+    pub target_ms: f64,
+    /// Loss and gradients of the draft: median.
+    pub draft_ms: f64,
+    /// Optimizer: median.
+    pub optimizer_ms: f64,
+    /// Tokens a second.
+    pub tokens_per_second: f64,
+    /// Operations a token.
+    pub operations_per_token: f64,
+    /// Operations a second.
+    pub operations_per_second: f64,
+    /// That rate as a share of the measured rate of matrix products in this element type.
+    pub share_of_matrix_rate: f64,
+    /// Most memory in use, target included; unknown on the CPU.
+    pub peak_bytes: Option<i64>,
+    /// Objective of the last step.
+    pub loss: f64,
+}
+
+/// Trains a draft with shared and one with own projections. Memory that does not suffice is a row of the result.
+pub fn run(setup: &TrainingSetup, device: Device, ceilings: &Ceilings, say: &dyn Fn(&str)) -> Result<Vec<TrainingRun>> {
+    say(&format!("training: a random target of {} parameters", parameters(&setup.target)));
+    let target: Rc<dyn TargetModel> = Rc::new(random_target(&setup.target, setup.kind, device)?);
+    let mut runs = Vec::new();
+    // The large one first: nothing that another left behind is in its way.
+    for heads in (1..=setup.own_heads).rev() {
+        runs.push(one(setup, HeadProjection::Own, heads, &target, ceilings, say)?);
+        if runs.last().is_some_and(|run| run.result.is_some()) {
+            break;
+        }
+    }
+    runs.push(one(setup, HeadProjection::Shared, setup.shared_heads, &target, ceilings, say)?);
+    Ok(runs)
+}
+
+fn parameters(target: &LlamaConfig) -> i64 {
+    target.tensors().iter().map(|(_, shape)| shape.iter().product::<i64>()).sum()
+}
+
+/// A target with random values, made on the device.
+fn random_target(config: &LlamaConfig, kind: Kind, device: Device) -> Result<LlamaTarget> {
+    tch::manual_seed(1);
+    LlamaTarget::build(config.clone(), device, &mut |name, shape| {
+        let mut values = Tensor::f_ones(shape, (kind, device))?;
+        if !name.ends_with("norm.weight") {
+            let _ = values.f_normal_(0.0, 0.02)?;
+        }
+        Ok(values)
+    })
+}
+
+fn one(
+    setup: &TrainingSetup,
+    projection: HeadProjection,
+    heads: usize,
+    target: &Rc<dyn TargetModel>,
+    ceilings: &Ceilings,
+    say: &dyn Fn(&str),
+) -> Result<TrainingRun> {
+    let config = MedusaConfig { num_heads: heads, num_layers: setup.num_layers, projection, ..MedusaConfig::default() };
+    say(&format!("training: {heads} heads, projection {}", json!(projection)));
+    let dimensions = target.dimensions();
+    let batches: Vec<PackedBatch> =
+        (0..2).map(|seed| programs::documents(&setup.lengths, setup.target.vocab_size, seed)).collect();
+    let tensors = (0..heads).flat_map(|head| config.head_tensors(head, dimensions.hidden_size, dimensions.vocab_size));
+    let trainable = tensors.map(|(_, shape)| shape.iter().product::<i64>()).sum();
+    let rows = rows_of_heads(&config, &batches[0]);
+    let operations = Operations {
+        target: target_operations(&setup.target, &setup.lengths),
+        draft: draft_operations(&config, &dimensions, &rows),
+    };
+    let measured = guarded(|| {
+        let mut session = Session::new(setup, &json!(config), target, &batches)?;
+        session.measure(setup, operations, ceilings)
+    });
+    let (result, problem) = match measured {
+        Ok(measured) => (Some(measured), None),
+        Err(error) if error.to_string().contains(OUT_OF_MEMORY) => (None, Some(OUT_OF_MEMORY.to_owned())),
+        Err(error) => return Err(error),
+    };
+    Ok(TrainingRun {
+        heads,
+        layers: setup.num_layers,
+        projection,
+        kind: if setup.kind == Kind::Float { "float32" } else { "bfloat16" }.to_owned(),
+        trainable,
+        tokens: batches[0].ids.len(),
+        rows: rows.iter().sum(),
+        chunk_rows: chunk_rows(setup.chunk_bytes, setup.target.vocab_size),
+        operations,
+        result,
+        problem,
+    })
+}
+
+/// libtorch's operators panic where they fail: for want of memory, that is an error like any other here.
+fn guarded<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
+    panic::catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|payload| {
+        let text = payload.downcast_ref::<String>().map(String::as_str);
+        match text.or_else(|| payload.downcast_ref::<&str>().copied()) {
+            Some(text) if text.contains(OUT_OF_MEMORY) => Err(Error::Torch(OUT_OF_MEMORY.to_owned())),
+            _ => panic::resume_unwind(payload),
+        }
+    })
+}
+
+fn rows_of_heads(config: &MedusaConfig, batch: &PackedBatch) -> Vec<u64> {
+    let rows = |head| draft::supervision::trained_rows(batch, head, config.mask).rows.len() as u64;
+    (0..config.num_heads).map(rows).collect()
+}
+
+/// Forward pass of the layers on packed documents. The embedding is a look-up and the head is not run.
+fn target_operations(config: &LlamaConfig, lengths: &[i64]) -> u64 {
+    let matrices = config.tensors().into_iter().filter(|(name, shape)| name.contains(".layers.") && shape.len() == 2);
+    let weights: i64 = matrices.map(|(_, shape)| shape.iter().product::<i64>()).sum();
+    // Pairs of a query and a key it sees; each takes a score and a weighted value.
+    let pairs: i64 = lengths.iter().map(|length| length * (length + 1) / 2).sum();
+    let attention = 2 * pairs * config.num_attention_heads * config.head_dim() * config.num_hidden_layers as i64;
+    2 * (weights * lengths.iter().sum::<i64>() + attention) as u64
+}
+
+/// Forward and backward pass of the heads on their rows.
+fn draft_operations(config: &MedusaConfig, target: &Dimensions, rows: &[u64]) -> u64 {
+    let (hidden, vocabulary) = (target.hidden_size as u64, target.vocab_size as u64);
+    // A block: forward, gradient of the weight, and gradient of the input, which the first block has no use for.
+    let blocks = (3 * config.num_layers as u64 - 1) * hidden * hidden;
+    let passes = if config.projection == HeadProjection::Own { 3 } else { 2 };
+    2 * rows.iter().sum::<u64>() * (blocks + passes * vocabulary * hidden)
+}
+
+/// Everything a step works with.
+struct Session<'a> {
+    source: OnlineFeatures,
+    draft: Box<dyn DraftModel>,
+    optimizer: AdamW,
+    gradients: Vec<Tensor>,
+    batches: &'a [PackedBatch],
+    device: Device,
+    taken: usize,
+}
+
+/// When the parts of a step were over, if anybody wants to know.
+type Clock<'a> = Option<&'a mut Vec<Instant>>;
+
+impl<'a> Session<'a> {
+    fn new(
+        setup: &TrainingSetup,
+        section: &Value,
+        target: &Rc<dyn TargetModel>,
+        batches: &'a [PackedBatch],
+    ) -> Result<Self> {
+        let device = target.device();
+        if let Device::Cuda(index) = device {
+            shim::reset_cuda_peak(index)?;
+        }
+        let context = DraftContext {
+            target: target.dimensions(),
+            head: target.head(),
+            kind: setup.kind,
+            device,
+            seed: 1,
+            chunk_bytes: setup.chunk_bytes,
+        };
+        let draft = (draft::algorithm(section)?.build)(section, &context)?;
+        let slots = draft.parameters().iter().map(|parameter| {
+            let group = if parameter.decay { Group::Decay } else { Group::NoDecay };
+            ParameterSlot { group, ..ParameterSlot::new(&parameter.name, parameter.value.shallow_clone()) }
+        });
+        let optimizer = AdamW::new(slots.collect(), &OptimConfig::default())?;
+        let gradients = programs::zero_gradients(draft.as_ref())?;
+        let source = OnlineFeatures::new(Rc::clone(target));
+        Ok(Self { source, draft, optimizer, gradients, batches, device, taken: 0 })
+    }
+
+    /// One optimizer step; with a clock, the device is waited for after every part.
+    fn step(&mut self, mut clock: Clock<'_>) -> Result<Tensor> {
+        let device = self.device;
+        let mut lap = || {
+            if let Some(laps) = clock.as_deref_mut() {
+                device::synchronize(device);
+                laps.push(Instant::now());
+            }
+        };
+        let batch = &self.batches[self.taken % self.batches.len()];
+        self.taken += 1;
+        lap();
+        let features = self.source.features(batch, &self.draft.capture())?;
+        lap();
+        self.gradients.iter_mut().for_each(|gradient| drop(gradient.zero_()));
+        let counts = self.draft.count_rows(batch);
+        let tally = self.draft.accumulate(&features, &counts, &mut self.gradients)?;
+        lap();
+        self.optimizer.step(&self.gradients, 1e-4, Some(1.0), &tally.objective)?;
+        lap();
+        Ok(tally.objective)
+    }
+
+    fn measure(&mut self, setup: &TrainingSetup, operations: Operations, ceilings: &Ceilings) -> Result<Measured> {
+        for _ in 0..setup.warm_up {
+            drop(self.step(None)?);
+        }
+        let (mut whole, mut asked) = (Vec::new(), Vec::new());
+        let mut objective = Tensor::from(f32::NAN);
+        for _ in 0..setup.steps {
+            device::synchronize(self.device);
+            let started = Instant::now();
+            objective = self.step(None)?;
+            asked.push(started.elapsed().as_secs_f64() * 1e3);
+            device::synchronize(self.device);
+            whole.push(started.elapsed().as_secs_f64() * 1e3);
+        }
+        let peak_bytes = match self.device {
+            Device::Cuda(index) => Some(shim::cuda_memory(index)?.peak),
+            _ => None,
+        };
+        let mut parts = [const { Vec::new() }; 3];
+        for _ in 0..setup.steps {
+            let mut laps = Vec::new();
+            drop(self.step(Some(&mut laps))?);
+            for (part, pair) in parts.iter_mut().zip(laps.windows(2)) {
+                part.push((pair[1] - pair[0]).as_secs_f64() * 1e3);
+            }
+        }
+        if let Some(bad) = self.optimizer.first_non_finite()? {
+            return Err(Error::Failed(format!("training: {} is not finite at step {}", bad.what, bad.step)));
+        }
+        let step_ms = median(&mut whole); // sorts them
+        let tokens = self.batches[0].ids.len() as f64;
+        let total = (operations.target + operations.draft) as f64;
+        let operations_per_second = total / step_ms * 1e3;
+        let [target_ms, draft_ms, optimizer_ms] = parts.map(|mut part| median(&mut part));
+        Ok(Measured {
+            step_ms,
+            step_ms_range: [whole.first(), whole.last()].map(|time| time.copied().unwrap_or(f64::NAN)),
+            asked_ms: median(&mut asked),
+            target_ms,
+            draft_ms,
+            optimizer_ms,
+            tokens_per_second: tokens / step_ms * 1e3,
+            operations_per_token: total / tokens,
+            operations_per_second,
+            share_of_matrix_rate: operations_per_second / ceilings.rate(setup.kind),
+            peak_bytes,
+            loss: objective.double_value(&[]),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::eval::gpu_check::ceilings::{self, CeilingSizes};
+
+    #[test]
+    fn counted_operations_equal_a_count_by_hand() {
+        let setup = TrainingSetup::quick().unwrap();
+        // H 96, width 168, 3 layers, N 4, G 2, D 32: q 128, k and v 64 each.
+        let layer = 96 * 128 + 2 * 96 * 64 + 128 * 96 + 3 * 96 * 168;
+        // Scores and weighted values of every visible pair, in four heads of 32.
+        let pairs = 24 * 25 / 2 + 9 * 10 / 2 + 17 * 18 / 2 + 14 * 15 / 2;
+        let target = 2 * 3 * (64 * layer + pairs * 2 * 4 * 32);
+        assert_eq!(target_operations(&setup.target, &setup.lengths), target);
+
+        let config = MedusaConfig { num_heads: 2, ..MedusaConfig::default() };
+        let batch = programs::documents(&setup.lengths, 307, 0);
+        // Supervised from token 10 of 24, 4 of 9, 7 of 17, 6 of 14: 14, 5, 10 and 8 tokens. Prediction k needs k + 2
+        // of them in a row, which each run of n has n - k - 1 times.
+        let rows = rows_of_heads(&config, &batch);
+        assert_eq!(rows, [13 + 4 + 9 + 7, 12 + 3 + 8 + 6]);
+        let dimensions = Dimensions { hidden_size: 96, vocab_size: 307, num_layers: 3, max_position_embeddings: 128 };
+        // Block: forward and weight gradient. Projection: forward, input gradient, weight gradient.
+        let own = 2 * 62 * (2 * 96 * 96 + 3 * 307 * 96);
+        assert_eq!(draft_operations(&config, &dimensions, &rows), own);
+        let shared = MedusaConfig { projection: HeadProjection::Shared, num_layers: 2, ..config };
+        let operations = 2 * 62 * (5 * 96 * 96 + 2 * 307 * 96);
+        assert_eq!(draft_operations(&shared, &dimensions, &rows), operations);
+    }
+
+    #[test]
+    fn tiny_shapes_train_on_the_cpu() {
+        let sizes = CeilingSizes { bfloat16: 64, float32: 64, ..CeilingSizes::QUICK };
+        let ceilings = ceilings::measure(Device::Cpu, sizes).unwrap();
+        let runs = run(&TrainingSetup::quick().unwrap(), Device::Cpu, &ceilings, &|_| {}).unwrap();
+        assert_eq!(
+            runs.iter().map(|run| run.projection).collect::<Vec<_>>(),
+            [HeadProjection::Own, HeadProjection::Shared]
+        );
+        for run in &runs {
+            assert_eq!((run.heads, run.tokens, run.chunk_rows), (5, 64, 16));
+            let measured = run.result.as_ref().unwrap();
+            // Projections and target are small random matrices: nothing is known yet, and nothing was learned.
+            assert!((measured.loss / f64::ln(307.0) - 1.0 / 0.2 * (1.0 - 0.8f64.powi(5))).abs() < 0.5, "{measured:?}");
+            let total = (run.operations.target + run.operations.draft) as f64;
+            assert!((measured.operations_per_token * 64.0 / total - 1.0).abs() < 1e-9);
+            assert!((measured.tokens_per_second * measured.step_ms / 64e3 - 1.0).abs() < 1e-9);
+            let share = total / measured.step_ms * 1e3 / ceilings.float32_rate;
+            assert!((measured.share_of_matrix_rate / share - 1.0).abs() < 1e-9);
+            assert!(measured.step_ms_range[0] <= measured.step_ms && measured.step_ms <= measured.step_ms_range[1]);
+            assert!(measured.asked_ms <= measured.step_ms_range[1] && measured.peak_bytes.is_none());
+        }
+        assert_eq!(runs[0].trainable - runs[1].trainable, 5 * 307 * 96);
+    }
+
+    #[test]
+    fn only_a_want_of_memory_is_caught() {
+        let error = guarded::<()>(|| panic!("CUDA out of memory. Tried to allocate 2.00 GiB.")).unwrap_err();
+        assert!(error.to_string().contains(OUT_OF_MEMORY), "{error}");
+        assert!(panic::catch_unwind(|| guarded::<()>(|| panic!("a mistake"))).is_err());
+        assert_eq!(guarded(|| Ok(1)).unwrap(), 1);
+    }
+}

@@ -1,0 +1,4 @@
+//! Measurements of what exists: speed of targets, acceptance of drafts, what a GPU makes of both.
+
+pub mod bench;
+pub mod gpu_check;

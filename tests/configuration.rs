@@ -1,0 +1,51 @@
+//! docs/configuration.md and the program name the same keys with the same defaults.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde_json::{Value, json};
+use specforge::config::RunConfig;
+
+/// Keys that a default configuration leaves out because nothing is set.
+const UNSET: [&str; 3] = ["target.config", "optim.schedule.warmup_steps", "optim.schedule.warmup_ratio"];
+
+fn flatten(prefix: &str, value: &Value, into: &mut BTreeMap<String, String>) {
+    match value.as_object().filter(|object| !object.is_empty()) {
+        Some(object) => object.iter().for_each(|(key, value)| flatten(&format!("{prefix}{key}."), value, into)),
+        None => drop(into.insert(prefix.trim_end_matches('.').to_owned(), value.to_string())),
+    }
+}
+
+#[test]
+fn the_documentation_lists_every_key_with_its_default() {
+    let minimal = json!({"target": {"path": "x"}, "draft": {"algorithm": "medusa"}, "data": {"train": ["x"]}});
+    let mut program = BTreeMap::new();
+    flatten("", &json!(RunConfig::from_value(&minimal).unwrap()), &mut program);
+    for required in ["target.path", "draft.algorithm", "data.train"] {
+        program.insert(required.to_owned(), "required".to_owned());
+    }
+    program.extend(UNSET.map(|key| (key.to_owned(), "none".to_owned())));
+
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/configuration.md");
+    let text = std::fs::read_to_string(path).unwrap();
+    let rows = text.lines().filter(|line| line.starts_with("| `"));
+    let documented: BTreeMap<String, String> = rows
+        .map(|row| {
+            let cells: Vec<&str> = row.split('|').map(|cell| cell.trim().trim_matches('`')).collect();
+            (cells[1].to_owned(), cells[2].to_owned())
+        })
+        .collect();
+    assert_eq!(documented, program);
+}
+
+#[test]
+fn every_recipe_is_valid_and_can_be_planned() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
+    let mut recipes = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        RunConfig::load(&path, &[]).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        recipes += 1;
+    }
+    assert!(recipes >= 3);
+}
