@@ -88,7 +88,7 @@ fn memory_does_not_grow_with_rows_times_vocabulary() {
     assert!(output.status.success(), "{}", stderr_of(&output));
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     let rows = report["tokens"].as_u64().unwrap();
-    let one_tensor = rows * vocabulary * 4 >> 10;
+    let one_tensor = (rows * vocabulary * 4) >> 10;
     println!("peak {} MiB, {rows} tokens, rows x vocabulary {} MiB", peak >> 10, one_tensor >> 10);
     assert!(rows > 1900, "{rows}");
     assert!(peak > 50 << 10, "VmHWM was not read");

@@ -87,7 +87,8 @@ pub fn check_choices(path: &Path) -> Result<String, String> {
         if let Some(golden) = golden.as_ref().filter(|golden| golden.has(&key)) {
             let mut want = rows(golden, &key)?;
             let mut got = choices.clone();
-            (want.sort(), got.sort());
+            want.sort();
+            got.sort();
             if want != got {
                 return Err(format!("{name}: the tensor file has another tree"));
             }

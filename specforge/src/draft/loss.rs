@@ -55,6 +55,10 @@ pub fn cross_entropy(
     let (mut top1, mut top5, mut gradients) = (Vec::new(), Vec::new(), Vec::new());
     // A trained weight asks for gradients; the products here are not autograd's business.
     let weight = projection.weight.detach();
+    // One piece of memory for the log-probabilities of every chunk. A fresh one for each would leave gaps in the heap of
+    // the C library, which would then grow with the number of chunks after all.
+    let wide = if input.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+    let room = Tensor::f_empty([rows_per_chunk.min(rows), weight.size()[0]], (wide, input.device()))?;
     let mut start = 0;
     while start < rows {
         let count = rows_per_chunk.min(rows - start);
@@ -62,18 +66,17 @@ pub fn cross_entropy(
         let label = labels.narrow(0, start, count).unsqueeze(1); // [C, 1]
         start += count;
 
-        let logits = project(&chunk, &weight)?; // [C, V]
-        // How many tokens are at least as likely as the label, itself included. NaN gives 0, which is no hit.
-        let at_label = logits.f_gather(1, &label, false)?; // [C, 1]
-        let rank = logits.f_ge_tensor(&at_label)?.f_sum_dim_intlist(-1, false, Kind::Int64)?; // [C]
-        top1.push(rank.eq(1));
-        top5.push(rank.ge(1).logical_and(&rank.le(5)));
-
-        let wide = if logits.kind() == Kind::Double { Kind::Double } else { Kind::Float };
-        let log_probabilities = logits.f_log_softmax(-1, wide)?; // [C, V]
-        drop(logits);
+        let mut logits = project(&chunk, &weight)?; // [C, V]
+        let log_probabilities = room.narrow(0, 0, count); // [C, V]
+        let _ = logits.f_log_softmax_int_out(&log_probabilities, -1, room.kind())?;
+        let own_logit = logits.f_gather(1, &label, false)?; // [C, 1]
         let at_label = log_probabilities.f_gather(1, &label, false)?; // [C, 1]
         sum -= at_label.sum(Kind::Double);
+        // How many tokens are at least as likely as the label, itself included. NaN gives 0, which is no hit. Ones and
+        // zeros of a float type, in place: integers would be summed from a copy twice as large as the logits.
+        let rank = logits.f_ge_tensor_(&own_logit)?.sum_dim_intlist(-1, false, Kind::Float); // [C]
+        top1.push(rank.eq(1));
+        top5.push(rank.ge(1).logical_and(&rank.le(5)));
 
         if let Some(scale) = scale {
             let slope = slope(log_probabilities, &label, &at_label, chunk.kind())?; // [C, V]
