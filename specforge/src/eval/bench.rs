@@ -81,8 +81,10 @@ pub struct BenchReport {
     pub target: PathBuf,
     /// Threads of libtorch.
     pub threads: i32,
-    /// Seconds to load the model.
+    /// Seconds to load the model. Mapped weights are read when they are first used, not here.
     pub load_seconds: f64,
+    /// Most memory the process has held, mapped pages included, where the system tells it.
+    pub peak_memory_bytes: Option<u64>,
     /// One entry for each prefill shape.
     pub prefill: Vec<Timing<PrefillShape>>,
     /// One entry for each decode shape.
@@ -126,7 +128,15 @@ pub fn run(options: &BenchOptions) -> Result<BenchReport> {
         .map(|&shape| measure(shape, shape.rows * shape.new, options.repeat, || decode(target, shape)));
     let decode = decode.collect::<Result<_>>()?;
     let threads = tch::get_num_threads();
-    Ok(BenchReport { target: options.target.clone(), threads, load_seconds, prefill, decode })
+    let peak_memory_bytes = peak_memory_bytes();
+    Ok(BenchReport { target: options.target.clone(), threads, load_seconds, peak_memory_bytes, prefill, decode })
+}
+
+/// `VmHWM` of this process.
+fn peak_memory_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
 /// One untimed run, then `repeat` timed ones. `run` returns its seconds and its tokens, row by row.
@@ -228,5 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn devices_and_types_are_read() {}
+    fn the_system_tells_the_peak_memory() {
+        assert!(peak_memory_bytes().unwrap() > 1 << 20);
+    }
 }

@@ -12,7 +12,9 @@ use tch::{Device, Kind, Tensor};
 use super::{Dimensions, ForwardInput, ForwardOutput, LogitRows, TargetModel};
 use crate::error::{Error, Result};
 use crate::nn::rope::RopeTables;
-use crate::nn::{KvCache, Linear, PreparedMask, RmsNorm, Rope, RopeConfig, RopeScaling, attention, linear};
+use crate::nn::{
+    AttentionMask, KvCache, Linear, PreparedMask, RmsNorm, Rope, RopeConfig, RopeScaling, attention, linear,
+};
 use crate::weights::WeightsFolder;
 
 /// The keys of config.json that the network depends on. Other keys are Hugging Face's own business.
@@ -84,17 +86,19 @@ impl LlamaConfig {
     }
 
     fn check(&self) -> Result<(), String> {
-        let positive = [
-            ("hidden_size", self.hidden_size),
-            ("intermediate_size", self.intermediate_size),
-            ("num_hidden_layers", self.num_hidden_layers as i64),
-            ("num_attention_heads", self.num_attention_heads),
-            ("num_key_value_heads", self.groups()),
-            ("vocab_size", self.vocab_size),
-            ("max_position_embeddings", self.max_position_embeddings),
+        // The limits are far beyond any model, and keep products of two sizes within 64 bits.
+        let sizes = [
+            ("hidden_size", self.hidden_size, i64::from(i32::MAX)),
+            ("intermediate_size", self.intermediate_size, i64::from(i32::MAX)),
+            ("num_hidden_layers", i64::try_from(self.num_hidden_layers).unwrap_or(i64::MAX), 10_000),
+            ("num_attention_heads", self.num_attention_heads, 10_000),
+            ("num_key_value_heads", self.groups(), 10_000),
+            ("head_dim", self.head_dim(), i64::from(i32::MAX)),
+            ("vocab_size", self.vocab_size, i64::from(i32::MAX)),
+            ("max_position_embeddings", self.max_position_embeddings, i64::MAX),
         ];
-        if let Some((name, value)) = positive.iter().find(|(_, value)| *value <= 0) {
-            return Err(format!("`{name}`: expected a positive number, got {value}"));
+        if let Some((name, value, limit)) = sizes.iter().find(|(_, value, limit)| !(1..=*limit).contains(value)) {
+            return Err(format!("`{name}`: expected a number from 1 to {limit}, got {value}"));
         }
         if self.num_attention_heads % self.groups() != 0 {
             let (heads, groups) = (self.num_attention_heads, self.groups());
@@ -106,8 +110,8 @@ impl LlamaConfig {
                 "`num_attention_heads`: expected a divisor of hidden_size ({hidden}) where there is no `head_dim`, got {heads}"
             ));
         }
-        if self.head_dim() <= 0 || self.head_dim() % 2 != 0 {
-            return Err(format!("`head_dim`: expected an even positive number, got {}", self.head_dim()));
+        if self.head_dim() % 2 != 0 {
+            return Err(format!("`head_dim`: expected an even number, got {}", self.head_dim()));
         }
         if self.hidden_act != "silu" {
             return Err(format!("`hidden_act`: expected silu, got {}", self.hidden_act));
@@ -133,13 +137,20 @@ impl LlamaConfig {
         let sources = [&self.rope_scaling, &self.rope_parameters];
         let values = sources.into_iter().flatten().find(filled).unwrap_or(&nothing);
         let number = |key: &str| values.get(key).and_then(Value::as_f64);
-        let need = |key: &str| number(key).ok_or_else(|| format!("rope scaling: `{key}` is missing or no number"));
+        let need = |key: &str| match number(key) {
+            Some(value) if value > 0.0 => Ok(value),
+            Some(value) => Err(format!("rope scaling: `{key}`: expected a number above 0, got {value}")),
+            None => Err(format!("rope scaling: `{key}` is missing or no number")),
+        };
         if let Some(partial) = number("partial_rotary_factor").filter(|&share| share != 1.0) {
             return Err(format!(
                 "`partial_rotary_factor`: expected 1, got {partial}; partial rotation is not supported"
             ));
         }
         let theta = number("rope_theta").or(self.rope_theta).unwrap_or(10_000.0);
+        if theta <= 0.0 {
+            return Err(format!("`rope_theta`: expected a number above 0, got {theta}"));
+        }
         let kind = values.get("rope_type").or_else(|| values.get("type")).and_then(Value::as_str).unwrap_or("default");
         let pretrained = self.original_max_position_embeddings.or(number("original_max_position_embeddings"));
         let original_max_position_embeddings = pretrained.unwrap_or(self.max_position_embeddings as f64);
@@ -327,6 +338,34 @@ impl LlamaTarget {
     pub fn config(&self) -> &LlamaConfig {
         &self.config
     }
+
+    /// Everything a caller can get wrong, checked once.
+    fn check_input(&self, input: &ForwardInput<'_>, cache: Option<&KvCache>) -> Result<()> {
+        let (rows, tokens) = input.ids.size2()?;
+        let last = self.layers.len();
+        if let Some(index) = input.capture.iter().find(|&&index| index > last) {
+            return Err(Error::Failed(format!("hidden state {index} was asked for; this model has 0 to {last}")));
+        }
+        if input.positions.size() != [rows, tokens] {
+            let got = input.positions.size();
+            return Err(Error::Failed(format!(
+                "positions: expected the shape of the ids, [{rows}, {tokens}], got {got:?}"
+            )));
+        }
+        if let Some(cached) = cache.map(KvCache::rows).filter(|&cached| cached != rows) {
+            return Err(Error::Failed(format!("the cache holds {cached} rows, the ids {rows}")));
+        }
+        match input.mask {
+            AttentionMask::Documents(lengths) if lengths.iter().sum::<i64>() != tokens => {
+                let sum: i64 = lengths.iter().sum();
+                Err(Error::Failed(format!("the documents of a pack have {sum} tokens, the ids {tokens}")))
+            }
+            AttentionMask::Documents(_) if cache.is_some_and(|cache| !cache.is_empty()) => {
+                Err(Error::Failed("packed documents cannot follow cached tokens".to_owned()))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 fn build_layer(config: &LlamaConfig, prefix: &str, get: &mut dyn FnMut(String) -> Result<Tensor>) -> Result<Layer> {
@@ -375,11 +414,9 @@ impl TargetModel for LlamaTarget {
 
     fn forward(&self, input: &ForwardInput<'_>, mut cache: Option<&mut KvCache>) -> Result<ForwardOutput> {
         let _guard = tch::no_grad_guard();
+        self.check_input(input, cache.as_deref())?;
         let (rows, tokens) = input.ids.size2()?;
         let last = self.layers.len();
-        if let Some(&index) = input.capture.iter().find(|&&index| index > last) {
-            return Err(Error::Failed(format!("hidden state {index} was asked for; this model has 0 to {last}")));
-        }
         let empty = vec![0; rows as usize];
         let past = cache.as_ref().map_or(empty.as_slice(), |cache| cache.lengths());
         let mask = input.mask.prepare(past, tokens, self.device());
@@ -391,7 +428,8 @@ impl TargetModel for LlamaTarget {
             }
         };
 
-        let mut hidden = Tensor::embedding(&self.embedding, input.ids, -1, false, false); // [B, T, H]
+        // A token id outside the vocabulary is an error of libtorch here, and the only one an input can cause from now on.
+        let mut hidden = Tensor::f_embedding(&self.embedding, input.ids, -1, false, false)?; // [B, T, H]
         for (index, layer) in self.layers.iter().enumerate() {
             keep(index, &hidden);
             let cache = cache.as_mut().map(|cache| (&mut **cache, index));
@@ -438,3 +476,6 @@ fn output(input: &ForwardInput<'_>, captured: &[(usize, Tensor)], logits: Option
     let find = |index: &usize| captured.iter().find(|(at, _)| at == index).map(|(_, hidden)| hidden.shallow_clone());
     ForwardOutput { hidden: input.capture.iter().filter_map(find).collect(), logits }
 }
+
+#[cfg(test)]
+mod tests;

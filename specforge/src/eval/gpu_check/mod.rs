@@ -54,7 +54,7 @@ pub fn run(device: Device, quick: bool, say: &dyn Fn(&str)) -> Result<GpuCheck> 
     let quick = quick || device == Device::Cpu;
     shim::exact_float32_products()?;
     let card = match device {
-        Device::Cuda(index) => Some(device::describe(index)?),
+        Device::Cuda(index) => device::describe(index).inspect_err(|error| say(&format!("warning: {error}"))).ok(),
         _ => None,
     };
     say("parity: target, loss, optimizer, checkpoint and sampling against the CPU");

@@ -408,25 +408,31 @@ mod tests {
     fn tiny_shapes_train_on_the_cpu() {
         let sizes = CeilingSizes { bfloat16: 64, float32: 64, ..CeilingSizes::QUICK };
         let ceilings = ceilings::measure(Device::Cpu, sizes).unwrap();
-        let runs = run(&TrainingSetup::quick().unwrap(), Device::Cpu, &ceilings, &|_| {}).unwrap();
-        assert_eq!(
-            runs.iter().map(|run| run.projection).collect::<Vec<_>>(),
-            [HeadProjection::Own, HeadProjection::Shared]
-        );
-        for run in &runs {
-            assert_eq!((run.heads, run.tokens, run.chunk_rows), (5, 64, 16));
-            let measured = run.result.as_ref().unwrap();
-            // Projections and target are small random matrices: nothing is known yet, and nothing was learned.
-            assert!((measured.loss / f64::ln(307.0) - 1.0 / 0.2 * (1.0 - 0.8f64.powi(5))).abs() < 0.5, "{measured:?}");
-            let total = (run.operations.target + run.operations.draft) as f64;
-            assert!((measured.operations_per_token * 64.0 / total - 1.0).abs() < 1e-9);
-            assert!((measured.tokens_per_second * measured.step_ms / 64e3 - 1.0).abs() < 1e-9);
-            let share = total / measured.step_ms * 1e3 / ceilings.float32_rate;
-            assert!((measured.share_of_matrix_rate / share - 1.0).abs() < 1e-9);
-            assert!(measured.step_ms_range[0] <= measured.step_ms && measured.step_ms <= measured.step_ms_range[1]);
-            assert!(measured.asked_ms <= measured.step_ms_range[1] && measured.peak_bytes.is_none());
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let setup = TrainingSetup { kind, ..TrainingSetup::quick().unwrap() };
+            let runs = run(&setup, Device::Cpu, &ceilings, &|_| {}).unwrap();
+            let projections = runs.iter().map(|run| run.projection).collect::<Vec<_>>();
+            assert_eq!(projections, [HeadProjection::Own, HeadProjection::Shared]);
+            assert_eq!(runs[0].trainable - runs[1].trainable, 5 * 307 * 96);
+            for run in &runs {
+                assert_eq!((run.heads, run.tokens, run.chunk_rows), (5, 64, 16));
+                check(run, ceilings.rate(kind));
+            }
         }
-        assert_eq!(runs[0].trainable - runs[1].trainable, 5 * 307 * 96);
+    }
+
+    fn check(run: &TrainingRun, rate: f64) {
+        let measured = run.result.as_ref().unwrap();
+        // Projections and target are small random matrices: nothing is known yet, and nothing was learned.
+        let weights = (1.0 - 0.8f64.powi(5)) / 0.2;
+        assert!((measured.loss / f64::ln(307.0) - weights).abs() < 0.5, "{measured:?}");
+        let total = (run.operations.target + run.operations.draft) as f64;
+        assert!((measured.operations_per_token * 64.0 / total - 1.0).abs() < 1e-9);
+        assert!((measured.tokens_per_second * measured.step_ms / 64e3 - 1.0).abs() < 1e-9);
+        let share = total / measured.step_ms * 1e3 / rate;
+        assert!((measured.share_of_matrix_rate / share - 1.0).abs() < 1e-9);
+        assert!(measured.step_ms_range[0] <= measured.step_ms && measured.step_ms <= measured.step_ms_range[1]);
+        assert!(measured.asked_ms <= measured.step_ms_range[1] && measured.peak_bytes.is_none());
     }
 
     #[test]

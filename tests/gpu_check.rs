@@ -1,0 +1,43 @@
+//! `specforge gpu-check` from outside: what it prints, what it writes, and that its checks ran.
+
+use serde_json::Value;
+
+use crate::fixture::{json_of, output_of, specforge, stderr_of};
+
+#[test]
+fn the_cpu_passes_against_itself_and_the_file_is_what_was_printed() {
+    let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let file = folder.path().join("results/check.json");
+    let arguments = ["gpu-check", "--quick", "--device", "cpu", "--json", "--out", file.to_str().unwrap()];
+    let report = json_of(&mut specforge(&arguments));
+    let written: Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+    assert_eq!(report, written);
+
+    assert_eq!((&report["device"], &report["card"], &report["quick"]), (&"cpu".into(), &Value::Null, &true.into()));
+    assert_eq!(report["passed"], true);
+    assert_eq!(report["versions"]["specforge"], env!("CARGO_PKG_VERSION"));
+    assert!(report["date"].as_str().unwrap().ends_with('Z'));
+    let parity = report["parity"].as_array().unwrap();
+    for part in
+        ["hidden states", "logits", "ragged cache", "loss", "gradients", "AdamW", "NaN", "checkpoint", "sampling"]
+    {
+        for kind in ["float32", "bfloat16"] {
+            let ran = |row: &&Value| row["check"].as_str().unwrap().contains(part) && row["kind"] == kind;
+            assert!(parity.iter().any(|row| ran(&row)), "{part} in {kind}");
+        }
+    }
+    assert!(report["ceilings"]["bfloat16_rate"].as_f64().unwrap() > 0.0);
+    let training = report["training"].as_array().unwrap();
+    assert_eq!(training.iter().map(|run| &run["projection"]).collect::<Vec<_>>(), ["own", "shared"]);
+    for run in training {
+        assert!(run["result"]["tokens_per_second"].as_f64().unwrap() > 0.0, "{run}");
+        assert_eq!(run["problem"], Value::Null);
+    }
+}
+
+#[test]
+fn a_card_that_is_not_there_is_a_usage_error() {
+    let output = output_of(&mut specforge(&["gpu-check", "--quick", "--device", "cuda:99"]));
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr_of(&output).contains("--device cuda:99"), "{output:?}");
+}
