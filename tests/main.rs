@@ -9,6 +9,7 @@ mod configuration;
 mod exports;
 mod fixture;
 mod goldens;
+mod gpu_check;
 mod layers;
 mod medusa;
 mod resume;
