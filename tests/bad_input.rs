@@ -906,6 +906,52 @@ fn imports() {
     ]);
 }
 
+fn regen(workspace: &Workspace, arguments: &[&str]) -> Command {
+    let mut command = specforge(&["regen", "--target"]);
+    command.arg(workspace.path("model")).arg("--prompts").arg(workspace.path("conversations.jsonl"));
+    command.arg("--out").arg(workspace.path("answers.jsonl")).args(arguments);
+    command
+}
+
+#[test]
+fn regenerations() {
+    check(&[
+        Case {
+            name: "no prompts",
+            spoil: |workspace| {
+                fs::remove_file(workspace.path("conversations.jsonl")).unwrap();
+                regen(workspace, &[])
+            },
+            exit_code: 2,
+            expected: &["cannot open {}/conversations.jsonl: No such file or directory"],
+        },
+        Case {
+            name: "empty prompts",
+            spoil: |workspace| {
+                fs::write(workspace.path("conversations.jsonl"), "").unwrap();
+                regen(workspace, &[])
+            },
+            exit_code: 2,
+            expected: &["{}/conversations.jsonl: holds no prompts"],
+        },
+        Case {
+            name: "answers over somebody else's file",
+            spoil: |workspace| {
+                fs::write(workspace.path("answers.jsonl"), "my diary").unwrap();
+                regen(workspace, &[])
+            },
+            exit_code: 2,
+            expected: &["{}/answers.jsonl: is there already", "hint: choose another --out"],
+        },
+        Case {
+            name: "no rows at once",
+            spoil: |workspace| regen(workspace, &["--max-rows", "0"]),
+            exit_code: 2,
+            expected: &["`max_rows`: expected at least 1, got 0"],
+        },
+    ]);
+}
+
 /// Folders that nobody can write to, root included.
 #[test]
 fn folders_that_cannot_be_written() {
@@ -958,15 +1004,13 @@ fn folders_that_cannot_be_written() {
     ]);
 }
 
-/// A run whose files may not grow beyond a limit, which is what a full disk looks like from inside: some writes
-/// succeed, and then one does not.
-fn limited(workspace: &Workspace, out: &str, kibibytes: u64, arguments: &[&str]) -> Command {
-    let train = workspace.train_command(out, arguments);
+/// A command under a limit that bash's `ulimit` sets, in the same environment.
+fn limited(limit: &str, inner: &Command) -> Command {
     let mut command = Command::new("bash");
-    // Ignored, so that the write fails with EFBIG instead of a signal.
-    let script = format!("trap '' XFSZ; ulimit -f {kibibytes}; exec \"$@\"");
-    command.args(["-c", &script, "limited"]).arg(train.get_program()).args(train.get_args());
-    for (key, value) in train.get_envs() {
+    // A file beyond its limit then fails to be written instead of raising a signal.
+    let script = format!("trap '' XFSZ; ulimit {limit}; exec \"$@\"");
+    command.args(["-c", &script, "limited"]).arg(inner.get_program()).args(inner.get_args());
+    for (key, value) in inner.get_envs() {
         match value {
             Some(value) => command.env(key, value),
             None => command.env_remove(key),
@@ -976,6 +1020,8 @@ fn limited(workspace: &Workspace, out: &str, kibibytes: u64, arguments: &[&str])
     command
 }
 
+/// Files that may not grow beyond a limit are what a full disk looks like from inside: some writes succeed, and then
+/// one does not.
 #[test]
 fn a_full_disk_costs_the_new_checkpoint_and_nothing_else() {
     let mut workspace = Workspace::new();
@@ -989,7 +1035,7 @@ fn a_full_disk_costs_the_new_checkpoint_and_nothing_else() {
     workspace.set("train.max_steps", 6);
     // The model file fits and the optimizer's does not; not even the model file fits.
     for limit in [(model + optimizer) / 2, model / 2] {
-        let output = output_of(&mut limited(&workspace, "run", limit >> 10, &["--resume"]));
+        let output = output_of(&mut limited(&format!("-f {}", limit >> 10), &resume(&workspace, &[])));
         let message = stderr_of(&output);
         println!("{message}");
         assert_eq!(output.status.signal(), None);
@@ -1039,10 +1085,7 @@ fn a_file_system_without_room() {
 fn memory_that_is_not_there() {
     let mut workspace = Workspace::with_model(&json!({"vocab_size": 100_000}));
     workspace.set("draft.num_heads", 32);
-    let train = train(&workspace);
-    let mut command = Command::new("bash");
-    command.args(["-c", "ulimit -v 1300000; exec \"$@\"", "limited"]).arg(train.get_program()).args(train.get_args());
-    let output = output_of(command.env("OMP_NUM_THREADS", "1").env_remove("RUST_BACKTRACE"));
+    let output = output_of(&mut limited("-v 1300000", &train(&workspace)));
     let message = stderr_of(&output);
     println!("{message}");
     assert_eq!(output.status.code(), Some(1), "{message}");
