@@ -1,5 +1,8 @@
 //! Integration tests: one binary, so that libtorch is linked once.
 
+// A test that fails is what unwrapping is for; clippy knows that of the test functions, not of their helpers.
+#![allow(clippy::unwrap_used)]
+
 mod bad_input;
 mod cli;
 mod configuration;

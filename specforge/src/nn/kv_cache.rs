@@ -262,4 +262,60 @@ mod tests {
         let batch = cache(1.0, &[3, 5], 64);
         assert!(batch.layers[0].key.isfinite().all().int64_value(&[]) == 1);
     }
+
+    const OPTIONS: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+    /// Keys that say whose they are: row, then token. `[B, 1, T, 1]`
+    fn keys(rows: &[&[i64]]) -> Tensor {
+        let values: Vec<f32> = rows.iter().flat_map(|row| row.iter().map(|&token| token as f32)).collect();
+        Tensor::from_slice(&values).view([rows.len() as i64, 1, rows[0].len() as i64, 1])
+    }
+
+    fn write(cache: &mut KvCache, rows: &[&[i64]]) -> Vec<f32> {
+        let new = keys(rows);
+        let (key, value) = cache.write(0, &new, &new.neg());
+        assert!(key.equal(&value.neg()));
+        Vec::try_from(key.flatten(0, -1)).unwrap()
+    }
+
+    #[test]
+    fn tokens_lie_behind_their_own_row_and_nothing_else_does() {
+        let mut cache = KvCache::new(1, 2, 1, 1, 1, OPTIONS);
+        assert_eq!(write(&mut cache, &[&[11, 12, 13], &[21, 99, 99]]), [11.0, 12.0, 13.0, 21.0, 99.0, 99.0]);
+        cache.advance(&[3, 1]);
+        assert_eq!(write(&mut cache, &[&[14], &[22]]), [11.0, 12.0, 13.0, 14.0, 21.0, 22.0, 0.0, 0.0]);
+        cache.advance(&[1, 1]);
+        assert_eq!((cache.lengths(), cache.len(), cache.rows(), cache.is_empty()), ([4, 2].as_slice(), 4, 2, false));
+        // Not advanced: the next pass takes its place.
+        write(&mut cache, &[&[77, 77, 77], &[77, 77, 77]]);
+        let want = [11.0, 12.0, 13.0, 14.0, 15.0, 21.0, 22.0, 23.0, 0.0, 0.0];
+        assert_eq!(write(&mut cache, &[&[15], &[23]]), want);
+    }
+
+    #[test]
+    fn growth_keeps_everything() {
+        let mut cache = KvCache::new(1, 1, 1, 1, 0, OPTIONS);
+        let mut want = Vec::new();
+        for token in 0..200 {
+            want.push(token as f32);
+            assert_eq!(write(&mut cache, &[&[token]]), want);
+            cache.advance(&[1]);
+        }
+        cache.truncate(&[3]);
+        assert_eq!(write(&mut cache, &[&[8, 9]]), [0.0, 1.0, 2.0, 8.0, 9.0]);
+    }
+
+    #[test]
+    #[should_panic(expected = "would show erased slots")]
+    fn a_row_cannot_be_truncated_to_more_than_it_holds() {
+        KvCache::new(1, 2, 1, 1, 8, OPTIONS).truncate(&[0, 1]);
+    }
+
+    #[test]
+    #[should_panic(expected = "2 were written")]
+    fn a_row_cannot_advance_over_what_was_not_written() {
+        let mut cache = KvCache::new(1, 1, 1, 1, 8, OPTIONS);
+        write(&mut cache, &[&[1, 2]]);
+        cache.advance(&[3]);
+    }
 }

@@ -102,4 +102,11 @@ mod tests {
         let want = "x....xx.....x....xx...xxx";
         assert_eq!(rows, want.chars().map(|mark| mark == 'x').collect::<Vec<_>>());
     }
+
+    #[test]
+    fn empty_documents_leave_no_trace() {
+        let prepare = |lengths: &[i64]| AttentionMask::Documents(lengths.to_vec()).prepare(&[0], 3, Device::Cpu);
+        assert!(matches!(prepare(&[0, 3, 0]), PreparedMask::Causal));
+        assert!(matches!(prepare(&[1, 0, 2]), PreparedMask::Slices(lengths) if lengths == [1, 2]));
+    }
 }

@@ -22,3 +22,28 @@ impl RmsNorm {
         normed.to_kind(kind) * &self.weight
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+
+    #[test]
+    fn equals_the_formula_and_keeps_the_element_type() {
+        let rows = [[3.0, -4.0, 0.0, 1.0], [1e-3, 2e-3, -1e-3, 0.0]];
+        let weight = [1.0, 0.5, 2.0, -1.0];
+        let want = rows.map(|row| {
+            let scale = (row.iter().map(|value: &f64| value * value).sum::<f64>() / 4.0 + 1e-5).sqrt();
+            [0, 1, 2, 3].map(|index| row[index] / scale * weight[index])
+        });
+        for (kind, tolerance) in [(Kind::Double, 1e-15), (Kind::Float, 1e-6), (Kind::BFloat16, 2e-2)] {
+            let norm = RmsNorm { weight: Tensor::from_slice(&weight).to_kind(kind), epsilon: 1e-5 };
+            let got = norm.forward(&Tensor::from_slice2(&rows).to_kind(kind));
+            assert_eq!((got.kind(), got.device()), (kind, Device::Cpu));
+            assert!(
+                (got.to_kind(Kind::Double) - Tensor::from_slice2(&want)).abs().max().double_value(&[]) <= tolerance
+            );
+        }
+    }
+}

@@ -173,3 +173,43 @@ fn inverse_frequencies(config: &RopeConfig) -> Tensor {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rope(scaling: RopeScaling) -> Rope {
+        let config = RopeConfig { theta: 1000.0, head_dim: 8, max_position_embeddings: 16, scaling };
+        Rope::new(config, Device::Cpu)
+    }
+
+    fn positions(rows: &[[i64; 2]]) -> Tensor {
+        Tensor::from_slice2(rows)
+    }
+
+    #[test]
+    fn a_rotation_turns_pairs_by_their_angle_and_keeps_lengths() {
+        let tables = rope(RopeScaling::Default).tables(&positions(&[[0, 5]]), Kind::Double);
+        let heads = Tensor::randn([1, 3, 2, 8], (Kind::Double, Device::Cpu));
+        let turned = tables.rotate(&heads);
+        assert!(turned.select(2, 0).equal(&heads.select(2, 0)));
+        for pair in 0..4 {
+            let angle = 5.0 * 1000f64.powf(-2.0 * pair as f64 / 8.0);
+            let at = |tensor: &Tensor, dim: i64| tensor.double_value(&[0, 1, 1, dim]);
+            let (first, second) = (at(&heads, pair), at(&heads, pair + 4));
+            assert!((at(&turned, pair) - (first * angle.cos() - second * angle.sin())).abs() < 1e-6);
+            assert!((at(&turned, pair + 4) - (second * angle.cos() + first * angle.sin())).abs() < 1e-6);
+        }
+    }
+
+    /// A long row must not stretch its neighbours, or a batch would not equal its rows alone.
+    #[test]
+    fn dynamic_scaling_is_each_rows_own() {
+        let dynamic = rope(RopeScaling::Dynamic { factor: 2.0 });
+        let batch = dynamic.tables(&positions(&[[3, 4], [30, 31]]), Kind::Float);
+        let default = rope(RopeScaling::Default).tables(&positions(&[[3, 4], [30, 31]]), Kind::Float);
+        assert!(batch.cos.get(0).equal(&default.cos.get(0)));
+        assert!(!batch.cos.get(1).equal(&default.cos.get(1)));
+        assert!(batch.sin.get(1).equal(&dynamic.tables(&positions(&[[30, 31]]), Kind::Float).sin.get(0)));
+    }
+}
