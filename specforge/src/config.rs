@@ -44,6 +44,9 @@ pub struct TargetConfig {
     /// Element type of target and draft; the optimizer's masters are float32 in any case.
     #[serde(default)]
     pub dtype: Dtype,
+    /// Keep every document's hidden states in memory, so that later epochs do not run the target again.
+    #[serde(default)]
+    pub keep_hidden_states: bool,
     /// The target's config.json, for `--plan` where the folder is not there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config: Option<Value>,

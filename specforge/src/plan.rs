@@ -50,6 +50,8 @@ pub struct Memory {
     pub optimizer: u64,
     /// float32 gradients.
     pub gradients: u64,
+    /// Hidden states kept for later epochs.
+    pub hidden_states: u64,
     /// Working memory of one micro-batch, estimated.
     pub activations: u64,
     /// Sum.
@@ -86,13 +88,17 @@ impl Plan {
         let (data, steps) = data_plan(config)?;
         let optimizer = size.trainable * (8 + masters);
         let activations = activations(config, &target, size.captured, width);
+        let kept_tokens = data.tokens.filter(|_| config.target.keep_hidden_states).unwrap_or(0);
+        let hidden_states = kept_tokens * size.captured * target.hidden_size as u64 * width;
+        let weights = (target_parameters + size.trainable) * width;
         let memory = Memory {
             target: target_parameters * width,
             draft: size.trainable * width,
             optimizer,
             gradients: size.trainable * 4,
+            hidden_states,
             activations,
-            total: (target_parameters + size.trainable) * width + optimizer + size.trainable * 4 + activations,
+            total: weights + optimizer + size.trainable * 4 + hidden_states + activations,
         };
         let checkpoint_bytes = size.trainable * width + optimizer;
         let kept = (config.checkpoint.keep_last + 2) as u64;
@@ -181,6 +187,7 @@ impl fmt::Display for Plan {
             ("  draft", size(memory.draft)),
             ("  gradients", size(memory.gradients)),
             ("  optimizer", size(memory.optimizer)),
+            ("  hidden", format!("{} of states kept", size(memory.hidden_states))),
             ("  activations", format!("{} (estimated)", size(memory.activations))),
             ("tokens", tokens),
             ("steps", self.steps.map_or_else(unknown, |steps| steps.to_string())),

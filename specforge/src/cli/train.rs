@@ -15,7 +15,7 @@ use crate::data::{self, BuildReport, ChatTokenizer, TokenCache};
 use crate::device;
 use crate::draft::{self, DraftContext};
 use crate::error::{Error, Result};
-use crate::features::OnlineFeatures;
+use crate::features::{FeatureSource, OnlineFeatures, RememberedFeatures};
 use crate::files;
 use crate::models;
 use crate::plan::Plan;
@@ -122,7 +122,11 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         chunk_bytes: config.train.chunk_mib << 20,
     };
     let draft = (algorithm.build)(&config.draft, &context)?;
-    let source = OnlineFeatures::new(Rc::clone(&target));
+    let online = OnlineFeatures::new(Rc::clone(&target));
+    let source: Box<dyn FeatureSource> = match config.target.keep_hidden_states {
+        true => Box::new(RememberedFeatures::new(online)),
+        false => Box::new(online),
+    };
 
     let start_step = checkpoint.as_ref().map(|checkpoint| checkpoint.manifest.step);
     let tracker = Tracker::open(out, start_step)?;
@@ -130,7 +134,7 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         config: &config.train,
         optim: &config.optim,
         draft: draft.as_ref(),
-        source: &source,
+        source: source.as_ref(),
         train: Split { cache: &train_cache, documents: train_documents },
         eval: Split { cache: eval_cache.as_ref().unwrap_or(&train_cache), documents: eval_documents },
         store,

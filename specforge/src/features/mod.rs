@@ -9,8 +9,10 @@ use crate::data::PackedBatch;
 use crate::error::Result;
 
 pub mod online;
+pub mod remembered;
 
 pub use online::OnlineFeatures;
+pub use remembered::RememberedFeatures;
 
 /// One packed batch with the target's hidden states. `T` counts the tokens of all its documents.
 #[derive(Debug)]
