@@ -20,9 +20,10 @@ const HIDDEN: i64 = 32;
 
 /// Logits of every head on the same random rows.
 fn logits(config: &MedusaConfig, tensors: &[(String, Tensor)], head: &Tensor, kind: Kind) -> Vec<Tensor> {
-    let target =
-        Dimensions { hidden_size: HIDDEN, vocab_size: TOKENIZER_SIZE, num_layers: 2, max_position_embeddings: 256 };
-    let context = DraftContext { target, head, kind, device: Device::Cpu, seed: 0, chunk_bytes: 1 << 20 };
+    let target = Dimensions::of(HIDDEN, TOKENIZER_SIZE, 2, 256);
+    let (embedding, vocabulary) = (head, None);
+    let (device, seed, chunk_bytes) = (Device::Cpu, 0, 1 << 20);
+    let context = DraftContext { target, embedding, head, vocabulary, kind, device, seed, chunk_bytes };
     let draft = Medusa::new(config.clone(), &context).unwrap();
     let _no_grad = tch::no_grad_guard();
     for parameter in draft.parameters() {

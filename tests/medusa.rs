@@ -30,7 +30,9 @@ impl Setup {
         let heads = MedusaConfig::read(&json!({"num_heads": 3, "num_layers": 2, "projection": projection})).unwrap();
         let context = DraftContext {
             target: target.dimensions(),
+            embedding: target.embedding(),
             head: target.head(),
+            vocabulary: None,
             kind,
             device: Device::Cpu,
             seed: 0,

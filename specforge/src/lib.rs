@@ -14,6 +14,7 @@ pub mod strict;
 pub mod data;
 pub mod nn;
 pub mod tree;
+pub mod vocab;
 pub mod weights;
 // L2: targets
 pub mod models;

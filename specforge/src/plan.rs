@@ -10,7 +10,7 @@ use crate::config::{Dtype, RunConfig};
 use crate::data::{self, TokenCache};
 use crate::draft;
 use crate::error::{Error, Result};
-use crate::models::{Dimensions, LlamaConfig};
+use crate::models::LlamaConfig;
 use crate::train::DataOrder;
 
 /// Bytes of a token in English text, for corpora that cannot be tokenised because the tokenizer is not there.
@@ -73,12 +73,7 @@ impl Plan {
     /// Plans a run.
     pub fn new(config: &RunConfig) -> Result<Self> {
         let target = target_config(config)?;
-        let dimensions = Dimensions {
-            hidden_size: target.hidden_size,
-            vocab_size: target.vocab_size,
-            num_layers: target.num_hidden_layers,
-            max_position_embeddings: target.max_position_embeddings,
-        };
+        let dimensions = target.dimensions().map_err(Error::Failed)?;
         let algorithm = draft::algorithm(&config.draft)?;
         let size = (algorithm.size)(&config.draft, &dimensions)?;
         let target_parameters: u64 =

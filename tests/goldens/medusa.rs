@@ -43,15 +43,23 @@ pub fn check(path: &Path) -> Result<String, String> {
         documents: (0..rows).map(|row| format!("row {row}")).collect(),
     };
     let build = |weights: &[f64]| {
-        let target = Dimensions { hidden_size, vocab_size: vocabulary, num_layers: 1, max_position_embeddings: tokens };
+        let target = Dimensions::of(hidden_size, vocabulary, 1, tokens);
         let head = Tensor::zeros([vocabulary, hidden_size], (Kind::Float, Device::Cpu));
         let config = MedusaConfig::read(&json!({
             "num_heads": num_heads, "num_layers": num_layers, "loss_weights": weights, "mask": "label",
         }));
         // Chunks of five rows, so that the file is passed through several.
         let chunk_bytes = 5 * 4 * vocabulary as usize;
-        let context =
-            DraftContext { target, head: &head, kind: Kind::Float, device: Device::Cpu, seed: 0, chunk_bytes };
+        let context = DraftContext {
+            target,
+            embedding: &head,
+            head: &head,
+            vocabulary: None,
+            kind: Kind::Float,
+            device: Device::Cpu,
+            seed: 0,
+            chunk_bytes,
+        };
         let draft = config.and_then(|config| Medusa::new(config, &context)).map_err(|error| error.to_string())?;
         for parameter in draft.parameters() {
             let _guard = tch::no_grad_guard();

@@ -115,7 +115,9 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     }
     let context = DraftContext {
         target: dimensions,
+        embedding: target.embedding(),
         head: target.head(),
+        vocabulary: None,
         kind,
         device,
         seed: config.train.seed,

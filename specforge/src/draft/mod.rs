@@ -10,6 +10,7 @@ use crate::data::PackedBatch;
 use crate::error::{Error, Result};
 use crate::features::FeatureBatch;
 use crate::models::Dimensions;
+use crate::vocab::VocabMap;
 
 pub mod loss;
 pub mod medusa;
@@ -59,6 +60,14 @@ pub trait DraftModel {
     fn evaluate(&self, features: &FeatureBatch<'_>, global_counts: &[f64]) -> Result<Tally>;
     /// What a checkpoint must hold to rebuild this draft without the training configuration.
     fn description(&self) -> Value;
+    /// Tensors of the draft's own that are not trained and that a checkpoint must hold too.
+    fn buffers(&self) -> Vec<(String, Tensor)> {
+        Vec::new()
+    }
+    /// What the draft takes for granted about its target, a line each: shown before the first step.
+    fn contract(&self) -> Vec<String> {
+        Vec::new()
+    }
 }
 
 /// What a draft is built on.
@@ -66,8 +75,12 @@ pub trait DraftModel {
 pub struct DraftContext<'a> {
     /// Sizes of the target.
     pub target: Dimensions,
+    /// The target's token embedding, `[V, H]`.
+    pub embedding: &'a Tensor,
     /// The target's vocabulary projection, `[V, H]`.
     pub head: &'a Tensor,
+    /// The draft's own vocabulary, where it is smaller than the target's.
+    pub vocabulary: Option<&'a VocabMap>,
     /// Element type of the draft's parameters.
     pub kind: Kind,
     /// Where they are.

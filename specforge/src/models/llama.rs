@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use super::{Dimensions, ForwardInput, ForwardOutput, LogitRows, TargetModel};
+use super::{Dimensions, ForwardInput, ForwardOutput, LayerShape, LogitRows, TargetModel};
 use crate::error::{Error, Result};
 use crate::nn::rope::RopeTables;
 use crate::nn::{
@@ -185,6 +185,24 @@ impl LlamaConfig {
         Ok(RopeConfig { theta, head_dim: self.head_dim(), max_position_embeddings, scaling })
     }
 
+    /// The sizes the rest of the program needs.
+    pub fn dimensions(&self) -> Result<Dimensions, String> {
+        Ok(Dimensions {
+            hidden_size: self.hidden_size,
+            vocab_size: self.vocab_size,
+            num_layers: self.num_hidden_layers,
+            max_position_embeddings: self.max_position_embeddings,
+            layer: LayerShape {
+                intermediate_size: self.intermediate_size,
+                num_attention_heads: self.num_attention_heads,
+                num_key_value_heads: self.groups(),
+                head_dim: self.head_dim(),
+                rms_norm_eps: self.rms_norm_eps,
+                rope: self.rope()?,
+            },
+        })
+    }
+
     /// Every tensor of the model with its shape, under its Hugging Face name.
     pub fn tensors(&self) -> Vec<(String, Vec<i64>)> {
         let (hidden, width) = (self.hidden_size, self.intermediate_size);
@@ -289,6 +307,7 @@ struct Layer {
 /// A Llama model with its weights.
 pub struct LlamaTarget {
     config: LlamaConfig,
+    dimensions: Dimensions,
     embedding: Tensor,
     layers: Vec<Layer>,
     norm: RmsNorm,
@@ -330,8 +349,9 @@ impl LlamaTarget {
         let norm = RmsNorm { weight: get("model.norm.weight".to_owned())?, epsilon: config.rms_norm_eps };
         let head =
             if config.tie_word_embeddings { embedding.shallow_clone() } else { get("lm_head.weight".to_owned())? };
-        let rope = Rope::new(config.rope().map_err(Error::Failed)?, device);
-        Ok(Self { config, embedding, layers, norm, head, rope })
+        let dimensions = config.dimensions().map_err(Error::Failed)?;
+        let rope = Rope::new(dimensions.layer.rope, device);
+        Ok(Self { config, dimensions, embedding, layers, norm, head, rope })
     }
 
     /// The configuration the model was built from.
@@ -399,12 +419,7 @@ fn build_layer(config: &LlamaConfig, prefix: &str, get: &mut dyn FnMut(String) -
 
 impl TargetModel for LlamaTarget {
     fn dimensions(&self) -> Dimensions {
-        Dimensions {
-            hidden_size: self.config.hidden_size,
-            vocab_size: self.config.vocab_size,
-            num_layers: self.config.num_hidden_layers,
-            max_position_embeddings: self.config.max_position_embeddings,
-        }
+        self.dimensions
     }
 
     fn new_cache(&self, rows: i64, capacity: i64) -> KvCache {
@@ -456,6 +471,10 @@ impl TargetModel for LlamaTarget {
             LogitRows::None | LogitRows::All => None,
         };
         Ok(output(input, &captured, logits))
+    }
+
+    fn embedding(&self) -> &Tensor {
+        &self.embedding
     }
 
     fn head(&self) -> &Tensor {

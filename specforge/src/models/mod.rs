@@ -8,7 +8,7 @@ use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
-use crate::nn::{AttentionMask, KvCache};
+use crate::nn::{AttentionMask, KvCache, RopeConfig, RopeScaling};
 
 pub mod llama;
 
@@ -58,6 +58,8 @@ pub trait TargetModel {
     fn new_cache(&self, rows: i64, capacity: i64) -> KvCache;
     /// One pass. With a cache, the new tokens are written to it and its lengths stay: the caller advances them.
     fn forward(&self, input: &ForwardInput<'_>, cache: Option<&mut KvCache>) -> Result<ForwardOutput>;
+    /// The token embedding, `[V, H]`.
+    fn embedding(&self) -> &Tensor;
     /// The vocabulary projection, `[V, H]`.
     fn head(&self) -> &Tensor;
     /// Element type of the weights.
@@ -67,7 +69,7 @@ pub trait TargetModel {
 }
 
 /// Sizes of a target.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Dimensions {
     /// `H`
     pub hidden_size: i64,
@@ -77,6 +79,46 @@ pub struct Dimensions {
     pub num_layers: usize,
     /// Longest context.
     pub max_position_embeddings: i64,
+    /// Shape of one layer: what a draft made of such layers is like where its configuration is silent.
+    pub layer: LayerShape,
+}
+
+impl Dimensions {
+    /// Sizes of a target whose layers nobody looks into: one head of the whole width.
+    pub fn of(hidden_size: i64, vocab_size: i64, num_layers: usize, max_position_embeddings: i64) -> Self {
+        let rope = RopeConfig {
+            theta: 10_000.0,
+            head_dim: hidden_size,
+            max_position_embeddings,
+            scaling: RopeScaling::Default,
+        };
+        let layer = LayerShape {
+            intermediate_size: 4 * hidden_size,
+            num_attention_heads: 1,
+            num_key_value_heads: 1,
+            head_dim: hidden_size,
+            rms_norm_eps: 1e-6,
+            rope,
+        };
+        Self { hidden_size, vocab_size, num_layers, max_position_embeddings, layer }
+    }
+}
+
+/// Shape of one transformer layer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LayerShape {
+    /// Width of the MLP.
+    pub intermediate_size: i64,
+    /// `N`
+    pub num_attention_heads: i64,
+    /// `G`
+    pub num_key_value_heads: i64,
+    /// `D`
+    pub head_dim: i64,
+    /// Epsilon of the norms.
+    pub rms_norm_eps: f64,
+    /// Rotary embedding.
+    pub rope: RopeConfig,
 }
 
 /// Families this program can run: `model_type` of config.json and its loader. Adding one is adding a line.

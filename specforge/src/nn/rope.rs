@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 /// How frequencies are stretched for contexts longer than the model was pretrained on.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub enum RopeScaling {
     /// As pretrained.
     Default,
@@ -48,7 +48,7 @@ pub enum RopeScaling {
 }
 
 /// Everything rotary tables depend on.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct RopeConfig {
     /// Base of the frequencies.
     pub theta: f64,

@@ -200,7 +200,9 @@ fn build_draft(section: &Value, target: &dyn TargetModel, weights: Weights<'_>) 
     let dimensions = target.dimensions();
     let context = DraftContext {
         target: dimensions,
+        embedding: target.embedding(),
         head: target.head(),
+        vocabulary: None,
         kind: target.kind(),
         device: target.device(),
         seed: 1,

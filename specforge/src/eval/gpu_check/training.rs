@@ -283,7 +283,9 @@ impl<'a> Session<'a> {
         }
         let context = DraftContext {
             target: target.dimensions(),
+            embedding: target.embedding(),
             head: target.head(),
+            vocabulary: None,
             kind: setup.kind,
             device,
             seed: 1,
@@ -395,7 +397,7 @@ mod tests {
         // of them in a row, which each run of n has n - k - 1 times.
         let rows = rows_of_heads(&config, &batch);
         assert_eq!(rows, [13 + 4 + 9 + 7, 12 + 3 + 8 + 6]);
-        let dimensions = Dimensions { hidden_size: 96, vocab_size: 307, num_layers: 3, max_position_embeddings: 128 };
+        let dimensions = Dimensions::of(96, 307, 3, 128);
         // Block: forward and weight gradient. Projection: forward, input gradient, weight gradient.
         let own = 2 * 62 * (2 * 96 * 96 + 3 * 307 * 96);
         assert_eq!(draft_operations(&config, &dimensions, &rows), own);
