@@ -12,6 +12,8 @@ use crate::features::FeatureBatch;
 use crate::models::Dimensions;
 use crate::vocab::VocabMap;
 
+pub mod distillation;
+pub mod eagle3;
 pub mod loss;
 pub mod medusa;
 pub mod supervision;
@@ -121,7 +123,7 @@ pub struct Algorithm {
 }
 
 /// Every algorithm this program can train.
-pub const ALGORITHMS: &[Algorithm] = &[medusa::ALGORITHM];
+pub const ALGORITHMS: &[Algorithm] = &[medusa::ALGORITHM, eagle3::ALGORITHM];
 
 /// Key of the draft section that names the algorithm.
 pub const ALGORITHM_KEY: &str = "algorithm";
