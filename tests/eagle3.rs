@@ -216,7 +216,8 @@ fn dense(
         let mut losses = Vec::new();
         let mut count = 0;
         for row in 0..rows {
-            let trained = further(batch, row, 2 + k).is_some() && (row + 1..=row + 2 + k).all(|at| batch.supervised[at]);
+            let trained =
+                further(batch, row, 2 + k).is_some() && (row + 1..=row + 2 + k).all(|at| batch.supervised[at]);
             if !trained {
                 continue;
             }
@@ -287,7 +288,10 @@ fn check(name: &str, section: &Value, marks: &[String], seed: u64) -> i64 {
     let (objective, want) = dense(&draft, &config, &world, &batch, &hidden);
     // The objective is reported in float32.
     let difference = largest_difference(&tally.objective.to_kind(Kind::Double), &objective);
-    assert!(difference < 1e-6 * (1.0 + objective.double_value(&[]).abs()), "{name}, {marks:?}: loss off by {difference:e}");
+    assert!(
+        difference < 1e-6 * (1.0 + objective.double_value(&[]).abs()),
+        "{name}, {marks:?}: loss off by {difference:e}"
+    );
     for (parameter, (got, want)) in draft.parameters().iter().zip(gradients.iter().zip(&want)) {
         let difference = largest_difference(got, want);
         assert!(difference < 1e-6, "{name}, {marks:?}: gradient of {} off by {difference:e}", parameter.name);
