@@ -66,6 +66,10 @@ pub trait DraftModel {
     fn buffers(&self) -> Vec<(String, Tensor)> {
         Vec::new()
     }
+    /// Refuses documents longer than the draft is made for.
+    fn check_length(&self, _longest: i64) -> Result<()> {
+        Ok(())
+    }
     /// What the draft takes for granted about its target, a line each: shown before the first step.
     fn contract(&self) -> Vec<String> {
         Vec::new()

@@ -11,6 +11,7 @@ use crate::draft::distillation::DistillationLoss;
 use crate::draft::supervision::MaskAlignment;
 use crate::error::{Error, Result};
 use crate::models::{Dimensions, LayerShape, LlamaConfig};
+use crate::nn::RopeConfig;
 use crate::strict;
 
 /// The `draft` section of an EAGLE-3 configuration.
@@ -357,7 +358,7 @@ impl Eagle3Shape {
 }
 
 /// What the draft takes for granted about its target, a line each.
-pub(super) fn contract(config: &Eagle3Config, shape: &Eagle3Shape) -> Vec<String> {
+pub(super) fn contract(config: &Eagle3Config, shape: &Eagle3Shape, target: &Dimensions) -> Vec<String> {
     let LayerShape { num_attention_heads: heads, num_key_value_heads: groups, head_dim, rope, .. } = shape.layer;
     let layers = shape.capture.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
     let vocabulary = match shape.draft_vocab_size == shape.vocab_size {
@@ -370,12 +371,23 @@ pub(super) fn contract(config: &Eagle3Config, shape: &Eagle3Shape) -> Vec<String
     };
     vec![
         format!("features      what layers {layers} of {} read (hidden_states index)", shape.num_target_layers),
-        format!("rotary        {rope:?}"),
+        format!("rotary        {}", rotary(&rope, target)),
         format!("heads         {heads} with {groups} for keys and values, of {head_dim}"),
         format!("vocabulary    {vocabulary}"),
         format!("embedding     {embedding}; projection of its own, started from {:?}", config.lm_head).to_lowercase(),
         format!("mask          {:?}, {} steps, {:?}", config.mask, config.ttt_steps, config.loss).to_lowercase(),
     ]
+}
+
+/// The rotary embedding in words, and the target's where it is another: a draft may have one of its own, but who wants
+/// the target's should see that.
+fn rotary(rope: &RopeConfig, target: &Dimensions) -> String {
+    let words = |rope: &RopeConfig| format!("base {}, {:?}", rope.theta, rope.scaling).to_lowercase();
+    let theirs = target.layer.rope;
+    match rope.theta == theirs.theta && rope.scaling == theirs.scaling {
+        true => format!("{}, as the target's", words(rope)),
+        false => format!("{}; the target's: {}", words(rope), words(&theirs)),
+    }
 }
 
 /// SafeAILab's choice: what layers `2`, `N / 2` and `N - 3` read.

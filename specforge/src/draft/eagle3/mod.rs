@@ -56,6 +56,7 @@ pub struct Eagle3 {
     shape: Eagle3Shape,
     parameters: Vec<Parameter>,
     network: Network,
+    target: Dimensions,
     /// The target's head, `[V, TH]`.
     target_head: Tensor,
     vocabulary: Option<DraftVocabulary>,
@@ -107,7 +108,8 @@ impl Eagle3 {
             shape.draft_vocab_size,
         );
         let target_head = context.head.f_to_device(device)?.detach();
-        Ok(Self { config, shape, parameters, network, target_head, vocabulary, buffers, positions_per_chunk })
+        let target = context.target;
+        Ok(Self { config, shape, parameters, network, target, target_head, vocabulary, buffers, positions_per_chunk })
     }
 
     /// The network, for looking at single steps.
@@ -326,8 +328,18 @@ impl DraftModel for Eagle3 {
         self.buffers.iter().map(|(name, value)| (name.clone(), value.shallow_clone())).collect()
     }
 
+    fn check_length(&self, longest: i64) -> Result<()> {
+        let limit = self.shape.max_position_embeddings;
+        if longest <= limit {
+            return Ok(());
+        }
+        let problem = format!("a document has {longest} tokens, `max_position_embeddings` of the draft is {limit}");
+        Err(Error::config("draft.config", problem)
+            .with_hint(format!("raise it (engines size their rotary tables by it), or set data.max_length to {limit}")))
+    }
+
     fn contract(&self) -> Vec<String> {
-        config::contract(&self.config, &self.shape)
+        config::contract(&self.config, &self.shape, &self.target)
     }
 }
 
