@@ -15,6 +15,7 @@ use crate::vocab::VocabMap;
 pub mod loss;
 pub mod medusa;
 pub mod supervision;
+pub mod vocabulary;
 
 /// A trainable tensor. Order of creation is the order everywhere: optimizer, checkpoint, reduction.
 #[derive(Debug)]

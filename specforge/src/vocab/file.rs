@@ -25,7 +25,7 @@ const RECORD_KEY: &str = "specforge.vocab_map";
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Record {
-    /// Layout of this record; filled in when it is written.
+    /// Layout of this record.
     pub format_version: u32,
     /// Which text each token id is: two tokenizers with this hash in common mean the same by an id.
     pub tokenizer_hash: String,
@@ -37,6 +37,20 @@ pub struct Record {
     pub draft_vocab_size: i64,
     /// Share of the counted tokens that the map can name.
     pub coverage: f64,
+}
+
+impl Record {
+    /// The record of a map.
+    pub fn new(map: &VocabMap, tokenizer_hash: &str, corpus_hash: &str, coverage: f64) -> Self {
+        Self {
+            format_version: FORMAT_VERSION,
+            tokenizer_hash: tokenizer_hash.to_owned(),
+            corpus_hash: corpus_hash.to_owned(),
+            target_vocab_size: map.target_size(),
+            draft_vocab_size: map.draft_size(),
+            coverage,
+        }
+    }
 }
 
 /// A map with its record.
@@ -109,8 +123,7 @@ impl VocabFile {
         ];
         let metadata = match &self.record {
             Some(record) => {
-                let record = Record { format_version: FORMAT_VERSION, ..record.clone() };
-                let text = serde_json::to_string(&record).map_err(|error| failed(error.to_string()))?;
+                let text = serde_json::to_string(record).map_err(|error| failed(error.to_string()))?;
                 Some(HashMap::from([(RECORD_KEY.to_owned(), text)]))
             }
             None => None,

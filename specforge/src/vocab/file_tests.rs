@@ -13,14 +13,7 @@ fn map() -> VocabMap {
 }
 
 fn sample() -> VocabFile {
-    let record = Record {
-        format_version: FORMAT_VERSION,
-        tokenizer_hash: "a1b2".repeat(16),
-        corpus_hash: "c3d4".repeat(16),
-        target_vocab_size: 16,
-        draft_vocab_size: 4,
-        coverage: 0.123456789012345,
-    };
+    let record = Record::new(&map(), &"a1b2".repeat(16), &"c3d4".repeat(16), 0.123456789012345);
     VocabFile { map: map(), record: Some(record) }
 }
 
@@ -201,8 +194,11 @@ fn damaged_torch_files_are_refused() {
     }
 }
 
+/// Name and content of a file in an archive.
+type Entry<'a> = (&'a str, &'a [u8]);
+
 /// A torch file by hand: a program, and entries beside it.
-fn torch_file(path: &Path, program: &[u8], entries: &[(&str, &[u8])]) {
+fn torch_file(path: &Path, program: &[u8], entries: &[Entry<'_>]) {
     let mut zip = zip::ZipWriter::new(fs::File::create(path).unwrap());
     let options = SimpleFileOptions::default();
     for (name, bytes) in [("data.pkl", program)].iter().chain(entries) {
@@ -250,7 +246,7 @@ fn torch_files_that_are_no_map_are_refused_and_nothing_is_run() {
     let d2t = || tensor("LongStorage", "0", 0, &[4], 1);
     let t2d = || tensor("BoolStorage", "1", 0, &[16], 1);
     let (long, bools) = (offsets(&[1, 2, 7, 11]), marks(&[1, 3, 9, 14]));
-    let sound: [(&str, &[u8]); 2] = [("data/0", &long), ("data/1", &bools)];
+    let sound: [Entry<'_>; 2] = [("data/0", &long), ("data/1", &bools)];
     torch_file(&path, &table(&[("d2t", d2t()), ("t2d", t2d())]), &sound);
     assert_eq!(VocabFile::read(&path).unwrap().map, map());
 
@@ -297,7 +293,7 @@ fn torch_files_that_are_no_map_are_refused_and_nothing_is_run() {
     }
 
     let program = whole(d2t(), t2d());
-    let entries: [(&[(&str, &[u8])], &str); 6] = [
+    let entries: [(&[Entry<'_>], &str); 6] = [
         (&[("data/0", &long)], "`archive/data/1`"),
         (&[("data/0", &long[..31]), ("data/1", &bools)], "`d2t`: expected 32 bytes, got 31"),
         (&[("data/0", &long), ("data/1", &[7; 16])], "`t2d[0]` is neither true nor false"),
