@@ -20,6 +20,7 @@ mod record;
 mod regen;
 mod signals;
 mod train;
+mod vocab;
 
 /// Trains draft models for speculative decoding.
 #[derive(Debug, Parser)]
@@ -40,6 +41,8 @@ enum Command {
     Regen(regen::RegenArgs),
     /// Show conversations as the trainer sees them, and the statistics of a data set.
     Inspect(inspect::InspectArgs),
+    /// Choose the tokens of a draft's own, smaller vocabulary by how often they are trained.
+    Vocab(vocab::VocabArgs),
     /// Write or check the files that serving engines load.
     Export(export::ExportArgs),
     /// Make a Hugging Face folder from a GGUF file.
@@ -62,6 +65,7 @@ impl Cli {
             Command::Train(args) => train::run(&args, &output),
             Command::Regen(args) => regen::run(&args, &output),
             Command::Inspect(args) => inspect::run(&args, &output),
+            Command::Vocab(args) => vocab::run(&args, &output),
             Command::Export(args) => export::run(&args, &output),
             Command::Import(args) => import::run(&args, &output),
             Command::Bench(args) => bench::run(&args, &output),

@@ -1,7 +1,7 @@
 //! `specforge train`
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use clap::Args;
@@ -13,12 +13,13 @@ use crate::checkpoint::{self, CheckpointStore, Versions};
 use crate::config::RunConfig;
 use crate::data::{self, BuildReport, ChatTokenizer, TokenCache};
 use crate::device;
+use crate::draft::vocabulary::{Corpus, Vocabulary, VocabularyKeys};
 use crate::draft::{self, DraftContext};
 use crate::error::{Error, Result};
 use crate::features::{FeatureSource, OnlineFeatures, RememberedFeatures};
 use crate::files;
 use crate::models;
-use crate::plan::Plan;
+use crate::plan::{self, Plan};
 use crate::tracking::Tracker;
 use crate::train::trainer::{Provenance, Split};
 use crate::train::{TrainReport, Trainer, TrainerParts};
@@ -90,26 +91,26 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     if let Some(cache) = &eval_cache {
         data_hashes.insert("eval".to_owned(), cache.content_hash().to_owned());
     }
-    // Before anything in the output folder is touched.
-    if let Some(checkpoint) = &checkpoint {
-        checkpoint.same_data(&data_hashes)?;
-    }
     let all = |cache: &TokenCache| (0..cache.len()).collect::<Vec<_>>();
     let (train_documents, eval_documents) = match &eval_cache {
         Some(cache) => (all(&train_cache), all(cache)),
         None => data::split(&train_cache, config.data.eval_fraction),
     };
+    let vocabulary = vocabulary(&config, &tokenizer, &train_cache, &train_documents)?;
+    if let Some(vocabulary) = &vocabulary {
+        data_hashes.insert("vocabulary".to_owned(), vocabulary.file.map.hash());
+    }
+    // Before anything in the output folder is touched.
+    if let Some(checkpoint) = &checkpoint {
+        checkpoint.same_data(&data_hashes)?;
+    }
 
     // Target and draft.
     let kind = config.target.dtype.kind();
     note(format!("loading {} on {}", config.target.path.display(), name_of(device)));
     let target: Rc<dyn models::TargetModel> = models::load_target(&config.target.path, kind, device)?.into();
     let dimensions = target.dimensions();
-    let tokens_known = tokenizer.vocab_size() as i64;
-    if tokens_known > dimensions.vocab_size {
-        let problem = format!("the tokenizer has {tokens_known} tokens, the model {}", dimensions.vocab_size);
-        return Err(Error::bad_file(&config.target.path, problem));
-    }
+    fits_vocabulary(&tokenizer, dimensions.vocab_size, &config.target.path)?;
     for cache in [Some(&train_cache), eval_cache.as_ref()].into_iter().flatten() {
         fits_context(cache, dimensions.max_position_embeddings)?;
     }
@@ -117,7 +118,7 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         target: dimensions,
         embedding: target.embedding(),
         head: target.head(),
-        vocabulary: None,
+        vocabulary: vocabulary.as_ref().map(|vocabulary| &vocabulary.file.map),
         kind,
         device,
         seed: config.train.seed,
@@ -150,6 +151,9 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     };
     let trainer = Trainer::new(parts, checkpoint.as_ref())?;
     // Nothing can be refused any more.
+    if let Some(made) = vocabulary.as_ref().filter(|vocabulary| vocabulary.made) {
+        made.file.write(&out.join(VOCABULARY_FILE))?;
+    }
     files::write_json(&out.join("config.json"), &resolved)?;
     record::write(&out.join(record::FILE_NAME), &resolved)?;
     let report = trainer.run()?;
@@ -157,6 +161,9 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     output.result(&report, || text(&report));
     Ok(())
 }
+
+/// The map that a run chose itself, in its output folder.
+const VOCABULARY_FILE: &str = "vocab.safetensors";
 
 /// Keys that may differ between a run and its continuation: they change how long and how often, never an update.
 const RESUMABLE: &[&str] = &[
@@ -169,10 +176,44 @@ const RESUMABLE: &[&str] = &[
     "train.output_dir",
     "checkpoint",
     "data.cache_dir",
+    // The map's hash is compared instead: where the file lies changes nothing.
+    "draft.vocab_map",
 ];
 
+/// The draft's own vocabulary, where the configuration asks for one.
+fn vocabulary(
+    config: &RunConfig,
+    tokenizer: &ChatTokenizer,
+    cache: &TokenCache,
+    documents: &[usize],
+) -> Result<Option<Vocabulary>> {
+    if VocabularyKeys::read(&config.draft)? == VocabularyKeys::default() {
+        return Ok(None);
+    }
+    let target_size = plan::target_config(config)?.vocab_size;
+    fits_vocabulary(tokenizer, target_size, &config.target.path)?;
+    let corpus = Corpus { cache, documents, tokenizer, target_size };
+    let vocabulary = draft::vocabulary::prepare(&config.draft, &corpus)?;
+    if let Some(Vocabulary { file, coverage, warnings, .. }) = &vocabulary {
+        warnings.iter().for_each(|warning| note(format!("warning: {warning}")));
+        let (draft, share) = (file.map.draft_size(), 100.0 * coverage);
+        note(format!("draft vocabulary: {draft} of {target_size} tokens, {share:.2} % of the supervised ones"));
+    }
+    Ok(vocabulary)
+}
+
+/// Refuses a tokenizer with more tokens than the model.
+pub(super) fn fits_vocabulary(tokenizer: &ChatTokenizer, target_size: i64, model: &Path) -> Result<()> {
+    match tokenizer.vocab_size() as i64 {
+        known if known > target_size => {
+            Err(Error::bad_file(model, format!("the tokenizer has {known} tokens, the model {target_size}")))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Opens or builds the token cache of some files and says what was dropped.
-fn tokens(config: &RunConfig, files: &[PathBuf], tokenizer: &ChatTokenizer) -> Result<TokenCache> {
+pub(super) fn tokens(config: &RunConfig, files: &[PathBuf], tokenizer: &ChatTokenizer) -> Result<TokenCache> {
     let progress = LazyProgress::new("tokenise", "conversations");
     let report = |done, total| progress.set(done, total);
     let (cache, report) = TokenCache::build_or_open(files, tokenizer, &config.data, &report)?;

@@ -17,6 +17,7 @@ pub mod eagle3;
 pub mod loss;
 pub mod medusa;
 pub mod supervision;
+pub mod vocabulary;
 
 /// A trainable tensor. Order of creation is the order everywhere: optimizer, checkpoint, reduction.
 #[derive(Debug)]

@@ -338,8 +338,9 @@ impl<'a> Trainer<'a> {
             ..Manifest::default()
         };
         let parameters = self.parts.draft.parameters().iter();
-        let model: Vec<(String, Tensor)> =
-            parameters.map(|parameter| (parameter.name.clone(), parameter.value.detach())).collect();
+        let parameters = parameters.map(|parameter| (parameter.name.clone(), parameter.value.detach()));
+        // Tensors that are not trained follow; resuming looks parameters up by name.
+        let model: Vec<(String, Tensor)> = parameters.chain(self.parts.draft.buffers()).collect();
         self.parts.tracker.flush()?;
         Ok(self.parts.store.save(manifest, &model, &self.optimizer.state())?.path)
     }
