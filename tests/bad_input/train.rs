@@ -226,6 +226,32 @@ fn runs_and_checkpoints() {
             expected: &["`draft.num_heads`: the checkpoint was trained with 3, got 2"],
         },
         Case {
+            name: "another length under a schedule that spreads over it",
+            spoil: |workspace| resume(workspace, &["--set", "train.max_steps=6"]),
+            exit_code: 2,
+            expected: &[
+                "`optim.schedule`: the checkpoint's learning rates are spread over 4 steps, got 6",
+                "hint: set train.epochs, train.max_steps and optim.schedule.total_steps back",
+            ],
+        },
+        Case {
+            name: "another horizon of the schedule",
+            spoil: |workspace| resume(workspace, &["--set", "optim.schedule.total_steps=40"]),
+            exit_code: 2,
+            expected: &["are spread over 4 steps, got 40", "hint: keep them with optim.schedule.total_steps=4, or"],
+        },
+        Case {
+            name: "steps after the learning rate fell to 0",
+            spoil: |workspace| {
+                resume(workspace, &["--set", "train.max_steps=6", "--set", "optim.schedule.total_steps=4"])
+            },
+            exit_code: 2,
+            expected: &[
+                "`optim.schedule.total_steps`: the learning rate is 0 after 4 steps, and the run has 6",
+                "hint: raise it",
+            ],
+        },
+        Case {
             name: "other data under the same name",
             spoil: |workspace| {
                 fs::write(workspace.path("conversations.jsonl"), conversations(50)).unwrap();
@@ -280,7 +306,7 @@ fn runs_and_checkpoints() {
             name: "metrics that are no metrics",
             spoil: |workspace| {
                 fs::write(workspace.path("run/metrics.jsonl"), "hello\n").unwrap();
-                resume(workspace, &["--set", "train.max_steps=6"])
+                resume(workspace, &[])
             },
             exit_code: 2,
             expected: &["{}/run/metrics.jsonl:1: expected an object with a whole number `step`"],

@@ -21,7 +21,7 @@ use crate::models;
 use crate::plan::Plan;
 use crate::tracking::Tracker;
 use crate::train::trainer::{Provenance, Split};
-use crate::train::{TrainReport, Trainer, TrainerParts};
+use crate::train::{self, TrainReport, Trainer, TrainerParts};
 
 #[derive(Debug, Args)]
 pub(super) struct TrainArgs {
@@ -99,6 +99,11 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         Some(cache) => (all(&train_cache), all(cache)),
         None => data::split(&train_cache, config.data.eval_fraction),
     };
+    if let Some(checkpoint) = &checkpoint {
+        let manifest = &checkpoint.manifest;
+        let order = config.train.order(train_documents.iter().map(|&index| train_cache.length(index)).collect())?;
+        train::same_learning_rates(&manifest.configuration, &config.train, &config.optim, &order, manifest.step)?;
+    }
 
     // Target and draft.
     let kind = config.target.dtype.kind();
@@ -154,10 +159,12 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     Ok(())
 }
 
-/// Keys that may differ between a run and its continuation: they change how long and how often, never an update.
+/// Keys that may differ between a run and its continuation: they change how long and how often, never an update. The
+/// first three decide learning rates too, which are compared by themselves.
 const RESUMABLE: &[&str] = &[
     "train.epochs",
     "train.max_steps",
+    "optim.schedule.total_steps",
     "train.log_every",
     "train.eval_every",
     "train.save_every",
