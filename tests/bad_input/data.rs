@@ -13,6 +13,12 @@ fn with_data(workspace: &Workspace, text: impl AsRef<[u8]>) -> Command {
     train(workspace)
 }
 
+fn inspect(workspace: &Workspace, arguments: &[&str]) -> Command {
+    let mut command = specforge(&["inspect", "--target"]);
+    command.arg(workspace.path("model")).arg("--data").arg(workspace.path("conversations.jsonl")).args(arguments);
+    command
+}
+
 #[test]
 fn data() {
     check(&[
@@ -137,12 +143,20 @@ fn data() {
             expected: &["`data.max_length`", "300", "256"],
         },
         Case {
+            name: "fewer than no documents to show",
+            spoil: |workspace| inspect(workspace, &["--show", "-1"]),
+            exit_code: 2,
+            expected: &["'--show <SHOW>': expected a whole number of at least 0"],
+        },
+        Case {
+            name: "documents too short to train on",
+            spoil: |workspace| inspect(workspace, &["--max-length", "1"]),
+            exit_code: 2,
+            expected: &["'--max-length <MAX_LENGTH>': expected a whole number of at least 2"],
+        },
+        Case {
             name: "an id that no document has",
-            spoil: |workspace| {
-                let mut command = specforge(&["inspect", "--id", "c999", "--target"]);
-                command.arg(workspace.path("model")).arg("--data").arg(workspace.path("conversations.jsonl"));
-                command
-            },
+            spoil: |workspace| inspect(workspace, &["--id", "c999"]),
             exit_code: 2,
             expected: &["--id: no document has the id `c999`"],
         },
@@ -153,9 +167,7 @@ fn data() {
 #[test]
 fn a_reader_that_goes_away() {
     let workspace = Workspace::new();
-    let mut command = specforge(&["inspect", "--show", "60", "--target"]);
-    command.arg(workspace.path("model")).arg("--data").arg(workspace.path("conversations.jsonl"));
-    let mut child = command.spawn().unwrap();
+    let mut child = inspect(&workspace, &["--show", "60"]).spawn().unwrap();
     drop(child.stdout.take());
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{}", stderr_of(&output));

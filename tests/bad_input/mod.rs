@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use crate::fixture::{Workspace, contents, litter, output_of, stderr_of};
 
+mod bench;
 mod data;
 mod export;
 mod import;

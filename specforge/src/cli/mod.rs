@@ -15,6 +15,7 @@ mod export;
 mod gpu_check;
 mod import;
 mod inspect;
+mod numbers;
 mod record;
 mod regen;
 mod signals;
