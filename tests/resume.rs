@@ -203,3 +203,22 @@ fn resuming_a_finished_run_changes_nothing() {
     assert!(contents(&step_folder(&run, STEPS)) == before);
     assert!(metrics(&run) == logged, "something was logged again");
 }
+
+/// A schedule that is pinned, or that never falls, lets a run grow: the end is that of a run that was long from its
+/// start.
+#[test]
+fn a_run_may_grow_under_a_schedule_that_does_not_depend_on_its_length() {
+    for (name, schedule) in [
+        ("pinned", serde_json::json!({"kind": "cosine", "total_steps": STEPS, "warmup_ratio": 0.1})),
+        ("constant", serde_json::json!({"kind": "constant", "warmup_steps": 3})),
+    ] {
+        let mut workspace = workspace(600, 32);
+        workspace.set("optim.schedule", schedule);
+        workspace.train("undisturbed", &[]);
+        let short = workspace.train(name, &["--set", "train.max_steps=14"]);
+        assert_eq!((&short["steps"], &short["total_steps"]), (&14.into(), &14.into()));
+        let report = workspace.train(name, &["--resume"]);
+        assert_eq!(report["steps"], STEPS);
+        assert_same_end(&workspace.path(name), &workspace.path("undisturbed"));
+    }
+}

@@ -175,6 +175,11 @@ impl Error {
         self
     }
 
+    /// Whether libtorch did not get the memory it asked for.
+    pub fn is_memory(&self) -> bool {
+        matches!(self, Error::Torch(text) if text.contains("out of memory") || text.contains("can't allocate memory"))
+    }
+
     /// What to do, where that can be said.
     pub fn hint(&self) -> Option<String> {
         match self {
@@ -189,7 +194,7 @@ impl Error {
             Error::NonFinite { .. } => {
                 Some("lower optim.learning_rate, or look at the named documents with `specforge inspect`".to_owned())
             }
-            Error::Torch(text) if text.contains("out of memory") || text.contains("can't allocate memory") => {
+            Error::Torch(_) if self.is_memory() => {
                 Some("lower train.micro_batch_tokens, or compare `--plan` with the free memory".to_owned())
             }
             Error::Internal { .. } => Some(

@@ -3,7 +3,8 @@
 //! Exit codes: 0 done, 1 failed, 2 wrong usage or bad input.
 
 use std::any::Any;
-use std::backtrace::{Backtrace, BacktraceStatus};
+use std::backtrace::Backtrace;
+use std::env;
 use std::panic::{self, PanicHookInfo};
 use std::process::ExitCode;
 use std::sync::OnceLock;
@@ -16,9 +17,10 @@ use specforge::error::Error;
 static PANICKED_AT: OnceLock<String> = OnceLock::new();
 
 fn main() -> ExitCode {
+    let with_backtrace = take_backtrace_wish();
     let cli = Cli::parse();
     // libtorch's operators panic where they fail (out of memory, say): such a panic is reported like any other error.
-    panic::set_hook(Box::new(note_panic));
+    panic::set_hook(Box::new(move |info| note_panic(info, with_backtrace)));
     let outcome = panic::catch_unwind(|| cli.run()).unwrap_or_else(|payload| {
         let location = PANICKED_AT.get().map_or("an unknown place", String::as_str);
         Err(from_panic(payload.as_ref(), location))
@@ -33,20 +35,34 @@ fn main() -> ExitCode {
     ExitCode::from(error.exit_code())
 }
 
-/// Says nothing yet, unless a backtrace was asked for.
-fn note_panic(info: &PanicHookInfo<'_>) {
+/// Whether the environment asks for backtraces. The wish is ours to fulfil from here on, and the standard library's no
+/// longer: printing one takes memory and a lock, and where that memory is not there, the library would wait for its own
+/// lock to print another one. Without the wish it says that memory is exhausted and aborts.
+fn take_backtrace_wish() -> bool {
+    let wish = ["RUST_LIB_BACKTRACE", "RUST_BACKTRACE"].into_iter().find_map(env::var_os);
+    // SAFETY: nothing has run yet that could have started a thread.
+    unsafe { env::remove_var("RUST_BACKTRACE") };
+    wish.is_some_and(|wish| wish != "0")
+}
+
+/// Says nothing yet, unless a backtrace was asked for and there is memory to make one.
+fn note_panic(info: &PanicHookInfo<'_>, with_backtrace: bool) {
     if let Some(location) = info.location() {
         let _ = PANICKED_AT.set(format!("{}:{}", location.file(), location.line()));
     }
-    let backtrace = Backtrace::capture();
-    if backtrace.status() == BacktraceStatus::Captured {
-        eprintln!("{info}\n{backtrace}");
+    let out_of_memory = libtorch_message(text_of(info.payload())).is_some_and(|text| Error::Torch(text).is_memory());
+    if with_backtrace && !out_of_memory {
+        eprintln!("{info}\n{}", Backtrace::force_capture());
     }
 }
 
-fn from_panic(payload: &(dyn Any + Send), location: &str) -> Error {
+fn text_of(payload: &(dyn Any + Send)) -> &str {
     let text = payload.downcast_ref::<String>().map(String::as_str);
-    let text = text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("unknown");
+    text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("unknown")
+}
+
+fn from_panic(payload: &(dyn Any + Send), location: &str) -> Error {
+    let text = text_of(payload);
     match libtorch_message(text) {
         Some(message) => Error::Torch(message),
         None => Error::Internal { location: location.to_owned(), message: text.to_owned() },

@@ -11,7 +11,6 @@ use crate::data::{self, TokenCache};
 use crate::draft::{self, vocabulary};
 use crate::error::{Error, Result};
 use crate::models::{Dimensions, LlamaConfig};
-use crate::train::DataOrder;
 
 /// Bytes of a token in English text, for corpora that cannot be tokenised because the tokenizer is not there.
 const BYTES_PER_TOKEN: f64 = 4.0;
@@ -148,7 +147,6 @@ pub fn target_config(config: &RunConfig) -> Result<LlamaConfig> {
 }
 
 fn data_plan(config: &RunConfig) -> Result<(DataPlan, Option<u64>)> {
-    let limit = |steps: u64| config.train.max_steps.map_or(steps, |most| most.min(steps));
     if config.target.path.join("tokenizer.json").is_file() {
         let tokenizer = config.data.tokenizer(&config.target.path)?;
         let (cache, _) = TokenCache::build_or_open(&config.data.train, &tokenizer, &config.data, &|_, _| {})?;
@@ -158,20 +156,18 @@ fn data_plan(config: &RunConfig) -> Result<(DataPlan, Option<u64>)> {
         };
         let lengths: Vec<usize> = documents.iter().map(|&index| cache.document(index).tokens.len()).collect();
         let tokens = lengths.iter().sum::<usize>() as u64;
-        let order =
-            DataOrder::new(lengths, config.train.batch_tokens, config.train.micro_batch_tokens, config.train.seed)?;
-        let mut steps = 0;
-        for epoch in 0..config.train.epochs {
-            steps += order.epoch(epoch)?.len() as u64;
-        }
+        let steps = config.train.total_steps(&config.train.order(lengths)?)?;
+        config.optim.schedule.check_length(steps)?;
         let data = DataPlan { tokens: Some(tokens), supervised: Some(cache.supervised_tokens()), estimated: false };
-        return Ok((data, Some(limit(steps))));
+        return Ok((data, Some(steps)));
     }
     let bytes = |path: &Path| std::fs::metadata(path).map(|metadata| metadata.len()).ok();
     let total: Option<u64> = config.data.train.iter().map(|path| bytes(path)).sum();
     let tokens = total.map(|bytes| (bytes as f64 / BYTES_PER_TOKEN) as u64);
-    let steps = tokens.map(|tokens| limit(config.train.epochs * tokens.div_ceil(config.train.batch_tokens as u64)));
-    Ok((DataPlan { tokens, supervised: None, estimated: true }, steps.or(config.train.max_steps)))
+    let all =
+        tokens.map(|tokens| config.train.epochs.saturating_mul(tokens.div_ceil(config.train.batch_tokens as u64)));
+    let steps = all.into_iter().chain(config.train.max_steps).min();
+    Ok((DataPlan { tokens, supervised: None, estimated: true }, steps))
 }
 
 impl fmt::Display for Plan {

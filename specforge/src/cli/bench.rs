@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, value_parser};
+use clap::Args;
 
-use super::Output;
+use super::{Output, numbers};
 use crate::config::Dtype;
 use crate::device;
 use crate::error::Result;
@@ -16,16 +16,16 @@ pub(super) struct BenchArgs {
     #[arg(long)]
     target: PathBuf,
     /// Time a prefill of ROWSxTOKENS. May be given several times.
-    #[arg(long, value_name = "RxT")]
+    #[arg(long, value_name = "RxT", allow_hyphen_values = true)]
     prefill: Vec<PrefillShape>,
     /// Time greedy decoding of ROWSxPROMPTxNEW tokens. May be given several times.
-    #[arg(long, value_name = "RxTxN")]
+    #[arg(long, value_name = "RxTxN", allow_hyphen_values = true)]
     decode: Vec<DecodeShape>,
     /// Timed runs of each shape, after one that is not timed.
-    #[arg(long, default_value_t = 3, value_parser = value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 3, allow_hyphen_values = true, value_parser = numbers::at_least(1u32))]
     repeat: u32,
     /// Threads of libtorch. All cores where it is not given.
-    #[arg(long, value_parser = value_parser!(i32).range(1..))]
+    #[arg(long, allow_hyphen_values = true, value_parser = numbers::at_least(1i32))]
     threads: Option<i32>,
     /// Element type of the target: float32, bfloat16 or float16.
     #[arg(long, default_value = "float32")]

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
-use super::{LazyProgress, Output, note};
+use super::{LazyProgress, Output, note, numbers};
 use crate::data::{self, BuildReport, ChatTokenizer, DataConfig, Statistics, TokenCache};
 use crate::error::{Error, Result};
 
@@ -20,13 +20,13 @@ pub(super) struct InspectArgs {
     #[arg(long, required = true, num_args = 1..)]
     data: Vec<PathBuf>,
     /// How many documents to print.
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, default_value_t = 3, allow_hyphen_values = true, value_parser = numbers::at_least(0usize))]
     show: usize,
     /// Print the document of this id instead.
     #[arg(long)]
     id: Option<String>,
     /// Longest document, in tokens.
-    #[arg(long, default_value_t = 2048)]
+    #[arg(long, default_value_t = 2048, allow_hyphen_values = true, value_parser = numbers::at_least(2usize))]
     max_length: usize,
     /// When to mark supervised tokens by colour; without colour they stand between ⟦ and ⟧.
     #[arg(long, value_enum, default_value_t = When::Auto)]

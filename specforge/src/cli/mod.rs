@@ -16,6 +16,7 @@ mod export;
 mod gpu_check;
 mod import;
 mod inspect;
+mod numbers;
 mod record;
 mod regen;
 mod signals;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{LazyProgress, Output, note, signals};
+use super::{LazyProgress, Output, note, numbers, signals};
 use crate::config::Dtype;
 use crate::data::ChatTokenizer;
 use crate::decode::regenerate::{self, RegenOptions, RegenReport};
@@ -24,19 +24,19 @@ pub(super) struct RegenArgs {
     #[arg(long)]
     out: PathBuf,
     /// Longest answer, in tokens.
-    #[arg(long, default_value_t = 512)]
+    #[arg(long, default_value_t = 512, allow_hyphen_values = true, value_parser = numbers::at_least(1usize))]
     max_new_tokens: usize,
     /// Conversations decoded at once.
-    #[arg(long, default_value_t = 32)]
+    #[arg(long, default_value_t = 32, allow_hyphen_values = true, value_parser = numbers::at_least(1usize))]
     max_rows: usize,
     /// 0 is greedy.
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, allow_hyphen_values = true, value_parser = numbers::any)]
     temperature: f64,
     /// Seed of sampling.
-    #[arg(long, default_value_t = 0)]
+    #[arg(long, default_value_t = 0, allow_hyphen_values = true, value_parser = numbers::at_least(0u64))]
     seed: u64,
     /// Largest share of malformed lines that is skipped rather than refused.
-    #[arg(long, default_value_t = 0.01)]
+    #[arg(long, default_value_t = 0.01, allow_hyphen_values = true, value_parser = numbers::any)]
     max_bad_share: f64,
     /// Start over; an existing file is moved to OUT.bak.
     #[arg(long)]

@@ -22,7 +22,7 @@ use crate::models;
 use crate::plan::{self, Plan};
 use crate::tracking::Tracker;
 use crate::train::trainer::{Provenance, Split};
-use crate::train::{TrainReport, Trainer, TrainerParts};
+use crate::train::{self, TrainReport, Trainer, TrainerParts};
 
 #[derive(Debug, Args)]
 pub(super) struct TrainArgs {
@@ -103,6 +103,9 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     // Before anything in the output folder is touched.
     if let Some(checkpoint) = &checkpoint {
         checkpoint.same_data(&data_hashes)?;
+        let manifest = &checkpoint.manifest;
+        let order = config.train.order(train_documents.iter().map(|&index| train_cache.length(index)).collect())?;
+        train::same_learning_rates(&manifest.configuration, &config.train, &config.optim, &order, manifest.step)?;
     }
 
     // Target and draft.
@@ -165,10 +168,12 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
 /// The map that a run chose itself, in its output folder.
 const VOCABULARY_FILE: &str = "vocab.safetensors";
 
-/// Keys that may differ between a run and its continuation: they change how long and how often, never an update.
+/// Keys that may differ between a run and its continuation: they change how long and how often, never an update. The
+/// first three decide learning rates too, which are compared by themselves.
 const RESUMABLE: &[&str] = &[
     "train.epochs",
     "train.max_steps",
+    "optim.schedule.total_steps",
     "train.log_every",
     "train.eval_every",
     "train.save_every",

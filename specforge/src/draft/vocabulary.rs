@@ -38,19 +38,23 @@ impl VocabularyKeys {
             _ => Ok(keys),
         }
     }
+
+    /// `DV` for a target of `target_size` tokens, before any data is read; `V` if nothing is said.
+    pub fn draft_size(&self, target_size: i64) -> Result<i64> {
+        match (self.draft_vocab_size, &self.vocab_map) {
+            (Some(size), _) if size > target_size => {
+                Err(Error::config(SIZE_KEY, format!("expected at most the target's {target_size} tokens, got {size}")))
+            }
+            (Some(size), _) => Ok(size),
+            (None, Some(path)) => Ok(VocabFile::read(path)?.map.draft_size()),
+            (None, None) => Ok(target_size),
+        }
+    }
 }
 
-/// `DV` of a `draft` section for a target of `target_size` tokens, before any data is read; `V` if nothing is said.
+/// `DV` of a `draft` section; see [`VocabularyKeys::draft_size`].
 pub fn draft_size(section: &Value, target_size: i64) -> Result<i64> {
-    let keys = VocabularyKeys::read(section)?;
-    match (keys.draft_vocab_size, &keys.vocab_map) {
-        (Some(size), _) if size > target_size => {
-            Err(Error::config(SIZE_KEY, format!("expected at most the target's {target_size} tokens, got {size}")))
-        }
-        (Some(size), _) => Ok(size),
-        (None, Some(path)) => Ok(VocabFile::read(path)?.map.draft_size()),
-        (None, None) => Ok(target_size),
-    }
+    VocabularyKeys::read(section)?.draft_size(target_size)
 }
 
 /// Documents whose trained tokens decide, and whose ids they are.

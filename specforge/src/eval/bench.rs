@@ -70,7 +70,9 @@ impl FromStr for DecodeShape {
 }
 
 pub(super) fn parse_sizes<const COUNT: usize>(text: &str, expected: &str) -> Result<[i64; COUNT], String> {
-    let sizes: Option<Vec<i64>> = text.split('x').map(|part| part.parse().ok().filter(|&size| size > 0)).collect();
+    // Up to 32 bits, so that products stay within 64.
+    let size = |part: &str| part.parse::<i32>().ok().filter(|&size| size > 0).map(i64::from);
+    let sizes: Option<Vec<i64>> = text.split('x').map(size).collect();
     sizes.and_then(|sizes| sizes.try_into().ok()).ok_or_else(|| format!("expected {expected}, got `{text}`"))
 }
 
@@ -117,6 +119,7 @@ pub fn run(options: &BenchOptions) -> Result<BenchReport> {
     let target = load_target(&options.target, options.kind, options.device)?;
     let load_seconds = start.elapsed().as_secs_f64();
     let target = target.as_ref();
+    check_context(options, target.dimensions().max_position_embeddings)?;
     let prefill = options.prefill.iter().map(|&shape| {
         let run = || Ok(prefill(target, shape)?.timed(shape.rows));
         measure(shape, shape.rows * shape.tokens, options.repeat, run)
@@ -130,6 +133,20 @@ pub fn run(options: &BenchOptions) -> Result<BenchReport> {
     let threads = tch::get_num_threads();
     let peak_memory_bytes = peak_memory_bytes();
     Ok(BenchReport { target: options.target.clone(), threads, load_seconds, peak_memory_bytes, prefill, decode })
+}
+
+/// Refuses rows that are longer than what the target was made for.
+fn check_context(options: &BenchOptions, context: i64) -> Result<()> {
+    let prefills = options.prefill.iter().map(|shape| ("prefill", shape.tokens));
+    let decodes = options.decode.iter().map(|shape| ("decode", shape.prompt + shape.new));
+    match prefills.chain(decodes).find(|(_, tokens)| *tokens > context) {
+        Some((flag, tokens)) => {
+            let problem =
+                format!("--{flag}: expected rows of at most {context} tokens, the target's context, got {tokens}");
+            Err(Error::Usage(problem))
+        }
+        None => Ok(()),
+    }
 }
 
 /// `VmHWM` of this process.
@@ -230,7 +247,7 @@ mod tests {
     fn shapes_are_read_and_wrong_ones_named() {
         assert_eq!("8x128".parse(), Ok(PrefillShape { rows: 8, tokens: 128 }));
         assert_eq!("1x64x32".parse(), Ok(DecodeShape { rows: 1, prompt: 64, new: 32 }));
-        for wrong in ["", "8", "8x", "0x4", "-1x4", "8x4x2", "8 x 4", "axb"] {
+        for wrong in ["", "8", "8x", "0x4", "-1x4", "8x4x2", "8 x 4", "axb", "1x9999999999"] {
             let problem = wrong.parse::<PrefillShape>().unwrap_err();
             assert!(problem.contains("expected ROWSxTOKENS") && problem.contains(&format!("`{wrong}`")), "{problem}");
         }

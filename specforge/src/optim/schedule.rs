@@ -1,6 +1,7 @@
 //! Learning rates over a run.
 //!
-//! With base rate `b`, floor `f = min_ratio`, `w` warm-up updates and `T` updates in all, update `s` (from 0) runs at
+//! With base rate `b`, floor `f = min_ratio`, `w` warm-up updates and a horizon of `T` updates (those of the run, unless
+//! `total_steps` says otherwise), update `s` (from 0) runs at
 //!
 //! | part | from | rate |
 //! |---|---|---|
@@ -51,11 +52,22 @@ pub struct ScheduleConfig {
     pub min_ratio: f64,
     /// wsd alone: the share of all updates that decay, rounded to whole updates.
     pub decay_ratio: f64,
+    /// Updates that the schedule is spread over. Without it those of the run, so that a run of another length has other
+    /// rates.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub total_steps: Option<u64>,
 }
 
 impl Default for ScheduleConfig {
     fn default() -> Self {
-        Self { kind: ScheduleKind::default(), warmup_steps: None, warmup_ratio: None, min_ratio: 0.0, decay_ratio: 0.1 }
+        Self {
+            kind: ScheduleKind::default(),
+            warmup_steps: None,
+            warmup_ratio: None,
+            min_ratio: 0.0,
+            decay_ratio: 0.1,
+            total_steps: None,
+        }
     }
 }
 
@@ -77,10 +89,29 @@ impl ScheduleConfig {
                 return Err(Error::config(format!("optim.schedule.{key}"), problem));
             }
         }
+        if self.total_steps == Some(0) {
+            return Err(Error::config("optim.schedule.total_steps", "expected at least 1, got 0"));
+        }
         Ok(())
     }
 
-    /// The rate of update `step` (from 0) in a run of `total` updates. Formulas: see the head of this file.
+    /// Updates that the schedule is spread over in a run of `run_steps` updates.
+    pub fn horizon(&self, run_steps: u64) -> u64 {
+        self.total_steps.unwrap_or(run_steps)
+    }
+
+    /// Refuses a run so much longer than the schedule that its last updates would change nothing.
+    pub fn check_length(&self, run_steps: u64) -> Result<()> {
+        let horizon = self.horizon(run_steps);
+        if horizon >= run_steps || self.min_ratio > 0.0 || self.kind == ScheduleKind::Constant {
+            return Ok(());
+        }
+        let problem = format!("the learning rate is 0 after {horizon} steps, and the run has {run_steps}");
+        Err(Error::config("optim.schedule.total_steps", problem)
+            .with_hint("raise it, set train.max_steps to it, or set optim.schedule.min_ratio above 0"))
+    }
+
+    /// The rate of update `step` (from 0) with a horizon of `total` updates. Formulas: see the head of this file.
     pub fn learning_rate(&self, base: f64, step: u64, total: u64) -> f64 {
         let warmup = self.warmup(total);
         if step < warmup {
@@ -99,7 +130,7 @@ impl ScheduleConfig {
         base * (1.0 - (1.0 - self.min_ratio) * (1.0 - remaining))
     }
 
-    /// Updates of warm-up in a run of `total` updates.
+    /// Updates of warm-up with a horizon of `total` updates.
     pub fn warmup(&self, total: u64) -> u64 {
         let ratio = self.warmup_ratio.unwrap_or(DEFAULT_WARMUP_RATIO);
         self.warmup_steps.unwrap_or_else(|| share_of(ratio, total))
@@ -194,12 +225,33 @@ mod tests {
     }
 
     #[test]
+    fn a_horizon_is_the_length_of_the_run_unless_it_is_given() {
+        let read = |text: &str| serde_json::from_str::<ScheduleConfig>(text).unwrap();
+        assert_eq!(read("{}").horizon(7), 7);
+        assert_eq!(read(r#"{"total_steps": 9}"#).horizon(7), 9);
+        // Beyond the horizon the rate stays at the floor: nothing is learned where that is 0.
+        let error = read(r#"{"total_steps": 6}"#).check_length(7).unwrap_err();
+        let want =
+            "configuration: `optim.schedule.total_steps`: the learning rate is 0 after 6 steps, and the run has 7";
+        assert_eq!(error.to_string(), want);
+        for text in [
+            "{}",
+            r#"{"total_steps": 7}"#,
+            r#"{"total_steps": 6, "min_ratio": 0.1}"#,
+            r#"{"total_steps": 6, "kind": "constant"}"#,
+        ] {
+            read(text).check_length(7).unwrap();
+        }
+    }
+
+    #[test]
     fn nonsense_is_refused_with_its_key() {
         for (text, key) in [
             (r#"{"warmup_steps": 3, "warmup_ratio": 0.1}"#, "optim.schedule.warmup_ratio"),
             (r#"{"warmup_ratio": 1.5}"#, "optim.schedule.warmup_ratio"),
             (r#"{"min_ratio": -0.1}"#, "optim.schedule.min_ratio"),
             (r#"{"kind": "wsd", "decay_ratio": 2}"#, "optim.schedule.decay_ratio"),
+            (r#"{"total_steps": 0}"#, "optim.schedule.total_steps"),
         ] {
             let config: ScheduleConfig = serde_json::from_str(text).unwrap();
             assert!(config.validate().unwrap_err().to_string().contains(key), "{text}");

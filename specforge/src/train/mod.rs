@@ -7,10 +7,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
+pub mod continuation;
 pub mod metrics;
 pub mod order;
 pub mod trainer;
 
+pub use continuation::same_learning_rates;
 pub use order::DataOrder;
 pub use trainer::{TrainReport, Trainer, TrainerParts};
 
@@ -77,5 +79,24 @@ impl TrainConfig {
             return Err(Error::config("train.micro_batch_tokens", problem));
         }
         Ok(())
+    }
+
+    /// The order of training documents of these lengths.
+    pub fn order(&self, lengths: Vec<usize>) -> Result<DataOrder> {
+        DataOrder::new(lengths, self.batch_tokens, self.micro_batch_tokens, self.seed)
+    }
+
+    /// Optimizer steps of a run over documents in this order.
+    pub fn total_steps(&self, order: &DataOrder) -> Result<u64> {
+        let most = self.max_steps.unwrap_or(u64::MAX);
+        let mut steps = 0;
+        for epoch in 0..self.epochs {
+            let of_epoch = order.epoch(epoch)?.len() as u64;
+            steps += of_epoch;
+            if steps >= most || of_epoch == 0 {
+                break;
+            }
+        }
+        Ok(steps.min(most))
     }
 }

@@ -120,6 +120,8 @@ pub struct Trainer<'a> {
     /// Steps done before this process began.
     first_step: u64,
     total_steps: u64,
+    /// Steps that the learning rate's schedule is spread over.
+    horizon: u64,
     /// Documents of the steps whose finiteness has not been read from the device yet.
     unchecked: Vec<(u64, Vec<String>)>,
 }
@@ -133,15 +135,13 @@ impl<'a> Trainer<'a> {
         let config = parts.config;
         config.validate()?;
         parts.optim.validate()?;
-        let order = DataOrder::new(parts.train.lengths(), config.batch_tokens, config.micro_batch_tokens, config.seed)?;
-        let mut total_steps = 0;
-        for epoch in 0..config.epochs {
-            total_steps += order.epoch(epoch)?.len() as u64;
-        }
-        total_steps = config.max_steps.map_or(total_steps, |most| most.min(total_steps));
+        let order = config.order(parts.train.lengths())?;
+        let total_steps = config.total_steps(&order)?;
         if total_steps == 0 {
             return Err(Error::Usage("there is nothing to train on: the training split is empty".to_owned()));
         }
+        parts.optim.schedule.check_length(total_steps)?;
+        let horizon = parts.optim.schedule.horizon(total_steps);
         let parameters = parts.draft.parameters();
         let mut position = Position::default();
         if let Some(checkpoint) = resume {
@@ -166,8 +166,18 @@ impl<'a> Trainer<'a> {
         let gradients = parameters.iter().map(|parameter| Ok(zeros(&parameter.value)?)).collect::<Result<Vec<_>>>()?;
         let gradient_norm = Tensor::from(0f32);
         let first_step = position.step;
-        let unchecked = Vec::new();
-        Ok(Self { parts, order, optimizer, gradients, gradient_norm, position, first_step, total_steps, unchecked })
+        Ok(Self {
+            parts,
+            order,
+            optimizer,
+            gradients,
+            gradient_norm,
+            position,
+            first_step,
+            total_steps,
+            horizon,
+            unchecked: Vec::new(),
+        })
     }
 
     /// Trains to the end, or to the next step after a signal.
@@ -253,7 +263,7 @@ impl<'a> Trainer<'a> {
         window.end_step();
         let optim = self.parts.optim;
         // The schedule counts finished steps: the first update uses its value at 0.
-        let rate = optim.schedule.learning_rate(optim.learning_rate, self.position.step, self.total_steps);
+        let rate = optim.schedule.learning_rate(optim.learning_rate, self.position.step, self.horizon);
         let report = self.optimizer.step(&self.gradients, rate, optim.max_gradient_norm, &objective)?;
         self.gradient_norm = report.gradient_norm;
         self.unchecked.push((step, micro.into_iter().flat_map(|part| part.documents).collect()));
@@ -284,7 +294,7 @@ impl<'a> Trainer<'a> {
         let optim = self.parts.optim;
         let mut values = window.take(self.parts.draft);
         values.push(("gradient_norm".to_owned(), self.gradient_norm.double_value(&[])));
-        let rate = optim.schedule.learning_rate(optim.learning_rate, step - 1, self.total_steps);
+        let rate = optim.schedule.learning_rate(optim.learning_rate, step - 1, self.horizon);
         values.push(("learning_rate".to_owned(), rate));
         values.push(("tokens_per_second".to_owned(), tokens_per_second));
         values.push(("tokens".to_owned(), self.position.tokens as f64));

@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::ALGORITHM;
 use crate::draft::distillation::DistillationLoss;
 use crate::draft::supervision::MaskAlignment;
+use crate::draft::vocabulary::VocabularyKeys;
 use crate::error::{Error, Result};
 use crate::models::{Dimensions, LayerShape, LlamaConfig};
 use crate::nn::RopeConfig;
@@ -284,11 +285,9 @@ impl Eagle3Shape {
             let problem = format!("`num_aux_hidden_states` is {count}, but layers {capture:?} are captured");
             return Err(Error::config("draft.config", problem));
         }
-        let draft_vocab_size = config.draft_vocab_size.unwrap_or(target.vocab_size);
-        if draft_vocab_size > target.vocab_size {
-            let problem = format!("expected at most the target's {} tokens, got {draft_vocab_size}", target.vocab_size);
-            return Err(Error::config("draft.draft_vocab_size", problem));
-        }
+        let vocabulary =
+            VocabularyKeys { vocab_map: config.vocab_map.clone(), draft_vocab_size: config.draft_vocab_size };
+        let draft_vocab_size = vocabulary.draft_size(target.vocab_size)?;
         Ok(Self {
             hidden_size: own.hidden_size,
             target_hidden_size: target.hidden_size,

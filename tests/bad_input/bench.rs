@@ -1,0 +1,54 @@
+//! Shapes that cannot be timed.
+
+use std::process::Command;
+
+use super::{Case, check};
+use crate::fixture::{Workspace, specforge};
+
+fn bench(workspace: &Workspace, arguments: &[&str]) -> Command {
+    let mut command = specforge(&["bench", "--device", "cpu", "--target"]);
+    command.arg(workspace.path("model")).args(arguments);
+    command
+}
+
+#[test]
+fn shapes() {
+    check(&[
+        Case {
+            name: "nothing to time",
+            spoil: |workspace| bench(workspace, &[]),
+            exit_code: 2,
+            expected: &["nothing to time: give --prefill RxT or --decode RxTxN"],
+        },
+        Case {
+            name: "a negative number of rows",
+            spoil: |workspace| bench(workspace, &["--prefill", "-1x4"]),
+            exit_code: 2,
+            expected: &["'--prefill <RxT>': expected ROWSxTOKENS, such as 8x128, got `-1x4`"],
+        },
+        Case {
+            name: "more rows than can be counted",
+            spoil: |workspace| bench(workspace, &["--decode", "9999999999x9999999999x1"]),
+            exit_code: 2,
+            expected: &["'--decode <RxTxN>': expected ROWSxPROMPTxNEW"],
+        },
+        Case {
+            name: "rows longer than the target's context",
+            spoil: |workspace| bench(workspace, &["--decode", "1x250x7"]),
+            exit_code: 2,
+            expected: &["--decode: expected rows of at most 256 tokens, the target's context, got 257"],
+        },
+        Case {
+            name: "no runs",
+            spoil: |workspace| bench(workspace, &["--prefill", "1x4", "--repeat", "-1"]),
+            exit_code: 2,
+            expected: &["'--repeat <REPEAT>': expected a whole number of at least 1"],
+        },
+        Case {
+            name: "no threads",
+            spoil: |workspace| bench(workspace, &["--prefill", "1x4", "--threads", "0"]),
+            exit_code: 2,
+            expected: &["'--threads <THREADS>': expected a whole number of at least 1"],
+        },
+    ]);
+}
