@@ -10,7 +10,7 @@ use crate::config::{Dtype, RunConfig};
 use crate::data::{self, TokenCache};
 use crate::draft::{self, vocabulary};
 use crate::error::{Error, Result};
-use crate::models::LlamaConfig;
+use crate::models::{Dimensions, LlamaConfig};
 use crate::train::DataOrder;
 
 /// Bytes of a token in English text, for corpora that cannot be tokenised because the tokenizer is not there.
@@ -77,7 +77,7 @@ impl Plan {
     /// Plans a run.
     pub fn new(config: &RunConfig) -> Result<Self> {
         let target = target_config(config)?;
-        let dimensions = target.dimensions().map_err(Error::Failed)?;
+        let dimensions = target_dimensions(config)?;
         let algorithm = draft::algorithm(&config.draft)?;
         let size = (algorithm.size)(&config.draft, &dimensions)?;
         let draft_vocabulary = vocabulary::draft_size(&config.draft, dimensions.vocab_size)? as u64;
@@ -127,6 +127,11 @@ fn activations(config: &RunConfig, target: &LlamaConfig, captured: u64, width: u
     let tokens = config.train.micro_batch_tokens as u64;
     let per_token = 8 * target.hidden_size as u64 + 3 * target.intermediate_size as u64;
     tokens * (per_token + captured * target.hidden_size as u64) * width + 3 * ((config.train.chunk_mib as u64) << 20)
+}
+
+/// Sizes of the target, from its folder or from the configuration. No weight is read.
+pub fn target_dimensions(config: &RunConfig) -> Result<Dimensions> {
+    target_config(config)?.dimensions().map_err(Error::Failed)
 }
 
 /// The folder's config.json, or the one written into the configuration.

@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::progress::Progress;
 
 mod bench;
+mod bench_train;
 mod doctor;
 mod export;
 mod gpu_check;
@@ -48,6 +49,8 @@ enum Command {
     Import(import::ImportArgs),
     /// Time a target's prefill and greedy decode.
     Bench(bench::BenchArgs),
+    /// Time a training step of a draft on random features.
+    BenchTrain(bench_train::BenchTrainArgs),
     /// Show libtorch, devices, threads, and what is usable.
     Doctor,
     /// Check that a GPU computes what the CPU computes, and measure how fast it trains.
@@ -66,6 +69,7 @@ impl Cli {
             Command::Export(args) => export::run(&args, &output),
             Command::Import(args) => import::run(&args, &output),
             Command::Bench(args) => bench::run(&args, &output),
+            Command::BenchTrain(args) => bench_train::run(&args, &output),
             Command::Doctor => doctor::run(&output),
             Command::GpuCheck(args) => gpu_check::run(&args, &output),
         }

@@ -125,6 +125,10 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         chunk_bytes: config.train.chunk_mib << 20,
     };
     let draft = (algorithm.build)(&config.draft, &context)?;
+    for cache in [Some(&train_cache), eval_cache.as_ref()].into_iter().flatten() {
+        draft.check_length(longest(cache))?;
+    }
+    draft.contract().iter().for_each(|line| note(format!("contract: {line}")));
     let online = OnlineFeatures::new(Rc::clone(&target));
     let source: Box<dyn FeatureSource> = match config.target.keep_hidden_states {
         true => Box::new(RememberedFeatures::new(online)),
@@ -218,10 +222,15 @@ pub(super) fn tokens(config: &RunConfig, files: &[PathBuf], tokenizer: &ChatToke
     Ok(cache)
 }
 
+/// Tokens of the longest document.
+fn longest(cache: &TokenCache) -> i64 {
+    (0..cache.len()).map(|index| cache.length(index)).max().unwrap_or(0) as i64
+}
+
 /// Refuses documents that are longer than what the target was made for.
 fn fits_context(cache: &TokenCache, context: i64) -> Result<()> {
-    let longest = (0..cache.len()).map(|index| cache.length(index)).max().unwrap_or(0);
-    if longest as i64 <= context {
+    let longest = longest(cache);
+    if longest <= context {
         return Ok(());
     }
     let problem = format!("a document has {longest} tokens, the target reads at most {context}");
@@ -252,12 +261,7 @@ fn text(report: &TrainReport) -> String {
         lines.push(format!("stopped by {} after step {}; continue with --resume", signals::name(signal), report.steps));
     }
     if !report.end.is_empty() {
-        let width = report.end.keys().map(String::len).max().unwrap_or(0);
-        lines.push(format!("{:<width$}  {:>9}  {:>9}", "held out", "untrained", "trained"));
-        for (name, end) in &report.end {
-            let start = report.start.get(name).map_or("-".to_owned(), |value| format!("{value:.4}"));
-            lines.push(format!("{name:<width$}  {start:>9}  {end:>9.4}"));
-        }
+        lines.extend(held_out(report));
         lines.push(format!("always guessing the commonest token: {:.4}", report.commonest_token_share));
     }
     let rate = report.tokens as f64 / report.seconds.max(1e-9);
@@ -267,4 +271,33 @@ fn text(report: &TrainReport) -> String {
     ));
     lines.push(format!("checkpoint: {}", report.checkpoint.display()));
     lines.join("\n")
+}
+
+/// Held-out figures before and after: single ones a line each, those of a part of the draft (`step1/accuracy`) as a table.
+fn held_out(report: &TrainReport) -> Vec<String> {
+    let before = |name: &str| report.start.get(name).map_or("-".to_owned(), |value| format!("{value:.4}"));
+    let single = report.end.iter().filter(|(name, _)| !name.contains('/'));
+    let width = single.clone().map(|(name, _)| name.len()).max().unwrap_or(0);
+    let mut lines = vec![format!("{:<width$}  {:>9}  {:>9}", "held out", "untrained", "trained")];
+    lines.extend(single.map(|(name, end)| format!("{name:<width$}  {:>9}  {end:>9.4}", before(name))));
+    let parts = || report.end.iter().filter_map(|(name, end)| Some((name.split_once('/')?, end)));
+    let mut columns: Vec<&str> = parts().map(|((_, column), _)| column).collect();
+    columns.sort_unstable();
+    columns.dedup();
+    let mut rows: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    for ((row, column), end) in parts() {
+        let cells = rows.entry(row).or_insert_with(|| vec!["-".to_owned(); columns.len()]);
+        if let Ok(place) = columns.binary_search(&column) {
+            cells[place] = format!("{} -> {end:.4}", before(&format!("{row}/{column}")));
+        }
+    }
+    let line = |name: &str, cells: &[String]| {
+        let cells: String = cells.iter().map(|cell| format!("  {cell:>18}")).collect();
+        format!("{name:<8}{cells}")
+    };
+    if !rows.is_empty() {
+        lines.push(line("", &columns.iter().map(|&column| column.to_owned()).collect::<Vec<_>>()));
+    }
+    lines.extend(rows.iter().map(|(row, cells)| line(row, cells)));
+    lines
 }

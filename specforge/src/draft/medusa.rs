@@ -109,6 +109,9 @@ impl MedusaConfig {
         };
         range("num_heads", config.num_heads)?;
         range("num_layers", config.num_layers)?;
+        if !matches!(config.mask, MaskAlignment::Exact | MaskAlignment::Label) {
+            return Err(Error::config("draft.mask", "expected exact or label"));
+        }
         if !config.loss_decay.is_finite() || config.loss_decay <= 0.0 {
             let problem = format!("expected a positive number, got {}", config.loss_decay);
             return Err(Error::config("draft.loss_decay", problem));
