@@ -72,7 +72,8 @@ fn exported_heads_give_the_logits_of_the_checkpoint() {
             assert_eq!(report["warnings"], json!([]), "{place}");
             assert_eq!((&report["format"], &report["dtype"]), (&json!(format), &json!(written.unwrap_or(dtype))));
 
-            let Heads { config: read_config, hidden_size, tensors } = read(&out).unwrap();
+            let Heads { config: read_config, hidden_size, tensors, vocabulary } = read(&out).unwrap();
+            assert_eq!(vocabulary, None, "{place}");
             assert_eq!((read_config.num_heads, read_config.num_layers, hidden_size), (2, 2, HIDDEN), "{place}");
             let is_own = projection == "own" || format == "medusa-vllm";
             assert_eq!(read_config.projection == HeadProjection::Own, is_own, "{place}");

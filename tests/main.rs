@@ -15,3 +15,4 @@ mod layers;
 mod medusa;
 mod resume;
 mod training;
+mod vocab;

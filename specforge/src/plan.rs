@@ -78,8 +78,9 @@ impl Plan {
         let target = target_config(config)?;
         let dimensions = target_dimensions(config)?;
         let algorithm = draft::algorithm(&config.draft)?;
-        let size = (algorithm.size)(&config.draft, &dimensions)?;
-        let draft_vocabulary = vocabulary::draft_size(&config.draft, dimensions.vocab_size)? as u64;
+        let section = vocabulary::with_size(&config.draft, dimensions.vocab_size)?;
+        let size = (algorithm.size)(&section, &dimensions)?;
+        let draft_vocabulary = vocabulary::draft_size(&section, dimensions.vocab_size)? as u64;
         let target_parameters: u64 =
             target.tensors().iter().map(|(_, shape)| shape.iter().product::<i64>() as u64).sum();
         let width = config.target.dtype.kind().elt_size_in_bytes() as u64;

@@ -127,7 +127,8 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         seed: config.train.seed,
         chunk_bytes: config.train.chunk_mib << 20,
     };
-    let draft = (algorithm.build)(&config.draft, &context)?;
+    let section = draft::vocabulary::with_size(&config.draft, dimensions.vocab_size)?;
+    let draft = (algorithm.build)(&section, &context)?;
     for cache in [Some(&train_cache), eval_cache.as_ref()].into_iter().flatten() {
         draft.check_length(longest(cache))?;
     }

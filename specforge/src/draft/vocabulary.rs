@@ -57,6 +57,16 @@ pub fn draft_size(section: &Value, target_size: i64) -> Result<i64> {
     VocabularyKeys::read(section)?.draft_size(target_size)
 }
 
+/// A `draft` section with `draft_vocab_size` taken from the map's file, where only the file is named.
+pub fn with_size(section: &Value, target_size: i64) -> Result<Value> {
+    let keys = VocabularyKeys::read(section)?;
+    let mut section = section.clone();
+    if keys.vocab_map.is_some() && keys.draft_vocab_size.is_none() {
+        section["draft_vocab_size"] = draft_size(&section, target_size)?.into();
+    }
+    Ok(section)
+}
+
 /// Documents whose trained tokens decide, and whose ids they are.
 #[derive(Debug, Clone, Copy)]
 pub struct Corpus<'a> {
@@ -126,6 +136,8 @@ pub fn prepare(section: &Value, corpus: &Corpus<'_>) -> Result<Option<Vocabulary
             let coverage = vocab::coverage(&corpus.counts()?, &file.map);
             Ok(Some(Vocabulary { file, coverage, made: false, warnings }))
         }
+        // Every token, which needs no map.
+        (None, Some(size)) if size == corpus.target_size => Ok(None),
         (None, Some(size)) => {
             let counts = corpus.counts()?;
             let made = corpus.make(&counts, size).map_err(|problem| Error::config(SIZE_KEY, problem))?;
@@ -208,6 +220,11 @@ mod tests {
         assert_eq!(draft_size(&json!({}), 10).unwrap(), 10);
         assert_eq!(draft_size(&json!({"draft_vocab_size": 7}), 10).unwrap(), 7);
         assert_eq!(draft_size(&json!({"vocab_map": path}), 10).unwrap(), 3);
+        let section = json!({"vocab_map": path, "num_heads": 2});
+        assert_eq!(with_size(&section, 10).unwrap()["draft_vocab_size"], 3);
+        for section in [json!({"num_heads": 2}), json!({"vocab_map": "/nowhere", "draft_vocab_size": 7})] {
+            assert_eq!(with_size(&section, 10).unwrap(), section);
+        }
         for (section, expected) in [
             (
                 json!({"draft_vocab_size": 11}),

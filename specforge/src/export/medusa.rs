@@ -5,7 +5,9 @@
 //! projection), `{head}.{blocks}.weight`.
 //!
 //! `medusa-vllm` is vLLM's up to 0.30: `model.safetensors` with `blocks.{head}.layers.{block}.{weight,bias}` and
-//! `lm_heads.{head}.weight`. `medusa_fc_bias` must be set there, or the engine drops the biases.
+//! `lm_heads.{head}.weight`. `medusa_fc_bias` must be set there, or the engine drops the biases. Heads with a smaller
+//! vocabulary have `truncated_vocab_size` rows and `token_map [DV]`, the int64 target id of each row; the original layout
+//! has no place for it.
 
 use std::path::Path;
 
@@ -15,13 +17,17 @@ use tch::{Device, Kind, Tensor};
 
 use super::{ExportReport, Format, Source};
 use crate::draft::medusa::{HeadProjection, MedusaConfig};
+use crate::draft::vocabulary;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::models::LlamaConfig;
+use crate::vocab::VocabMap;
 use crate::weights::{WeightsFolder, writer};
 
 const ORIGINAL_FILE: &str = "medusa_lm_head.safetensors";
 const VLLM_FILE: &str = "model.safetensors";
+/// vLLM's tensor of the target ids of a smaller vocabulary.
+const TOKEN_MAP: &str = "token_map";
 
 /// The original repository's layout.
 pub const ORIGINAL: Format = Format {
@@ -60,6 +66,8 @@ pub struct Heads {
     pub hidden_size: i64,
     /// Tensors by training name.
     pub tensors: Vec<(String, Tensor)>,
+    /// The heads' own vocabulary, where it is smaller than the target's.
+    pub vocabulary: Option<VocabMap>,
 }
 
 /// Tensor names of one head: (name in training with every block spelled out, name in the layout).
@@ -115,7 +123,11 @@ fn target_head(source: &Source, description: &Description) -> Result<Tensor> {
     let kind = weights.kind(name).unwrap_or(Kind::Float);
     let expected = vec![(name.to_owned(), vec![description.vocab_size, description.hidden_size])];
     weights.check(&expected, |_| true)?;
-    weights.load(name, kind, Device::Cpu)
+    let head = weights.load(name, kind, Device::Cpu)?; // [V, H]
+    match vocabulary::from_tensors(&source.tensors)? {
+        Some(map) => vocabulary::gather_rows(&head, &map), // [DV, H]
+        None => Ok(head),
+    }
 }
 
 fn describe(source: &Source) -> Result<Description> {
@@ -125,6 +137,16 @@ fn describe(source: &Source) -> Result<Description> {
 
 fn write_original(source: &Source, out: &Path) -> Result<()> {
     let description = describe(source)?;
+    if let Some(map) = vocabulary::from_tensors(&source.tensors)? {
+        return Err(Error::Usage(format!(
+            "--format {}: the heads name {} of {} tokens, which this layout cannot say; write --format {}, or train \
+             without draft.vocab_map and draft.draft_vocab_size",
+            ORIGINAL.name,
+            map.draft_size(),
+            map.target_size(),
+            VLLM.name
+        )));
+    }
     let mut config = Map::from_iter([
         ("medusa_num_heads".to_owned(), json!(description.draft.num_heads)),
         ("medusa_num_layers".to_owned(), json!(description.draft.num_layers)),
@@ -139,17 +161,22 @@ fn write_original(source: &Source, out: &Path) -> Result<()> {
 
 fn write_vllm(source: &Source, out: &Path) -> Result<()> {
     let description = describe(source)?;
-    let tensors = renamed(source, &description, true)?;
+    let mut tensors = renamed(source, &description, true)?;
+    let dtype = dtype(tensors[0].1.kind());
+    // A map of all tokens is none to the engine.
+    let map = vocabulary::from_tensors(&source.tensors)?.filter(|map| map.draft_size() < map.target_size());
+    let truncated = map.as_ref().map_or(description.vocab_size, VocabMap::draft_size);
+    tensors.extend(map.map(|map| (TOKEN_MAP.to_owned(), Tensor::from_slice(map.target_ids()))));
     let config = json!({
         "architectures": ["MedusaModel"],
         "model_type": "medusa",
         "hidden_size": description.hidden_size,
         "vocab_size": description.vocab_size,
-        "truncated_vocab_size": description.vocab_size,
+        "truncated_vocab_size": truncated,
         "num_heads": description.draft.num_heads,
         "num_hidden_layers": description.draft.num_layers,
         "medusa_fc_bias": true,
-        "torch_dtype": dtype(tensors[0].1.kind()),
+        "torch_dtype": dtype,
         "base_model_name_or_path": source.target,
     });
     writer::write_tensors(&out.join(VLLM_FILE), &tensors, &[])?;
@@ -190,7 +217,7 @@ fn check_original(path: &Path, config: &Value) -> Result<ExportReport> {
         projection: if shared { HeadProjection::Shared } else { HeadProjection::Own },
         ..MedusaConfig::default()
     };
-    let report = check_tensors(path, ORIGINAL_FILE, &config, false)?;
+    let report = check_tensors(path, ORIGINAL_FILE, &config, false, None)?;
     Ok(ExportReport { format: ORIGINAL.name.to_owned(), ..report })
 }
 
@@ -207,25 +234,61 @@ fn check_vllm(path: &Path, value: &Value) -> Result<ExportReport> {
         )
         .with_hint("vLLM drops the biases without it, and acceptance falls"));
     }
-    let report = check_tensors(path, VLLM_FILE, &config, true)?;
+    let (vocab_size, truncated) = (count(path, value, "vocab_size")?, count(path, value, "truncated_vocab_size")?);
     let weights = WeightsFolder::open(&path.join(VLLM_FILE))?;
+    let map = token_map(path, &weights, vocab_size as i64)?;
+    if map.is_none() && truncated < vocab_size {
+        let problem = format!("expected a tensor `{TOKEN_MAP}`: config.json names {truncated} of {vocab_size} tokens");
+        return Err(Error::bad_file(path.join(VLLM_FILE), problem));
+    }
+    let mut report = check_tensors(path, VLLM_FILE, &config, true, map.as_ref())?;
     let head = weights.shape("lm_heads.0.weight").unwrap_or(&[0, 0]);
-    for (key, want) in [("vocab_size", head[0]), ("truncated_vocab_size", head[0]), ("hidden_size", head[1])] {
-        let got = count(path, value, key)? as i64;
-        if got != want {
-            let problem = format!("`{key}`: the tensors say {want}, got {got}");
-            return Err(Error::bad_file(path.join("config.json"), problem));
-        }
+    let pairs = [
+        ("vocab_size", vocab_size, map.as_ref().map_or(head[0], VocabMap::target_size)),
+        ("truncated_vocab_size", truncated, head[0]),
+        ("hidden_size", count(path, value, "hidden_size")?, head[1]),
+    ];
+    if let Some((key, got, want)) = pairs.iter().find(|(_, got, want)| *got as i64 != *want) {
+        let problem = format!("`{key}`: the tensors say {want}, got {got}");
+        return Err(Error::bad_file(path.join("config.json"), problem));
+    }
+    if let Some(map) = &map {
+        report.resolved.push(format!("heads name {} of the target's {vocab_size} tokens", map.draft_size()));
     }
     Ok(ExportReport { format: VLLM.name.to_owned(), ..report })
 }
 
+/// The `token_map` of a file, where there is one: ascending target ids, one for each row of the heads.
+fn token_map(path: &Path, weights: &WeightsFolder, vocab_size: i64) -> Result<Option<VocabMap>> {
+    let Some(shape) = weights.shape(TOKEN_MAP) else {
+        return Ok(None);
+    };
+    let wrong = |problem: String| Error::bad_file(path.join(VLLM_FILE), format!("`{TOKEN_MAP}`: {problem}"));
+    let kind = weights.kind(TOKEN_MAP).unwrap_or(Kind::Float);
+    if kind != Kind::Int64 || shape.len() != 1 {
+        return Err(wrong(format!("expected int64 with one axis, got {kind:?} of shape {shape:?}")));
+    }
+    let rows = weights.shape("lm_heads.0.weight").and_then(|shape| shape.first());
+    if let Some(rows) = rows.filter(|rows| **rows != shape[0]) {
+        return Err(wrong(format!("expected {rows} ids, a row of the heads each, got {}", shape[0])));
+    }
+    let ids = Vec::<i64>::try_from(weights.load(TOKEN_MAP, Kind::Int64, Device::Cpu)?)?;
+    let map = VocabMap::new(ids, vocab_size);
+    map.map(Some).map_err(|_| wrong(format!("expected ascending, distinct token ids from 0 to {}", vocab_size - 1)))
+}
+
 /// Checks names, shapes and element types. Sizes come from the first block and the first projection.
-fn check_tensors(path: &Path, file: &str, config: &MedusaConfig, vllm: bool) -> Result<ExportReport> {
+fn check_tensors(
+    path: &Path,
+    file: &str,
+    config: &MedusaConfig,
+    vllm: bool,
+    map: Option<&VocabMap>,
+) -> Result<ExportReport> {
     let file_path = path.join(file);
     let weights = WeightsFolder::open(&file_path)?;
     let first = names(0, config, vllm);
-    let size = |name: Option<&(String, String)>| name.and_then(|(_, name)| weights.shape(name)).map(|shape| shape[0]);
+    let size = |name: Option<&(String, String)>| name.and_then(|(_, name)| weights.shape(name)?.first().copied());
     let hidden = size(first.first());
     let has_projection = first.len() > 2 * config.num_layers;
     let vocabulary = if has_projection { size(first.last()) } else { None };
@@ -240,8 +303,9 @@ fn check_tensors(path: &Path, file: &str, config: &MedusaConfig, vllm: bool) -> 
             expected.push((exported, shape));
         }
     }
-    weights.check(&expected, |_| false)?;
-    let kinds: Vec<Kind> = weights.names().filter_map(|name| weights.kind(name)).collect();
+    let is_map = |name: &str| name == TOKEN_MAP && map.is_some();
+    weights.check(&expected, is_map)?;
+    let kinds: Vec<Kind> = weights.names().filter(|name| !is_map(name)).filter_map(|name| weights.kind(name)).collect();
     let kind = kinds[0];
     if dtype(kind) == "unsupported" || kinds.iter().any(|other| *other != kind) {
         return Err(Error::bad_file(
@@ -254,6 +318,8 @@ fn check_tensors(path: &Path, file: &str, config: &MedusaConfig, vllm: bool) -> 
     match base.as_ref().map(|base| (base, base.join("config.json"))) {
         Some((_, config_path)) if config_path.is_file() => {
             let target = LlamaConfig::read(&config_path)?;
+            // With a map, the heads' vocabulary is the one that the map leads to.
+            let vocabulary = map.map(VocabMap::target_size).or(vocabulary);
             let pairs = [("hidden size", hidden, target.hidden_size), ("vocabulary", vocabulary, target.vocab_size)];
             if let Some((what, got, want)) = pairs.iter().find(|(_, got, want)| got.is_some_and(|got| got != *want)) {
                 let problem = format!("{what}: the target has {want}, the heads have {}", got.unwrap_or_default());
@@ -269,7 +335,7 @@ fn check_tensors(path: &Path, file: &str, config: &MedusaConfig, vllm: bool) -> 
         "head k predicts token t + 2 + k from the target's normed hidden state of token t".to_owned(),
     ];
     let parameters = expected.iter().map(|(_, shape)| shape.iter().product::<i64>() as u64).sum();
-    let (tensors, dtype) = (expected.len(), dtype(kind).to_owned());
+    let (tensors, dtype) = (expected.len() + usize::from(map.is_some()), dtype(kind).to_owned());
     Ok(ExportReport { path: path.to_path_buf(), format: String::new(), tensors, parameters, dtype, resolved, warnings })
 }
 
@@ -304,5 +370,9 @@ pub fn read(path: &Path) -> Result<Heads> {
         }
     }
     let hidden_size = tensors[0].1.size()[0];
-    Ok(Heads { config, hidden_size, tensors })
+    let vocabulary = match vllm {
+        true => token_map(path, &weights, count(path, &value, "vocab_size")? as i64)?,
+        false => None,
+    };
+    Ok(Heads { config, hidden_size, tensors, vocabulary })
 }
