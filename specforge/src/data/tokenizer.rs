@@ -155,11 +155,6 @@ impl ChatTokenizer {
         Ok(template.prepare(messages, tools))
     }
 
-    /// Whether conversations can be rendered.
-    pub fn has_chat_template(&self) -> bool {
-        self.template.is_some()
-    }
-
     /// Tokens that end a sequence: those of generation_config.json, config.json and tokenizer_config.json.
     pub fn eos_token_ids(&self) -> &[u32] {
         &self.eos_ids
@@ -222,6 +217,6 @@ fn token_ids(config: &Map<String, Value>, key: &str) -> Vec<u32> {
 }
 
 /// Bytes as lower-case hexadecimal digits.
-pub(super) fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
