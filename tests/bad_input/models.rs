@@ -237,6 +237,17 @@ fn models() {
             expected: &["{}/model/tokenizer.json: is not a tokenizer this program can read"],
         },
         Case {
+            name: "a tokenizer that contradicts itself",
+            spoil: |workspace| {
+                edit_json(&workspace.path("model/tokenizer.json"), |tokenizer| {
+                    tokenizer["model"]["continuing_subword_prefix"] = json!("longer than any token");
+                });
+                train(workspace)
+            },
+            exit_code: 2,
+            expected: &["{}/model/tokenizer.json: is not a tokenizer this program can read"],
+        },
+        Case {
             name: "no chat template",
             spoil: |workspace| {
                 edit_json(&workspace.path("model/tokenizer_config.json"), |config| {

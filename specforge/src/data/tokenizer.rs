@@ -4,6 +4,7 @@
 //! author of a preformatted file wrote them there.
 
 use std::collections::HashSet;
+use std::panic;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
@@ -46,8 +47,9 @@ impl ChatTokenizer {
                 .with_hint("name a Hugging Face folder with tokenizer.json; slow tokenizers must be converted first"));
         }
         let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
-        let mut tokenizer = Tokenizer::from_bytes(&bytes)
-            .map_err(|error| Error::bad_file(&path, format!("is not a tokenizer this program can read: {error}")))?;
+        let mut tokenizer = parse(&bytes).map_err(|problem| {
+            Error::bad_file(&path, format!("is not a tokenizer this program can read: {problem}"))
+        })?;
         // Texts are whole already, and the byte-level post-processor would cut white space off the offsets.
         tokenizer.with_post_processor(None::<PostProcessorWrapper>);
         tokenizer.with_padding(None);
@@ -178,6 +180,14 @@ impl ChatTokenizer {
     /// The model folder.
     pub fn folder(&self) -> &Path {
         &self.folder
+    }
+}
+
+/// Reads tokenizer.json. The library panics over some files that contradict themselves.
+fn parse(bytes: &[u8]) -> Result<Tokenizer, String> {
+    match panic::catch_unwind(|| Tokenizer::from_bytes(bytes)) {
+        Ok(read) => read.map_err(|error| error.to_string()),
+        Err(_) => Err("its vocabulary, merges and prefixes do not fit each other".to_owned()),
     }
 }
 
