@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 use specforge::config::RunConfig;
+use specforge::plan::Plan;
 
 /// Keys that a default configuration leaves out because nothing is set.
 const UNSET: [&str; 4] =
@@ -49,4 +50,22 @@ fn every_recipe_is_valid_and_can_be_planned() {
         recipes += 1;
     }
     assert!(recipes >= 3);
+}
+
+/// The largest sizes that pass the checks are planned without an overflow anywhere.
+#[test]
+fn the_largest_model_that_is_accepted_can_be_planned() {
+    let value = json!({
+        "target": {"path": "/nowhere", "keep_hidden_states": true, "config": {
+            "hidden_size": 1 << 20, "intermediate_size": 1 << 22, "num_hidden_layers": 10_000,
+            "num_attention_heads": 8192, "head_dim": 512, "vocab_size": i32::MAX,
+            "max_position_embeddings": i64::MAX,
+        }},
+        "draft": {"algorithm": "medusa", "num_heads": 32, "num_layers": 32},
+        "data": {"train": [concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")]},
+        "train": {"batch_tokens": i32::MAX, "micro_batch_tokens": i32::MAX, "chunk_mib": i32::MAX, "epochs": u64::MAX},
+        "checkpoint": {"keep_last": u64::MAX},
+    });
+    let plan = Plan::new(&RunConfig::from_value(&value).unwrap()).unwrap();
+    assert!(plan.memory.total > 1 << 60 && plan.steps == Some(u64::MAX), "{plan:?}");
 }

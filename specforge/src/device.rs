@@ -174,6 +174,14 @@ pub fn libtorch_folder() -> Option<PathBuf> {
     Path::new(path).parent().map(Path::to_path_buf)
 }
 
+/// What [`choose`] calls a device: `cpu` or `cuda:N`.
+pub fn name(device: Device) -> String {
+    match device {
+        Device::Cuda(number) => format!("cuda:{number}"),
+        _ => "cpu".to_owned(),
+    }
+}
+
 /// Turns `auto`, `cpu`, `cuda` or `cuda:N` into a device. `auto` is CUDA when usable, else the CPU.
 pub fn choose(name: &str) -> Result<Device> {
     let number = match name {
@@ -227,6 +235,7 @@ mod tests {
     #[test]
     fn device_names() {
         assert_eq!(choose("cpu").unwrap(), Device::Cpu);
+        assert_eq!((name(Device::Cpu), name(Device::Cuda(3))), ("cpu".to_owned(), "cuda:3".to_owned()));
         for name in ["gpu", "cuda:x", "cuda:99", ""] {
             let error = choose(name).unwrap_err();
             assert!(error.to_string().starts_with("--device"), "{error}");

@@ -7,14 +7,15 @@ use std::backtrace::Backtrace;
 use std::env;
 use std::panic::{self, PanicHookInfo};
 use std::process::ExitCode;
-use std::sync::OnceLock;
+use std::sync::{Mutex, PoisonError};
 
 use clap::Parser;
 use specforge::cli::Cli;
 use specforge::error::Error;
 
-/// Where the first panic happened, as FILE:LINE. The panic itself, which may cross threads, does not carry it.
-static PANICKED_AT: OnceLock<String> = OnceLock::new();
+/// Where the latest panic happened, as FILE:LINE. The panic itself, which may cross threads, does not carry it. Some are
+/// caught and no mistake, so the first need not be the one that ends the program.
+static PANICKED_AT: Mutex<String> = Mutex::new(String::new());
 
 fn main() -> ExitCode {
     let with_backtrace = take_backtrace_wish();
@@ -22,8 +23,7 @@ fn main() -> ExitCode {
     // libtorch's operators panic where they fail (out of memory, say): such a panic is reported like any other error.
     panic::set_hook(Box::new(move |info| note_panic(info, with_backtrace)));
     let outcome = panic::catch_unwind(|| cli.run()).unwrap_or_else(|payload| {
-        let location = PANICKED_AT.get().map_or("an unknown place", String::as_str);
-        Err(from_panic(payload.as_ref(), location))
+        Err(from_panic(payload.as_ref(), &PANICKED_AT.lock().unwrap_or_else(PoisonError::into_inner)))
     });
     let Err(error) = outcome else {
         return ExitCode::SUCCESS;
@@ -48,7 +48,8 @@ fn take_backtrace_wish() -> bool {
 /// Says nothing yet, unless a backtrace was asked for and there is memory to make one.
 fn note_panic(info: &PanicHookInfo<'_>, with_backtrace: bool) {
     if let Some(location) = info.location() {
-        let _ = PANICKED_AT.set(format!("{}:{}", location.file(), location.line()));
+        let place = format!("{}:{}", location.file(), location.line());
+        *PANICKED_AT.lock().unwrap_or_else(PoisonError::into_inner) = place;
     }
     let out_of_memory = libtorch_message(text_of(info.payload())).is_some_and(|text| Error::Torch(text).is_memory());
     if with_backtrace && !out_of_memory {

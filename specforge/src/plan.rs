@@ -101,7 +101,7 @@ impl Plan {
             total: weights + optimizer + size.trainable * 4 + hidden_states + activations,
         };
         let checkpoint_bytes = size.trainable * width + optimizer;
-        let kept = (config.checkpoint.keep_last + 2) as u64;
+        let kept = (config.checkpoint.keep_last as u64).saturating_add(2);
         // The embedding is a look-up; the target's head is not run for training.
         let embedding = (target.vocab_size * target.hidden_size) as u64;
         let heads = if target.tie_word_embeddings { 1 } else { 2 };
@@ -116,7 +116,7 @@ impl Plan {
             data,
             steps,
             checkpoint_bytes,
-            disk_bytes: checkpoint_bytes * kept,
+            disk_bytes: checkpoint_bytes.saturating_mul(kept),
             operations_per_token,
         })
     }

@@ -88,6 +88,15 @@ fn models() {
             expected: &["{}/model/config.json", "`num_attention_heads`", "hidden_size", "32", "6"],
         },
         Case {
+            name: "a model whose parameters cannot be counted",
+            spoil: |workspace| {
+                edit_json(&workspace.path("model/config.json"), |config| config["hidden_size"] = json!(2147483647));
+                workspace.train_command("run", &["--plan"])
+            },
+            exit_code: 2,
+            expected: &["{}/model/config.json", "`hidden_size`: expected a number from 1 to 1048576, got 2147483647"],
+        },
+        Case {
             name: "groups that do not divide the heads",
             spoil: |workspace| {
                 edit_json(&workspace.path("model/config.json"), |config| config["num_key_value_heads"] = json!(3));
@@ -222,6 +231,17 @@ fn models() {
             name: "a broken tokenizer",
             spoil: |workspace| {
                 truncate(&workspace.path("model/tokenizer.json"), 300);
+                train(workspace)
+            },
+            exit_code: 2,
+            expected: &["{}/model/tokenizer.json: is not a tokenizer this program can read"],
+        },
+        Case {
+            name: "a tokenizer that contradicts itself",
+            spoil: |workspace| {
+                edit_json(&workspace.path("model/tokenizer.json"), |tokenizer| {
+                    tokenizer["model"]["continuing_subword_prefix"] = json!("longer than any token");
+                });
                 train(workspace)
             },
             exit_code: 2,

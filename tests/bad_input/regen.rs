@@ -44,6 +44,15 @@ fn regenerations() {
             expected: &["{}/answers.jsonl: is there already", "hint: choose another --out"],
         },
         Case {
+            name: "answers into a folder",
+            spoil: |workspace| {
+                fs::create_dir(workspace.path("answers.jsonl")).unwrap();
+                regen(workspace, &[])
+            },
+            exit_code: 2,
+            expected: &["{}/answers.jsonl: expected a file to write to, found a folder", "hint: choose another --out"],
+        },
+        Case {
             name: "no rows at once",
             spoil: |workspace| regen(workspace, &["--max-rows", "0"]),
             exit_code: 2,

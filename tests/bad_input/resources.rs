@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::train;
 use super::train::resume;
-use crate::fixture::{Workspace, contents, json_of, litter, output_of, stderr_of};
+use crate::fixture::{Workspace, contents, json_of, litter, output_of, specforge, stderr_of};
 
 /// A command under a limit that bash's `ulimit` sets, in the same environment. One that hangs is killed.
 fn limited(limit: &str, inner: &Command) -> Command {
@@ -84,6 +84,17 @@ fn a_file_system_without_room() {
     assert!(message.contains("hint: free some space or choose another folder"), "{message}");
     assert!(!has_checkpoint);
     assert_eq!(left, Vec::<std::path::PathBuf>::new());
+}
+
+/// A result that nobody can read is no success.
+#[test]
+fn results_that_cannot_be_printed() {
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let output = output_of(specforge(&["doctor"]).stdout(full));
+    assert_eq!(output.status.code(), Some(1), "{}", stderr_of(&output));
+    let want = "error: cannot write standard output: No space left on device (os error 28)\n\
+                hint: free some space or choose another folder\n";
+    assert_eq!(stderr_of(&output), want);
 }
 
 /// libtorch's own refusals, here of memory, are one line of ours. A backtrace would take memory that is not there.

@@ -166,6 +166,18 @@ fn configurations() {
             expected: &["`train.micro_batch_tokens`: expected at most batch_tokens (64), got 128"],
         },
         Case {
+            name: "more tokens than can be counted",
+            spoil: |workspace| train_with(workspace, "train.batch_tokens=9223372036854775807"),
+            exit_code: 2,
+            expected: &["`train.batch_tokens`: expected at most 2147483647, got 9223372036854775807"],
+        },
+        Case {
+            name: "chunks larger than any memory",
+            spoil: |workspace| train_with(workspace, "train.chunk_mib=17592186044416"),
+            exit_code: 2,
+            expected: &["`train.chunk_mib`: expected at most 2147483647, got 17592186044416"],
+        },
+        Case {
             name: "no step between log lines",
             spoil: |workspace| train_with(workspace, "train.log_every=0"),
             exit_code: 2,

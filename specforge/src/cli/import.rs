@@ -25,9 +25,11 @@ pub(super) struct ImportArgs {
 }
 
 pub(super) fn run(args: &ImportArgs, output: &Output) -> Result<()> {
-    let progress = LazyProgress::new("import", "tensors");
+    let progress = LazyProgress::new("import", "MiB");
     let options = ImportOptions { dtype: args.dtype, overwrite: args.overwrite };
-    let report = gguf::import(&args.source, &args.out, &options, &|done, total| progress.set(done, total))?;
+    let report = gguf::import(&args.source, &args.out, &options, &|done, total| {
+        progress.set(done >> 20, total >> 20);
+    })?;
     progress.finish("");
     let configuration = json!({"source": args.source, "dtype": args.dtype.to_string()});
     record::write(&args.out.join(record::FILE_NAME), &configuration)?;

@@ -22,7 +22,7 @@ pub(super) struct InspectArgs {
     /// How many documents to print.
     #[arg(long, default_value_t = 3, allow_hyphen_values = true, value_parser = numbers::at_least(0usize))]
     show: usize,
-    /// Print the document of this id instead.
+    /// Print the document of this id instead, or the turns of the conversation of this id.
     #[arg(long)]
     id: Option<String>,
     /// Longest document, in tokens.
@@ -61,10 +61,12 @@ pub(super) fn run(args: &InspectArgs, output: &Output) -> Result<()> {
     let progress = LazyProgress::new("tokenise", "conversations");
     let (cache, build) =
         TokenCache::build_or_open(&args.data, &tokenizer, &config, &|done, total| progress.set(done, total))?;
+    progress.finish("done");
+    build.note.iter().for_each(|line| note(format!("warning: {line}")));
     build.rejected.iter().for_each(|line| note(format!("warning: skipped {line}")));
     let chosen: Vec<usize> = match &args.id {
         Some(id) => {
-            let found: Vec<usize> = (0..cache.len()).filter(|&index| cache.document(index).id == id).collect();
+            let found = cache.find(id);
             if found.is_empty() {
                 return Err(Error::Usage(format!("--id: no document has the id `{id}`")));
             }

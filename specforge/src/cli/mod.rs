@@ -1,12 +1,12 @@
 //! The command line: one file a subcommand, no logic. Results go to stdout, progress and logs to stderr.
 
-use std::cell::OnceCell;
-use std::io::Write;
+use std::cell::{Cell, OnceCell};
+use std::io::{ErrorKind, Write};
 
 use clap::{Parser, Subcommand};
 use serde::Serialize;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::progress::Progress;
 
 mod bench;
@@ -61,7 +61,7 @@ enum Command {
 impl Cli {
     /// Runs the subcommand.
     pub fn run(self) -> Result<()> {
-        let output = Output { json: self.json };
+        let output = Output { json: self.json, failure: Cell::new(None) };
         match self.command {
             Command::Train(args) => train::run(&args, &output),
             Command::Regen(args) => regen::run(&args, &output),
@@ -73,6 +73,10 @@ impl Cli {
             Command::BenchTrain(args) => bench_train::run(&args, &output),
             Command::Doctor => doctor::run(&output),
             Command::GpuCheck(args) => gpu_check::run(&args, &output),
+        }?;
+        match output.failure.take() {
+            Some(error) => Err(Error::io("write", "standard output")(error)),
+            None => Ok(()),
         }
     }
 }
@@ -80,6 +84,8 @@ impl Cli {
 /// Where results go.
 struct Output {
     json: bool,
+    /// Why a result could not be printed.
+    failure: Cell<Option<std::io::Error>>,
 }
 
 impl Output {
@@ -89,7 +95,9 @@ impl Output {
             true => serde_json::to_string_pretty(value).unwrap_or_else(|error| format!("{{\"error\": \"{error}\"}}")),
             false => text(),
         };
-        let _ = writeln!(std::io::stdout(), "{}", text.trim_end());
+        let mut stdout = std::io::stdout();
+        let written = writeln!(stdout, "{}", text.trim_end()).and_then(|()| stdout.flush());
+        self.failure.set(written.err().filter(|error| error.kind() != ErrorKind::BrokenPipe));
     }
 }
 

@@ -6,7 +6,6 @@ use std::rc::Rc;
 
 use clap::Args;
 use serde_json::json;
-use tch::Device;
 
 use super::{LazyProgress, Output, note, record, signals};
 use crate::checkpoint::{self, CheckpointStore, Versions};
@@ -110,7 +109,7 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
 
     // Target and draft.
     let kind = config.target.dtype.kind();
-    note(format!("loading {} on {}", config.target.path.display(), name_of(device)));
+    note(format!("loading {} on {}", config.target.path.display(), device::name(device)));
     let target: Rc<dyn models::TargetModel> = models::load_target(&config.target.path, kind, device)?.into();
     let dimensions = target.dimensions();
     fits_vocabulary(&tokenizer, dimensions.vocab_size, &config.target.path)?;
@@ -224,6 +223,7 @@ pub(super) fn tokens(config: &RunConfig, files: &[PathBuf], tokenizer: &ChatToke
     let report = |done, total| progress.set(done, total);
     let (cache, report) = TokenCache::build_or_open(files, tokenizer, &config.data, &report)?;
     progress.finish(&data_line(&cache, &report));
+    report.note.iter().for_each(|line| note(format!("warning: {line}")));
     report.rejected.iter().for_each(|line| note(format!("warning: skipped {line}")));
     Ok(cache)
 }
@@ -252,13 +252,6 @@ fn data_line(cache: &TokenCache, report: &BuildReport) -> String {
         report.without_supervision,
         if report.from_cache { " (from the cache)" } else { "" }
     )
-}
-
-fn name_of(device: Device) -> String {
-    match device {
-        Device::Cuda(number) => format!("cuda:{number}"),
-        _ => "cpu".to_owned(),
-    }
 }
 
 fn text(report: &TrainReport) -> String {

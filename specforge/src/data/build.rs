@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::cache::{CacheWriter, TokenCache, VERSION};
-use super::conversation::{Rejections, Sample, parse_sample, record_name};
+use super::conversation::{self, Rejections, Sample, parse_sample, record_name};
 use super::loss_mask::{Method, Rendered, Span, SpanEnd, render_supervised, token_mask};
 use super::reader::{Record, SourceFile};
 use super::tokenizer::{ChatTokenizer, hex};
@@ -127,20 +127,9 @@ fn cache_key(sources: &[SourceFile], tokenizer: &ChatTokenizer, config: &DataCon
 
 /// The share of a report that was made under another limit.
 fn check_share(report: &BuildReport, paths: &[PathBuf], config: &DataConfig) -> Result<()> {
-    let share = report.rejected_count as f64 / report.conversations.max(1) as f64;
-    if share <= config.max_bad_share {
-        return Ok(());
-    }
-    let BuildReport { conversations, rejected_count, .. } = report;
-    let shown: String = report.rejected.iter().take(5).map(|reason| format!("\n  {reason}")).collect();
-    let problem = format!(
-        "{rejected_count} of {conversations} records ({:.1} %) cannot be used, more than data.max_bad_share = {} \
-         allows:{shown}",
-        100.0 * share,
-        config.max_bad_share,
-    );
     let path = paths.first().map_or(Path::new(""), PathBuf::as_path);
-    Err(Error::bad_file(path, problem).with_hint("correct these records, or raise data.max_bad_share"))
+    let counts = (report.rejected_count, report.conversations);
+    conversation::check_share(path, counts, report.rejected.iter().cloned(), config.max_bad_share)
 }
 
 fn tokenise(

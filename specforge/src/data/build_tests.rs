@@ -160,7 +160,7 @@ fn build_then_open_then_rebuild_what_is_damaged() {
         (cache.document(2999).id, trained_text(&workshop, &cache, 2999)),
         ("c2999", "answer 2999<|im_end|>".to_owned())
     );
-    assert_eq!((cache.find("c17"), cache.find("c")), (Some(17), None));
+    assert_eq!((cache.find("c17"), cache.find("c")), (vec![17], vec![]));
     let statistics = Statistics::of(&cache, 0..cache.len());
     assert_eq!((statistics.tokens, statistics.supervised), (cache.total_tokens(), cache.supervised_tokens()));
     assert!(statistics.to_string().contains("3000 documents"), "{statistics}");
@@ -333,7 +333,7 @@ fn turns_of_one_conversation_stay_on_one_side_and_batches_keep_boundaries() {
     let paths = [workshop.write("a.json", &json!({"id": "x", "conversations": turns}).to_string())];
     let (cache, report) = workshop.build(&paths).unwrap();
     assert_eq!((cache.len(), report.fanned_out, report.conversations), (2, 1, 1));
-    assert_eq!((cache.document(0).id, cache.document(1).id, cache.find("x")), ("x#1", "x#2", Some(0)));
+    assert_eq!((cache.document(0).id, cache.document(1).id, cache.find("x")), ("x#1", "x#2", vec![0, 1]));
     assert_eq!(cache.conversation_key(0), cache.conversation_key(1));
     let lengths = [cache.length(1), cache.length(0)];
     let batches = pack(&lengths, &[1, 0], 100).unwrap();

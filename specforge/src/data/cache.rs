@@ -108,11 +108,14 @@ impl TokenCache {
         self.entry(index).conversation
     }
 
-    /// The first document of this name, or the first of this conversation's turns.
-    pub fn find(&self, id: &str) -> Option<usize> {
+    /// All documents of this name, or all turns of the conversation of this name.
+    pub fn find(&self, id: &str) -> Vec<usize> {
         let is_turn = |name: &str| name.strip_prefix(id).is_some_and(|rest| rest.starts_with('#'));
-        let position = |wanted: &dyn Fn(&str) -> bool| (0..self.len()).find(|&index| wanted(self.document(index).id));
-        position(&|name| name == id).or_else(|| position(&is_turn))
+        let all = |wanted: &dyn Fn(&str) -> bool| {
+            (0..self.len()).filter(|&index| wanted(self.document(index).id)).collect::<Vec<_>>()
+        };
+        let named = all(&|name| name == id);
+        if named.is_empty() { all(&is_turn) } else { named }
     }
 
     /// SHA-256 of all documents with names and masks, as hexadecimal digits.

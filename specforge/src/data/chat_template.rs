@@ -230,6 +230,8 @@ fn environment() -> Result<Environment<'static>> {
     environment.set_unknown_method_callback(python::unknown_method);
     environment.add_filter("tojson", python::tojson);
     environment.add_filter("trim", python::trim);
+    environment.add_filter(python::PLAIN_INDENT, minijinja::filters::indent);
+    environment.add_filter("indent", python::indent);
     environment.add_filter("string", |value: &Value| python::text_of(value));
     environment.add_function("raise_exception", |message: &Value| -> Result<Value, minijinja::Error> {
         Err(minijinja::Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{message}")))
@@ -254,7 +256,8 @@ fn rewrite_generation_blocks(template: &str, filter: &str) -> (String, usize) {
     while let Some(start) = rest.find("{%") {
         out.push_str(&rest[..start]);
         rest = &rest[start..];
-        let Some(end) = rest.find("%}").map(|end| end + 2) else { break };
+        // Behind the opening: the two may not share their percent sign.
+        let Some(end) = rest[2..].find("%}").map(|end| end + 4) else { break };
         let tag = &rest[..end];
         let inner = &tag[2..end - 2];
         let before =
@@ -376,7 +379,22 @@ pub(super) mod tests {
             rewrite_generation_blocks("{{ '{%' }}{%+ generation -%}x{%endgeneration%}{% set a = 1 %}", "f");
         assert_eq!(text, "{{ '{%' }}{%+ filter f -%}x{% endfilter %}{% set a = 1 %}");
         assert_eq!(blocks, 1);
-        assert_eq!(rewrite_generation_blocks("{% unclosed", "f").0, "{% unclosed");
+        for text in ["{% unclosed", "{%}", "{%-}", "{%%}", "{%-%}", "{{ x }}{%"] {
+            assert_eq!(rewrite_generation_blocks(text, "f"), (text.to_owned(), 0));
+        }
+    }
+
+    #[test]
+    fn an_indent_takes_no_memory_that_nobody_can_mean() {
+        let render = |text: &str| template(text).prepare(&[], None).render(0, false);
+        assert_eq!(
+            render("{{ 'a\nb' | indent(2) }} {{ 'a\nb' | indent(width=1, first=true) }}").unwrap(),
+            "a\n  b  a\n b"
+        );
+        for text in ["{{ 'a' | indent(99999999999999) }}", "{{ 'a' | indent(width=99999999999999) }}"] {
+            let message = render(text).unwrap_err().to_string();
+            assert!(message.contains("indent: a width of 99999999999999 is not supported"), "{message}");
+        }
     }
 
     #[test]

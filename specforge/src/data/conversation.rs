@@ -4,13 +4,12 @@
 //! carries (`reasoning_content`, `tool_calls`, `name`) is handed to the template as it is, except that tool arguments
 //! written as a string of JSON become the object they spell, as serving engines do before they render.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::Serialize;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use super::reader::SourceFile;
 use crate::error::{Error, Result};
 
 /// One message, as the chat template sees it.
@@ -116,47 +115,35 @@ impl Rejections {
 
     /// An error that shows the first few, when there are more than the configured share.
     pub fn check(&self, max_bad_share: f64) -> Result<()> {
-        let count = self.errors.len();
-        let share = count as f64 / self.total.max(1) as f64;
         let Some(Error::BadLine { path, .. }) = self.errors.first() else {
             return Ok(());
         };
-        if share <= max_bad_share {
-            return Ok(());
-        }
-        let mut problem = format!(
-            "{count} of {} records ({:.1} %) cannot be used, more than data.max_bad_share = {max_bad_share} allows:",
-            self.total,
-            share * 100.0,
-        );
-        for error in self.errors.iter().take(REJECTIONS_SHOWN) {
-            problem.push_str(&format!("\n  {error}"));
-        }
-        if count > REJECTIONS_SHOWN {
-            problem.push_str(&format!("\n  and {} more", count - REJECTIONS_SHOWN));
-        }
-        Err(Error::bad_file(path, problem).with_hint("correct these records, or raise data.max_bad_share"))
+        let reasons = self.errors.iter().map(Error::to_string);
+        check_share(path, (self.errors.len(), self.total), reasons, max_bad_share)
     }
 }
 
-/// Reads the conversations of files as they are, for prompts and for looking at data. Records that are no conversation
-/// are rejections too.
-pub fn read_conversations(paths: &[PathBuf], max_bad_share: f64) -> Result<(Vec<Conversation>, Rejections)> {
-    let mut conversations = Vec::new();
-    let mut rejections = Rejections::default();
-    for path in paths {
-        let file = SourceFile::open(path)?;
-        rejections.total += file.records().len();
-        for record in file.records() {
-            match parse_sample(file.record(record), || record_name(path, record.line)) {
-                Ok(Sample::Conversation(conversation)) => conversations.push(conversation),
-                Ok(_) => rejections.push(path, record.line, "expected a conversation, got text".to_owned()),
-                Err(problem) => rejections.push(path, record.line, problem),
-            }
-        }
+/// Refuses more unusable records than the configured share. `counts` are theirs and that of all records; `reasons` are
+/// those of the first.
+pub(super) fn check_share(
+    path: &Path,
+    (count, total): (usize, usize),
+    reasons: impl Iterator<Item = String>,
+    max_bad_share: f64,
+) -> Result<()> {
+    let share = count as f64 / total.max(1) as f64;
+    if share <= max_bad_share {
+        return Ok(());
     }
-    rejections.check(max_bad_share)?;
-    Ok((conversations, rejections))
+    let mut problem = format!(
+        "{count} of {total} records ({:.1} %) cannot be used, more than data.max_bad_share = {max_bad_share} allows:",
+        share * 100.0,
+    );
+    reasons.take(REJECTIONS_SHOWN).for_each(|reason| problem.push_str(&format!("\n  {reason}")));
+    if count > REJECTIONS_SHOWN {
+        problem.push_str(&format!("\n  and {} more", count - REJECTIONS_SHOWN));
+    }
+    Err(Error::bad_file(path, problem).with_hint("correct these records, or raise data.max_bad_share"))
 }
 
 /// Name of a record that has none of its own.
@@ -431,16 +418,16 @@ mod tests {
 
     #[test]
     fn rejections_name_file_line_and_share() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("prompts.jsonl");
-        std::fs::write(&path, "{\"turns\": [\"a\"]}\n\nbroken\n{\"text\": \"x\"}\n{\"turns\": [\"b\"]}\n").unwrap();
-        let (conversations, rejections) = read_conversations(std::slice::from_ref(&path), 0.5).unwrap();
-        assert_eq!((conversations.len(), rejections.errors.len(), rejections.total), (2, 2, 4));
-        assert_eq!(conversations[1].id, "prompts.jsonl:5");
-        let error = read_conversations(&[path], 0.4).unwrap_err();
+        let mut rejections = Rejections { total: 14, ..Rejections::default() };
+        for line in 3..10 {
+            rejections.push(Path::new("data/prompts.jsonl"), line, "is not JSON".to_owned());
+        }
+        rejections.check(0.5).unwrap();
+        let error = rejections.check(0.4).unwrap_err();
         let message = error.to_string();
-        assert!(message.contains("2 of 4 records (50.0 %)"), "{message}");
+        assert!(message.contains("7 of 14 records (50.0 %)"), "{message}");
         assert!(message.contains("prompts.jsonl:3: is not JSON"), "{message}");
+        assert!(message.contains("prompts.jsonl:7:") && message.ends_with("and 2 more"), "{message}");
         assert_eq!(error.exit_code(), 2);
     }
 }

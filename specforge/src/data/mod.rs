@@ -28,7 +28,7 @@ pub mod tokenizer;
 
 pub use build::BuildReport;
 pub use cache::{Document, TokenCache, split};
-pub use conversation::{Conversation, Message, Rejections, Sample, read_conversations};
+pub use conversation::{Conversation, Message, Rejections, Sample};
 pub use counts::supervised_counts;
 pub use pack::{PackedBatch, assemble, pack};
 pub use stats::{Statistics, document_runs, document_text, mask_runs};

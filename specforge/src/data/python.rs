@@ -2,7 +2,7 @@
 //!
 //! Templates are written against Jinja2 and print values its way; one character of difference is another prompt.
 
-use minijinja::value::{Kwargs, ValueKind};
+use minijinja::value::{Kwargs, Rest, ValueKind, ValueOrKwargs, from_args};
 use minijinja::{Error, ErrorKind, State, Value};
 
 /// The `tojson` filter of transformers: `json.dumps(value, ensure_ascii=False, indent=None, separators=None,
@@ -16,7 +16,7 @@ pub(super) fn tojson(value: &Value, ensure_ascii: Option<bool>, kwargs: Kwargs) 
         None => None,
         Some(indent) => Some(match (indent.as_str(), indent.as_usize()) {
             (Some(text), _) => text.to_owned(),
-            (None, Some(width)) if width <= 64 => " ".repeat(width),
+            (None, Some(width)) if width <= WIDEST_INDENT => " ".repeat(width),
             _ => return Err(invalid(format!("tojson: indent = {indent} is not supported"))),
         }),
     };
@@ -38,6 +38,24 @@ pub(super) fn tojson(value: &Value, ensure_ascii: Option<bool>, kwargs: Kwargs) 
     let mut out = String::new();
     style.write(&value, 0, &mut out);
     Ok(Value::from(out))
+}
+
+/// Spaces that a template may indent by. Without a limit, one number in a template takes all memory.
+const WIDEST_INDENT: usize = 64;
+
+/// Name under which minijinja's own `indent` filter is kept.
+pub(super) const PLAIN_INDENT: &str = "__indent";
+
+/// The `indent` filter, for widths that can be meant.
+pub(super) fn indent(state: &mut State, args: Rest<ValueOrKwargs>) -> Result<Value, Error> {
+    let args = args.into_values();
+    let (positional, kwargs): (&[Value], Kwargs) = from_args(&args)?;
+    let width = positional.get(1).cloned().or(kwargs.get::<Option<Value>>("width")?);
+    if let Some(width) = width.filter(|width| width.as_usize().is_some_and(|width| width > WIDEST_INDENT)) {
+        let text = format!("indent: a width of {width} is not supported");
+        return Err(Error::new(ErrorKind::InvalidOperation, text));
+    }
+    state.apply_filter(PLAIN_INDENT, &args)
 }
 
 struct JsonStyle {

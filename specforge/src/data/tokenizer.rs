@@ -4,6 +4,7 @@
 //! author of a preformatted file wrote them there.
 
 use std::collections::{BTreeSet, HashSet};
+use std::panic;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
@@ -46,8 +47,9 @@ impl ChatTokenizer {
                 .with_hint("name a Hugging Face folder with tokenizer.json; slow tokenizers must be converted first"));
         }
         let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
-        let mut tokenizer = Tokenizer::from_bytes(&bytes)
-            .map_err(|error| Error::bad_file(&path, format!("is not a tokenizer this program can read: {error}")))?;
+        let mut tokenizer = parse(&bytes).map_err(|problem| {
+            Error::bad_file(&path, format!("is not a tokenizer this program can read: {problem}"))
+        })?;
         // Texts are whole already, and the byte-level post-processor would cut white space off the offsets.
         tokenizer.with_post_processor(None::<PostProcessorWrapper>);
         tokenizer.with_padding(None);
@@ -155,11 +157,6 @@ impl ChatTokenizer {
         Ok(template.prepare(messages, tools))
     }
 
-    /// Whether conversations can be rendered.
-    pub fn has_chat_template(&self) -> bool {
-        self.template.is_some()
-    }
-
     /// Tokens that end a sequence: those of generation_config.json, config.json and tokenizer_config.json.
     pub fn eos_token_ids(&self) -> &[u32] {
         &self.eos_ids
@@ -206,6 +203,14 @@ impl ChatTokenizer {
     }
 }
 
+/// Reads tokenizer.json. The library panics over some files that contradict themselves.
+fn parse(bytes: &[u8]) -> Result<Tokenizer, String> {
+    match panic::catch_unwind(|| Tokenizer::from_bytes(bytes)) {
+        Ok(read) => read.map_err(|error| error.to_string()),
+        Err(_) => Err("its vocabulary, merges and prefixes do not fit each other".to_owned()),
+    }
+}
+
 /// An object from a JSON file; empty if the file is not there.
 fn read_object(path: &Path) -> Result<Map<String, Value>> {
     if !path.is_file() {
@@ -242,6 +247,6 @@ fn token_ids(config: &Map<String, Value>, key: &str) -> Vec<u32> {
 }
 
 /// Bytes as lower-case hexadecimal digits.
-pub(super) fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -86,14 +86,15 @@ impl LlamaConfig {
     }
 
     fn check(&self) -> Result<(), String> {
-        // The limits are far beyond any model, and keep products of two sizes within 64 bits.
+        // The limits are far beyond any model, and keep parameters, bytes and operations within 64 bits.
+        const WIDEST: i64 = 1 << 22;
         let sizes = [
-            ("hidden_size", self.hidden_size, i64::from(i32::MAX)),
-            ("intermediate_size", self.intermediate_size, i64::from(i32::MAX)),
+            ("hidden_size", self.hidden_size, WIDEST / 4),
+            ("intermediate_size", self.intermediate_size, WIDEST),
             ("num_hidden_layers", i64::try_from(self.num_hidden_layers).unwrap_or(i64::MAX), 10_000),
             ("num_attention_heads", self.num_attention_heads, 10_000),
             ("num_key_value_heads", self.groups(), 10_000),
-            ("head_dim", self.head_dim(), i64::from(i32::MAX)),
+            ("head_dim", self.head_dim(), WIDEST / self.num_attention_heads.max(1)),
             ("vocab_size", self.vocab_size, i64::from(i32::MAX)),
             ("max_position_embeddings", self.max_position_embeddings, i64::MAX),
         ];

@@ -73,6 +73,15 @@ impl TrainConfig {
         if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(Error::config(format!("train.{key}"), "expected at least 1, got 0"));
         }
+        // Far beyond any machine, and small enough that sizes in bytes stay within 64 bits.
+        for (key, value) in [("batch_tokens", self.batch_tokens), ("chunk_mib", self.chunk_mib)] {
+            if value > i32::MAX as usize {
+                return Err(Error::config(
+                    format!("train.{key}"),
+                    format!("expected at most {}, got {value}", i32::MAX),
+                ));
+            }
+        }
         if self.micro_batch_tokens > self.batch_tokens {
             let problem =
                 format!("expected at most batch_tokens ({}), got {}", self.batch_tokens, self.micro_batch_tokens);

@@ -36,6 +36,10 @@ impl AnswerFile {
     /// Begins a file or goes on with one. With `restart` an older one is moved out of the way first.
     pub(super) fn open(path: &Path, prompts: &Prompts, record: &RunRecord, restart: bool) -> Result<Self> {
         let record_path = beside(path, ".run.json");
+        if path.exists() && !path.is_file() {
+            return Err(Error::bad_file(path, "expected a file to write to, found a folder or a device")
+                .with_hint("choose another --out"));
+        }
         if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
             files::create_dir_all(parent)?;
         }

@@ -165,13 +165,6 @@ pub struct RegenReport {
     pub seconds: f64,
 }
 
-impl RegenReport {
-    /// 0 where every row is answered, 1 where one failed or the run was interrupted.
-    pub fn exit_code(&self) -> u8 {
-        u8::from(self.failed > 0 || self.interrupted)
-    }
-}
-
 /// What regeneration needs of a tokenizer.
 trait Chat {
     /// Token ids of a conversation, up to where the assistant begins to speak.

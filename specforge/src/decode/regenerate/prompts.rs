@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 
 use crate::data::conversation::{Conversation, Message, Sample, parse_sample};
 use crate::data::reader::SourceFile;
+use crate::data::tokenizer::hex;
 use crate::error::{Error, Result};
 
 /// Keys that hold the messages of a row under one of their names. They come back as `messages`.
@@ -133,7 +134,7 @@ impl Prompt {
 
 /// Id of a row that has none: a hash of its line, and a number where the same line was there before.
 fn content_id(bytes: &[u8], unnamed: &mut HashMap<String, usize>) -> String {
-    let id = super::run_record::hex(&Sha256::digest(bytes.trim_ascii())[..8]);
+    let id = hex(&Sha256::digest(bytes.trim_ascii())[..8]);
     let count = unnamed.entry(id.clone()).or_insert(0);
     *count += 1;
     if *count == 1 { id } else { format!("{id}-{count}") }

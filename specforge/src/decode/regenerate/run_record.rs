@@ -9,6 +9,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::RegenOptions;
+use crate::data::tokenizer::hex;
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -131,8 +132,4 @@ fn target_fingerprint(folder: &Path) -> Result<String> {
         }
     }
     Ok(hex(&digest.finalize()[..16]))
-}
-
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -67,10 +67,7 @@ pub fn run(device: Device, quick: bool, say: &dyn Fn(&str)) -> Result<GpuCheck> 
     Ok(GpuCheck {
         date: utc(SystemTime::now()),
         versions: Versions::current(),
-        device: match device {
-            Device::Cuda(index) => format!("cuda:{index}"),
-            _ => "cpu".to_owned(),
-        },
+        device: device::name(device),
         card,
         cuda: match device::cuda() {
             CudaState::Usable(count) => format!("usable, {count} devices"),
