@@ -157,7 +157,7 @@ fn write_vllm(source: &Source, out: &Path) -> Result<()> {
 }
 
 /// Hugging Face's name of an element type.
-fn dtype(kind: Kind) -> &'static str {
+pub(super) fn dtype(kind: Kind) -> &'static str {
     match kind {
         Kind::Float => "float32",
         Kind::BFloat16 => "bfloat16",
@@ -270,7 +270,8 @@ fn check_tensors(path: &Path, file: &str, config: &MedusaConfig, vllm: bool) -> 
     ];
     let parameters = expected.iter().map(|(_, shape)| shape.iter().product::<i64>() as u64).sum();
     let (tensors, dtype) = (expected.len(), dtype(kind).to_owned());
-    Ok(ExportReport { path: path.to_path_buf(), format: String::new(), tensors, parameters, dtype, resolved, warnings })
+    let (path, format, engines) = (path.to_path_buf(), String::new(), Vec::new());
+    Ok(ExportReport { path, format, tensors, parameters, dtype, resolved, engines, warnings })
 }
 
 fn base_model(path: &Path) -> Option<std::path::PathBuf> {
