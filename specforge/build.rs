@@ -19,6 +19,7 @@ fn main() {
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
         .file("csrc/shim.cpp")
+        .file("csrc/autograd.cpp")
         .compile("specforge_shim");
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", library_dir.display());
 }

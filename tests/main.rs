@@ -6,6 +6,7 @@
 mod bad_input;
 mod cli;
 mod configuration;
+mod eagle3;
 mod exports;
 mod fixture;
 mod goldens;

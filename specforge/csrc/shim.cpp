@@ -13,33 +13,14 @@
 #include <torch/headeronly/version.h>
 
 #include <cstdint>
-#include <cstring>
-#include <exception>
 #include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "guarded.h"
+
 namespace {
-
-void write_error(const char *message, char *error, std::size_t error_size) {
-  if (error_size == 0) return;
-  std::strncpy(error, message, error_size - 1);
-  error[error_size - 1] = '\0';
-}
-
-template <typename Body>
-int guarded(Body body, char *error, std::size_t error_size) {
-  try {
-    body();
-    return 0;
-  } catch (const std::exception &exception) {
-    write_error(exception.what(), error, error_size);
-  } catch (...) {
-    write_error("an unknown C++ exception", error, error_size);
-  }
-  return 1;
-}
 
 std::vector<at::Tensor> gather(at::Tensor *const *pointers, std::int64_t count) {
   std::vector<at::Tensor> tensors;

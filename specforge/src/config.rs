@@ -9,6 +9,7 @@ use tch::Kind;
 use crate::checkpoint::RetentionConfig;
 use crate::data::DataConfig;
 use crate::draft;
+use crate::draft::vocabulary::VocabularyKeys;
 use crate::error::{Error, Result};
 use crate::optim::OptimConfig;
 use crate::strict;
@@ -108,6 +109,7 @@ impl RunConfig {
     pub fn from_value(value: &Value) -> Result<Self> {
         let mut config: Self = strict::from_value(value, "")?;
         config.draft = (draft::algorithm(&config.draft)?.resolve)(&config.draft)?;
+        VocabularyKeys::read(&config.draft)?;
         config.train.validate()?;
         config.optim.validate()?;
         Ok(config)

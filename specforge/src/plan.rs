@@ -8,9 +8,9 @@ use serde_json::Value;
 
 use crate::config::{Dtype, RunConfig};
 use crate::data::{self, TokenCache};
-use crate::draft;
+use crate::draft::{self, vocabulary};
 use crate::error::{Error, Result};
-use crate::models::LlamaConfig;
+use crate::models::{Dimensions, LlamaConfig};
 use crate::train::DataOrder;
 
 /// Bytes of a token in English text, for corpora that cannot be tokenised because the tokenizer is not there.
@@ -23,6 +23,10 @@ pub struct Plan {
     pub algorithm: String,
     /// Parameters of the target; frozen.
     pub target_parameters: u64,
+    /// Tokens of the target.
+    pub target_vocabulary: u64,
+    /// Tokens that the draft can name.
+    pub draft_vocabulary: u64,
     /// Parameters that the optimizer changes.
     pub trainable_parameters: u64,
     /// Peak memory by what needs it, in bytes.
@@ -73,9 +77,10 @@ impl Plan {
     /// Plans a run.
     pub fn new(config: &RunConfig) -> Result<Self> {
         let target = target_config(config)?;
-        let dimensions = target.dimensions().map_err(Error::Failed)?;
+        let dimensions = target_dimensions(config)?;
         let algorithm = draft::algorithm(&config.draft)?;
         let size = (algorithm.size)(&config.draft, &dimensions)?;
+        let draft_vocabulary = vocabulary::draft_size(&config.draft, dimensions.vocab_size)? as u64;
         let target_parameters: u64 =
             target.tensors().iter().map(|(_, shape)| shape.iter().product::<i64>() as u64).sum();
         let width = config.target.dtype.kind().elt_size_in_bytes() as u64;
@@ -85,10 +90,10 @@ impl Plan {
         let activations = activations(config, &target, size.captured, width);
         let kept_tokens = data.tokens.filter(|_| config.target.keep_hidden_states).unwrap_or(0);
         let hidden_states = kept_tokens * size.captured * target.hidden_size as u64 * width;
-        let weights = (target_parameters + size.trainable) * width;
+        let weights = (target_parameters + size.trainable + size.frozen) * width;
         let memory = Memory {
             target: target_parameters * width,
-            draft: size.trainable * width,
+            draft: (size.trainable + size.frozen) * width,
             optimizer,
             gradients: size.trainable * 4,
             hidden_states,
@@ -104,6 +109,8 @@ impl Plan {
         Ok(Self {
             algorithm: algorithm.name.to_owned(),
             target_parameters,
+            target_vocabulary: dimensions.vocab_size as u64,
+            draft_vocabulary,
             trainable_parameters: size.trainable,
             memory,
             data,
@@ -122,8 +129,13 @@ fn activations(config: &RunConfig, target: &LlamaConfig, captured: u64, width: u
     tokens * (per_token + captured * target.hidden_size as u64) * width + 3 * ((config.train.chunk_mib as u64) << 20)
 }
 
+/// Sizes of the target, from its folder or from the configuration. No weight is read.
+pub fn target_dimensions(config: &RunConfig) -> Result<Dimensions> {
+    target_config(config)?.dimensions().map_err(Error::Failed)
+}
+
 /// The folder's config.json, or the one written into the configuration.
-fn target_config(config: &RunConfig) -> Result<LlamaConfig> {
+pub fn target_config(config: &RunConfig) -> Result<LlamaConfig> {
     let path = config.target.path.join("config.json");
     if path.is_file() {
         return LlamaConfig::read(&path);
@@ -173,10 +185,15 @@ impl fmt::Display for Plan {
             };
             format!("{tokens} an epoch ({how})")
         });
+        let vocabulary = match self.draft_vocabulary == self.target_vocabulary {
+            true => format!("{} tokens, all of the target's", self.target_vocabulary),
+            false => format!("{} of the target's {} tokens", self.draft_vocabulary, self.target_vocabulary),
+        };
         let rows = [
             ("algorithm", self.algorithm.clone()),
             ("target", format!("{} parameters, frozen", self.target_parameters)),
             ("trainable", format!("{} parameters", self.trainable_parameters)),
+            ("vocabulary", vocabulary),
             ("memory", format!("{} at the peak", size(memory.total))),
             ("  target", size(memory.target)),
             ("  draft", size(memory.draft)),

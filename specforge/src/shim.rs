@@ -36,6 +36,26 @@ unsafe extern "C" {
         error: *mut c_char,
         error_size: usize,
     ) -> c_int;
+    fn specforge_merged_attention(
+        query: *const C_tensor,
+        key: *const C_tensor,
+        value: *const C_tensor,
+        own_key: *const C_tensor,
+        own_value: *const C_tensor,
+        runs: *const i64,
+        run_count: i64,
+        scale: f64,
+        output: *mut *mut C_tensor,
+        error: *mut c_char,
+        error_size: usize,
+    ) -> c_int;
+    fn specforge_trained_linear(
+        input: *const C_tensor,
+        weight: *const C_tensor,
+        output: *mut *mut C_tensor,
+        error: *mut c_char,
+        error_size: usize,
+    ) -> c_int;
     fn specforge_exact_float32_products(error: *mut c_char, error_size: usize) -> c_int;
     fn specforge_libtorch_version() -> *const c_char;
     fn specforge_libtorch_build() -> *const c_char;
@@ -139,6 +159,47 @@ pub fn add_product(total: &mut Tensor, left: &Tensor, right: &Tensor, scale: f64
     // SAFETY: three live tensors; libtorch checks types, shapes and devices.
     checked(|error, error_size| unsafe {
         specforge_add_product(total.as_ptr(), left.as_ptr(), right.as_ptr(), scale, error, error_size)
+    })
+}
+
+/// A tensor that the shim made and hands over.
+fn made(call: impl FnOnce(*mut *mut C_tensor, *mut c_char, usize) -> c_int) -> Result<Tensor> {
+    let mut output = std::ptr::null_mut();
+    checked(|error, error_size| call(&raw mut output, error, error_size))?;
+    // SAFETY: without an error, the shim made this tensor for the caller.
+    Ok(unsafe { Tensor::from_ptr(output) })
+}
+
+/// Attention of `nn::merged_attention`; `runs` holds four numbers a run. The caller checks all sizes.
+pub fn merged_attention(
+    [query, key, value, own_key, own_value]: [&Tensor; 5],
+    runs: &[i64],
+    scale: f64,
+) -> Result<Tensor> {
+    // SAFETY: five live tensors, and as many runs as the slice holds.
+    made(|output, error, error_size| unsafe {
+        specforge_merged_attention(
+            query.as_ptr(),
+            key.as_ptr(),
+            value.as_ptr(),
+            own_key.as_ptr(),
+            own_value.as_ptr(),
+            runs.as_ptr(),
+            (runs.len() / 4) as i64,
+            scale,
+            output,
+            error,
+            error_size,
+        )
+    })
+}
+
+/// `input [R, in]` times the transpose of `weight [out, in]`, with gradients. float32 on the CPU is multiplied by oneDNN
+/// forwards and backwards, everything else by libtorch.
+pub fn trained_linear(input: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    // SAFETY: two live tensors; libtorch checks types, shapes and devices.
+    made(|output, error, error_size| unsafe {
+        specforge_trained_linear(input.as_ptr(), weight.as_ptr(), output, error, error_size)
     })
 }
 

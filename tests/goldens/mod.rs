@@ -10,6 +10,7 @@ use safetensors::SafeTensors;
 use specforge::weights::WeightsFolder;
 use tch::{Device, Kind, Tensor};
 
+mod eagle3;
 mod medusa;
 mod medusa_trees;
 mod smollm2;
@@ -24,6 +25,9 @@ const PREFIXES: &[(&str, Check)] = &[
     ("smollm2", smollm2::check),
     ("tiny_llama_", tiny_llama::check),
     // drafts
+    ("eagle3_official", eagle3::check_official),
+    ("eagle3_summary", eagle3::check_summary),
+    ("eagle3_", eagle3::check),
     ("medusa_choices", medusa_trees::check_choices),
     ("medusa", medusa::check),
 ];

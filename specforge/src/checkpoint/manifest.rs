@@ -161,9 +161,11 @@ impl Checkpoint {
         let is_free = |key: &str| free.iter().any(|free| key == *free || key.starts_with(&format!("{free}.")));
         let keys: BTreeSet<&String> = then_values.keys().chain(now_values.keys()).collect();
         for key in keys.into_iter().filter(|key| !is_free(key)) {
-            let (then, now) = (then_values.get(key), now_values.get(key));
+            // A key that an older version did not know is one that is not set.
+            let set = |values: &BTreeMap<String, String>| values.get(key).filter(|value| *value != "null").cloned();
+            let (then, now) = (set(&then_values), set(&now_values));
             if then != now {
-                let show = |value: Option<&String>| value.map_or("nothing", String::as_str).to_owned();
+                let show = |value: Option<String>| value.unwrap_or_else(|| "nothing".to_owned());
                 let problem = format!("the checkpoint was trained with {}, got {}", show(then), show(now));
                 return Err(Error::config(key, problem)
                     .with_hint("set it back to resume, or start a new run in another train.output_dir"));
@@ -177,8 +179,14 @@ impl Checkpoint {
         if &self.manifest.data_hashes == now {
             return Ok(());
         }
-        let problem = format!("the data changed since this checkpoint: {:?}, now {now:?}", self.manifest.data_hashes);
-        Err(Error::bad_file(&self.path, problem).with_hint("restore the files of data.train, or start a new run"))
+        let then = &self.manifest.data_hashes;
+        let names: BTreeSet<&String> = then.keys().chain(now.keys()).collect();
+        let hash = |hashes: &BTreeMap<String, String>, name| hashes.get(name).map_or("none", String::as_str).to_owned();
+        let changes = names.into_iter().filter(|name| then.get(*name) != now.get(*name));
+        let changes = changes.map(|name| format!("{name} was {}, is {}", hash(then, name), hash(now, name)));
+        let problem = format!("the data changed since this checkpoint: {}", changes.collect::<Vec<_>>().join("; "));
+        Err(Error::bad_file(&self.path, problem)
+            .with_hint("restore the files of data.train and draft.vocab_map, or start a new run"))
     }
 }
 

@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::progress::Progress;
 
 mod bench;
+mod bench_train;
 mod doctor;
 mod export;
 mod gpu_check;
@@ -19,6 +20,7 @@ mod record;
 mod regen;
 mod signals;
 mod train;
+mod vocab;
 
 /// Trains draft models for speculative decoding.
 #[derive(Debug, Parser)]
@@ -39,12 +41,16 @@ enum Command {
     Regen(regen::RegenArgs),
     /// Show conversations as the trainer sees them, and the statistics of a data set.
     Inspect(inspect::InspectArgs),
+    /// Choose the tokens of a draft's own, smaller vocabulary by how often they are trained.
+    Vocab(vocab::VocabArgs),
     /// Write or check the files that serving engines load.
     Export(export::ExportArgs),
     /// Make a Hugging Face folder from a GGUF file.
     Import(import::ImportArgs),
     /// Time a target's prefill and greedy decode.
     Bench(bench::BenchArgs),
+    /// Time a training step of a draft on random features.
+    BenchTrain(bench_train::BenchTrainArgs),
     /// Show libtorch, devices, threads, and what is usable.
     Doctor,
     /// Check that a GPU computes what the CPU computes, and measure how fast it trains.
@@ -59,9 +65,11 @@ impl Cli {
             Command::Train(args) => train::run(&args, &output),
             Command::Regen(args) => regen::run(&args, &output),
             Command::Inspect(args) => inspect::run(&args, &output),
+            Command::Vocab(args) => vocab::run(&args, &output),
             Command::Export(args) => export::run(&args, &output),
             Command::Import(args) => import::run(&args, &output),
             Command::Bench(args) => bench::run(&args, &output),
+            Command::BenchTrain(args) => bench_train::run(&args, &output),
             Command::Doctor => doctor::run(&output),
             Command::GpuCheck(args) => gpu_check::run(&args, &output),
         }

@@ -1,7 +1,7 @@
 //! `specforge train`
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use clap::Args;
@@ -13,12 +13,13 @@ use crate::checkpoint::{self, CheckpointStore, Versions};
 use crate::config::RunConfig;
 use crate::data::{self, BuildReport, ChatTokenizer, TokenCache};
 use crate::device;
+use crate::draft::vocabulary::{Corpus, Vocabulary, VocabularyKeys};
 use crate::draft::{self, DraftContext};
 use crate::error::{Error, Result};
 use crate::features::{FeatureSource, OnlineFeatures, RememberedFeatures};
 use crate::files;
 use crate::models;
-use crate::plan::Plan;
+use crate::plan::{self, Plan};
 use crate::tracking::Tracker;
 use crate::train::trainer::{Provenance, Split};
 use crate::train::{TrainReport, Trainer, TrainerParts};
@@ -90,26 +91,26 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     if let Some(cache) = &eval_cache {
         data_hashes.insert("eval".to_owned(), cache.content_hash().to_owned());
     }
-    // Before anything in the output folder is touched.
-    if let Some(checkpoint) = &checkpoint {
-        checkpoint.same_data(&data_hashes)?;
-    }
     let all = |cache: &TokenCache| (0..cache.len()).collect::<Vec<_>>();
     let (train_documents, eval_documents) = match &eval_cache {
         Some(cache) => (all(&train_cache), all(cache)),
         None => data::split(&train_cache, config.data.eval_fraction),
     };
+    let vocabulary = vocabulary(&config, &tokenizer, &train_cache, &train_documents)?;
+    if let Some(vocabulary) = &vocabulary {
+        data_hashes.insert("vocabulary".to_owned(), vocabulary.file.map.hash());
+    }
+    // Before anything in the output folder is touched.
+    if let Some(checkpoint) = &checkpoint {
+        checkpoint.same_data(&data_hashes)?;
+    }
 
     // Target and draft.
     let kind = config.target.dtype.kind();
     note(format!("loading {} on {}", config.target.path.display(), name_of(device)));
     let target: Rc<dyn models::TargetModel> = models::load_target(&config.target.path, kind, device)?.into();
     let dimensions = target.dimensions();
-    let tokens_known = tokenizer.vocab_size() as i64;
-    if tokens_known > dimensions.vocab_size {
-        let problem = format!("the tokenizer has {tokens_known} tokens, the model {}", dimensions.vocab_size);
-        return Err(Error::bad_file(&config.target.path, problem));
-    }
+    fits_vocabulary(&tokenizer, dimensions.vocab_size, &config.target.path)?;
     for cache in [Some(&train_cache), eval_cache.as_ref()].into_iter().flatten() {
         fits_context(cache, dimensions.max_position_embeddings)?;
     }
@@ -117,13 +118,17 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         target: dimensions,
         embedding: target.embedding(),
         head: target.head(),
-        vocabulary: None,
+        vocabulary: vocabulary.as_ref().map(|vocabulary| &vocabulary.file.map),
         kind,
         device,
         seed: config.train.seed,
         chunk_bytes: config.train.chunk_mib << 20,
     };
     let draft = (algorithm.build)(&config.draft, &context)?;
+    for cache in [Some(&train_cache), eval_cache.as_ref()].into_iter().flatten() {
+        draft.check_length(longest(cache))?;
+    }
+    draft.contract().iter().for_each(|line| note(format!("contract: {line}")));
     let online = OnlineFeatures::new(Rc::clone(&target));
     let source: Box<dyn FeatureSource> = match config.target.keep_hidden_states {
         true => Box::new(RememberedFeatures::new(online)),
@@ -146,6 +151,9 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     };
     let trainer = Trainer::new(parts, checkpoint.as_ref())?;
     // Nothing can be refused any more.
+    if let Some(made) = vocabulary.as_ref().filter(|vocabulary| vocabulary.made) {
+        made.file.write(&out.join(VOCABULARY_FILE))?;
+    }
     files::write_json(&out.join("config.json"), &resolved)?;
     record::write(&out.join(record::FILE_NAME), &resolved)?;
     let report = trainer.run()?;
@@ -153,6 +161,9 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     output.result(&report, || text(&report));
     Ok(())
 }
+
+/// The map that a run chose itself, in its output folder.
+const VOCABULARY_FILE: &str = "vocab.safetensors";
 
 /// Keys that may differ between a run and its continuation: they change how long and how often, never an update.
 const RESUMABLE: &[&str] = &[
@@ -165,10 +176,44 @@ const RESUMABLE: &[&str] = &[
     "train.output_dir",
     "checkpoint",
     "data.cache_dir",
+    // The map's hash is compared instead: where the file lies changes nothing.
+    "draft.vocab_map",
 ];
 
+/// The draft's own vocabulary, where the configuration asks for one.
+fn vocabulary(
+    config: &RunConfig,
+    tokenizer: &ChatTokenizer,
+    cache: &TokenCache,
+    documents: &[usize],
+) -> Result<Option<Vocabulary>> {
+    if VocabularyKeys::read(&config.draft)? == VocabularyKeys::default() {
+        return Ok(None);
+    }
+    let target_size = plan::target_config(config)?.vocab_size;
+    fits_vocabulary(tokenizer, target_size, &config.target.path)?;
+    let corpus = Corpus { cache, documents, tokenizer, target_size };
+    let vocabulary = draft::vocabulary::prepare(&config.draft, &corpus)?;
+    if let Some(Vocabulary { file, coverage, warnings, .. }) = &vocabulary {
+        warnings.iter().for_each(|warning| note(format!("warning: {warning}")));
+        let (draft, share) = (file.map.draft_size(), 100.0 * coverage);
+        note(format!("draft vocabulary: {draft} of {target_size} tokens, {share:.2} % of the supervised ones"));
+    }
+    Ok(vocabulary)
+}
+
+/// Refuses a tokenizer with more tokens than the model.
+pub(super) fn fits_vocabulary(tokenizer: &ChatTokenizer, target_size: i64, model: &Path) -> Result<()> {
+    match tokenizer.vocab_size() as i64 {
+        known if known > target_size => {
+            Err(Error::bad_file(model, format!("the tokenizer has {known} tokens, the model {target_size}")))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Opens or builds the token cache of some files and says what was dropped.
-fn tokens(config: &RunConfig, files: &[PathBuf], tokenizer: &ChatTokenizer) -> Result<TokenCache> {
+pub(super) fn tokens(config: &RunConfig, files: &[PathBuf], tokenizer: &ChatTokenizer) -> Result<TokenCache> {
     let progress = LazyProgress::new("tokenise", "conversations");
     let report = |done, total| progress.set(done, total);
     let (cache, report) = TokenCache::build_or_open(files, tokenizer, &config.data, &report)?;
@@ -177,10 +222,15 @@ fn tokens(config: &RunConfig, files: &[PathBuf], tokenizer: &ChatTokenizer) -> R
     Ok(cache)
 }
 
+/// Tokens of the longest document.
+fn longest(cache: &TokenCache) -> i64 {
+    (0..cache.len()).map(|index| cache.length(index)).max().unwrap_or(0) as i64
+}
+
 /// Refuses documents that are longer than what the target was made for.
 fn fits_context(cache: &TokenCache, context: i64) -> Result<()> {
-    let longest = (0..cache.len()).map(|index| cache.length(index)).max().unwrap_or(0);
-    if longest as i64 <= context {
+    let longest = longest(cache);
+    if longest <= context {
         return Ok(());
     }
     let problem = format!("a document has {longest} tokens, the target reads at most {context}");
@@ -211,12 +261,7 @@ fn text(report: &TrainReport) -> String {
         lines.push(format!("stopped by {} after step {}; continue with --resume", signals::name(signal), report.steps));
     }
     if !report.end.is_empty() {
-        let width = report.end.keys().map(String::len).max().unwrap_or(0);
-        lines.push(format!("{:<width$}  {:>9}  {:>9}", "held out", "untrained", "trained"));
-        for (name, end) in &report.end {
-            let start = report.start.get(name).map_or("-".to_owned(), |value| format!("{value:.4}"));
-            lines.push(format!("{name:<width$}  {start:>9}  {end:>9.4}"));
-        }
+        lines.extend(held_out(report));
         lines.push(format!("always guessing the commonest token: {:.4}", report.commonest_token_share));
     }
     let rate = report.tokens as f64 / report.seconds.max(1e-9);
@@ -226,4 +271,33 @@ fn text(report: &TrainReport) -> String {
     ));
     lines.push(format!("checkpoint: {}", report.checkpoint.display()));
     lines.join("\n")
+}
+
+/// Held-out figures before and after: single ones a line each, those of a part of the draft (`step1/accuracy`) as a table.
+fn held_out(report: &TrainReport) -> Vec<String> {
+    let before = |name: &str| report.start.get(name).map_or("-".to_owned(), |value| format!("{value:.4}"));
+    let single = report.end.iter().filter(|(name, _)| !name.contains('/'));
+    let width = single.clone().map(|(name, _)| name.len()).max().unwrap_or(0);
+    let mut lines = vec![format!("{:<width$}  {:>9}  {:>9}", "held out", "untrained", "trained")];
+    lines.extend(single.map(|(name, end)| format!("{name:<width$}  {:>9}  {end:>9.4}", before(name))));
+    let parts = || report.end.iter().filter_map(|(name, end)| Some((name.split_once('/')?, end)));
+    let mut columns: Vec<&str> = parts().map(|((_, column), _)| column).collect();
+    columns.sort_unstable();
+    columns.dedup();
+    let mut rows: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    for ((row, column), end) in parts() {
+        let cells = rows.entry(row).or_insert_with(|| vec!["-".to_owned(); columns.len()]);
+        if let Ok(place) = columns.binary_search(&column) {
+            cells[place] = format!("{} -> {end:.4}", before(&format!("{row}/{column}")));
+        }
+    }
+    let line = |name: &str, cells: &[String]| {
+        let cells: String = cells.iter().map(|cell| format!("  {cell:>18}")).collect();
+        format!("{name:<8}{cells}")
+    };
+    if !rows.is_empty() {
+        lines.push(line("", &columns.iter().map(|&column| column.to_owned()).collect::<Vec<_>>()));
+    }
+    lines.extend(rows.iter().map(|(row, cells)| line(row, cells)));
+    lines
 }

@@ -2,7 +2,8 @@
 //!
 //! `reader` finds the records of a file, `conversation` gives them meaning, `chat_template` renders them with the
 //! tokenizer's own template, `loss_mask` says which tokens are trained, `build` does that in parallel and `cache` keeps
-//! the result in one memory-mapped file. `pack` fills batches, `stats` describes what came out.
+//! the result in one memory-mapped file. `pack` fills batches, `stats` describes what came out, `counts` says how often
+//! each token is trained.
 //!
 //! This room ends at token ids and masks: it knows no model, no tensor and no hidden state.
 
@@ -17,6 +18,7 @@ pub mod build;
 pub mod cache;
 pub mod chat_template;
 pub mod conversation;
+pub mod counts;
 pub mod loss_mask;
 pub mod pack;
 mod python;
@@ -27,6 +29,7 @@ pub mod tokenizer;
 pub use build::BuildReport;
 pub use cache::{Document, TokenCache, split};
 pub use conversation::{Conversation, Message, Rejections, Sample, read_conversations};
+pub use counts::supervised_counts;
 pub use pack::{PackedBatch, assemble, pack};
 pub use stats::{Statistics, document_runs, document_text, mask_runs};
 pub use tokenizer::ChatTokenizer;

@@ -3,7 +3,7 @@
 //! Nothing is added to a text: whatever special tokens a sequence has are in the text, because the chat template or the
 //! author of a preformatted file wrote them there.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
@@ -173,6 +173,26 @@ impl ChatTokenizer {
     /// Whether a token is special or ends a sequence.
     pub fn is_special(&self, id: u32) -> bool {
         self.special_ids.contains(&id) || self.eos_ids.contains(&id)
+    }
+
+    /// Ids of the special tokens and of those that end a sequence, ascending.
+    pub fn special_token_ids(&self) -> Vec<u32> {
+        let ids: BTreeSet<u32> = self.special_ids.iter().chain(&self.eos_ids).copied().collect();
+        ids.into_iter().collect()
+    }
+
+    /// A hash of what each token id stands for, as hexadecimal digits. Templates and special roles do not enter it.
+    pub fn vocabulary_hash(&self) -> String {
+        let vocabulary = self.tokenizer.get_vocab(true);
+        let mut tokens: Vec<(&u32, &String)> = vocabulary.iter().map(|(token, id)| (id, token)).collect();
+        tokens.sort_unstable();
+        let mut hash = Sha256::new();
+        for (id, token) in tokens {
+            hash.update(id.to_le_bytes());
+            hash.update((token.len() as u64).to_le_bytes());
+            hash.update(token);
+        }
+        hex(&hash.finalize())
     }
 
     /// A hash of everything that decides which tokens a conversation becomes.

@@ -99,7 +99,7 @@ pub fn cross_entropy(
 
 /// Logits of a chunk, `[C, V]`. From 16-bit factors CUDA gives them in float32, which costs no more than rounding them
 /// and converting them back.
-fn project(chunk: &Tensor, weight: &Tensor) -> Result<Tensor> {
+pub(super) fn project(chunk: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let narrow = matches!(chunk.kind(), Kind::BFloat16 | Kind::Half);
     Ok(match narrow && chunk.device().is_cuda() {
         true => chunk.f_mm_dtype(&weight.f_transpose(0, 1)?, Kind::Float)?,

@@ -8,7 +8,14 @@
 //! Different from the reference: blocks start as the exact identity (`b` = 0 too), blocks of a head are separate
 //! parameters unless `share_layers` asks for the reference's tied ones, and only supervised rows are computed.
 //!
-//! Shape legend: `T` tokens of a packed batch, `R` trained rows of a head, `H` hidden size, `V` vocabulary.
+//! Heads may have a smaller vocabulary than the target. Projections are then the target's rows of its tokens (own ones
+//! start there, the shared one stays there), rows whose label is outside carry no loss, and count as misses: all averages
+//! are still over all trained rows.
+//!
+//! Shape legend: `T` tokens of a packed batch, `R` trained rows of a head, `H` hidden size, `V` vocabulary of the target,
+//! `DV` of the heads, which is `V` without a map.
+
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -16,13 +23,14 @@ use tch::{Kind, Tensor};
 
 use super::loss::{self, Projection, RowLosses};
 use super::supervision::{MaskAlignment, TrainedRows, trained_rows};
-use super::{Algorithm, DraftContext, DraftModel, DraftSize, Parameter, Tally};
+use super::{Algorithm, DraftContext, DraftModel, DraftSize, Parameter, Tally, vocabulary};
 use crate::data::PackedBatch;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::features::FeatureBatch;
 use crate::models::Dimensions;
 use crate::strict;
+use crate::vocab::VocabMap;
 
 /// Row of the table of algorithms.
 pub const ALGORITHM: Algorithm = Algorithm {
@@ -30,7 +38,10 @@ pub const ALGORITHM: Algorithm = Algorithm {
     summary: "several heads on the target's last hidden state (Cai et al. 2024)",
     selection_metric: "simulated_acceptance_length",
     resolve: |section| Ok(json!(MedusaConfig::read(section)?)),
-    size: |section, target| Ok(MedusaConfig::read(section)?.size(target)),
+    size: |section, target| {
+        let draft_vocabulary = vocabulary::draft_size(section, target.vocab_size)?;
+        Ok(MedusaConfig::read(section)?.size(target, draft_vocabulary))
+    },
     build: |section, context| Ok(Box::new(Medusa::new(MedusaConfig::read(section)?, context)?)),
 };
 
@@ -65,6 +76,10 @@ pub struct MedusaConfig {
     pub loss_weights: Option<Vec<f64>>,
     /// Which rows are trained.
     pub mask: MaskAlignment,
+    /// File of the heads' own vocabulary.
+    pub vocab_map: Option<PathBuf>,
+    /// `DV`
+    pub draft_vocab_size: Option<i64>,
 }
 
 impl Default for MedusaConfig {
@@ -78,6 +93,8 @@ impl Default for MedusaConfig {
             loss_decay: 0.8,
             loss_weights: None,
             mask: MaskAlignment::Exact,
+            vocab_map: None,
+            draft_vocab_size: None,
         }
     }
 }
@@ -92,6 +109,9 @@ impl MedusaConfig {
         };
         range("num_heads", config.num_heads)?;
         range("num_layers", config.num_layers)?;
+        if !matches!(config.mask, MaskAlignment::Exact | MaskAlignment::Label) {
+            return Err(Error::config("draft.mask", "expected exact or label"));
+        }
         if !config.loss_decay.is_finite() || config.loss_decay <= 0.0 {
             let problem = format!("expected a positive number, got {}", config.loss_decay);
             return Err(Error::config("draft.loss_decay", problem));
@@ -128,15 +148,18 @@ impl MedusaConfig {
         tensors
     }
 
-    fn size(&self, target: &Dimensions) -> DraftSize {
-        let (hidden, vocabulary) = (target.hidden_size, target.vocab_size);
+    fn size(&self, target: &Dimensions, vocabulary: i64) -> DraftSize {
+        let hidden = target.hidden_size;
         let shapes = (0..self.num_heads).flat_map(|head| self.head_tensors(head, hidden, vocabulary));
         let trainable = shapes.map(|(_, shape)| shape.iter().product::<i64>() as u64).sum();
+        let is_shared = self.projection == HeadProjection::Shared;
+        // The target's rows of a smaller vocabulary are a copy.
+        let frozen = if is_shared && vocabulary < target.vocab_size { (vocabulary * hidden) as u64 } else { 0 };
         // Forward, gradient of the input, gradient of the weight; a frozen projection skips the last.
-        let passes = if self.projection == HeadProjection::Own { 3 } else { 2 };
+        let passes = if is_shared { 2 } else { 3 };
         let one_head = 3 * self.num_layers as i64 * hidden * hidden + passes * vocabulary * hidden;
         let row_multiply_adds = self.num_heads as u64 * one_head as u64;
-        DraftSize { trainable, frozen: 0, captured: 1, row_multiply_adds }
+        DraftSize { trainable, frozen, captured: 1, row_multiply_adds }
     }
 }
 
@@ -144,6 +167,8 @@ impl MedusaConfig {
 pub struct Medusa {
     config: MedusaConfig,
     target: Dimensions,
+    vocabulary: Option<VocabMap>,
+    /// The target's projection onto the heads' vocabulary, `[DV, H]`.
     head: Tensor,
     parameters: Vec<Parameter>,
     rows_per_chunk: i64,
@@ -152,13 +177,19 @@ pub struct Medusa {
 impl Medusa {
     /// Fresh heads: blocks are the identity, projections copies of the target's head.
     pub fn new(config: MedusaConfig, context: &DraftContext<'_>) -> Result<Self> {
-        let Dimensions { hidden_size, vocab_size, .. } = context.target;
+        let hidden_size = context.target.hidden_size;
         let options = (context.kind, context.device);
+        let head = context.head.f_to_device(context.device)?.f_to_kind(context.kind)?.detach(); // [V, H]
+        let head = match context.vocabulary {
+            Some(map) => vocabulary::gather_rows(&head, map)?, // [DV, H]
+            None => head,
+        };
+        let vocab_size = head.size()[0];
         let mut parameters = Vec::new();
-        for head in 0..config.num_heads {
-            for (name, shape) in config.head_tensors(head, hidden_size, vocab_size) {
+        for number in 0..config.num_heads {
+            for (name, shape) in config.head_tensors(number, hidden_size, vocab_size) {
                 let value = if shape == [vocab_size, hidden_size] && !name.contains("linear") {
-                    context.head.f_to_device(context.device)?.f_to_kind(context.kind)?.copy()
+                    head.copy()
                 } else {
                     Tensor::f_zeros(&shape, options)?
                 };
@@ -166,9 +197,9 @@ impl Medusa {
                 parameters.push(Parameter { name, value: value.set_requires_grad(true), decay });
             }
         }
-        let head = context.head.f_to_device(context.device)?.f_to_kind(context.kind)?.detach();
+        let (target, vocabulary) = (context.target, context.vocabulary.cloned());
         let rows_per_chunk = loss::chunk_rows(context.chunk_bytes, vocab_size);
-        Ok(Self { config, target: context.target, head, parameters, rows_per_chunk })
+        Ok(Self { config, target, vocabulary, head, parameters, rows_per_chunk })
     }
 
     fn parameters_per_head(&self) -> usize {
@@ -191,7 +222,7 @@ impl Medusa {
         blocks.iter().fold(rows.shallow_clone(), |x, (weight, bias)| &x + x.linear(weight, Some(*bias)).silu()) // [R, H]
     }
 
-    /// Logits of one head on rows `[R, H]`: `[R, V]`.
+    /// Logits of one head on rows `[R, H]`: `[R, DV]`, by draft id.
     pub fn compute_logits(&self, head: usize, rows: &Tensor) -> Tensor {
         let (_, own) = self.head_parameters(head);
         self.backbone(head, rows).linear(own.unwrap_or(&self.head), None::<&Tensor>)
@@ -199,6 +230,16 @@ impl Medusa {
 
     fn rows(&self, batch: &PackedBatch, head: usize) -> TrainedRows {
         trained_rows(batch, head, self.config.mask)
+    }
+
+    /// Rows whose label the heads can name, with draft ids as labels.
+    fn named(&self, trained: TrainedRows) -> TrainedRows {
+        let Some(map) = &self.vocabulary else {
+            return trained;
+        };
+        let pairs = trained.rows.into_iter().zip(trained.labels);
+        let (rows, labels) = pairs.filter_map(|(row, label)| Some((row, map.draft_id(label)?))).unzip();
+        TrainedRows { rows, labels }
     }
 
     /// One pass over all heads; gradients are added where a buffer is given.
@@ -217,8 +258,10 @@ impl Medusa {
         let mut chain = Tensor::ones([hidden.size()[0]], (Kind::Bool, device));
         for (head, weight) in self.config.weights().into_iter().enumerate() {
             let trained = self.rows(features.batch, head);
-            let rows = device::upload(&trained.rows, device)?;
-            let labels = device::upload(&trained.labels, device)?;
+            counts.extend([trained.rows.len() as f64; METRICS.len()]);
+            let named = self.named(trained);
+            let rows = device::upload(&named.rows, device)?;
+            let labels = device::upload(&named.labels, device)?;
             let input = hidden.index_select(0, &rows).to_kind(self.parameters[0].value.kind()); // [R, H]
             let scale = weight / global_counts[head].max(1.0);
             let losses = match gradients.as_deref_mut() {
@@ -232,11 +275,11 @@ impl Medusa {
                 }
             };
             objective += &losses.sum * scale;
+            // A row that is not among these ends its chain.
             let hits = chain.index_select(0, &rows).logical_and(&losses.top1); // [R]
             chain = Tensor::zeros_like(&chain).index_copy(0, &rows, &hits);
             let count = |hits: &Tensor| hits.sum(Kind::Double);
             sums.extend([losses.sum.shallow_clone(), count(&losses.top1), count(&losses.top5), count(&hits)]);
-            counts.extend([trained.rows.len() as f64; METRICS.len()]);
         }
         Ok(Tally { objective: objective.to_kind(Kind::Float), sums: Tensor::stack(&sums, 0), counts })
     }
@@ -318,7 +361,18 @@ impl DraftModel for Medusa {
             "draft": self.config,
             "hidden_size": self.target.hidden_size,
             "vocab_size": self.target.vocab_size,
+            "draft_vocab_size": self.head.size()[0],
             "num_target_layers": self.target.num_layers,
         })
+    }
+
+    fn buffers(&self) -> Vec<(String, Tensor)> {
+        self.vocabulary.as_ref().map(vocabulary::buffers).unwrap_or_default()
+    }
+
+    fn contract(&self) -> Vec<String> {
+        let size =
+            |map: &VocabMap| format!("vocabulary: {} of the target's {} tokens", map.draft_size(), map.target_size());
+        self.vocabulary.as_ref().map(size).into_iter().collect()
     }
 }

@@ -12,9 +12,12 @@ use crate::features::FeatureBatch;
 use crate::models::Dimensions;
 use crate::vocab::VocabMap;
 
+pub mod distillation;
+pub mod eagle3;
 pub mod loss;
 pub mod medusa;
 pub mod supervision;
+pub mod vocabulary;
 
 /// A trainable tensor. Order of creation is the order everywhere: optimizer, checkpoint, reduction.
 #[derive(Debug)]
@@ -63,6 +66,10 @@ pub trait DraftModel {
     /// Tensors of the draft's own that are not trained and that a checkpoint must hold too.
     fn buffers(&self) -> Vec<(String, Tensor)> {
         Vec::new()
+    }
+    /// Refuses documents longer than the draft is made for.
+    fn check_length(&self, _longest: i64) -> Result<()> {
+        Ok(())
     }
     /// What the draft takes for granted about its target, a line each: shown before the first step.
     fn contract(&self) -> Vec<String> {
@@ -121,7 +128,7 @@ pub struct Algorithm {
 }
 
 /// Every algorithm this program can train.
-pub const ALGORITHMS: &[Algorithm] = &[medusa::ALGORITHM];
+pub const ALGORITHMS: &[Algorithm] = &[medusa::ALGORITHM, eagle3::ALGORITHM];
 
 /// Key of the draft section that names the algorithm.
 pub const ALGORITHM_KEY: &str = "algorithm";

@@ -25,6 +25,12 @@ pub enum MaskAlignment {
     Exact,
     /// The predicted token is supervised, as plain label masking does it (parity with the original Medusa).
     Label,
+    /// Token `t + k` is supervised and the document has a token after the one it stands for: SpecForge `a6b6b02`. Misses
+    /// the first row of every answer and trains two past its end.
+    Specforge,
+    /// Token `t + k` is supervised: SafeAILab/EAGLE `cb7e084`, whose data preparation shifts the mask beforehand. A row
+    /// whose prediction lies past the end of the document is trained towards the uniform distribution.
+    Official,
 }
 
 /// Rows trained for one prediction, with the tokens they predict.
@@ -36,29 +42,50 @@ pub struct TrainedRows {
     pub labels: Vec<i64>,
 }
 
-/// Rows of prediction `k` in a packed batch.
+/// Rows of prediction `k` in a packed batch, with the tokens they predict; 0 past the end of a document.
 pub fn trained_rows(batch: &PackedBatch, k: usize, alignment: MaskAlignment) -> TrainedRows {
+    let rows = rows(batch, k, alignment);
     let mut trained = TrainedRows::default();
-    let reach = k + 2;
-    let mut start = 0;
-    for &length in &batch.lengths {
-        let end = start + length as usize;
-        // Length of the run of supervised tokens that ends at the predicted one.
-        let mut run = 0;
-        for predicted in start..end {
-            run = if batch.supervised[predicted] { run + 1 } else { 0 };
-            let needed = match alignment {
-                MaskAlignment::Exact => reach,
-                MaskAlignment::Label => 1,
-            };
-            if run >= needed && predicted >= start + reach {
-                trained.rows.push((predicted - reach) as i64);
-                trained.labels.push(batch.ids[predicted]);
-            }
+    let mut ends = batch.lengths.iter().scan(0, |end, length| {
+        *end += length;
+        Some(*end)
+    });
+    let mut end = 0;
+    for row in rows {
+        while row >= end {
+            end = ends.next().unwrap_or(i64::MAX);
         }
-        start = end;
+        let predicted = row + 2 + k as i64;
+        trained.labels.push(if predicted < end { batch.ids[predicted as usize] } else { 0 });
+        trained.rows.push(row);
     }
     trained
+}
+
+/// Rows of prediction `k` in a packed batch, ascending.
+pub fn rows(batch: &PackedBatch, k: usize, alignment: MaskAlignment) -> Vec<i64> {
+    let mut rows = Vec::new();
+    let mut start = 0;
+    for &length in &batch.lengths {
+        let length = length as usize;
+        let supervised = &batch.supervised[start..start + length];
+        // How many supervised tokens in a row end at the one looked at.
+        let mut run = 0;
+        for (token, &mark) in supervised.iter().enumerate() {
+            run = if mark { run + 1 } else { 0 };
+            // The row that this token decides about, if it does.
+            let row = match alignment {
+                MaskAlignment::Exact if run >= k + 2 => token.checked_sub(k + 2),
+                MaskAlignment::Label if mark => token.checked_sub(k + 2),
+                MaskAlignment::Specforge if mark && token + 1 < length => token.checked_sub(k),
+                MaskAlignment::Official if mark => token.checked_sub(k),
+                _ => None,
+            };
+            rows.extend(row.map(|row| (start + row) as i64));
+        }
+        start += length;
+    }
+    rows
 }
 
 #[cfg(test)]
@@ -100,6 +127,19 @@ mod tests {
                 start += marks.len() as i64;
             }
             assert_eq!(packed, TrainedRows { rows, labels }, "k {k}");
+        }
+    }
+
+    /// What the references' loops do with a mask that they shift left once a step.
+    #[test]
+    fn parity_alignments_are_the_references_shifted_masks() {
+        let marks = "x.xxx..xxx";
+        for k in 0..4 {
+            let shifted: Vec<i64> =
+                (0..10).filter(|t| t + k < 10 && marks.as_bytes()[t + k] == b'x').map(|t| t as i64).collect();
+            assert_eq!(rows(&batch(&[marks]), k, MaskAlignment::Official), shifted, "k {k}");
+            let without_last: Vec<i64> = shifted.into_iter().filter(|t| (*t as usize) + k + 1 < 10).collect();
+            assert_eq!(rows(&batch(&[marks]), k, MaskAlignment::Specforge), without_last, "k {k}");
         }
     }
 

@@ -69,7 +69,7 @@ impl FromStr for DecodeShape {
     }
 }
 
-fn parse_sizes<const COUNT: usize>(text: &str, expected: &str) -> Result<[i64; COUNT], String> {
+pub(super) fn parse_sizes<const COUNT: usize>(text: &str, expected: &str) -> Result<[i64; COUNT], String> {
     let sizes: Option<Vec<i64>> = text.split('x').map(|part| part.parse().ok().filter(|&size| size > 0)).collect();
     sizes.and_then(|sizes| sizes.try_into().ok()).ok_or_else(|| format!("expected {expected}, got `{text}`"))
 }
@@ -133,7 +133,7 @@ pub fn run(options: &BenchOptions) -> Result<BenchReport> {
 }
 
 /// `VmHWM` of this process.
-fn peak_memory_bytes() -> Option<u64> {
+pub(super) fn peak_memory_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)

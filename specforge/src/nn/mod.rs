@@ -8,6 +8,7 @@ pub mod attention;
 pub mod kv_cache;
 pub mod linear;
 pub mod mask;
+pub mod merged_attention;
 pub mod noise;
 pub mod rms_norm;
 pub mod rope;

@@ -338,8 +338,9 @@ impl<'a> Trainer<'a> {
             ..Manifest::default()
         };
         let parameters = self.parts.draft.parameters().iter();
-        let model: Vec<(String, Tensor)> =
-            parameters.map(|parameter| (parameter.name.clone(), parameter.value.detach())).collect();
+        let parameters = parameters.map(|parameter| (parameter.name.clone(), parameter.value.detach()));
+        // Tensors that are not trained follow; resuming looks parameters up by name.
+        let model: Vec<(String, Tensor)> = parameters.chain(self.parts.draft.buffers()).collect();
         self.parts.tracker.flush()?;
         Ok(self.parts.store.save(manifest, &model, &self.optimizer.state())?.path)
     }
@@ -387,9 +388,9 @@ fn commonest_token_share(train: &Split<'_>, eval: &Split<'_>) -> f64 {
     seen as f64 / eval.values().sum::<u64>().max(1) as f64
 }
 
-/// One line for people: the derived figures and the loss first.
+/// One line for people: the loss and the derived figures. Those of single parts are in the log.
 fn eval_line(step: u64, metrics: &BTreeMap<String, f64>) -> String {
-    let shown = metrics.iter().filter(|(name, _)| !name.ends_with("/loss") && !name.ends_with("/top5"));
+    let shown = metrics.iter().filter(|(name, _)| !name.contains('/'));
     let figures: Vec<String> = shown.map(|(name, value)| format!("{name} {value:.3}")).collect();
     format!("held-out at step {step}: {}", figures.join(", "))
 }

@@ -11,6 +11,7 @@ use crate::draft::distillation::DistillationLoss;
 use crate::draft::supervision::MaskAlignment;
 use crate::error::{Error, Result};
 use crate::models::{Dimensions, LayerShape, LlamaConfig};
+use crate::nn::RopeConfig;
 use crate::strict;
 
 /// The `draft` section of an EAGLE-3 configuration.
@@ -129,7 +130,8 @@ impl Eagle3Config {
             return Err(Error::config("draft.lk_decay", problem));
         }
         if let Some(weights) = &self.loss_weights {
-            let sound = weights.len() == self.ttt_steps && weights.iter().all(|weight| weight.is_finite() && *weight >= 0.0);
+            let sound =
+                weights.len() == self.ttt_steps && weights.iter().all(|weight| weight.is_finite() && *weight >= 0.0);
             if !sound {
                 let problem = format!("expected {} numbers, none negative, got {weights:?}", self.ttt_steps);
                 return Err(Error::config("draft.loss_weights", problem));
@@ -313,9 +315,14 @@ impl Eagle3Shape {
     /// Every trained tensor with its shape, in the order of creation, under the names of the reference's files.
     pub fn tensors(&self) -> Vec<(String, Vec<i64>)> {
         let (hidden, wide) = (self.hidden_size, self.target_hidden_size * self.capture.len() as i64);
-        let LayerShape { intermediate_size: width, num_attention_heads, num_key_value_heads, head_dim, .. } = self.layer;
+        let LayerShape { intermediate_size: width, num_attention_heads, num_key_value_heads, head_dim, .. } =
+            self.layer;
         let (query, group) = (num_attention_heads * head_dim, num_key_value_heads * head_dim);
         let mut tensors = Vec::new();
+        if self.hidden_size != self.target_hidden_size {
+            // The target's embedding does not fit: the draft has one of its own.
+            tensors.push(("embed_tokens.weight".to_owned(), vec![self.vocab_size, hidden]));
+        }
         if self.norm_before_fc {
             tensors.push(("input_norm.weight".to_owned(), vec![wide]));
         }
@@ -327,7 +334,8 @@ impl Eagle3Shape {
         for layer in 0..self.num_layers {
             let input = if layer == 0 { 2 * hidden } else { hidden };
             let prefix = Self::layer_prefix(layer);
-            let mut push = |name: &str, shape: &[i64]| tensors.push((format!("{prefix}.{name}.weight"), shape.to_vec()));
+            let mut push =
+                |name: &str, shape: &[i64]| tensors.push((format!("{prefix}.{name}.weight"), shape.to_vec()));
             if layer == 0 {
                 push("hidden_norm", &[hidden]);
             }
@@ -346,6 +354,39 @@ impl Eagle3Shape {
         }
         tensors.push(("lm_head.weight".to_owned(), vec![self.draft_vocab_size, hidden]));
         tensors
+    }
+}
+
+/// What the draft takes for granted about its target, a line each.
+pub(super) fn contract(config: &Eagle3Config, shape: &Eagle3Shape, target: &Dimensions) -> Vec<String> {
+    let LayerShape { num_attention_heads: heads, num_key_value_heads: groups, head_dim, rope, .. } = shape.layer;
+    let layers = shape.capture.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
+    let vocabulary = match shape.draft_vocab_size == shape.vocab_size {
+        true => format!("all {} tokens", shape.vocab_size),
+        false => format!("{} of {} tokens", shape.draft_vocab_size, shape.vocab_size),
+    };
+    let embedding = match shape.hidden_size == shape.target_hidden_size {
+        true => "the target's, frozen",
+        false => "its own, trained",
+    };
+    vec![
+        format!("features      what layers {layers} of {} read (hidden_states index)", shape.num_target_layers),
+        format!("rotary        {}", rotary(&rope, target)),
+        format!("heads         {heads} with {groups} for keys and values, of {head_dim}"),
+        format!("vocabulary    {vocabulary}"),
+        format!("embedding     {embedding}; projection of its own, started from {:?}", config.lm_head).to_lowercase(),
+        format!("mask          {:?}, {} steps, {:?}", config.mask, config.ttt_steps, config.loss).to_lowercase(),
+    ]
+}
+
+/// The rotary embedding in words, and the target's where it is another: a draft may have one of its own, but who wants
+/// the target's should see that.
+fn rotary(rope: &RopeConfig, target: &Dimensions) -> String {
+    let words = |rope: &RopeConfig| format!("base {}, {:?}", rope.theta, rope.scaling).to_lowercase();
+    let theirs = target.layer.rope;
+    match rope.theta == theirs.theta && rope.scaling == theirs.scaling {
+        true => format!("{}, as the target's", words(rope)),
+        false => format!("{}; the target's: {}", words(rope), words(&theirs)),
     }
 }
 
@@ -378,7 +419,10 @@ fn refuse_unsupported(keys: &DraftKeys, draft: &LlamaConfig, target: &Dimensions
     }
     if keys.tie_word_embeddings {
         let problem = "`tie_word_embeddings`: expected false, a draft has a projection of its own";
-        return refuse(problem.to_owned(), "an engine that reads true replaces the trained projection by the embedding");
+        return refuse(
+            problem.to_owned(),
+            "an engine that reads true replaces the trained projection by the embedding",
+        );
     }
     Ok(())
 }

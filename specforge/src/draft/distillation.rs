@@ -1,0 +1,375 @@
+//! Loss of many rows against the target's distribution, chunk by chunk.
+//!
+//! Rows that learn from the same target position stand together, so that the target's full vocabulary is computed once
+//! for all steps that need it. A chunk computes the teacher, the draft's logits, loss, hits, acceptance and gradients in
+//! one go and forgets everything: nothing of size rows x vocabulary outlives it.
+//!
+//! With `z` the target's logits, `S` the draft's vocabulary, `q` the draft's distribution on `S`:
+//! `p = softmax(z)` is the target's own distribution, `p_S = softmax(z on S)` the one a draft can reach, and
+//! `alpha = sum over S of min(p, q)` the probability that a sampled token of the draft is accepted.
+//!
+//! | loss | value | source |
+//! |---|---|---|
+//! | `cross_entropy` | `- sum p_S log q` | SafeAILab/EAGLE `cb7e084`, SpecForge `a6b6b02` |
+//! | `kl` | `sum p_S (log p_S - log q)`: the same gradient, 0 at best | vllm-project/speculators `c05b95b` |
+//! | `reverse_kl` | `sum q (log q - log p_S)` | the same |
+//! | `total_variation` | `1 - alpha`, the total variation distance of `p` and `q` | the same, on `p_S` |
+//! | `lk_alpha` | `- log alpha` | SpecForge `core/lk_loss.py` |
+//! | `lk_lambda` | `w cross_entropy + (1 - w) (1 - alpha)`, `w = lk_scale exp(-lk_decay alpha)` held fixed | the same |
+//!
+//! A row whose most likely target token is outside `S` carries no loss, and counts as a miss.
+//!
+//! Shape legend: `M` rows, `U` target positions, `m`, `u` those of a chunk, `H` hidden size of the draft, `TH` of the
+//! target, `V` vocabulary of the target, `DV` of the draft.
+
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use super::loss::{Projection, project};
+use crate::device;
+use crate::error::Result;
+use crate::nn::linear;
+use crate::shim;
+
+/// Objective of a row.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DistillationLoss {
+    /// Cross-entropy with the target's distribution on the draft's vocabulary.
+    #[default]
+    CrossEntropy,
+    /// Kullback-Leibler divergence from the target.
+    Kl,
+    /// Kullback-Leibler divergence from the draft.
+    ReverseKl,
+    /// Probability of a rejection.
+    TotalVariation,
+    /// Negative logarithm of the acceptance.
+    LkAlpha,
+    /// Cross-entropy that gives way to the rejection probability as the acceptance grows.
+    LkLambda,
+}
+
+/// What rows learn from.
+#[derive(Debug)]
+pub struct Teacher<'a> {
+    /// `[U, TH]` normed hidden states of the target.
+    pub hidden: &'a Tensor,
+    /// `[V, TH]` its vocabulary projection.
+    pub head: &'a Tensor,
+    /// `[DV]` the target id of each draft id, and `[V]` the draft id of each target id or -1; `None` for the target's
+    /// whole vocabulary.
+    pub vocabulary: Option<&'a DraftVocabulary>,
+}
+
+/// The two tables of a draft's vocabulary on the device.
+#[derive(Debug)]
+pub struct DraftVocabulary {
+    /// `[DV]`
+    pub target_ids: Tensor,
+    /// `[V]`
+    pub draft_ids: Tensor,
+}
+
+/// Which target position each row learns from, in an order that brings rows of one position together. Made on the host.
+#[derive(Debug)]
+pub struct Order {
+    /// `[M]` places of the rows, by position.
+    permutation: Tensor,
+    /// `[M]` where each row went.
+    inverse: Tensor,
+    /// `[U']` the positions that are used, ascending.
+    positions: Tensor,
+    /// `[M]` place of each sorted row's position among them.
+    teachers: Tensor,
+    /// Rows of each used position.
+    counts: Vec<i64>,
+}
+
+impl Order {
+    /// Sorts rows by `positions`, the target position of each.
+    pub fn new(positions: &[i64], device: tch::Device) -> Result<Self> {
+        let mut permutation: Vec<usize> = (0..positions.len()).collect();
+        permutation.sort_by_key(|&row| positions[row]); // stable: equal positions keep their order
+        let (mut used, mut counts): (Vec<i64>, Vec<i64>) = (Vec::new(), Vec::new());
+        let mut numbers = vec![0; 3 * positions.len()];
+        for (place, &row) in permutation.iter().enumerate() {
+            if used.last() != Some(&positions[row]) {
+                used.push(positions[row]);
+                counts.push(0);
+            }
+            let last = used.len() - 1;
+            counts[last] += 1;
+            numbers[place] = row as i64;
+            numbers[positions.len() + row] = place as i64;
+            numbers[2 * positions.len() + place] = last as i64;
+        }
+        numbers.extend(&used);
+        let numbers = device::upload(&numbers, device)?;
+        let rows = positions.len() as i64;
+        let part = |index: i64| numbers.narrow(0, index * rows, rows);
+        let positions = numbers.narrow(0, 3 * rows, used.len() as i64);
+        Ok(Self { permutation: part(0), inverse: part(1), positions, teachers: part(2), counts })
+    }
+
+    /// Consecutive positions with their rows, as (first position, positions, first row, rows).
+    fn chunks(&self, positions_per_chunk: i64) -> Vec<[i64; 4]> {
+        let (mut position, mut row) = (0, 0);
+        let chunks = self.counts.chunks(positions_per_chunk.max(1) as usize).map(|counts| {
+            let (positions, rows) = (counts.len() as i64, counts.iter().sum());
+            let chunk = [position, positions, row, rows];
+            position += positions;
+            row += rows;
+            chunk
+        });
+        chunks.collect()
+    }
+}
+
+/// How the sum of losses becomes an objective.
+#[derive(Debug)]
+pub struct Weighting<'a> {
+    /// `[M]` factor of each row's loss.
+    pub weights: &'a Tensor,
+    /// For losses with `alpha` as SpecForge divides them: the factor of each row's part that depends on `alpha`, and for
+    /// `lk_lambda` the acceptance that decides its weight, the same for all rows of a step. `[M]` each.
+    pub parity: Option<[Tensor; 2]>,
+}
+
+/// Objective, chunking and the two constants of `lk_lambda`.
+#[derive(Debug, Clone, Copy)]
+pub struct Objective {
+    /// Loss of a row.
+    pub loss: DistillationLoss,
+    /// `lk_scale` and `lk_decay`.
+    pub lambda: (f64, f64),
+    /// Target positions of a chunk.
+    pub positions_per_chunk: i64,
+}
+
+/// What is left of the rows after the last chunk, in the rows' own order.
+#[derive(Debug)]
+pub struct RowOutcomes {
+    /// `[M]` float losses, 0 for rows without a loss.
+    pub losses: Tensor,
+    /// `[M]` booleans: the draft's most likely token is the target's. Ties count as misses.
+    pub hits: Tensor,
+    /// `[M]` acceptance, `alpha`.
+    pub acceptance: Tensor,
+    /// `[M]` booleans: the target's most likely token is in the draft's vocabulary.
+    pub covered: Tensor,
+    /// Sum of weighted losses, a float64 scalar; 0 without weights.
+    pub objective: Tensor,
+    /// `[M, H]` gradient of the objective; `None` without weights.
+    pub input_gradient: Option<Tensor>,
+}
+
+/// Target positions of a chunk whose logits, with those of `steps` rows each, take at most `bytes`.
+pub fn positions_per_chunk(bytes: usize, steps: usize, vocabulary: i64, draft_vocabulary: i64) -> i64 {
+    (bytes as i64 / (4 * (vocabulary + 2 * steps as i64 * draft_vocabulary))).max(1)
+}
+
+/// Loss, metrics and gradients of the rows `input [M, H]`.
+///
+/// Without weights, only values are computed. The projection's gradient is added to where it has a place for one.
+pub fn distill(
+    input: &Tensor,
+    order: &Order,
+    teacher: &Teacher<'_>,
+    projection: &mut Projection<'_>,
+    objective: Objective,
+    weighting: Option<&Weighting<'_>>,
+) -> Result<RowOutcomes> {
+    let _guard = tch::no_grad_guard();
+    let weight = projection.weight.detach(); // [DV, H]
+    let sorted = input.index_select(0, &order.permutation); // [M, H]
+    let arrange = |values: &Tensor| values.index_select(0, &order.permutation);
+    let weights = weighting.map(|weighting| arrange(weighting.weights));
+    let parity =
+        weighting.and_then(|weighting| weighting.parity.as_ref()).map(|values| [0, 1].map(|at| arrange(&values[at])));
+    let mut parts: Vec<Chunk> = Vec::new();
+    for [first_position, positions, first_row, rows] in order.chunks(objective.positions_per_chunk) {
+        let target = teacher.chunk(&order.positions.narrow(0, first_position, positions))?;
+        let chunk = sorted.narrow(0, first_row, rows); // [m, H]
+        let own = order.teachers.narrow(0, first_row, rows) - first_position; // [m]
+        let rows_of = |values: &Tensor| values.narrow(0, first_row, rows);
+        let logits = project(&chunk, &weight)?; // [m, DV]
+        let mut part = Chunk::new(&logits, &target, &own, objective)?;
+        if let Some(weights) = &weights {
+            let parity = parity.as_ref().map(|values| [0, 1].map(|at| rows_of(&values[at])));
+            let slope = part.weighted(&target, &own, objective, &rows_of(weights), parity)?; // [m, DV]
+            let slope = slope.to_kind(chunk.kind());
+            part.gradient = Some(linear(&slope, &weight.transpose(0, 1), None)); // [m, H]
+            if let Some(total) = projection.gradient.as_deref_mut() {
+                shim::add_product(total, &slope.transpose(0, 1), &chunk, 1.0)?;
+            }
+        }
+        part.forget();
+        parts.push(part);
+    }
+    let kind = if input.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+    let join = |get: fn(&Chunk) -> &Tensor, kind: Kind| match parts.is_empty() {
+        true => Tensor::zeros([0], (kind, input.device())),
+        false => Tensor::cat(&parts.iter().map(get).collect::<Vec<_>>(), 0).index_select(0, &order.inverse),
+    };
+    let objective = parts.iter().filter_map(|part| part.objective.as_ref());
+    let objective = objective.fold(Tensor::zeros([], (Kind::Double, input.device())), |sum, part| sum + part);
+    let gradients: Vec<&Tensor> = parts.iter().filter_map(|part| part.gradient.as_ref()).collect();
+    let input_gradient = weighting.map(|_| match gradients.is_empty() {
+        true => input.zeros_like(),
+        false => Tensor::cat(&gradients, 0).index_select(0, &order.inverse),
+    });
+    Ok(RowOutcomes {
+        losses: join(|part| &part.losses, kind),
+        hits: join(|part| &part.hits, Kind::Bool),
+        acceptance: join(|part| &part.acceptance, kind),
+        covered: join(|part| &part.covered, Kind::Bool),
+        objective,
+        input_gradient,
+    })
+}
+
+/// The target's predictions at some positions.
+struct TargetChunk {
+    /// `[u, DV]` logarithm of `p_S`.
+    log_reachable: Tensor,
+    /// `[u, 1]` logarithm of the target's own probability of `S`: `log p = log p_S + log_mass`.
+    log_mass: Tensor,
+    /// `[u]` the most likely token as a draft id, -1 where the draft cannot name it.
+    top: Tensor,
+}
+
+impl Teacher<'_> {
+    fn chunk(&self, positions: &Tensor) -> Result<TargetChunk> {
+        let logits = project(&self.hidden.index_select(0, positions), self.head)?; // [u, V]
+        let logits = if logits.kind() == Kind::Double { logits } else { logits.to_kind(Kind::Float) };
+        let top = logits.argmax(-1, false); // [u]
+        let all = logits.logsumexp([-1], true); // [u, 1]
+        let Some(vocabulary) = self.vocabulary else {
+            let log_mass = all.zeros_like();
+            return Ok(TargetChunk { log_reachable: logits - all, log_mass, top });
+        };
+        let mut reachable = logits.index_select(1, &vocabulary.target_ids); // [u, DV]
+        let own = reachable.logsumexp([-1], true); // [u, 1]
+        let log_mass = &own - all;
+        let top = vocabulary.draft_ids.index_select(0, &top);
+        Ok(TargetChunk { log_reachable: reachable.g_sub_(&own), log_mass, top })
+    }
+}
+
+/// Rows of a chunk: what stays, and what the gradient needs until it is made.
+struct Chunk {
+    losses: Tensor,
+    hits: Tensor,
+    acceptance: Tensor,
+    covered: Tensor,
+    objective: Option<Tensor>,
+    gradient: Option<Tensor>,
+    /// `[m, DV]` log q
+    log_draft: Option<Tensor>,
+    /// `[m]` cross-entropy
+    cross_entropy: Tensor,
+}
+
+impl Chunk {
+    /// Values of the rows. `own [m]` says which of the target's positions each row learns from.
+    fn new(logits: &Tensor, target: &TargetChunk, own: &Tensor, objective: Objective) -> Result<Self> {
+        let logits = if logits.kind() == Kind::Double { logits.shallow_clone() } else { logits.to_kind(Kind::Float) };
+        let top = target.top.index_select(0, own).unsqueeze(1); // [m, 1]
+        let covered = top.ge(0).squeeze_dim(1); // [m]
+        let own_logit = logits.gather(1, &top.clamp_min(0), false); // [m, 1]
+        let rank = logits.ge_tensor(&own_logit).sum_dim_intlist([-1i64].as_slice(), false, Kind::Float); // [m]
+        let hits = rank.eq(1.0).logical_and(&covered);
+        let log_draft = logits.log_softmax(-1, logits.kind()); // [m, DV]
+        let log_target = target.log_reachable.index_select(0, own); // [m, DV]
+        let log_mass = target.log_mass.index_select(0, own); // [m, 1]
+        let sum = |values: Tensor| values.sum_dim_intlist([-1i64].as_slice(), false, logits.kind()); // [m]
+        let acceptance = sum((&log_target + log_mass).minimum(&log_draft).exp_()); // [m]
+        let cross_entropy = -sum(log_target.exp() * &log_draft);
+        let losses = match objective.loss {
+            DistillationLoss::CrossEntropy => cross_entropy.shallow_clone(),
+            DistillationLoss::Kl => &cross_entropy + sum(log_target.exp() * &log_target),
+            DistillationLoss::ReverseKl => sum(log_draft.exp() * (&log_draft - &log_target)),
+            DistillationLoss::TotalVariation => 1.0 - &acceptance,
+            DistillationLoss::LkAlpha => -acceptance.log(),
+            DistillationLoss::LkLambda => {
+                let share = lambda_share(objective, &acceptance);
+                &share * &cross_entropy + (1.0 - &share) * (1.0 - &acceptance)
+            }
+        };
+        // No acceptance at all has no logarithm, and a row without a loss must not spread what it has instead.
+        let kept = match objective.loss {
+            DistillationLoss::LkAlpha => covered.logical_and(&acceptance.gt(0.0)),
+            _ => covered.shallow_clone(),
+        };
+        let losses = losses.where_self(&kept, &losses.zeros_like());
+        let log_draft = Some(log_draft);
+        Ok(Self { losses, hits, acceptance, covered, objective: None, gradient: None, log_draft, cross_entropy })
+    }
+
+    /// Gradient of the weighted losses with respect to the logits, `[m, DV]`; notes the weighted sum itself.
+    fn weighted(
+        &mut self,
+        target: &TargetChunk,
+        own: &Tensor,
+        objective: Objective,
+        weights: &Tensor,
+        parity: Option<[Tensor; 2]>,
+    ) -> Result<Tensor> {
+        let log_draft = self.log_draft.take().unwrap_or_else(|| self.losses.empty_like());
+        let log_target = target.log_reachable.index_select(0, own); // [m, DV]
+        let covered = self.covered.to_kind(log_draft.kind());
+        let weights = weights * &covered; // [m]
+        let column = |values: &Tensor| values.unsqueeze(1); // [m, 1]
+        let draft = log_draft.exp(); // [m, DV]
+        // Gradient of alpha: q_j (m_j - sum of m q), where m_j says that q_j is the smaller one.
+        let of_acceptance = |factor: &Tensor| {
+            let log_mass = target.log_mass.index_select(0, own);
+            let smaller = &draft * log_draft.lt_tensor(&(&log_target + log_mass)); // [m, DV]
+            let sum = smaller.sum_dim_intlist([-1i64].as_slice(), true, draft.kind()); // [m, 1]
+            (smaller - &draft * sum) * column(factor)
+        };
+        let of_cross_entropy = |factor: &Tensor| (&draft - log_target.exp()) * column(factor);
+        let weighted_sum = |values: &Tensor| (values * &weights).sum(Kind::Double);
+        let (sum, slope) = match (objective.loss, parity) {
+            (DistillationLoss::CrossEntropy | DistillationLoss::Kl, _) => {
+                (weighted_sum(&self.losses), of_cross_entropy(&weights))
+            }
+            (DistillationLoss::ReverseKl, _) => {
+                let slope = &draft * (&log_draft - &log_target - column(&self.losses)) * column(&weights);
+                (weighted_sum(&self.losses), slope)
+            }
+            (DistillationLoss::TotalVariation, _) => (weighted_sum(&self.losses), of_acceptance(&-&weights)),
+            (DistillationLoss::LkAlpha, parity) => {
+                let weights = parity.map_or(weights.shallow_clone(), |[weights, _]| weights * &covered);
+                let factor = -(&weights / &self.acceptance).nan_to_num(0.0, 0.0, 0.0);
+                let sum = (&self.losses * &weights).sum(Kind::Double);
+                (sum, of_acceptance(&factor))
+            }
+            (DistillationLoss::LkLambda, None) => {
+                let share = lambda_share(objective, &self.acceptance);
+                let slope = of_cross_entropy(&(&weights * &share)) - of_acceptance(&(&weights * (1.0 - &share)));
+                (weighted_sum(&self.losses), slope)
+            }
+            (DistillationLoss::LkLambda, Some([own_weights, acceptance])) => {
+                let share = lambda_share(objective, &acceptance);
+                let (left, right) = (&weights * &share, own_weights * (1.0 - &share) * &covered);
+                let sum: Tensor = &left * &self.cross_entropy + &right * (1.0 - &self.acceptance);
+                (sum.sum(Kind::Double), of_cross_entropy(&left) - of_acceptance(&right))
+            }
+        };
+        self.objective = Some(sum);
+        Ok(slope)
+    }
+
+    /// Drops what only the gradient needed.
+    fn forget(&mut self) {
+        self.log_draft = None;
+    }
+}
+
+/// Weight of the cross-entropy in `lk_lambda`.
+fn lambda_share(objective: Objective, acceptance: &Tensor) -> Tensor {
+    let (scale, decay) = objective.lambda;
+    (acceptance * -decay).exp() * scale
+}

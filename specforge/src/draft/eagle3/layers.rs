@@ -1,0 +1,265 @@
+//! The network: captured features and one token embedding in, a feature and logits out.
+//!
+//! One layer like a Llama's, except that it reads the embedding of the next token beside the feature, each normed by
+//! itself. Rows are packed: a row is one position of one document, and attention works on runs of them.
+//!
+//! Shape legend: `n` rows (all `T` of a batch, or the `R` of a step), `H` hidden size, `TH` the target's, `N` heads, `G`
+//! key/value heads, `D` head size, `I` keys of a row's own, `DV` draft vocabulary.
+
+use std::collections::HashMap;
+
+use tch::{Device, Kind, Tensor};
+
+use super::config::Eagle3Shape;
+use super::steps::{Step, Steps};
+use crate::draft::Parameter;
+use crate::error::{Error, Result};
+use crate::nn::merged_attention::{self, Run};
+use crate::nn::rope::RopeTables;
+use crate::nn::{RmsNorm, Rope};
+use crate::shim;
+
+/// The draft's weights, by what they do. They share their memory with the trained parameters.
+#[derive(Debug)]
+pub struct Network {
+    embedding: Tensor,
+    input_norm: Option<RmsNorm>,
+    fc_norms: Vec<RmsNorm>,
+    fc: Tensor,
+    layers: Vec<Layer>,
+    norm: Option<RmsNorm>,
+    head: Tensor,
+    rope: Rope,
+    shape: Eagle3Shape,
+}
+
+#[derive(Debug)]
+struct Layer {
+    /// Of the feature; the first layer's alone.
+    hidden_norm: Option<RmsNorm>,
+    input_norm: RmsNorm,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    post_attention_norm: RmsNorm,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    head_dim: i64,
+    norm_before_residual: bool,
+}
+
+/// Keys and values of a layer: step 0's of every row, and later steps' of each row's own.
+#[derive(Debug)]
+struct Keys {
+    /// Key and value, `[T, G, D]`
+    shared: [Tensor; 2],
+    /// Key and value, `[R, I, G, D]`
+    own: [Tensor; 2],
+}
+
+impl Network {
+    /// The network over the trained parameters; `embedding [V, H]` is used where none of them is.
+    pub fn new(shape: &Eagle3Shape, parameters: &[Parameter], embedding: &Tensor, device: Device) -> Result<Self> {
+        let values: HashMap<&str, &Tensor> =
+            parameters.iter().map(|parameter| (parameter.name.as_str(), &parameter.value)).collect();
+        let find = |name: String| {
+            let value = values.get(format!("{name}.weight").as_str()).map(|value| value.shallow_clone());
+            value.ok_or_else(|| Error::Failed(format!("EAGLE-3: there is no parameter `{name}.weight`")))
+        };
+        let epsilon = shape.layer.rms_norm_eps;
+        let norm = |name: String| Ok::<_, Error>(RmsNorm { weight: find(name)?, epsilon });
+        let optional = |wanted: bool, name: &str| wanted.then(|| norm(name.to_owned())).transpose();
+        let fc_norms = if shape.fc_norm { shape.capture.len() } else { 0 };
+        let layer = |index: usize| {
+            let prefix = Eagle3Shape::layer_prefix(index);
+            let at = |name: &str| format!("{prefix}.{name}");
+            Ok::<_, Error>(Layer {
+                hidden_norm: optional(index == 0, &at("hidden_norm"))?,
+                input_norm: norm(at("input_layernorm"))?,
+                query: find(at("self_attn.q_proj"))?,
+                key: find(at("self_attn.k_proj"))?,
+                value: find(at("self_attn.v_proj"))?,
+                output: find(at("self_attn.o_proj"))?,
+                post_attention_norm: norm(at("post_attention_layernorm"))?,
+                gate: find(at("mlp.gate_proj"))?,
+                up: find(at("mlp.up_proj"))?,
+                down: find(at("mlp.down_proj"))?,
+                head_dim: shape.layer.head_dim,
+                norm_before_residual: shape.norm_before_residual,
+            })
+        };
+        Ok(Self {
+            embedding: find("embed_tokens".to_owned()).unwrap_or_else(|_| embedding.shallow_clone()),
+            input_norm: optional(shape.norm_before_fc, "input_norm")?,
+            fc_norms: (0..fc_norms).map(|index| norm(format!("fc_norm.{index}"))).collect::<Result<_>>()?,
+            fc: find("fc".to_owned())?,
+            layers: (0..shape.num_layers).map(layer).collect::<Result<_>>()?,
+            norm: optional(shape.norm_output || shape.norm_feedback, "norm")?,
+            head: find("lm_head".to_owned())?,
+            rope: Rope::new(shape.layer.rope, device),
+            shape: shape.clone(),
+        })
+    }
+
+    /// The vocabulary projection, `[DV, H]`.
+    pub fn head(&self) -> &Tensor {
+        &self.head
+    }
+
+    /// Captured features, `[n, TH]` each, to the draft's width: `[n, H]`.
+    pub fn project_hidden_states(&self, captured: &[Tensor]) -> Result<Tensor> {
+        let kind = self.fc.kind();
+        let parts: Vec<Tensor> = captured
+            .iter()
+            .enumerate()
+            .map(|(index, part)| match self.fc_norms.get(index) {
+                Some(norm) => norm.forward(&part.to_kind(kind)),
+                None => part.to_kind(kind),
+            })
+            .collect();
+        let mut wide = Tensor::cat(&parts, 1); // [n, captured * TH]
+        if let Some(norm) = &self.input_norm {
+            wide = norm.forward(&wide);
+        }
+        shim::trained_linear(&wide, &self.fc) // [n, H]
+    }
+
+    /// Embeddings of token ids `[n]`: `[n, H]`.
+    pub fn embed_input_ids(&self, ids: &Tensor) -> Result<Tensor> {
+        Ok(Tensor::f_embedding(&self.embedding, ids, -1, false, false)?.to_kind(self.fc.kind()))
+    }
+
+    /// Runs all steps from the projected features of every row, `[T, H]`. Returns what each step's rows become, `[R, H]`,
+    /// before any norm.
+    pub fn backbone(&self, plan: &Steps, features: &Tensor) -> Result<Vec<Tensor>> {
+        let Some(first) = plan.steps.first() else {
+            return Ok(Vec::new());
+        };
+        let (hidden, mut keys) = self.first_step(plan, first, features)?;
+        let mut outputs = vec![hidden];
+        for step in &plan.steps[1..] {
+            let feature = self.feature(&outputs[outputs.len() - 1]).index_select(0, &step.kept); // [R, H]
+            outputs.push(self.later_step(step, &feature, &mut keys)?);
+        }
+        Ok(outputs)
+    }
+
+    /// What the vocabulary projection reads of a step's output.
+    pub fn normed(&self, hidden: &Tensor) -> Tensor {
+        match &self.norm {
+            Some(norm) if self.shape.norm_output => norm.forward(hidden),
+            _ => hidden.shallow_clone(),
+        }
+    }
+
+    /// Logits of rows `[n, H]`: `[n, DV]`.
+    pub fn compute_logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        shim::trained_linear(&self.normed(hidden), &self.head)
+    }
+
+    /// What the next step reads of a step's output.
+    fn feature(&self, hidden: &Tensor) -> Tensor {
+        match &self.norm {
+            Some(norm) if self.shape.norm_feedback => norm.forward(hidden),
+            _ => hidden.shallow_clone(),
+        }
+    }
+
+    /// Step 0: keys of every row; queries, and everything after them, of the step's rows alone. Below the last layer,
+    /// every row is computed, since the layer above needs its keys.
+    fn first_step(&self, plan: &Steps, first: &Step, features: &Tensor) -> Result<(Tensor, Vec<Keys>)> {
+        let embedded = self.embed_input_ids(&plan.tokens)?; // [T, H]
+        let rope = self.tables(&plan.positions);
+        let step_rope = self.tables(&first.positions);
+        let mut hidden = features.shallow_clone(); // [T, H]
+        let mut keys = Vec::new();
+        for (index, layer) in self.layers.iter().enumerate() {
+            let (input, residual) = layer.read(&embedded, &hidden);
+            let shared = layer.keys(&input, &rope)?;
+            let last = index + 1 == self.layers.len();
+            let rows = if last { first.len } else { features.size()[0] };
+            let none = || merged_attention::no_own_keys(rows, &shared[0]);
+            let own = [none()?, none()?];
+            hidden = if last {
+                let select = |tensor: Tensor| tensor.index_select(0, &first.rows);
+                layer.mix(&select(input), &select(residual), &step_rope, [&shared, &own], &first.runs)?
+            } else {
+                layer.mix(&input, &residual, &rope, [&shared, &own], &plan.runs)?
+            };
+            let none = || merged_attention::no_own_keys(first.len, &shared[0]);
+            let own = [none()?, none()?];
+            keys.push(Keys { shared, own });
+        }
+        Ok((hidden, keys))
+    }
+
+    /// A later step: every layer adds one key of its own to each row.
+    fn later_step(&self, step: &Step, feature: &Tensor, keys: &mut [Keys]) -> Result<Tensor> {
+        let embedded = self.embed_input_ids(&step.tokens)?; // [R, H]
+        let rope = self.tables(&step.positions);
+        let mut hidden = feature.shallow_clone(); // [R, H]
+        for (layer, keys) in self.layers.iter().zip(keys) {
+            let (input, residual) = layer.read(&embedded, &hidden);
+            let new = layer.keys(&input, &rope)?; // [R, G, D]
+            for (own, new) in keys.own.iter_mut().zip(&new) {
+                *own = Tensor::cat(&[own.index_select(0, &step.kept), new.unsqueeze(1)], 1); // [R, I, G, D]
+            }
+            hidden = layer.mix(&input, &residual, &rope, [&keys.shared, &keys.own], &step.runs)?;
+        }
+        Ok(hidden)
+    }
+
+    /// cos and sin for `positions [n]`, a row of one token each.
+    fn tables(&self, positions: &Tensor) -> RopeTables {
+        let kind = if self.fc.kind() == Kind::Double { Kind::Double } else { self.fc.kind() };
+        self.rope.tables(&positions.unsqueeze(1), kind)
+    }
+}
+
+impl Layer {
+    /// What the projections read, `[n, 2H]` in the first layer and `[n, H]` above it, and the residual, `[n, H]`.
+    fn read(&self, embedded: &Tensor, hidden: &Tensor) -> (Tensor, Tensor) {
+        let Some(norm) = &self.hidden_norm else {
+            return (self.input_norm.forward(hidden), hidden.shallow_clone());
+        };
+        let normed = norm.forward(hidden); // [n, H]
+        let input = Tensor::cat(&[&self.input_norm.forward(embedded), &normed], 1); // [n, 2H]
+        (input, if self.norm_before_residual { normed } else { hidden.shallow_clone() })
+    }
+
+    /// Rotated keys, and values: `[n, G, D]` each.
+    fn keys(&self, input: &Tensor, rope: &RopeTables) -> Result<[Tensor; 2]> {
+        let key = rotate(&self.split(&shim::trained_linear(input, &self.key)?), rope);
+        Ok([key, self.split(&shim::trained_linear(input, &self.value)?)])
+    }
+
+    /// Attention and MLP of rows: `[n, H]`.
+    fn mix(
+        &self,
+        input: &Tensor,
+        residual: &Tensor,
+        rope: &RopeTables,
+        [shared, own]: [&[Tensor; 2]; 2],
+        runs: &[Run],
+    ) -> Result<Tensor> {
+        let query = rotate(&self.split(&shim::trained_linear(input, &self.query)?), rope); // [n, N, D]
+        let shared = [&shared[0], &shared[1]];
+        let attended = merged_attention::merged_attention(&query, shared, [&own[0], &own[1]], runs)?; // [n, N, D]
+        let hidden = residual + shim::trained_linear(&attended.flatten(1, 2), &self.output)?; // [n, H]
+        let normed = self.post_attention_norm.forward(&hidden);
+        let gated = shim::trained_linear(&normed, &self.gate)?.silu() * shim::trained_linear(&normed, &self.up)?;
+        Ok(hidden + shim::trained_linear(&gated, &self.down)?) // [n, H]
+    }
+
+    /// `[n, heads * D]` to `[n, heads, D]`
+    fn split(&self, projected: &Tensor) -> Tensor {
+        projected.view([projected.size()[0], -1, self.head_dim])
+    }
+}
+
+/// Rotates `[n, heads, D]`.
+fn rotate(heads: &Tensor, rope: &RopeTables) -> Tensor {
+    rope.rotate(&heads.unsqueeze(2)).squeeze_dim(2)
+}

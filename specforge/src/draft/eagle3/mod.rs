@@ -1,0 +1,361 @@
+//! EAGLE-3: one small layer that drafts from the target's own features, trained by running its own drafts.
+//!
+//! Li et al. 2025, <https://arxiv.org/abs/2503.01840>; references SafeAILab/EAGLE `cb7e084` (`eagle/traineagle3`) and
+//! sgl-project/SpecForge `a6b6b02` (`specforge/algorithms/eagle3`). Row `t` starts from the target's hidden states of
+//! token `t` at a few layers and the embedding of token `t + 1`, and predicts token `t + 2`. In the training-time test
+//! it then takes its own output for the next feature, `K` times, as it will while decoding.
+//!
+//! Different from the references by default, each with a parity mode: rows are trained exactly where decoding uses them
+//! (`supervision`), the loss is divided by the trained rows of the whole optimizer step, and packed documents never see
+//! each other. Only trained rows are computed (`steps`), and no logits outlive their chunk (`draft::distillation`).
+//!
+//! Shape legend: `T` tokens of a packed batch, `R` rows of a step, `M` trained rows of all steps, `H` hidden size, `V`
+//! vocabulary, `DV` draft vocabulary.
+
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+use super::distillation::{self, DistillationLoss, DraftVocabulary, Objective, Order, RowOutcomes, Teacher, Weighting};
+use super::loss::Projection;
+use super::supervision::{self, MaskAlignment};
+use super::{Algorithm, DraftContext, DraftModel, DraftSize, Parameter, Tally};
+use crate::data::PackedBatch;
+use crate::device;
+use crate::error::{Error, Result};
+use crate::features::FeatureBatch;
+use crate::models::Dimensions;
+use crate::nn::noise;
+
+pub mod config;
+pub mod layers;
+pub mod steps;
+
+pub use config::{Eagle3Config, Eagle3Shape, HeadStart, Normalisation};
+use layers::Network;
+use steps::Steps;
+
+/// Row of the table of algorithms.
+pub const ALGORITHM: Algorithm = Algorithm {
+    name: "eagle3",
+    summary: "one layer on three of the target's hidden states, trained on its own drafts (Li et al. 2025)",
+    selection_metric: "simulated_acceptance_length",
+    resolve: |section| Ok(json!(Eagle3Config::read(section)?)),
+    size: |section, target| size(&Eagle3Config::read(section)?, target),
+    build: |section, context| Ok(Box::new(Eagle3::new(Eagle3Config::read(section)?, context)?)),
+};
+
+/// Deviation of random initial values, as Hugging Face's `initializer_range`.
+const DEVIATION: f64 = 0.02;
+
+/// Averages kept for every step.
+const METRICS: [&str; 5] = ["loss", "accuracy", "acceptance", "coverage", "chain"];
+
+/// An EAGLE-3 draft in training.
+pub struct Eagle3 {
+    config: Eagle3Config,
+    shape: Eagle3Shape,
+    parameters: Vec<Parameter>,
+    network: Network,
+    target: Dimensions,
+    /// The target's head, `[V, TH]`.
+    target_head: Tensor,
+    vocabulary: Option<DraftVocabulary>,
+    buffers: Vec<(String, Tensor)>,
+    positions_per_chunk: i64,
+}
+
+impl Eagle3 {
+    /// A fresh draft.
+    pub fn new(config: Eagle3Config, context: &DraftContext<'_>) -> Result<Self> {
+        let shape = config.shape(&context.target)?;
+        let map = context.vocabulary;
+        let mapped = map.map_or(shape.vocab_size, |map| map.draft_size());
+        if mapped != shape.draft_vocab_size || map.is_some_and(|map| map.target_size() != shape.vocab_size) {
+            let problem = format!("expected a map of {} tokens, got {mapped}", shape.draft_vocab_size);
+            return Err(Error::config("draft.vocab_map", problem));
+        }
+        let (kind, device) = (context.kind, context.device);
+        let target_ids = map.map(|map| device::upload(map.target_ids(), device)).transpose()?;
+        let mut parameters = Vec::new();
+        for (index, (name, tensor_shape)) in shape.tensors().into_iter().enumerate() {
+            let from_target = config.lm_head == HeadStart::Target && shape.hidden_size == shape.target_hidden_size;
+            let value = if name == "lm_head.weight" && from_target {
+                let head = context.head.f_to_device(device)?;
+                target_ids.as_ref().map_or_else(|| head.copy(), |ids| head.index_select(0, ids)).f_to_kind(kind)?.copy()
+            } else if tensor_shape.len() == 1 {
+                Tensor::f_ones(&tensor_shape, (kind, device))?
+            } else {
+                noise::normal(&tensor_shape, DEVIATION, context.seed, index as u64)
+                    .f_to_kind(kind)?
+                    .f_to_device(device)?
+            };
+            let decay = tensor_shape.len() > 1;
+            parameters.push(Parameter { name, value: value.set_requires_grad(true), decay });
+        }
+        let embedding = context.embedding.f_to_device(device)?.detach();
+        let network = Network::new(&shape, &parameters, &embedding, device)?;
+        let (mut vocabulary, mut buffers) = (None, Vec::new());
+        if let (Some(map), Some(target_ids)) = (map, target_ids) {
+            let draft_ids: Vec<i64> = (0..map.target_size()).map(|id| map.draft_id(id).unwrap_or(-1)).collect();
+            let d2t = Tensor::from_slice(&map.d2t());
+            buffers = vec![("d2t".to_owned(), d2t), ("t2d".to_owned(), Tensor::from_slice(&map.t2d()))];
+            vocabulary = Some(DraftVocabulary { target_ids, draft_ids: device::upload(&draft_ids, device)? });
+        }
+        let positions_per_chunk = distillation::positions_per_chunk(
+            context.chunk_bytes,
+            config.ttt_steps,
+            shape.vocab_size,
+            shape.draft_vocab_size,
+        );
+        let target_head = context.head.f_to_device(device)?.detach();
+        let target = context.target;
+        Ok(Self { config, shape, parameters, network, target, target_head, vocabulary, buffers, positions_per_chunk })
+    }
+
+    /// The network, for looking at single steps.
+    pub fn network(&self) -> &Network {
+        &self.network
+    }
+
+    /// The steps of a batch.
+    pub fn plan(&self, batch: &PackedBatch, device: Device) -> Result<Steps> {
+        Steps::new(batch, self.config.ttt_steps, self.config.mask, device)
+    }
+
+    /// One pass; gradients are added where there is a buffer for them.
+    fn run(
+        &self,
+        features: &FeatureBatch<'_>,
+        global_counts: &[f64],
+        gradients: Option<&mut [Tensor]>,
+    ) -> Result<Tally> {
+        let (last, captured) = features.hidden.split_last().ok_or_else(|| Error::Failed("no features".to_owned()))?;
+        let plan = self.plan(features.batch, last.device())?;
+        let projected = self.network.project_hidden_states(captured)?; // [T, H]
+        let outputs = self.network.backbone(&plan, &projected)?; // [R, H] each
+        let trained: Vec<Tensor> = outputs
+            .iter()
+            .zip(&plan.steps)
+            .map(|(hidden, step)| self.network.normed(&hidden.index_select(0, &step.trained)))
+            .collect();
+        let rows = match trained.is_empty() {
+            true => projected.narrow(0, 0, 0),
+            false => Tensor::cat(&trained, 0), // [M, H]
+        };
+        // Where a document ends, the references compare with the prediction from nothing: logits of zero.
+        let past_the_end = Tensor::zeros([1, last.size()[1]], (last.kind(), last.device()));
+        let states = Tensor::cat(&[last, &past_the_end], 0).to_kind(self.target_head.kind()); // [T + 1, TH]
+        let teacher = Teacher { hidden: &states, head: &self.target_head, vocabulary: self.vocabulary.as_ref() };
+        let positions: Vec<i64> = plan.steps.iter().flat_map(|step| step.teachers.iter().copied()).collect();
+        let order = Order::new(&positions, last.device())?;
+        let weights = self.row_weights(&plan, global_counts, &rows); // [M]
+        let mut outcomes = match gradients {
+            Some(gradients) => {
+                let parity = self.parity(&rows.detach(), &order, &teacher, &plan)?;
+                self.backward(&rows, &order, &teacher, &Weighting { weights: &weights, parity }, gradients)?
+            }
+            None => self.values(&rows, &order, &teacher)?,
+        };
+        if outcomes.input_gradient.is_none() {
+            outcomes.objective = (&outcomes.losses * &weights).sum(Kind::Double);
+        }
+        Ok(self.tally(&plan, &outcomes, last))
+    }
+
+    /// Outcomes of all rows without gradients.
+    fn values(&self, rows: &Tensor, order: &Order, teacher: &Teacher<'_>) -> Result<RowOutcomes> {
+        let mut projection = Projection { weight: self.network.head(), gradient: None };
+        distillation::distill(rows, order, teacher, &mut projection, self.objective(), None)
+    }
+
+    /// Outcomes of all rows, and the gradients of everything.
+    fn backward(
+        &self,
+        rows: &Tensor,
+        order: &Order,
+        teacher: &Teacher<'_>,
+        weighting: &Weighting<'_>,
+        gradients: &mut [Tensor],
+    ) -> Result<RowOutcomes> {
+        let objective = self.objective();
+        let head = self.network.head();
+        // The head is the last parameter; its gradient is made with the loss.
+        let (head_gradient, body_gradients) =
+            gradients.split_last_mut().ok_or_else(|| Error::Failed("no gradients".to_owned()))?;
+        let mut projection = Projection { weight: head, gradient: Some(head_gradient) };
+        let outcomes =
+            distillation::distill(&rows.detach(), order, teacher, &mut projection, objective, Some(weighting))?;
+        if let Some(slope) = outcomes.input_gradient.as_ref().filter(|slope| slope.numel() > 0) {
+            // The chunked gradient enters the graph of the network through this product.
+            let surrogate = (rows * slope).sum(slope.kind());
+            let inputs: Vec<&Tensor> = self.parameters[..body_gradients.len()].iter().map(|p| &p.value).collect();
+            let fresh = Tensor::f_run_backward(&[surrogate], &inputs, false, false)?;
+            // A norm that no step reads has no gradient.
+            for (total, gradient) in body_gradients.iter_mut().zip(fresh).filter(|(_, fresh)| fresh.defined()) {
+                *total += gradient;
+            }
+        }
+        Ok(outcomes)
+    }
+
+    fn objective(&self) -> Objective {
+        Objective {
+            loss: self.config.loss,
+            lambda: (self.config.lk_scale, self.config.lk_decay),
+            positions_per_chunk: self.positions_per_chunk,
+        }
+    }
+
+    /// Factor of each row's loss: the step's weight over the global count. `[M]`
+    fn row_weights(&self, plan: &Steps, global_counts: &[f64], rows: &Tensor) -> Tensor {
+        let kind = if rows.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+        let weights = self.config.weights();
+        let parts: Vec<Tensor> = plan
+            .steps
+            .iter()
+            .enumerate()
+            .map(|(k, step)| {
+                let factor = weights[k] / global_counts[k].max(1.0);
+                Tensor::full([step.teachers.len() as i64], factor, (kind, rows.device()))
+            })
+            .collect();
+        match parts.is_empty() {
+            true => Tensor::zeros([0], (kind, rows.device())),
+            false => Tensor::cat(&parts, 0),
+        }
+    }
+
+    /// SpecForge divides a step's LK loss by the rows of this batch that have one, and `lk_lambda` looks at their mean
+    /// acceptance: both are known after a pass over all rows. `[M]` each, and on the device.
+    fn parity(&self, rows: &Tensor, order: &Order, teacher: &Teacher<'_>, plan: &Steps) -> Result<Option<[Tensor; 2]>> {
+        let lk = matches!(self.config.loss, DistillationLoss::LkAlpha | DistillationLoss::LkLambda);
+        if !lk || self.config.normalisation != Normalisation::AllPositions || plan.steps.is_empty() {
+            return Ok(None);
+        }
+        let outcomes = self.values(rows, order, teacher)?;
+        let (mut factors, mut means) = (Vec::new(), Vec::new());
+        let mut start = 0;
+        for (step, weight) in plan.steps.iter().zip(self.config.weights()) {
+            let length = step.teachers.len() as i64;
+            let covered = outcomes.covered.narrow(0, start, length).to_kind(outcomes.acceptance.kind());
+            let count = covered.sum(covered.kind()).clamp_min(1.0);
+            let mean = (outcomes.acceptance.narrow(0, start, length) * covered).sum(count.kind()) / &count;
+            factors.push((count.reciprocal() * weight).expand([length], false));
+            means.push(mean.expand([length], false));
+            start += length;
+        }
+        Ok(Some([Tensor::cat(&factors, 0), Tensor::cat(&means, 0)]))
+    }
+
+    /// Sums of every step's metrics.
+    fn tally(&self, plan: &Steps, outcomes: &RowOutcomes, last: &Tensor) -> Tally {
+        let (mut sums, mut counts) = (Vec::new(), Vec::new());
+        // Whether a row was right at every step so far.
+        let mut chain = Tensor::ones([last.size()[0]], (Kind::Bool, last.device()));
+        let parity = matches!(self.config.mask, MaskAlignment::Specforge | MaskAlignment::Official);
+        let mut start = 0;
+        for step in &plan.steps {
+            let length = step.teachers.len() as i64;
+            let part = |values: &Tensor| values.narrow(0, start, length);
+            let (hits, covered) = (part(&outcomes.hits), part(&outcomes.covered));
+            let acceptance = part(&outcomes.acceptance);
+            let acceptance = if parity { acceptance * &covered } else { acceptance };
+            let chained = chain.index_select(0, &step.trained_rows).logical_and(&hits);
+            chain = chain.zeros_like().index_copy(0, &step.trained_rows, &chained);
+            let values = [part(&outcomes.losses), hits, acceptance, covered, chained];
+            sums.extend(values.map(|values| values.sum(Kind::Double)));
+            counts.extend([length as f64; METRICS.len()]);
+            start += length;
+        }
+        let missing = METRICS.len() * self.config.ttt_steps - sums.len();
+        sums.extend((0..missing).map(|_| Tensor::zeros([], (Kind::Double, last.device()))));
+        counts.resize(sums.len(), 0.0);
+        let objective = outcomes.objective.to_kind(Kind::Float);
+        Tally { objective, sums: Tensor::stack(&sums, 0), counts }
+    }
+}
+
+impl DraftModel for Eagle3 {
+    fn algorithm(&self) -> &'static Algorithm {
+        &ALGORITHM
+    }
+
+    fn capture(&self) -> Vec<usize> {
+        capture(&self.shape)
+    }
+
+    fn parameters(&self) -> &[Parameter] {
+        &self.parameters
+    }
+
+    fn metrics(&self) -> Vec<String> {
+        let steps = 1..=self.config.ttt_steps;
+        steps.flat_map(|step| METRICS.map(|metric| format!("step{step}/{metric}"))).collect()
+    }
+
+    fn summary(&self, averages: &[f64]) -> Vec<(String, f64)> {
+        let chains = averages.chunks(METRICS.len()).map(|step| step[4]);
+        vec![(ALGORITHM.selection_metric.to_owned(), 1.0 + chains.sum::<f64>())]
+    }
+
+    fn count_rows(&self, batch: &PackedBatch) -> Vec<f64> {
+        let count = |k: usize| match self.config.normalisation {
+            Normalisation::TrainedRows => supervision::rows(batch, k, self.config.mask).len(),
+            Normalisation::AllPositions => batch.ids.len(),
+        };
+        (0..self.config.ttt_steps).map(|k| count(k) as f64).collect()
+    }
+
+    fn accumulate(
+        &self,
+        features: &FeatureBatch<'_>,
+        global_counts: &[f64],
+        gradients: &mut [Tensor],
+    ) -> Result<Tally> {
+        self.run(features, global_counts, Some(gradients))
+    }
+
+    fn evaluate(&self, features: &FeatureBatch<'_>, global_counts: &[f64]) -> Result<Tally> {
+        let _guard = tch::no_grad_guard();
+        self.run(features, global_counts, None)
+    }
+
+    fn description(&self) -> Value {
+        json!({"draft": self.config, "shape": self.shape})
+    }
+
+    fn buffers(&self) -> Vec<(String, Tensor)> {
+        self.buffers.iter().map(|(name, value)| (name.clone(), value.shallow_clone())).collect()
+    }
+
+    fn check_length(&self, longest: i64) -> Result<()> {
+        let limit = self.shape.max_position_embeddings;
+        if longest <= limit {
+            return Ok(());
+        }
+        let problem = format!("a document has {longest} tokens, `max_position_embeddings` of the draft is {limit}");
+        Err(Error::config("draft.config", problem)
+            .with_hint(format!("raise it (engines size their rotary tables by it), or set data.max_length to {limit}")))
+    }
+
+    fn contract(&self) -> Vec<String> {
+        config::contract(&self.config, &self.shape, &self.target)
+    }
+}
+
+/// Hidden states a draft of this shape reads: its captured layers, and the last for the teacher.
+fn capture(shape: &Eagle3Shape) -> Vec<usize> {
+    shape.capture.iter().copied().chain([shape.num_target_layers]).collect()
+}
+
+fn size(config: &Eagle3Config, target: &Dimensions) -> Result<DraftSize> {
+    let shape = config.shape(target)?;
+    let parameters = |(_, shape): &(String, Vec<i64>)| shape.iter().product::<i64>() as u64;
+    let tensors = shape.tensors();
+    let trainable = tensors.iter().map(parameters).sum::<u64>();
+    let embedding = tensors.iter().filter(|(name, _)| name.starts_with("embed_tokens")).map(parameters).sum::<u64>();
+    // Forward, gradient of the input, gradient of the weight, in every step; and the teacher's head once.
+    let teacher = (shape.vocab_size * shape.target_hidden_size) as u64;
+    let row_multiply_adds = 3 * config.ttt_steps as u64 * (trainable - embedding) + teacher;
+    Ok(DraftSize { trainable, frozen: 0, captured: capture(&shape).len() as u64, row_multiply_adds })
+}

@@ -1,0 +1,248 @@
+//! Which rows run in which step of the training-time test. Integers on the host, before anything is computed.
+//!
+//! Row `t` holds the target's features of token `t`; at step `k` it reads the embedding of token `t + 1 + k`, stands at
+//! position `t + k`, and is compared with what the target predicts from token `t + 1 + k`. A row is computed at step `k`
+//! only if it is trained at that step or at a later one.
+//!
+//! Attention works on *runs*: consecutive rows of one document. A run sees the keys of its document before it whole, and
+//! its own keys causally.
+//!
+//! Shape legend: `T` tokens of the packed batch, `R` rows of a step, `M` trained rows of a step.
+
+use tch::{Device, Tensor};
+
+use crate::data::PackedBatch;
+use crate::device;
+use crate::draft::supervision::{self, MaskAlignment};
+use crate::error::Result;
+use crate::nn::merged_attention::Run;
+
+/// The rows of one step, on the device. All tensors are int64.
+#[derive(Debug)]
+pub struct Step {
+    /// `[R]` rows of the batch, ascending.
+    pub rows: Tensor,
+    /// `[R]` their places among the previous step's rows; at step 0 the rows themselves.
+    pub kept: Tensor,
+    /// `[R]` token whose embedding a row reads.
+    pub tokens: Tensor,
+    /// `[R]` rotary position.
+    pub positions: Tensor,
+    /// `[M]` places of the trained rows among the rows.
+    pub trained: Tensor,
+    /// `[M]` rows of the batch that are trained.
+    pub trained_rows: Tensor,
+    /// Number of rows, `R`.
+    pub len: i64,
+    /// Token from which the target predicts what each trained row should; `T` where there is none.
+    pub teachers: Vec<i64>,
+    /// The rows as runs.
+    pub runs: Vec<Run>,
+}
+
+/// All steps of a batch.
+#[derive(Debug)]
+pub struct Steps {
+    /// `[T]` token whose embedding each row of the batch reads at step 0: keys are needed of every row.
+    pub tokens: Tensor,
+    /// `[T]` rotary position of each row of the batch at step 0.
+    pub positions: Tensor,
+    /// Every row of the batch, as runs.
+    pub runs: Vec<Run>,
+    /// The steps that have rows.
+    pub steps: Vec<Step>,
+}
+
+/// Host side of a step, before it is moved to the device.
+struct HostStep {
+    rows: Vec<i64>,
+    kept: Vec<i64>,
+    trained: Vec<i64>,
+    trained_rows: Vec<i64>,
+}
+
+impl Steps {
+    /// Plans `count` steps on a batch.
+    pub fn new(batch: &PackedBatch, count: usize, alignment: MaskAlignment, device: Device) -> Result<Self> {
+        let ends = document_ends(batch);
+        let trained: Vec<Vec<i64>> = (0..count).map(|k| supervision::rows(batch, k, alignment)).collect();
+        let host = host_steps(&trained);
+        let token = |row: i64, k: usize| {
+            let token = row + 1 + k as i64;
+            if token < ends[row as usize] { batch.ids[token as usize] } else { 0 }
+        };
+        let position = |row: i64, k: usize| batch.positions[row as usize] + k as i64;
+        let all: Vec<i64> = (0..batch.ids.len() as i64).collect();
+
+        // One copy to the device for all of them.
+        let mut pool = Pool::default();
+        let tokens = pool.add(all.iter().map(|&row| token(row, 0)));
+        let positions = pool.add(all.iter().map(|&row| position(row, 0)));
+        let mut places = Vec::new();
+        for (k, step) in host.iter().enumerate() {
+            places.push([
+                pool.add(step.rows.iter().copied()),
+                pool.add(step.kept.iter().copied()),
+                pool.add(step.rows.iter().map(|&row| token(row, k))),
+                pool.add(step.rows.iter().map(|&row| position(row, k))),
+                pool.add(step.trained.iter().copied()),
+                pool.add(step.trained_rows.iter().copied()),
+            ]);
+        }
+        let numbers = device::upload(&pool.numbers, device)?;
+        let get = |(start, length): (i64, i64)| numbers.narrow(0, start, length);
+        let steps = host.iter().zip(places).enumerate().map(|(k, (step, places))| {
+            let [rows, kept, tokens, positions, trained, trained_rows] = places.map(get);
+            let teacher = |&row: &i64| {
+                let token = row + 1 + k as i64;
+                if token < ends[row as usize] { token } else { batch.ids.len() as i64 }
+            };
+            let teachers = step.trained_rows.iter().map(teacher).collect();
+            let (len, runs) = (step.rows.len() as i64, runs(&step.rows, batch));
+            Step { rows, kept, tokens, positions, trained, trained_rows, len, teachers, runs }
+        });
+        let steps = steps.collect();
+        Ok(Self { tokens: get(tokens), positions: get(positions), runs: runs(&all, batch), steps })
+    }
+}
+
+/// Numbers that travel to the device together.
+#[derive(Default)]
+struct Pool {
+    numbers: Vec<i64>,
+}
+
+impl Pool {
+    /// Adds a list and returns its start and length.
+    fn add(&mut self, numbers: impl Iterator<Item = i64>) -> (i64, i64) {
+        let start = self.numbers.len();
+        self.numbers.extend(numbers);
+        (start as i64, (self.numbers.len() - start) as i64)
+    }
+}
+
+/// For each row, where its document ends.
+fn document_ends(batch: &PackedBatch) -> Vec<i64> {
+    let mut ends = Vec::with_capacity(batch.ids.len());
+    for &length in &batch.lengths {
+        let end = ends.len() as i64 + length;
+        ends.resize(end as usize, end);
+    }
+    ends
+}
+
+/// Rows of each step from the rows that are trained in each; steps that train nothing any more are left out.
+fn host_steps(trained: &[Vec<i64>]) -> Vec<HostStep> {
+    let mut needed: Vec<i64> = Vec::new();
+    let mut steps = Vec::new();
+    for rows in trained.iter().rev() {
+        needed = union(&needed, rows);
+        if needed.is_empty() {
+            continue;
+        }
+        steps.push(HostStep {
+            rows: needed.clone(),
+            kept: needed.clone(),
+            trained: places(rows, &needed),
+            trained_rows: rows.clone(),
+        });
+    }
+    steps.reverse();
+    for k in 1..steps.len() {
+        steps[k].kept = places(&steps[k].rows, &steps[k - 1].rows);
+    }
+    steps
+}
+
+/// Union of two ascending lists.
+fn union(left: &[i64], right: &[i64]) -> Vec<i64> {
+    let mut all: Vec<i64> = left.iter().chain(right).copied().collect();
+    all.sort_unstable();
+    all.dedup();
+    all
+}
+
+/// Where each of `rows` stands in `among`; both ascend.
+fn places(rows: &[i64], among: &[i64]) -> Vec<i64> {
+    let mut place = 0;
+    rows.iter()
+        .map(|row| {
+            while among[place] < *row {
+                place += 1;
+            }
+            place as i64
+        })
+        .collect()
+}
+
+/// Consecutive rows of one document.
+fn runs(rows: &[i64], batch: &PackedBatch) -> Vec<Run> {
+    let mut runs: Vec<Run> = Vec::new();
+    let mut documents = batch.lengths.iter();
+    let (mut start, mut end) = (0, 0);
+    for (place, &row) in rows.iter().enumerate() {
+        let new_document = row >= end;
+        while row >= end {
+            start = end;
+            end += documents.next().copied().unwrap_or(i64::MAX / 2);
+        }
+        match runs.last_mut() {
+            Some(run) if !new_document && run.first_key + run.count == row => run.count += 1,
+            _ => runs.push(Run { first_query: place as i64, count: 1, document_start: start, first_key: row }),
+        }
+    }
+    runs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn batch(marks: &[&str]) -> PackedBatch {
+        let joined = marks.concat();
+        PackedBatch {
+            ids: (0..joined.len() as i64).map(|token| 100 + token).collect(),
+            positions: marks.iter().flat_map(|marks| 0..marks.len() as i64).collect(),
+            supervised: joined.chars().map(|mark| mark == 'x').collect(),
+            lengths: marks.iter().map(|marks| marks.len() as i64).collect(),
+            documents: marks.iter().map(|marks| (*marks).to_owned()).collect(),
+        }
+    }
+
+    fn numbers(tensor: &Tensor) -> Vec<i64> {
+        Vec::try_from(tensor).unwrap()
+    }
+
+    #[test]
+    fn the_rows_of_two_packed_documents() {
+        // Document a: tokens 0..6, b: 6..11.
+        let plan = Steps::new(&batch(&["..xxxx", ".xxx."]), 7, MaskAlignment::Exact, Device::Cpu).unwrap();
+        assert_eq!(numbers(&plan.tokens), [101, 102, 103, 104, 105, 0, 107, 108, 109, 110, 0]);
+        assert_eq!(numbers(&plan.positions), [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4]);
+        assert_eq!(plan.steps.len(), 3); // nothing is trained from step 3 on
+        let [first, second, third] = &plan.steps[..] else { panic!() };
+        assert_eq!(numbers(&first.rows), [1, 2, 3, 6, 7]);
+        assert_eq!(first.teachers, [2, 3, 4, 7, 8]);
+        assert_eq!(numbers(&second.rows), [1, 2, 6]);
+        assert_eq!(numbers(&second.kept), [0, 1, 3]);
+        assert_eq!(numbers(&second.tokens), [103, 104, 108]);
+        assert_eq!(numbers(&second.positions), [2, 3, 1]);
+        assert_eq!(second.teachers, [3, 4, 8]);
+        assert_eq!(numbers(&third.rows), [1]);
+        let run = |first_query, count, document_start, first_key| Run { first_query, count, document_start, first_key };
+        assert_eq!(first.runs, [run(0, 3, 0, 1), run(3, 2, 6, 6)]);
+        assert_eq!(plan.runs, [run(0, 6, 0, 0), run(6, 5, 6, 6)]);
+    }
+
+    /// A row is computed as long as a later step trains it, and a teacher past the document's end is none.
+    #[test]
+    fn rows_of_parity_alignments_wait_for_later_steps() {
+        let plan = Steps::new(&batch(&["x..x"]), 4, MaskAlignment::Official, Device::Cpu).unwrap();
+        let rows: Vec<Vec<i64>> = plan.steps.iter().map(|step| numbers(&step.rows)).collect();
+        assert_eq!(rows, [vec![0, 1, 2, 3], vec![0, 1, 2], vec![0, 1], vec![0]]);
+        let trained: Vec<Vec<i64>> = plan.steps.iter().map(|step| numbers(&step.trained_rows)).collect();
+        assert_eq!(trained, [vec![0, 3], vec![2], vec![1], vec![0]]);
+        assert_eq!(plan.steps[0].teachers, [1, 4]);
+        assert_eq!(numbers(&plan.steps[1].trained), [2]);
+    }
+}

@@ -1,0 +1,253 @@
+//! Speed and memory of a training step of a draft: forward, backward and optimizer on random features, without a target.
+//!
+//! The target's part is timed by `bench`; here every algorithm of the table meets the same made-up documents, so that
+//! another program can time the same work (`benchmarks/eagle3_step_vs_specforge`).
+
+use std::str::FromStr;
+use std::time::Instant;
+
+use serde::Serialize;
+use serde_json::Value;
+use tch::{Device, Kind, Tensor};
+
+use super::bench::{parse_sizes, peak_memory_bytes};
+use crate::data::PackedBatch;
+use crate::device;
+use crate::draft::{self, DraftContext, DraftModel};
+use crate::error::{Error, Result};
+use crate::features::FeatureBatch;
+use crate::models::Dimensions;
+use crate::nn::noise;
+use crate::optim::{AdamW, Group, OptimConfig, ParameterSlot};
+use crate::shim;
+use crate::vocab::VocabMap;
+
+/// What to time.
+#[derive(Debug, Clone)]
+pub struct BenchTrainOptions {
+    /// The `draft` section.
+    pub draft: Value,
+    /// Sizes of the target.
+    pub target: Dimensions,
+    /// Documents and tokens of each.
+    pub batch: BatchShape,
+    /// Share of each document, at its end, that is supervised.
+    pub supervised: f64,
+    /// Timed steps, after two that are not timed.
+    pub repeat: u32,
+    /// Threads of libtorch; all cores where it is not given.
+    pub threads: Option<i32>,
+    /// Element type.
+    pub kind: Kind,
+    /// Where to run.
+    pub device: Device,
+    /// Most bytes of a chunk of logits.
+    pub chunk_bytes: usize,
+}
+
+/// `RxT`: documents and tokens of each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct BatchShape {
+    /// Documents.
+    pub documents: i64,
+    /// Tokens of each.
+    pub tokens: i64,
+}
+
+impl FromStr for BatchShape {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let [documents, tokens] = parse_sizes(text, "DOCUMENTSxTOKENS, such as 2x512")?;
+        Ok(Self { documents, tokens })
+    }
+}
+
+/// What was measured.
+#[derive(Debug, Serialize)]
+pub struct BenchTrainReport {
+    /// Name of the algorithm.
+    pub algorithm: String,
+    /// Trainable parameters.
+    pub trainable_parameters: u64,
+    /// Tokens of a step.
+    pub tokens: i64,
+    /// Trained rows of a step, of all loss terms together.
+    pub rows: f64,
+    /// Threads of libtorch.
+    pub threads: i32,
+    /// Seconds of every timed step.
+    pub seconds: Vec<f64>,
+    /// Seconds of the median step.
+    pub median_seconds: f64,
+    /// Of the median step: forward and backward pass, and the optimizer.
+    pub parts: [f64; 2],
+    /// Tokens per second of the median step.
+    pub tokens_per_second: f64,
+    /// Objective of the last step.
+    pub loss: f64,
+    /// Memory of the process before the first step, where the system tells it.
+    pub memory_before_bytes: Option<u64>,
+    /// Most memory that was in use: of the process on a CPU, of the allocator on a GPU.
+    pub peak_memory_bytes: Option<u64>,
+}
+
+/// Steps that are not timed.
+const WARM_UP: u32 = 2;
+
+/// Times steps.
+pub fn run(options: &BenchTrainOptions) -> Result<BenchTrainReport> {
+    if let Some(threads) = options.threads {
+        tch::set_num_threads(threads);
+    }
+    let BatchShape { documents, tokens } = options.batch;
+    let (device, target) = (options.device, options.target);
+    let random = |shape: &[i64], stream: u64| {
+        let values = noise::normal(shape, 1.0, 7, stream).f_to_device(device)?.f_to_kind(options.kind)?;
+        Ok::<_, Error>(values)
+    };
+    let table = |stream| Ok::<_, Error>(random(&[target.vocab_size, target.hidden_size], stream)? * 0.02);
+    let (embedding, head) = (table(0)?, table(1)?);
+    let vocabulary = spread_vocabulary(&options.draft, target.vocab_size)?;
+    let context = DraftContext {
+        target,
+        embedding: &embedding,
+        head: &head,
+        vocabulary: vocabulary.as_ref(),
+        kind: options.kind,
+        device,
+        seed: 1,
+        chunk_bytes: options.chunk_bytes,
+    };
+    let algorithm = draft::algorithm(&options.draft)?;
+    let draft = (algorithm.build)(&options.draft, &context)?;
+    let batch = made_up(options.batch, options.supervised, target.vocab_size);
+    let capture = draft.capture();
+    let rows = documents * tokens;
+    let hidden = (0..capture.len() as u64).map(|index| random(&[rows, target.hidden_size], 10 + index));
+    let features = FeatureBatch { batch: &batch, hidden: hidden.collect::<Result<_>>()? };
+    let mut session = Session::new(draft.as_ref(), &features)?;
+    if let Device::Cuda(index) = device {
+        shim::reset_cuda_peak(index)?;
+    }
+    let memory_before_bytes = peak_memory(device);
+    for _ in 0..WARM_UP {
+        session.step()?;
+    }
+    let mut laps = (0..options.repeat).map(|_| session.step()).collect::<Result<Vec<_>>>()?;
+    let seconds: Vec<f64> = laps.iter().map(|[work, optimizer]| work + optimizer).collect();
+    laps.sort_by(|left, right| left.iter().sum::<f64>().total_cmp(&right.iter().sum()));
+    let parts = laps[laps.len() / 2];
+    let median_seconds = parts[0] + parts[1];
+    let parameters = draft.parameters().iter();
+    Ok(BenchTrainReport {
+        algorithm: algorithm.name.to_owned(),
+        trainable_parameters: parameters.map(|parameter| parameter.value.numel() as u64).sum(),
+        tokens: rows,
+        rows: session.counts.iter().sum(),
+        threads: tch::get_num_threads(),
+        seconds,
+        median_seconds,
+        parts,
+        tokens_per_second: rows as f64 / median_seconds,
+        loss: session.loss,
+        memory_before_bytes,
+        peak_memory_bytes: peak_memory(device),
+    })
+}
+
+/// A vocabulary of the asked size, spread evenly over the target's.
+fn spread_vocabulary(section: &Value, vocab_size: i64) -> Result<Option<VocabMap>> {
+    let size = section.get("draft_vocab_size").and_then(Value::as_i64).filter(|&size| size != vocab_size);
+    size.map(|size| VocabMap::new((0..size).map(|id| id * vocab_size / size).collect(), vocab_size)).transpose()
+}
+
+/// Documents of random tokens, supervised at their end but for the last token.
+fn made_up(shape: BatchShape, supervised: f64, vocab_size: i64) -> PackedBatch {
+    let BatchShape { documents, tokens } = shape;
+    let mut random = noise::keyed_stream(3, 0);
+    let prompt = tokens - 1 - (tokens as f64 * supervised) as i64;
+    PackedBatch {
+        ids: (0..documents * tokens).map(|_| (random() % vocab_size as u64) as i64).collect(),
+        positions: (0..documents).flat_map(|_| 0..tokens).collect(),
+        supervised: (0..documents).flat_map(|_| (0..tokens).map(|at| at > prompt && at + 1 < tokens)).collect(),
+        lengths: vec![tokens; documents as usize],
+        documents: (0..documents).map(|index| format!("document {index}")).collect(),
+    }
+}
+
+struct Session<'a> {
+    draft: &'a dyn DraftModel,
+    features: &'a FeatureBatch<'a>,
+    optimizer: AdamW,
+    gradients: Vec<Tensor>,
+    counts: Vec<f64>,
+    loss: f64,
+}
+
+impl<'a> Session<'a> {
+    fn new(draft: &'a dyn DraftModel, features: &'a FeatureBatch<'a>) -> Result<Self> {
+        let slots = draft.parameters().iter().map(|parameter| {
+            let group = if parameter.decay { Group::Decay } else { Group::NoDecay };
+            ParameterSlot { group, ..ParameterSlot::new(&parameter.name, parameter.value.shallow_clone()) }
+        });
+        let optimizer = AdamW::new(slots.collect(), &OptimConfig::default())?;
+        let zeros = |value: &Tensor| Tensor::f_zeros(value.size(), (Kind::Float, value.device()));
+        let gradients =
+            draft.parameters().iter().map(|parameter| Ok(zeros(&parameter.value)?)).collect::<Result<_>>()?;
+        let counts = draft.count_rows(features.batch);
+        Ok(Self { draft, features, optimizer, gradients, counts, loss: f64::NAN })
+    }
+
+    /// Seconds of forward and backward, and of the optimizer.
+    fn step(&mut self) -> Result<[f64; 2]> {
+        let device = self.gradients[0].device();
+        let start = Instant::now();
+        self.gradients.iter_mut().for_each(|gradient| drop(gradient.zero_()));
+        let tally = self.draft.accumulate(self.features, &self.counts, &mut self.gradients)?;
+        device::synchronize(device);
+        let worked = start.elapsed().as_secs_f64();
+        self.optimizer.step(&self.gradients, 1e-4, Some(1.0), &tally.objective)?;
+        device::synchronize(device);
+        let all = start.elapsed().as_secs_f64();
+        self.loss = tally.objective.double_value(&[]);
+        Ok([worked, all - worked])
+    }
+}
+
+fn peak_memory(device: Device) -> Option<u64> {
+    match device {
+        Device::Cuda(index) => shim::cuda_memory(index).ok().map(|memory| memory.peak as u64),
+        _ => peak_memory_bytes(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_step_of_every_algorithm_is_timed() {
+        for (draft, terms) in [
+            (json!({"algorithm": "medusa", "num_heads": 2}), 2),
+            (json!({"algorithm": "eagle3", "ttt_steps": 2, "draft_vocab_size": 13, "capture": [1, 2]}), 2),
+        ] {
+            let options = BenchTrainOptions {
+                draft: (draft::algorithm(&draft).unwrap().resolve)(&draft).unwrap(),
+                target: Dimensions::of(16, 40, 4, 64),
+                batch: BatchShape { documents: 2, tokens: 10 },
+                supervised: 0.5,
+                repeat: 3,
+                threads: None,
+                kind: Kind::Float,
+                device: Device::Cpu,
+                chunk_bytes: 4 * 40 * 8,
+            };
+            let report = run(&options).unwrap();
+            // Five supervised tokens end at the last but one: 4 and 3 rows of a document.
+            assert_eq!((report.rows, report.tokens), (2.0 * (4.0 + 3.0), 20), "{terms} terms of {draft}");
+            assert!(report.seconds.len() == 3 && report.loss.is_finite() && report.loss > 0.0, "{report:?}");
+        }
+    }
+}
