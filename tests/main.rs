@@ -7,6 +7,7 @@ mod bad_input;
 mod cli;
 mod configuration;
 mod eagle3;
+mod eagle3_exports;
 mod exports;
 mod fixture;
 mod goldens;

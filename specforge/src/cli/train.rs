@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use clap::Args;
-use serde_json::json;
+use serde_json::{Value, json};
 use tch::Device;
 
 use super::{LazyProgress, Output, note, record, signals};
@@ -16,6 +16,7 @@ use crate::device;
 use crate::draft::vocabulary::{Corpus, Vocabulary, VocabularyKeys};
 use crate::draft::{self, DraftContext};
 use crate::error::{Error, Result};
+use crate::export;
 use crate::features::{FeatureSource, OnlineFeatures, RememberedFeatures};
 use crate::files;
 use crate::models;
@@ -125,6 +126,12 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         chunk_bytes: config.train.chunk_mib << 20,
     };
     let draft = (algorithm.build)(&config.draft, &context)?;
+    // A resumed run has its values from the checkpoint.
+    if let (None, Some(folder)) = (&checkpoint, config.draft.get("init_from").and_then(Value::as_str)) {
+        let notes = export::eagle3::start_from(Path::new(folder), draft.as_ref(), context.vocabulary)?;
+        notes.iter().for_each(|line| note(format!("{folder}: {line}")));
+        note(format!("starting from the draft in {folder}"));
+    }
     for cache in [Some(&train_cache), eval_cache.as_ref()].into_iter().flatten() {
         draft.check_length(longest(cache))?;
     }

@@ -215,7 +215,8 @@ pub(super) struct Keys {
 pub(super) struct EagleKeys {
     use_aux_hidden_state: Option<bool>,
     norm_before_fc: Option<bool>,
-    pub(super) eagle_aux_hidden_state_layer_ids: Option<Vec<usize>>,
+    /// -1 stands for the embeddings.
+    pub(super) eagle_aux_hidden_state_layer_ids: Option<Vec<i64>>,
 }
 
 /// What this program writes for itself.
@@ -384,7 +385,11 @@ fn one_rope(values: &Value, llama: &LlamaConfig) -> Result<(), String> {
 fn capture(keys: &Keys, num_target_layers: usize) -> Result<Vec<usize>, String> {
     let key = "eagle_aux_hidden_state_layer_ids";
     let outputs = keys.eagle_config.as_ref().and_then(|keys| keys.eagle_aux_hidden_state_layer_ids.as_ref());
-    let outputs = outputs.map(|ids| ids.iter().map(|id| id.saturating_add(1)).collect::<Vec<_>>());
+    let outputs = match outputs.map(|ids| inputs_of(ids)) {
+        Some(None) => return Err(format!("`eagle_config.{key}`: expected layers from -1, got {outputs:?}")),
+        Some(inputs) => inputs,
+        None => None,
+    };
     let capture = match (keys.eagle_aux_hidden_state_layer_ids.clone().filter(|ids| !ids.is_empty()), outputs) {
         (Some(inputs), Some(outputs)) if inputs != outputs => {
             return Err(format!(
@@ -409,6 +414,11 @@ fn capture(keys: &Keys, num_target_layers: usize) -> Result<Vec<usize>, String> 
         ));
     }
     Ok(capture)
+}
+
+/// The layers that read what these layers give.
+pub(super) fn inputs_of(outputs: &[i64]) -> Option<Vec<usize>> {
+    outputs.iter().map(|id| id.checked_add(1).and_then(|id| usize::try_from(id).ok())).collect()
 }
 
 /// What both engines capture where a file names no layers.

@@ -62,16 +62,16 @@ fn captured(
     let (layers, from) = match engine {
         // The key holds outputs there.
         Engine::Sglang => match &nested {
-            Some(ids) => (
-                Some(ids.iter().map(|id| id.saturating_add(1)).collect()),
-                format!("`eagle_config`: outputs of {ids:?}"),
-            ),
+            Some(ids) => (config::inputs_of(ids), format!("`eagle_config`: outputs of {ids:?}")),
             None => (config::default_capture(known), "its default, no key in `eagle_config`".to_owned()),
         },
         // Either key is taken as it stands.
         Engine::Vllm => match (&top, &nested) {
             (Some(ids), _) => (Some(ids.clone()), format!("the key beside `eagle_config`: inputs of {ids:?}")),
-            (None, Some(ids)) => (Some(ids.clone()), format!("`eagle_config`, taken as inputs of {ids:?}")),
+            (None, Some(ids)) => {
+                let layers = ids.iter().map(|&id| usize::try_from(id).ok()).collect();
+                (layers, format!("`eagle_config`, taken as inputs of {ids:?}"))
+            }
             (None, None) => (config::default_capture(known), "its default, no key".to_owned()),
         },
     };
@@ -84,10 +84,10 @@ fn captured(
         problems.push(format!("captures what layers {layers:?} read, the draft was trained on {:?}", shape.capture));
     }
     let listed = match engine {
-        Engine::Sglang => nested.or(top),
-        Engine::Vllm => nested,
+        Engine::Sglang => nested.map(|ids| ids.len()).or(top.map(|ids| ids.len())),
+        Engine::Vllm => nested.map(|ids| ids.len()),
     };
-    let count = keys.num_aux_hidden_states.or(listed.map(|ids| ids.len()).filter(|&count| count > 0)).unwrap_or(3);
+    let count = keys.num_aux_hidden_states.or(listed.filter(|&count| count > 0)).unwrap_or(3);
     if count != shape.capture.len() {
         let have = shape.capture.len();
         problems
@@ -130,9 +130,6 @@ fn sglang(folder: &Folder, problems: &mut Vec<String>) {
     }
     if folder.values.get("target_hidden_size").is_some_and(Value::is_null) {
         problems.push("keeps an embedding that nobody loads: remove `target_hidden_size`, which is null".to_owned());
-    }
-    if shape.capture.first() == Some(&0) {
-        problems.push("cannot capture the embeddings (index 0)".to_owned());
     }
     if shape.capture.len() as i64 * shape.target_hidden_size == shape.hidden_size {
         problems.push("skips `fc` where the captured features are as wide as the draft".to_owned());

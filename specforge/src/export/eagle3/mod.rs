@@ -25,6 +25,7 @@ use crate::weights::writer;
 
 mod config;
 mod engines;
+mod pickled;
 mod read;
 mod warm_start;
 

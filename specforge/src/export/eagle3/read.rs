@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
 use super::config::{self, Keys};
-use super::{CONFIG_FILE, D2T, Layout, T2D, WEIGHTS_FILE, layout, twin_norm};
+use super::{CONFIG_FILE, D2T, Layout, T2D, WEIGHTS_FILE, layout, pickled, twin_norm};
 use crate::draft::eagle3::Eagle3Shape;
 use crate::error::{Error, Result, TensorMismatch};
 use crate::vocab::VocabMap;
@@ -69,17 +69,7 @@ impl Folder {
         })?;
         let parsed = config::parse(&config_path, layout, &values, num_target_layers)?;
         let shape = parsed.shape;
-        let weights_path = path.join(WEIGHTS_FILE);
-        let weights = WeightsFolder::open(&weights_path)?;
-        let (mut tensors, mut stored) = (BTreeMap::new(), Vec::new());
-        for name in weights.names() {
-            let kind = weights.kind(name).unwrap_or(Kind::Float);
-            let trained = trained_name(name);
-            if tensors.insert(trained.clone(), weights.load(name, kind, Device::Cpu)?).is_some() {
-                return Err(Error::bad_file(&weights_path, format!("holds `{trained}` under two names")));
-            }
-            stored.push(name.to_owned());
-        }
+        let (weights_path, tensors, stored) = weights(path, &shape)?;
         fit(&weights_path, &tensors, &shape, layout)?;
         let kind = one_kind(&weights_path, &tensors)?;
         let vocabulary = vocabulary(&weights_path, &tensors, &shape)?;
@@ -107,8 +97,28 @@ impl Folder {
     }
 }
 
+/// The file of weights, its tensors by the names of training, and their names in the file.
+fn weights(path: &Path, shape: &Eagle3Shape) -> Result<(PathBuf, BTreeMap<String, Tensor>, Vec<String>)> {
+    let (weights_path, older) = (path.join(WEIGHTS_FILE), path.join(pickled::FILE));
+    if !weights_path.is_file() && older.is_file() {
+        let tensors = pickled::tensors(&older, shape)?;
+        return Ok((older, tensors, Vec::new()));
+    }
+    let weights = WeightsFolder::open(&weights_path)?;
+    let (mut tensors, mut stored) = (BTreeMap::new(), Vec::new());
+    for name in weights.names() {
+        let kind = weights.kind(name).unwrap_or(Kind::Float);
+        let trained = trained_name(name);
+        if tensors.insert(trained.clone(), weights.load(name, kind, Device::Cpu)?).is_some() {
+            return Err(Error::bad_file(&weights_path, format!("holds `{trained}` under two names")));
+        }
+        stored.push(name.to_owned());
+    }
+    Ok((weights_path, tensors, stored))
+}
+
 /// The name in training of a tensor in a file. SGLang also accepts the older names of the captured layers' norms.
-fn trained_name(stored: &str) -> String {
+pub(super) fn trained_name(stored: &str) -> String {
     let aliases = [
         ("layers.0.", "midlayer."),
         ("aux_norm_low.", "fc_norm.0."),

@@ -31,7 +31,7 @@ pub fn start_from(path: &Path, draft: &dyn DraftModel, vocabulary: Option<&Vocab
         let tokens = |map: Option<&VocabMap>| map.map_or(own.vocab_size, VocabMap::draft_size);
         let (theirs, ours) = (tokens(imported.vocabulary.as_ref()), tokens(vocabulary));
         let what = if theirs == ours { "of other tokens".to_owned() } else { format!("{theirs} there, {ours} here") };
-        wrong.push(format!("vocabulary map: {what} (draft.vocab_map)"));
+        wrong.push(format!("vocabulary map: {what} (draft.vocab_map={}/model.safetensors)", path.display()));
     }
     if !wrong.is_empty() {
         let problem = format!("{} is another draft than the one configured:\n  {}", path.display(), wrong.join("\n  "));
