@@ -8,6 +8,7 @@ mod cli;
 mod configuration;
 mod eagle3;
 mod eagle3_exports;
+mod eagle3_imports;
 mod exports;
 mod fixture;
 mod goldens;

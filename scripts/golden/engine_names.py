@@ -68,6 +68,8 @@ def renamings(engine, tree):
         parts = [(shard, parameter) for parameter, shard, _ in stacked[0]]
         return list(legacy[0].items()) + parts, {}, ["d2t", "t2d"]
     replaced, stacked = literals(tree, "orig_to_new_substr"), literals(tree, "orig_to_new_stacked")
+    # Another table of that name says with None what a folder may lack.
+    replaced = [table for table in replaced if None not in table.values()]
     if not replaced or not stacked:
         fail("vllm: the tables of WeightsMapper are not where they were")
     parts = [(shard, parameter) for shard, (parameter, _) in stacked[0].items()]
@@ -78,7 +80,7 @@ def attributes(tree):
     """Names that constructors assign to `self` or to what `self` holds."""
     found = set()
     for node in ast.walk(tree):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        targets = getattr(node, "targets", []) or [getattr(node, "target", None)]
         found.update(target.attr for target in targets if isinstance(target, ast.Attribute))
     return found
 
