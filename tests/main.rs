@@ -7,6 +7,8 @@ mod bad_input;
 mod cli;
 mod configuration;
 mod eagle3;
+mod eagle3_exports;
+mod eagle3_imports;
 mod exports;
 mod fixture;
 mod goldens;

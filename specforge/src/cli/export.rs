@@ -9,14 +9,14 @@ use super::{Output, note, record};
 use crate::checkpoint;
 use crate::config::Dtype;
 use crate::error::{Error, Result};
-use crate::export::{self, ExportReport, Source};
+use crate::export::{self, Engine, ExportReport, Source};
 
 #[derive(Debug, Args)]
 pub(super) struct ExportArgs {
     /// A checkpoint folder (`step-...`), or a run's output folder for its newest one.
     #[arg(long, required_unless_present = "check", conflicts_with = "check")]
     checkpoint: Option<PathBuf>,
-    /// File layout: medusa (the original repository's) or medusa-vllm.
+    /// File layout: medusa (the original repository's), medusa-vllm, eagle3 (SGLang and vLLM) or speculators (vLLM).
     #[arg(long, default_value = "medusa")]
     format: String,
     /// Folder to write.
@@ -28,11 +28,14 @@ pub(super) struct ExportArgs {
     /// Read an exported folder back and check names, shapes, types and configuration.
     #[arg(long, value_name = "DIR")]
     check: Option<PathBuf>,
+    /// Refuse what this engine cannot serve: sglang or vllm. Without it, what no engine can serve is refused.
+    #[arg(long)]
+    engine: Option<Engine>,
 }
 
 pub(super) fn run(args: &ExportArgs, output: &Output) -> Result<()> {
     let report = match (&args.check, &args.checkpoint, &args.out) {
-        (Some(folder), ..) => export::check(folder)?,
+        (Some(folder), ..) => export::check_for(folder, args.engine)?,
         (None, Some(checkpoint), Some(out)) => {
             let checkpoint = checkpoint::find(checkpoint)?;
             let manifest = &checkpoint.manifest;
@@ -43,7 +46,7 @@ pub(super) fn run(args: &ExportArgs, output: &Output) -> Result<()> {
                 target: PathBuf::from(target),
                 kind: args.dtype.map(Dtype::kind),
             };
-            let report = export::export(&source, &args.format, out)?;
+            let report = export::export(&source, &args.format, out, args.engine)?;
             let configuration = json!({"checkpoint": checkpoint.path, "step": manifest.step, "format": args.format});
             record::write(&out.join(record::FILE_NAME), &configuration)?;
             report
@@ -64,5 +67,14 @@ fn text(report: &ExportReport) -> String {
         report.parameters,
         report.dtype
     );
-    std::iter::once(head).chain(report.resolved.iter().map(|line| format!("  {line}"))).collect::<Vec<_>>().join("\n")
+    let mut lines = vec![head];
+    lines.extend(report.resolved.iter().map(|line| format!("  {line}")));
+    for known in &report.engines {
+        lines.push(match known.problems.is_empty() {
+            true => format!("{}: serves it", known.engine.name()),
+            false => format!("{}: cannot serve it", known.engine.name()),
+        });
+        lines.extend(known.problems.iter().chain(&known.resolved).map(|line| format!("  {line}")));
+    }
+    lines.join("\n")
 }

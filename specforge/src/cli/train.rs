@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use clap::Args;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{LazyProgress, Output, note, record, signals};
 use crate::checkpoint::{self, CheckpointStore, Versions};
@@ -15,6 +15,7 @@ use crate::device;
 use crate::draft::vocabulary::{Corpus, Vocabulary, VocabularyKeys};
 use crate::draft::{self, DraftContext};
 use crate::error::{Error, Result};
+use crate::export;
 use crate::features::{FeatureSource, OnlineFeatures, RememberedFeatures};
 use crate::files;
 use crate::models;
@@ -128,6 +129,12 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     };
     let section = draft::vocabulary::with_size(&config.draft, dimensions.vocab_size)?;
     let draft = (algorithm.build)(&section, &context)?;
+    // A resumed run has its values from the checkpoint.
+    if let (None, Some(folder)) = (&checkpoint, config.draft.get("init_from").and_then(Value::as_str)) {
+        let notes = export::eagle3::start_from(Path::new(folder), draft.as_ref(), context.vocabulary)?;
+        notes.iter().for_each(|line| note(format!("{folder}: {line}")));
+        note(format!("starting from the draft in {folder}"));
+    }
     for cache in [Some(&train_cache), eval_cache.as_ref()].into_iter().flatten() {
         draft.check_length(longest(cache))?;
     }

@@ -184,7 +184,7 @@ fn write_vllm(source: &Source, out: &Path) -> Result<()> {
 }
 
 /// Hugging Face's name of an element type.
-fn dtype(kind: Kind) -> &'static str {
+pub(super) fn dtype(kind: Kind) -> &'static str {
     match kind {
         Kind::Float => "float32",
         Kind::BFloat16 => "bfloat16",
@@ -336,7 +336,8 @@ fn check_tensors(
     ];
     let parameters = expected.iter().map(|(_, shape)| shape.iter().product::<i64>() as u64).sum();
     let (tensors, dtype) = (expected.len() + usize::from(map.is_some()), dtype(kind).to_owned());
-    Ok(ExportReport { path: path.to_path_buf(), format: String::new(), tensors, parameters, dtype, resolved, warnings })
+    let (path, format, engines) = (path.to_path_buf(), String::new(), Vec::new());
+    Ok(ExportReport { path, format, tensors, parameters, dtype, resolved, engines, warnings })
 }
 
 fn base_model(path: &Path) -> Option<std::path::PathBuf> {

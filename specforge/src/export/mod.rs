@@ -12,7 +12,51 @@ use tch::{Kind, Tensor};
 use crate::error::{Error, Result};
 use crate::files::StagedDir;
 
+pub mod eagle3;
 pub mod medusa;
+
+/// A serving engine whose rules are known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Engine {
+    /// SGLang 0.5.
+    Sglang,
+    /// vLLM 0.33.
+    Vllm,
+}
+
+impl Engine {
+    /// Every engine.
+    pub const ALL: [Engine; 2] = [Engine::Sglang, Engine::Vllm];
+
+    /// Value of `--engine`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Engine::Sglang => "sglang",
+            Engine::Vllm => "vllm",
+        }
+    }
+}
+
+impl std::str::FromStr for Engine {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let found = Self::ALL.into_iter().find(|engine| engine.name() == text);
+        found.ok_or_else(|| format!("expected sglang or vllm, got `{text}`"))
+    }
+}
+
+/// What one engine makes of a folder.
+#[derive(Debug, Clone, Serialize)]
+pub struct EngineReport {
+    /// The engine.
+    pub engine: Engine,
+    /// What it will do, one line each.
+    pub resolved: Vec<String>,
+    /// Why it cannot serve this draft as it was trained; nothing where it can.
+    pub problems: Vec<String>,
+}
 
 /// Something to export: the values of a trained draft and what rebuilds it.
 #[derive(Debug)]
@@ -42,6 +86,8 @@ pub struct ExportReport {
     pub dtype: String,
     /// What an engine will make of it, one line each.
     pub resolved: Vec<String>,
+    /// The same for each engine, where their rules differ.
+    pub engines: Vec<EngineReport>,
     /// What a user should know before serving it.
     pub warnings: Vec<String>,
 }
@@ -63,10 +109,10 @@ pub struct Format {
 }
 
 /// Every format this program writes.
-pub const FORMATS: &[Format] = &[medusa::ORIGINAL, medusa::VLLM];
+pub const FORMATS: &[Format] = &[medusa::ORIGINAL, medusa::VLLM, eagle3::RAW, eagle3::SPECULATORS];
 
-/// Writes a folder whole or not at all, then checks it.
-pub fn export(source: &Source, format: &str, out: &Path) -> Result<ExportReport> {
+/// Writes a folder whole or not at all, then checks it, for one engine or for any.
+pub fn export(source: &Source, format: &str, out: &Path, engine: Option<Engine>) -> Result<ExportReport> {
     let names = || FORMATS.iter().map(|format| format.name).collect::<Vec<_>>().join(", ");
     let format = FORMATS
         .iter()
@@ -75,9 +121,10 @@ pub fn export(source: &Source, format: &str, out: &Path) -> Result<ExportReport>
     check_target(format, out)?;
     let staged = StagedDir::new(out)?;
     (format.write)(source, staged.path())?;
-    (format.check)(staged.path(), &config(staged.path())?)?;
+    let report = (format.check)(staged.path(), &config(staged.path())?)?;
+    servable(&ExportReport { path: out.to_path_buf(), ..report }, engine)?;
     staged.commit()?;
-    check(out)
+    check_for(out, engine)
 }
 
 /// The command line's record of how a folder came about.
@@ -107,12 +154,37 @@ fn check_target(format: &Format, out: &Path) -> Result<()> {
 
 /// Checks a folder against the format its config.json shows.
 pub fn check(path: &Path) -> Result<ExportReport> {
+    check_for(path, None)
+}
+
+/// The same, and that this engine can serve it. Without one, a folder is refused where no engine can.
+pub fn check_for(path: &Path, engine: Option<Engine>) -> Result<ExportReport> {
     let config = config(path)?;
     let format = FORMATS.iter().find(|format| (format.recognise)(&config)).ok_or_else(|| {
         let names: Vec<&str> = FORMATS.iter().map(|format| format.name).collect();
         Error::bad_file(path.join("config.json"), format!("is of no known format; known: {}", names.join(", ")))
     })?;
-    (format.check)(path, &config)
+    let report = (format.check)(path, &config)?;
+    servable(&report, engine)?;
+    Ok(report)
+}
+
+fn servable(report: &ExportReport, engine: Option<Engine>) -> Result<()> {
+    let known = &report.engines;
+    if let (Some(engine), true) = (engine, known.is_empty()) {
+        let problem =
+            format!("--engine {}: what engines make of {} files is not known here", engine.name(), report.format);
+        return Err(Error::Usage(problem));
+    }
+    let asked: Vec<&EngineReport> = known.iter().filter(|known| engine.is_none_or(|one| one == known.engine)).collect();
+    if asked.is_empty() || asked.iter().any(|known| known.problems.is_empty()) {
+        return Ok(());
+    }
+    let mut problem = "cannot be served as it was trained".to_owned();
+    for known in asked {
+        known.problems.iter().for_each(|line| problem += &format!("\n  {}: {line}", known.engine.name()));
+    }
+    Err(Error::bad_file(&report.path, problem))
 }
 
 fn config(path: &Path) -> Result<Value> {

@@ -1,0 +1,196 @@
+//! EAGLE-3 drafts on disk, in two layouts: writing, checking, and reading other people's.
+//!
+//! `eagle3` is one folder for SGLang and vLLM: `model.safetensors` with the reference's names (SafeAILab/EAGLE
+//! `cb7e084`: `midlayer.*`, `fc`, `norm`, `lm_head`, `d2t`, `t2d`) and a Llama-like config.json. `speculators` is the
+//! format of vllm-project/speculators 0.9: `layers.0.*`, and a config.json that names the target, so that vLLM needs
+//! nothing but the folder.
+//!
+//! The engines' rules were read from the source of SGLang 0.5.23 (`srt/models/llama_eagle3.py`) and vLLM 0.33.0
+//! (`model_executor/models/llama_eagle3.py`); `engines` holds them, `scripts/golden/engine_names.py` compares names.
+//!
+//! Shape legend: `H` hidden size, `TH` the target's, `V` vocabulary, `DV` the draft's own.
+
+use std::path::Path;
+
+use serde::Deserialize;
+use serde_json::Value;
+use tch::{Kind, Tensor};
+
+use super::medusa::dtype;
+use super::{Engine, ExportReport, Format, Source};
+use crate::draft::eagle3::Eagle3Shape;
+use crate::error::{Error, Result};
+use crate::files;
+use crate::weights::writer;
+
+mod config;
+mod engines;
+mod pickled;
+mod read;
+mod warm_start;
+
+pub use read::{Imported, read};
+pub use warm_start::start_from;
+
+const CONFIG_FILE: &str = "config.json";
+const WEIGHTS_FILE: &str = "model.safetensors";
+
+/// Draft id to what must be added to get the target's, `[DV]` int64.
+const D2T: &str = "d2t";
+/// Whether a token of the target is in the draft's vocabulary, `[V]` bool.
+const T2D: &str = "t2d";
+
+/// SGLang's and vLLM's layout.
+pub const RAW: Format = Format {
+    name: "eagle3",
+    summary: "SGLang and vLLM: model.safetensors with midlayer.*",
+    files: &[CONFIG_FILE, WEIGHTS_FILE],
+    recognise: |config| layout(config) == Some(Layout::Raw),
+    write: |source, out| write(source, out, Layout::Raw),
+    check,
+};
+
+/// vLLM's layout that names its target.
+pub const SPECULATORS: Format = Format {
+    name: "speculators",
+    summary: "vLLM, from one folder: vllm-project/speculators' names, layers.*",
+    files: &[CONFIG_FILE, WEIGHTS_FILE],
+    recognise: |config| layout(config) == Some(Layout::Speculators),
+    write: |source, out| write(source, out, Layout::Speculators),
+    check,
+};
+
+/// How tensors are named and where configuration stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Layout {
+    Raw,
+    Speculators,
+}
+
+impl Layout {
+    fn format(self) -> &'static str {
+        match self {
+            Layout::Raw => RAW.name,
+            Layout::Speculators => SPECULATORS.name,
+        }
+    }
+
+    /// The name in the file of a tensor of training.
+    fn stored(self, name: &str) -> String {
+        match (self, name.strip_prefix("midlayer.")) {
+            (Layout::Speculators, Some(rest)) => format!("layers.0.{rest}"),
+            _ => name.to_owned(),
+        }
+    }
+}
+
+fn layout(config: &Value) -> Option<Layout> {
+    let kind = config.get("speculators_model_type");
+    if kind.is_some_and(|kind| kind == "eagle3") {
+        return Some(Layout::Speculators);
+    }
+    let names = config.get("architectures").and_then(Value::as_array);
+    let is_eagle3 = names.is_some_and(|names| names.iter().any(|name| name.as_str().is_some_and(is_eagle3)));
+    (kind.is_none() && is_eagle3).then_some(Layout::Raw)
+}
+
+fn is_eagle3(architecture: &str) -> bool {
+    architecture.starts_with("Eagle3") || architecture.ends_with("Eagle3")
+}
+
+/// The norm that SGLang reads where every other implementation reads `input_layernorm`: in layers after the first.
+fn twin_norm(layer: usize) -> (String, String) {
+    let prefix = Eagle3Shape::layer_prefix(layer);
+    (format!("{prefix}.input_layernorm.weight"), format!("{prefix}.hidden_norm.weight"))
+}
+
+/// What a checkpoint says of its draft.
+#[derive(Deserialize)]
+struct Description {
+    shape: Eagle3Shape,
+}
+
+fn write(source: &Source, out: &Path, layout: Layout) -> Result<()> {
+    let Description { shape } = serde_json::from_value(source.description.clone())
+        .map_err(|error| Error::Failed(format!("the checkpoint is not one of an EAGLE-3 draft: {error}")))?;
+    if !shape.norm_output {
+        return Err(Error::Failed(
+            "the draft was trained with `norm_output: false`, but every engine norms before the projection".to_owned(),
+        ));
+    }
+    if layout == Layout::Speculators && shape.fc_norm && shape.norm_before_fc {
+        return Err(Error::Failed(
+            "`fc_norm` and `norm_before_fc` are both on, which the speculators format excludes; use --format eagle3"
+                .to_owned(),
+        ));
+    }
+    let tensors = stored_tensors(source, &shape, layout)?;
+    let kind = tensors.first().map_or(Kind::Float, |(_, tensor)| tensor.kind());
+    let values = match layout {
+        Layout::Raw => config::raw(&shape, &source.target, dtype(kind)),
+        Layout::Speculators => config::speculators(&shape, &source.target, dtype(kind)),
+    };
+    writer::write_tensors(&out.join(WEIGHTS_FILE), &tensors, &[])?;
+    files::write_json(&out.join(CONFIG_FILE), &values)
+}
+
+/// The tensors of a source under a layout's names.
+fn stored_tensors(source: &Source, shape: &Eagle3Shape, layout: Layout) -> Result<Vec<(String, Tensor)>> {
+    let find = |name: &str, want: &[i64]| {
+        let found = source.tensors.iter().find(|(other, _)| other == name).map(|(_, tensor)| tensor);
+        match found {
+            Some(tensor) if tensor.size() == want => Ok(tensor),
+            Some(tensor) => {
+                let got = tensor.size();
+                Err(Error::Failed(format!("the checkpoint's tensor `{name}`: expected {want:?}, got {got:?}")))
+            }
+            None => Err(Error::Failed(format!("the checkpoint holds no tensor `{name}`"))),
+        }
+    };
+    let mut tensors = Vec::new();
+    let mut kind = source.kind;
+    for (name, want) in shape.tensors() {
+        let value = find(&name, &want)?;
+        // Engines want one type in a file.
+        let value = value.f_to_kind(*kind.get_or_insert(value.kind()))?;
+        tensors.push((layout.stored(&name), value));
+    }
+    if layout == Layout::Raw {
+        for layer in 1..shape.num_layers {
+            let (norm, twin) = twin_norm(layer);
+            let value = find(&norm, &[shape.hidden_size])?;
+            tensors.push((twin, value.f_to_kind(kind.unwrap_or(value.kind()))?));
+        }
+    }
+    if shape.draft_vocab_size < shape.vocab_size {
+        tensors.push((D2T.to_owned(), find(D2T, &[shape.draft_vocab_size])?.shallow_clone()));
+        tensors.push((T2D.to_owned(), find(T2D, &[shape.vocab_size])?.shallow_clone()));
+    }
+    Ok(tensors)
+}
+
+fn check(path: &Path, _: &Value) -> Result<ExportReport> {
+    let folder = read::Folder::open(path, None)?;
+    let shape = &folder.shape;
+    let mut warnings = folder.warnings.clone();
+    let target = config::Target::read(folder.target.as_deref());
+    match &target {
+        Some(target) => target.fits(&path.join(CONFIG_FILE), shape)?,
+        None => warnings.push(match &folder.target {
+            Some(name) => format!("target {} is not here: its sizes were not compared", name.display()),
+            None => "config.json names no target: its sizes were not compared".to_owned(),
+        }),
+    }
+    let engines = Engine::ALL.map(|engine| engines::report(engine, &folder, target.as_ref())).to_vec();
+    let parameters = shape.tensors().iter().map(|(_, shape)| shape.iter().product::<i64>() as u64).sum();
+    Ok(ExportReport {
+        path: path.to_path_buf(),
+        format: folder.layout.format().to_owned(),
+        tensors: folder.tensor_count(),
+        parameters,
+        dtype: dtype(folder.kind).to_owned(),
+        resolved: config::lines(shape),
+        engines,
+        warnings,
+    })
+}

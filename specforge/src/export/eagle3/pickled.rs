@@ -1,0 +1,59 @@
+//! `pytorch_model.bin`, as SafeAILab publishes its drafts: a zip archive with a pickled table of tensors.
+//!
+//! A pickle is a program. `vocab` reads the vocabulary's tables with an interpreter that knows nothing but tables of
+//! tensors and refuses everything else; only a file that passes it is given to candle-core, which reads the weights and
+//! knows no booleans.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use candle_core::DType;
+use candle_core::pickle::PthTensors;
+use tch::{Kind, Tensor};
+
+use super::read::trained_name;
+use super::{D2T, T2D};
+use crate::draft::eagle3::Eagle3Shape;
+use crate::error::{Error, Result};
+use crate::vocab::VocabFile;
+
+pub(super) const FILE: &str = "pytorch_model.bin";
+
+/// Every tensor of a file, by the names of training. Sizes are compared with the shape before anything is allocated.
+pub(super) fn tensors(path: &Path, shape: &Eagle3Shape) -> Result<BTreeMap<String, Tensor>> {
+    let failed = |error: candle_core::Error| Error::bad_file(path, format!("is no whole torch file: {error}"));
+    let map = VocabFile::read(path)?.map;
+    let mut tensors = BTreeMap::from([
+        (D2T.to_owned(), Tensor::from_slice(&map.d2t())),
+        (T2D.to_owned(), Tensor::from_slice(&map.t2d())),
+    ]);
+    let file = PthTensors::new(path, None).map_err(failed)?;
+    let most = shape.tensors().iter().map(|(_, size)| size.iter().product::<i64>()).max().unwrap_or(0);
+    let most = most.max(shape.vocab_size * shape.hidden_size);
+    for (name, info) in file.tensor_infos().iter().filter(|(name, _)| ![D2T, T2D].contains(&name.as_str())) {
+        let size: Vec<i64> = info.layout.dims().iter().map(|&size| size as i64).collect();
+        let elements = size.iter().try_fold(1, |product: i64, &size| product.checked_mul(size));
+        if !elements.is_some_and(|elements| (0..=most).contains(&elements)) {
+            return Err(Error::bad_file(path, format!("`{name}` {size:?} is larger than any tensor of the draft")));
+        }
+        let kind = match info.dtype {
+            DType::F32 => Kind::Float,
+            DType::F16 => Kind::Half,
+            DType::BF16 => Kind::BFloat16,
+            other => {
+                let problem = format!("`{name}`: expected a floating-point type, got {other:?}");
+                return Err(Error::bad_file(path, problem));
+            }
+        };
+        let values = file.get(name).map_err(failed)?;
+        let Some(values) = values else { continue };
+        // float32 holds every value of the two shorter types.
+        let values =
+            values.flatten_all().and_then(|flat| flat.to_dtype(DType::F32)).and_then(|flat| flat.to_vec1::<f32>());
+        let value = Tensor::f_from_slice(&values.map_err(failed)?)?.f_view(size.as_slice())?.f_to_kind(kind)?;
+        if tensors.insert(trained_name(name), value).is_some() {
+            return Err(Error::bad_file(path, format!("holds `{}` under two names", trained_name(name))));
+        }
+    }
+    Ok(tensors)
+}
