@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::progress::Progress;
 
 mod bench;
+mod capture;
 mod doctor;
 mod export;
 mod gpu_check;
@@ -37,6 +38,8 @@ enum Command {
     Train(train::TrainArgs),
     /// Let the target answer prompts itself: on-policy training data.
     Regen(regen::RegenArgs),
+    /// Write the target's hidden states to disk, so that training does not run it.
+    Capture(capture::CaptureArgs),
     /// Show conversations as the trainer sees them, and the statistics of a data set.
     Inspect(inspect::InspectArgs),
     /// Write or check the files that serving engines load.
@@ -58,6 +61,7 @@ impl Cli {
         match self.command {
             Command::Train(args) => train::run(&args, &output),
             Command::Regen(args) => regen::run(&args, &output),
+            Command::Capture(args) => capture::run(&args, &output),
             Command::Inspect(args) => inspect::run(&args, &output),
             Command::Export(args) => export::run(&args, &output),
             Command::Import(args) => import::run(&args, &output),

@@ -15,9 +15,9 @@ use crate::data::{self, BuildReport, ChatTokenizer, TokenCache};
 use crate::device;
 use crate::draft::{self, DraftContext};
 use crate::error::{Error, Result};
-use crate::features::{FeatureSource, OnlineFeatures, RememberedFeatures};
+use crate::features::{FeatureSource, OnlineFeatures, RememberedFeatures, StoredFeatures};
 use crate::files;
-use crate::models;
+use crate::models::{self, TargetIdentity, TargetTables};
 use crate::plan::Plan;
 use crate::tracking::Tracker;
 use crate::train::trainer::{Provenance, Split};
@@ -102,9 +102,8 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
 
     // Target and draft.
     let kind = config.target.dtype.kind();
-    note(format!("loading {} on {}", config.target.path.display(), name_of(device)));
-    let target: Rc<dyn models::TargetModel> = models::load_target(&config.target.path, kind, device)?.into();
-    let dimensions = target.dimensions();
+    let (tables, source) = target(&config, device, &tokenizer)?;
+    let dimensions = tables.dimensions;
     let tokens_known = tokenizer.vocab_size() as i64;
     if tokens_known > dimensions.vocab_size {
         let problem = format!("the tokenizer has {tokens_known} tokens, the model {}", dimensions.vocab_size);
@@ -115,8 +114,8 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     }
     let context = DraftContext {
         target: dimensions,
-        embedding: target.embedding(),
-        head: target.head(),
+        embedding: &tables.embedding,
+        head: &tables.head,
         vocabulary: None,
         kind,
         device,
@@ -124,11 +123,10 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         chunk_bytes: config.train.chunk_mib << 20,
     };
     let draft = (algorithm.build)(&config.draft, &context)?;
-    let online = OnlineFeatures::new(Rc::clone(&target));
-    let source: Box<dyn FeatureSource> = match config.target.keep_hidden_states {
-        true => Box::new(RememberedFeatures::new(online)),
-        false => Box::new(online),
-    };
+    if let Source::Stored(stored) = &source {
+        let eval = (eval_cache.as_ref().unwrap_or(&train_cache), eval_documents.as_slice());
+        stored.require(&draft.capture(), &[(&train_cache, &train_documents), eval])?;
+    }
 
     let start_step = checkpoint.as_ref().map(|checkpoint| checkpoint.manifest.step);
     let tracker = Tracker::open(out, start_step)?;
@@ -136,7 +134,7 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         config: &config.train,
         optim: &config.optim,
         draft: draft.as_ref(),
-        source: source.as_ref(),
+        source: source.as_dyn(),
         train: Split { cache: &train_cache, documents: train_documents },
         eval: Split { cache: eval_cache.as_ref().unwrap_or(&train_cache), documents: eval_documents },
         store,
@@ -167,8 +165,59 @@ const RESUMABLE: &[&str] = &[
     "data.cache_dir",
 ];
 
+/// Where hidden states come from.
+enum Source {
+    Online(OnlineFeatures),
+    Remembered(RememberedFeatures<OnlineFeatures>),
+    Stored(StoredFeatures),
+}
+
+impl Source {
+    fn as_dyn(&self) -> &dyn FeatureSource {
+        match self {
+            Source::Online(source) => source,
+            Source::Remembered(source) => source,
+            Source::Stored(source) => source,
+        }
+    }
+}
+
+/// What the draft takes from the target, and the source of its hidden states. With a store, the layers are not loaded.
+fn target(config: &RunConfig, device: Device, tokenizer: &ChatTokenizer) -> Result<(TargetTables, Source)> {
+    let (path, kind) = (&config.target.path, config.target.dtype.kind());
+    note(format!("loading {} on {}", path.display(), name_of(device)));
+    if let Some(folder) = &config.target.feature_store {
+        let tables = models::load_tables(path, kind, device)?;
+        let identity = TargetIdentity::read(path)?;
+        let stored = StoredFeatures::open(folder, &identity, &tables, tokenizer.fingerprint(), &check_progress())?;
+        return Ok((tables, Source::Stored(stored)));
+    }
+    let target: Rc<dyn models::TargetModel> = models::load_target(path, kind, device)?.into();
+    let tables = TargetTables::of(target.as_ref());
+    let online = OnlineFeatures::new(target);
+    let source = match config.target.keep_hidden_states {
+        true => Source::Remembered(RememberedFeatures::new(online)),
+        false => Source::Online(online),
+    };
+    Ok((tables, source))
+}
+
+/// Says how much of a large store is checked.
+pub(super) fn check_progress() -> impl Fn(u64, u64) + Sync {
+    /// Smaller stores are checked before anybody asks.
+    const WORTH_SAYING: u64 = 4 << 30;
+    let progress = std::sync::OnceLock::new();
+    move |done, total| {
+        if total > WORTH_SAYING {
+            let unit = "MiB";
+            let bar = progress.get_or_init(|| crate::progress::Progress::new("check the store", total >> 20, unit));
+            bar.set(done >> 20, "");
+        }
+    }
+}
+
 /// Opens or builds the token cache of some files and says what was dropped.
-fn tokens(config: &RunConfig, files: &[PathBuf], tokenizer: &ChatTokenizer) -> Result<TokenCache> {
+pub(super) fn tokens(config: &RunConfig, files: &[PathBuf], tokenizer: &ChatTokenizer) -> Result<TokenCache> {
     let progress = LazyProgress::new("tokenise", "conversations");
     let report = |done, total| progress.set(done, total);
     let (cache, report) = TokenCache::build_or_open(files, tokenizer, &config.data, &report)?;
@@ -178,7 +227,7 @@ fn tokens(config: &RunConfig, files: &[PathBuf], tokenizer: &ChatTokenizer) -> R
 }
 
 /// Refuses documents that are longer than what the target was made for.
-fn fits_context(cache: &TokenCache, context: i64) -> Result<()> {
+pub(super) fn fits_context(cache: &TokenCache, context: i64) -> Result<()> {
     let longest = (0..cache.len()).map(|index| cache.length(index)).max().unwrap_or(0);
     if longest as i64 <= context {
         return Ok(());

@@ -31,6 +31,7 @@ pub const ALGORITHM: Algorithm = Algorithm {
     selection_metric: "simulated_acceptance_length",
     resolve: |section| Ok(json!(MedusaConfig::read(section)?)),
     size: |section, target| Ok(MedusaConfig::read(section)?.size(target)),
+    capture: |_, target| Ok(vec![target.num_layers]),
     build: |section, context| Ok(Box::new(Medusa::new(MedusaConfig::read(section)?, context)?)),
 };
 

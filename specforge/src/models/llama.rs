@@ -334,13 +334,18 @@ pub fn load(path: &Path, kind: Kind, device: Device) -> Result<Box<dyn TargetMod
     Ok(Box::new(LlamaTarget::from_weights(config, &weights, kind, device)?))
 }
 
+/// Sizes of the model of a folder.
+pub fn read_dimensions(path: &Path) -> Result<Dimensions> {
+    let path = path.join("config.json");
+    LlamaConfig::read(&path)?.dimensions().map_err(|problem| Error::bad_file(&path, problem))
+}
+
 /// Loads embedding and head of a model folder.
 pub fn load_tables(path: &Path, kind: Kind, device: Device) -> Result<TargetTables> {
-    let config_path = path.join("config.json");
-    let config = LlamaConfig::read(&config_path)?;
+    let config = LlamaConfig::read(&path.join("config.json"))?;
     let weights = WeightsFolder::open(path)?;
     config.check_tensors(&weights)?;
-    let dimensions = config.dimensions().map_err(|problem| Error::bad_file(&config_path, problem))?;
+    let dimensions = read_dimensions(path)?;
     let embedding = weights.load(EMBEDDING, kind, device)?;
     let head = match config.tie_word_embeddings {
         true => embedding.shallow_clone(),

@@ -146,6 +146,7 @@ impl TargetTables {
 /// A family of models: `model_type` of config.json, and how its folders are read.
 struct Family {
     model_type: &'static str,
+    read_dimensions: fn(&Path) -> Result<Dimensions>,
     load: fn(&Path, Kind, Device) -> Result<Box<dyn TargetModel>>,
     load_tables: fn(&Path, Kind, Device) -> Result<TargetTables>,
     /// Names of the tensors behind [`TargetTables`]; a tied head is not there.
@@ -155,6 +156,7 @@ struct Family {
 /// Families this program can run. Adding one is adding an entry.
 const FAMILIES: &[Family] = &[Family {
     model_type: "llama",
+    read_dimensions: llama::read_dimensions,
     load: llama::load,
     load_tables: llama::load_tables,
     table_names: &[llama::EMBEDDING, llama::HEAD],
@@ -173,6 +175,11 @@ pub fn load_target(path: &Path, kind: Kind, device: Device) -> Result<Box<dyn Ta
 /// Loads embedding and head of a Hugging Face folder. The layers must be in its files and are not read.
 pub fn load_tables(path: &Path, kind: Kind, device: Device) -> Result<TargetTables> {
     (family(path)?.load_tables)(path, kind, device)
+}
+
+/// Sizes of the model of a Hugging Face folder, from config.json alone.
+pub fn read_dimensions(path: &Path) -> Result<Dimensions> {
+    (family(path)?.read_dimensions)(path)
 }
 
 /// The family of a Hugging Face folder.

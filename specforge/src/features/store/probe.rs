@@ -80,8 +80,7 @@ impl Probes {
 /// The rows that are probed in a shard with these offsets: spread evenly over all rows that a token follows.
 pub fn rows(offsets: &[i64]) -> Vec<usize> {
     // Rows without the last of each document, numbered on.
-    let starts: Vec<usize> =
-        offsets.iter().enumerate().map(|(document, &offset)| offset as usize - document).collect();
+    let starts: Vec<usize> = offsets.iter().enumerate().map(|(document, &offset)| offset as usize - document).collect();
     let candidates = starts.last().copied().unwrap_or(0);
     let count = PROBES_PER_SHARD.min(candidates);
     (0..count)

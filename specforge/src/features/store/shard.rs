@@ -10,9 +10,9 @@ use safetensors::{Dtype, SafeTensors};
 use tch::{Device, Kind, Tensor};
 
 use super::element::Element;
+use super::float8;
 use super::manifest::{ShardEntry, StoreManifest};
 use super::probe::{self, Probes};
-use super::float8;
 use crate::error::{Error, Result};
 use crate::weights::writer::{TensorBytes, host_bytes, write_bytes};
 
