@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 use specforge::config::RunConfig;
 
 /// Keys that a default configuration leaves out because nothing is set.
-const UNSET: [&str; 3] = ["target.config", "optim.schedule.warmup_steps", "optim.schedule.warmup_ratio"];
+const UNSET: [&str; 4] =
+    ["target.config", "target.feature_store", "optim.schedule.warmup_steps", "optim.schedule.warmup_ratio"];
 
 fn flatten(prefix: &str, value: &Value, into: &mut BTreeMap<String, String>) {
     match value.as_object().filter(|object| !object.is_empty()) {

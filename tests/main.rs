@@ -13,4 +13,5 @@ mod gpu_check;
 mod layers;
 mod medusa;
 mod resume;
+mod store;
 mod training;

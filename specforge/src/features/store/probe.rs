@@ -3,10 +3,10 @@
 //!
 //! A checksum proves that bytes are those that were written. It does not prove that the right ones were: states of
 //! another layer, of another model or of the row beside train a draft just as quietly. So a shard notes, for rows spread
-//! over its documents, the head's best token, the log-sum-exp of its logits and its loss on the token that really
-//! follows, and the norm of every captured state. All of it is made from the states before they were encoded.
+//! over its documents, the norm of every captured state as it is stored, and what the head said of the final state before
+//! it was encoded: its best token, the log-sum-exp of its logits, and its loss on the token that really follows.
 //!
-//! How far a stored state may be off is known: a number in bfloat16 or float8 differs by a relative error that is spread
+//! Norms must come out as they were. How far logits may be off is known: a number in bfloat16 or float8 differs by a relative error that is spread
 //! evenly, independent of the others. A logit `h . w` then differs by noise of deviation `error * sqrt(sum h^2 w^2)`,
 //! and neither log-sum-exp nor loss by more than the largest of those. Six deviations are allowed.
 //!
@@ -27,8 +27,10 @@ const HEAD_CHUNK: i64 = 8192;
 const SHARDS_PER_PASS: usize = 32;
 /// Deviations of rounding noise that are allowed.
 const DEVIATIONS: f64 = 6.0;
-/// Relative difference of figures that devices and thread counts cause.
+/// Relative difference of logits that devices and thread counts cause.
 const SLACK: f64 = 1e-3;
+/// Relative difference of norms: they are made in float64 from the very numbers that are stored, and noted in float32.
+const NORM_SLACK: f64 = 1e-6;
 
 /// Figures of some rows.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -43,17 +45,17 @@ pub struct Probes {
     pub log_sum_exp: Vec<f32>,
     /// Negative log-likelihood of the token that follows, `[P]`.
     pub next_loss: Vec<f32>,
-    /// Norm of each captured state, `[P, L]`.
+    /// Norm of each captured state as stored, `[P, L]`.
     pub norms: Vec<f32>,
 }
 
 impl Probes {
-    /// Figures of rows with these states (one `[P, H]` for each layer, the final one last) and these next tokens.
-    pub fn make(rows: &[usize], states: &[Tensor], next: &[i64], head: &Tensor) -> Result<Self> {
+    /// Figures of rows with these final states `[P, H]`, these states as stored (`[P, H]` for each layer) and these next
+    /// tokens.
+    pub fn make(rows: &[usize], last: &Tensor, stored: &[Tensor], next: &[i64], head: &Tensor) -> Result<Self> {
         let rows = rows.iter().map(|&row| row as i64).collect();
-        let last = states.last().ok_or_else(|| Error::Failed("no hidden states to probe".to_owned()))?;
         let answers = ask(last, next, head, false)?;
-        let norms = states.iter().map(norms).collect::<Result<Vec<_>>>()?;
+        let norms = stored.iter().map(norms).collect::<Result<Vec<_>>>()?;
         let norms = Vec::try_from(Tensor::f_stack(&norms, 1)?.f_flatten(0, -1)?)?; // [P, L]
         let narrow = |values: Vec<f64>| values.into_iter().map(|value| value as f32).collect();
         Ok(Self {
@@ -200,7 +202,7 @@ pub fn verify(store: &Store, head: &Tensor) -> Result<()> {
             for (layer, norms) in got_norms.iter().enumerate() {
                 let (want, got) = (f64::from(probes.norms[probe * layers + layer]), norms[index]);
                 // NaN is not within any bound.
-                if !((got - want).abs() <= want * (element.relative_error() + SLACK)) {
+                if !((got - want).abs() <= want * NORM_SLACK) {
                     let what = format!("norm of hidden state {}", store.manifest().layers[layer]);
                     return refuse(&what, format!("{want:.4}"), format!("{got:.4}"));
                 }

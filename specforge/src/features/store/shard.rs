@@ -57,9 +57,9 @@ pub struct ShardWriter<'a> {
     ids: Vec<i64>,
     offsets: Vec<i64>,
     layers: Vec<Encoded>,
-    /// Rows to probe, ascending, and their states so far: one `[.., H]` for each layer and piece.
+    /// Rows to probe, ascending, and their final states before encoding, `[.., H]` for each piece.
     probe_rows: Vec<usize>,
-    probe_states: Vec<Vec<Tensor>>,
+    probe_states: Vec<Tensor>,
 }
 
 impl<'a> ShardWriter<'a> {
@@ -80,7 +80,7 @@ impl<'a> ShardWriter<'a> {
             offsets,
             layers: manifest.layers.iter().map(layer).collect(),
             probe_rows,
-            probe_states: manifest.layers.iter().map(|_| Vec::new()).collect(),
+            probe_states: Vec::new(),
         }
     }
 
@@ -95,9 +95,12 @@ impl<'a> ShardWriter<'a> {
             .map(|&row| (row - start) as i64)
             .collect();
         let inside = Tensor::from_slice(&inside);
-        for ((states, encoded), probes) in states.iter().zip(&mut self.layers).zip(&mut self.probe_states) {
+        if let Some(last) = states.last() {
+            let last = last.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
+            self.probe_states.push(last.f_index_select(0, &inside)?);
+        }
+        for (states, encoded) in states.iter().zip(&mut self.layers) {
             let states = states.f_to_device(Device::Cpu)?.f_contiguous()?;
-            probes.push(states.f_index_select(0, &inside)?.f_to_kind(Kind::Float)?);
             match self.manifest.element {
                 Element::Float32 => encoded.states.extend(host_bytes(&states.f_to_kind(Kind::Float)?)),
                 Element::Bfloat16 => encoded.states.extend(host_bytes(&states.f_to_kind(Kind::BFloat16)?)),
@@ -113,12 +116,31 @@ impl<'a> ShardWriter<'a> {
         Ok(())
     }
 
-    /// Writes the file, with probes made from the states before they were encoded.
+    /// States of the probed rows as they are stored: `[P, H]`.
+    fn stored_probes(&self, encoded: &Encoded) -> Result<Tensor> {
+        let (count, width) = (self.probe_rows.len(), self.manifest.hidden_size as usize);
+        let stride = width * self.manifest.element.bytes();
+        let rows = self.probe_rows.iter();
+        let bytes: Vec<u8> = rows.flat_map(|row| &encoded.states[row * stride..(row + 1) * stride]).copied().collect();
+        let shape = [count as i64, width as i64];
+        Ok(match self.manifest.element {
+            Element::Float32 => Tensor::f_from_data_size(&bytes, &shape, Kind::Float)?,
+            Element::Bfloat16 => Tensor::f_from_data_size(&bytes, &shape, Kind::BFloat16)?,
+            Element::Float8 => {
+                let scales: Vec<f32> = self.probe_rows.iter().map(|&row| encoded.scales[row]).collect();
+                let mut values = vec![0.0; count * width];
+                float8::decode(&bytes, &scales, width, &mut values);
+                Tensor::f_from_slice(&values)?.f_view(shape)?
+            }
+        })
+    }
+
+    /// Writes the file. The head is asked about the final states as they were before they were encoded.
     pub fn write(self, folder: &Path, file: String, head: &Tensor) -> Result<ShardEntry> {
-        let probe_states =
-            self.probe_states.iter().map(|parts| Ok(Tensor::f_cat(parts, 0)?)).collect::<Result<Vec<_>>>()?; // [P, H]
         let next: Vec<i64> = self.probe_rows.iter().map(|&row| self.ids[row + 1]).collect();
-        let probes = Probes::make(&self.probe_rows, &probe_states, &next, head)?;
+        let stored = self.layers.iter().map(|layer| self.stored_probes(layer)).collect::<Result<Vec<_>>>()?;
+        let last = Tensor::f_cat(&self.probe_states, 0)?; // [P, H]
+        let probes = Probes::make(&self.probe_rows, &last, &stored, &next, head)?;
 
         let (tokens, width) = (self.ids.len(), self.manifest.hidden_size as usize);
         let mut tensors = vec![
