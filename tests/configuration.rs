@@ -8,8 +8,13 @@ use specforge::config::RunConfig;
 use specforge::plan::Plan;
 
 /// Keys that a default configuration leaves out because nothing is set.
-const UNSET: [&str; 4] =
-    ["target.config", "optim.schedule.warmup_steps", "optim.schedule.warmup_ratio", "optim.schedule.total_steps"];
+const UNSET: [&str; 5] = [
+    "target.config",
+    "target.feature_store",
+    "optim.schedule.warmup_steps",
+    "optim.schedule.warmup_ratio",
+    "optim.schedule.total_steps",
+];
 
 fn flatten(prefix: &str, value: &Value, into: &mut BTreeMap<String, String>) {
     match value.as_object().filter(|object| !object.is_empty()) {

@@ -16,5 +16,6 @@ mod gpu_check;
 mod layers;
 mod medusa;
 mod resume;
+mod store;
 mod training;
 mod vocab;

@@ -48,6 +48,9 @@ pub struct TargetConfig {
     /// Keep every document's hidden states in memory, so that later epochs do not run the target again.
     #[serde(default)]
     pub keep_hidden_states: bool,
+    /// A store that `specforge capture` made: hidden states are read from it, and the target's layers are not loaded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub feature_store: Option<PathBuf>,
     /// The target's config.json, for `--plan` where the folder is not there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config: Option<Value>,
@@ -67,6 +70,15 @@ pub enum Dtype {
 }
 
 impl Dtype {
+    /// Name in a configuration.
+    pub fn name(self) -> &'static str {
+        match self {
+            Dtype::Float32 => "float32",
+            Dtype::Bfloat16 => "bfloat16",
+            Dtype::Float16 => "float16",
+        }
+    }
+
     /// libtorch's name.
     pub fn kind(self) -> Kind {
         match self {
@@ -110,6 +122,10 @@ impl RunConfig {
         let mut config: Self = strict::from_value(value, "")?;
         config.draft = (draft::algorithm(&config.draft)?.resolve)(&config.draft)?;
         VocabularyKeys::read(&config.draft)?;
+        if config.target.keep_hidden_states && config.target.feature_store.is_some() {
+            let problem = "cannot be used with target.feature_store, which holds the states already";
+            return Err(Error::config("target.keep_hidden_states", problem).with_hint("remove one of the two"));
+        }
         config.train.validate()?;
         config.optim.validate()?;
         Ok(config)

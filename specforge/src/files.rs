@@ -104,6 +104,21 @@ impl StagedDir {
     }
 }
 
+/// Bytes that may still be written where a file or folder is, or is going to be.
+pub fn free_bytes(path: &Path) -> Result<u64> {
+    let mut place = path;
+    while !place.exists() {
+        let above = parent_of(place);
+        if above == place {
+            break;
+        }
+        place = above;
+    }
+    let usage =
+        rustix::fs::statvfs(place).map_err(|error| Error::io("ask for the free space of", place)(error.into()))?;
+    Ok(usage.f_bavail.saturating_mul(usage.f_frsize))
+}
+
 /// Creates a folder and its parents.
 pub fn create_dir_all(path: &Path) -> Result<()> {
     fs::create_dir_all(path).map_err(Error::io("create folder", path))
@@ -137,6 +152,14 @@ mod tests {
         assert!(failed.is_err());
         assert_eq!(fs::read_to_string(&path).unwrap(), "old");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn free_space_is_that_of_the_nearest_folder_that_is_there() {
+        let folder = tempfile::tempdir().unwrap();
+        assert!(free_bytes(&folder.path().join("not/yet/there")).unwrap() > 0);
+        assert!(free_bytes(Path::new("neither")).unwrap() > 0);
+        assert_eq!(free_bytes(Path::new("/proc/nothing/fits/here")).unwrap(), 0);
     }
 
     #[test]

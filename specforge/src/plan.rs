@@ -10,6 +10,7 @@ use crate::config::{Dtype, RunConfig};
 use crate::data::{self, TokenCache};
 use crate::draft::{self, vocabulary};
 use crate::error::{Error, Result};
+use crate::features::store::{MANIFEST_FILE, StoreManifest};
 use crate::models::{Dimensions, LlamaConfig};
 
 /// Bytes of a token in English text, for corpora that cannot be tokenised because the tokenizer is not there.
@@ -38,6 +39,8 @@ pub struct Plan {
     pub checkpoint_bytes: u64,
     /// Bytes of all checkpoints kept at once, the one being written included.
     pub disk_bytes: u64,
+    /// Bytes of the feature store that the run reads; `None` without one, or where it is not there yet.
+    pub store_bytes: Option<u64>,
     /// Floating-point operations of one token: target forward, and draft forward and backward if it is trained.
     pub operations_per_token: u64,
 }
@@ -90,9 +93,16 @@ impl Plan {
         let activations = activations(config, &target, size.captured, width);
         let kept_tokens = data.tokens.filter(|_| config.target.keep_hidden_states).unwrap_or(0);
         let hidden_states = kept_tokens * size.captured * target.hidden_size as u64 * width;
-        let weights = (target_parameters + size.trainable + size.frozen) * width;
+        // The embedding is a look-up; the target's head is not run for training.
+        let embedding = (target.vocab_size * target.hidden_size) as u64;
+        let heads = if target.tie_word_embeddings { 1 } else { 2 };
+        // A store stands for the layers.
+        let offline = config.target.feature_store.as_ref();
+        let loaded_parameters = if offline.is_some() { heads * embedding } else { target_parameters };
+        let run_parameters = if offline.is_some() { 0 } else { target_parameters - heads * embedding };
+        let weights = (loaded_parameters + size.trainable + size.frozen) * width;
         let memory = Memory {
-            target: target_parameters * width,
+            target: loaded_parameters * width,
             draft: (size.trainable + size.frozen) * width,
             optimizer,
             gradients: size.trainable * 4,
@@ -102,10 +112,9 @@ impl Plan {
         };
         let checkpoint_bytes = size.trainable * width + optimizer;
         let kept = (config.checkpoint.keep_last as u64).saturating_add(2);
-        // The embedding is a look-up; the target's head is not run for training.
-        let embedding = (target.vocab_size * target.hidden_size) as u64;
-        let heads = if target.tie_word_embeddings { 1 } else { 2 };
-        let operations_per_token = 2 * (target_parameters - heads * embedding + size.row_multiply_adds);
+        let operations_per_token = 2 * (run_parameters + size.row_multiply_adds);
+        let is_there = |folder: &&std::path::PathBuf| folder.join(MANIFEST_FILE).exists();
+        let store = offline.filter(is_there).map(|folder| StoreManifest::read(folder)).transpose()?;
         Ok(Self {
             algorithm: algorithm.name.to_owned(),
             target_parameters,
@@ -117,6 +126,7 @@ impl Plan {
             steps,
             checkpoint_bytes,
             disk_bytes: checkpoint_bytes.saturating_mul(kept),
+            store_bytes: store.map(|store| store.bytes()),
             operations_per_token,
         })
     }
@@ -186,7 +196,7 @@ impl fmt::Display for Plan {
             true => format!("{} tokens, all of the target's", self.target_vocabulary),
             false => format!("{} of the target's {} tokens", self.draft_vocabulary, self.target_vocabulary),
         };
-        let rows = [
+        let mut rows = vec![
             ("algorithm", self.algorithm.clone()),
             ("target", format!("{} parameters, frozen", self.target_parameters)),
             ("trainable", format!("{} parameters", self.trainable_parameters)),
@@ -203,6 +213,9 @@ impl fmt::Display for Plan {
             ("checkpoint", format!("{} each, {} on disk", size(self.checkpoint_bytes), size(self.disk_bytes))),
             ("work", format!("{:.2} GFLOP a token", self.operations_per_token as f64 / 1e9)),
         ];
+        if let Some(bytes) = self.store_bytes {
+            rows.push(("store", format!("{} of hidden states on disk", size(bytes))));
+        }
         rows.iter().try_for_each(|(name, value)| writeln!(formatter, "{name:<13} {value}"))
     }
 }

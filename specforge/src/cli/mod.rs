@@ -11,6 +11,7 @@ use crate::progress::Progress;
 
 mod bench;
 mod bench_train;
+mod capture;
 mod doctor;
 mod export;
 mod gpu_check;
@@ -40,6 +41,8 @@ enum Command {
     Train(train::TrainArgs),
     /// Let the target answer prompts itself: on-policy training data.
     Regen(regen::RegenArgs),
+    /// Write the target's hidden states to disk, so that training does not run it.
+    Capture(capture::CaptureArgs),
     /// Show conversations as the trainer sees them, and the statistics of a data set.
     Inspect(inspect::InspectArgs),
     /// Choose the tokens of a draft's own, smaller vocabulary by how often they are trained.
@@ -65,6 +68,7 @@ impl Cli {
         match self.command {
             Command::Train(args) => train::run(&args, &output),
             Command::Regen(args) => regen::run(&args, &output),
+            Command::Capture(args) => capture::run(&args, &output),
             Command::Inspect(args) => inspect::run(&args, &output),
             Command::Vocab(args) => vocab::run(&args, &output),
             Command::Export(args) => export::run(&args, &output),

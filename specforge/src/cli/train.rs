@@ -6,6 +6,7 @@ use std::rc::Rc;
 
 use clap::Args;
 use serde_json::{Value, json};
+use tch::Device;
 
 use super::{LazyProgress, Output, note, record, signals};
 use crate::checkpoint::{self, CheckpointStore, Versions};
@@ -16,9 +17,9 @@ use crate::draft::vocabulary::{Corpus, Vocabulary, VocabularyKeys};
 use crate::draft::{self, DraftContext};
 use crate::error::{Error, Result};
 use crate::export;
-use crate::features::{FeatureSource, OnlineFeatures, RememberedFeatures};
+use crate::features::{FeatureSource, OnlineFeatures, RememberedFeatures, StoredFeatures};
 use crate::files;
-use crate::models;
+use crate::models::{self, TargetIdentity, TargetTables};
 use crate::plan::{self, Plan};
 use crate::tracking::Tracker;
 use crate::train::trainer::{Provenance, Split};
@@ -110,17 +111,16 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
 
     // Target and draft.
     let kind = config.target.dtype.kind();
-    note(format!("loading {} on {}", config.target.path.display(), device::name(device)));
-    let target: Rc<dyn models::TargetModel> = models::load_target(&config.target.path, kind, device)?.into();
-    let dimensions = target.dimensions();
+    let (tables, source) = target(&config, device, &tokenizer)?;
+    let dimensions = tables.dimensions;
     fits_vocabulary(&tokenizer, dimensions.vocab_size, &config.target.path)?;
     for cache in [Some(&train_cache), eval_cache.as_ref()].into_iter().flatten() {
         fits_context(cache, dimensions.max_position_embeddings)?;
     }
     let context = DraftContext {
         target: dimensions,
-        embedding: target.embedding(),
-        head: target.head(),
+        embedding: &tables.embedding,
+        head: &tables.head,
         vocabulary: vocabulary.as_ref().map(|vocabulary| &vocabulary.file.map),
         kind,
         device,
@@ -139,11 +139,10 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         draft.check_length(longest(cache))?;
     }
     draft.contract().iter().for_each(|line| note(format!("contract: {line}")));
-    let online = OnlineFeatures::new(Rc::clone(&target));
-    let source: Box<dyn FeatureSource> = match config.target.keep_hidden_states {
-        true => Box::new(RememberedFeatures::new(online)),
-        false => Box::new(online),
-    };
+    if let Source::Stored(stored) = &source {
+        let eval = (eval_cache.as_ref().unwrap_or(&train_cache), eval_documents.as_slice());
+        stored.require(&draft.capture(), &[(&train_cache, &train_documents), eval])?;
+    }
 
     let start_step = checkpoint.as_ref().map(|checkpoint| checkpoint.manifest.step);
     let tracker = Tracker::open(out, start_step)?;
@@ -151,7 +150,7 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         config: &config.train,
         optim: &config.optim,
         draft: draft.as_ref(),
-        source: source.as_ref(),
+        source: source.as_dyn(),
         train: Split { cache: &train_cache, documents: train_documents },
         eval: Split { cache: eval_cache.as_ref().unwrap_or(&train_cache), documents: eval_documents },
         store,
@@ -224,6 +223,57 @@ pub(super) fn fits_vocabulary(tokenizer: &ChatTokenizer, target_size: i64, model
     }
 }
 
+/// Where hidden states come from.
+enum Source {
+    Online(OnlineFeatures),
+    Remembered(RememberedFeatures<OnlineFeatures>),
+    Stored(StoredFeatures),
+}
+
+impl Source {
+    fn as_dyn(&self) -> &dyn FeatureSource {
+        match self {
+            Source::Online(source) => source,
+            Source::Remembered(source) => source,
+            Source::Stored(source) => source,
+        }
+    }
+}
+
+/// What the draft takes from the target, and the source of its hidden states. With a store, the layers are not loaded.
+fn target(config: &RunConfig, device: Device, tokenizer: &ChatTokenizer) -> Result<(TargetTables, Source)> {
+    let (path, kind) = (&config.target.path, config.target.dtype.kind());
+    note(format!("loading {} on {}", path.display(), device::name(device)));
+    if let Some(folder) = &config.target.feature_store {
+        let tables = models::load_tables(path, kind, device)?;
+        let identity = TargetIdentity::read(path)?;
+        let stored = StoredFeatures::open(folder, &identity, &tables, tokenizer.fingerprint(), &check_progress())?;
+        return Ok((tables, Source::Stored(stored)));
+    }
+    let target: Rc<dyn models::TargetModel> = models::load_target(path, kind, device)?.into();
+    let tables = TargetTables::of(target.as_ref());
+    let online = OnlineFeatures::new(target);
+    let source = match config.target.keep_hidden_states {
+        true => Source::Remembered(RememberedFeatures::new(online)),
+        false => Source::Online(online),
+    };
+    Ok((tables, source))
+}
+
+/// Says how much of a large store is checked.
+pub(super) fn check_progress() -> impl Fn(u64, u64) + Sync {
+    /// Smaller stores are checked before anybody asks.
+    const WORTH_SAYING: u64 = 4 << 30;
+    let progress = std::sync::OnceLock::new();
+    move |done, total| {
+        if total > WORTH_SAYING {
+            let unit = "MiB";
+            let bar = progress.get_or_init(|| crate::progress::Progress::new("check the store", total >> 20, unit));
+            bar.set(done >> 20, "");
+        }
+    }
+}
+
 /// Opens or builds the token cache of some files and says what was dropped.
 pub(super) fn tokens(config: &RunConfig, files: &[PathBuf], tokenizer: &ChatTokenizer) -> Result<TokenCache> {
     let progress = LazyProgress::new("tokenise", "conversations");
@@ -241,7 +291,7 @@ fn longest(cache: &TokenCache) -> i64 {
 }
 
 /// Refuses documents that are longer than what the target was made for.
-fn fits_context(cache: &TokenCache, context: i64) -> Result<()> {
+pub(super) fn fits_context(cache: &TokenCache, context: i64) -> Result<()> {
     let longest = longest(cache);
     if longest <= context {
         return Ok(());

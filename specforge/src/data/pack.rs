@@ -72,6 +72,24 @@ pub struct PackedBatch {
     pub documents: Vec<String>,
 }
 
+impl PackedBatch {
+    /// Each document as a batch of its own, in order.
+    pub fn each(&self) -> impl Iterator<Item = PackedBatch> {
+        let mut start = 0;
+        self.lengths.iter().zip(&self.documents).map(move |(&length, name)| {
+            let range = start..start + length as usize;
+            start = range.end;
+            PackedBatch {
+                ids: self.ids[range.clone()].to_vec(),
+                positions: self.positions[range.clone()].to_vec(),
+                supervised: self.supervised[range].to_vec(),
+                lengths: vec![length],
+                documents: vec![name.clone()],
+            }
+        })
+    }
+}
+
 /// Puts documents into one batch.
 pub fn assemble(cache: &TokenCache, documents: &[usize]) -> PackedBatch {
     let mut batch = PackedBatch::default();

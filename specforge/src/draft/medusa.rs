@@ -42,6 +42,7 @@ pub const ALGORITHM: Algorithm = Algorithm {
         let draft_vocabulary = vocabulary::draft_size(section, target.vocab_size)?;
         Ok(MedusaConfig::read(section)?.size(target, draft_vocabulary))
     },
+    capture: |_, target| Ok(vec![target.num_layers]),
     build: |section, context| Ok(Box::new(Medusa::new(MedusaConfig::read(section)?, context)?)),
 };
 

@@ -123,6 +123,9 @@ pub struct Algorithm {
     pub resolve: fn(&Value) -> Result<Value>,
     /// Size from configuration and target dimensions, before any weight is loaded.
     pub size: fn(&Value, &Dimensions) -> Result<DraftSize>,
+    /// Hidden states the draft will ask for, by Hugging Face's index: those of [`DraftModel::capture`], from
+    /// configuration alone.
+    pub capture: fn(&Value, &Dimensions) -> Result<Vec<usize>>,
     /// Builds the draft.
     pub build: fn(&Value, &DraftContext<'_>) -> Result<Box<dyn DraftModel>>,
 }

@@ -1,7 +1,8 @@
 //! What a target hands to a draft: hidden states of packed documents.
 //!
-//! Whether the target runs in the loop (`online`) or its states were stored before is invisible behind
-//! [`FeatureSource`]: the trainer and the drafts see [`FeatureBatch`] alone.
+//! Whether the target runs in the loop (`online`), its states are kept from an earlier epoch (`remembered`) or were
+//! written to disk before (`store`, `stored`) is invisible behind [`FeatureSource`]: the trainer and the drafts see
+//! [`FeatureBatch`] alone.
 
 use tch::Tensor;
 
@@ -10,9 +11,12 @@ use crate::error::Result;
 
 pub mod online;
 pub mod remembered;
+pub mod store;
+pub mod stored;
 
 pub use online::OnlineFeatures;
 pub use remembered::RememberedFeatures;
+pub use stored::StoredFeatures;
 
 /// One packed batch with the target's hidden states. `T` counts the tokens of all its documents.
 #[derive(Debug)]

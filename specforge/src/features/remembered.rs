@@ -29,21 +29,11 @@ impl<Source: FeatureSource> RememberedFeatures<Source> {
 impl<Source: FeatureSource> FeatureSource for RememberedFeatures<Source> {
     fn features<'a>(&self, batch: &'a PackedBatch, capture: &[usize]) -> Result<FeatureBatch<'a>> {
         let mut parts: Vec<Vec<Tensor>> = capture.iter().map(|_| Vec::new()).collect();
-        let mut start = 0;
-        for (&length, name) in batch.lengths.iter().zip(&batch.documents) {
-            let range = start..start + length as usize;
-            start = range.end;
-            let ids = &batch.ids[range.clone()];
+        for alone in batch.each() {
+            let ids = &alone.ids;
             if !self.documents.borrow().contains_key(ids) {
-                let alone = PackedBatch {
-                    ids: ids.to_vec(),
-                    positions: batch.positions[range.clone()].to_vec(),
-                    supervised: batch.supervised[range].to_vec(),
-                    lengths: vec![length],
-                    documents: vec![name.clone()],
-                };
                 let states = self.source.features(&alone, capture)?.hidden;
-                self.documents.borrow_mut().insert(ids.to_vec(), states);
+                self.documents.borrow_mut().insert(ids.clone(), states);
             }
             let documents = self.documents.borrow();
             let states = documents.get(ids).map_or(&[][..], Vec::as_slice);

@@ -9,13 +9,18 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use super::{Dimensions, ForwardInput, ForwardOutput, LayerShape, LogitRows, TargetModel};
+use super::{Dimensions, ForwardInput, ForwardOutput, LayerShape, LogitRows, TargetModel, TargetTables};
 use crate::error::{Error, Result};
 use crate::nn::rope::RopeTables;
 use crate::nn::{
     AttentionMask, KvCache, Linear, PreparedMask, RmsNorm, Rope, RopeConfig, RopeScaling, attention, linear,
 };
 use crate::weights::WeightsFolder;
+
+/// Name of the token embedding.
+pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
+/// Name of the vocabulary projection, where it is not the embedding.
+pub(super) const HEAD: &str = "lm_head.weight";
 
 /// The keys of config.json that the network depends on. Other keys are Hugging Face's own business.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -208,7 +213,7 @@ impl LlamaConfig {
     pub fn tensors(&self) -> Vec<(String, Vec<i64>)> {
         let (hidden, width) = (self.hidden_size, self.intermediate_size);
         let (query, group) = (self.num_attention_heads * self.head_dim(), self.groups() * self.head_dim());
-        let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![self.vocab_size, hidden])];
+        let mut tensors = vec![(EMBEDDING.to_owned(), vec![self.vocab_size, hidden])];
         for layer in 0..self.num_hidden_layers {
             let prefix = format!("model.layers.{layer}");
             let mut linear = |name: &str, out: i64, input: i64, bias: bool| {
@@ -229,9 +234,16 @@ impl LlamaConfig {
         }
         tensors.push(("model.norm.weight".to_owned(), vec![hidden]));
         if !self.tie_word_embeddings {
-            tensors.push(("lm_head.weight".to_owned(), vec![self.vocab_size, hidden]));
+            tensors.push((HEAD.to_owned(), vec![self.vocab_size, hidden]));
         }
         tensors
+    }
+
+    /// Refuses files whose tensors are not this model's.
+    fn check_tensors(&self, weights: &WeightsFolder) -> Result<()> {
+        // Files may keep a tied head and old rotary buffers: both carry no information of their own.
+        let ignored = |name: &str| (name == HEAD && self.tie_word_embeddings) || name.ends_with("rotary_emb.inv_freq");
+        weights.check(&self.tensors(), ignored)
     }
 }
 
@@ -323,14 +335,30 @@ pub fn load(path: &Path, kind: Kind, device: Device) -> Result<Box<dyn TargetMod
     Ok(Box::new(LlamaTarget::from_weights(config, &weights, kind, device)?))
 }
 
+/// Sizes of the model of a folder.
+pub fn read_dimensions(path: &Path) -> Result<Dimensions> {
+    let path = path.join("config.json");
+    LlamaConfig::read(&path)?.dimensions().map_err(|problem| Error::bad_file(&path, problem))
+}
+
+/// Loads embedding and head of a model folder.
+pub fn load_tables(path: &Path, kind: Kind, device: Device) -> Result<TargetTables> {
+    let config = LlamaConfig::read(&path.join("config.json"))?;
+    let weights = WeightsFolder::open(path)?;
+    config.check_tensors(&weights)?;
+    let dimensions = read_dimensions(path)?;
+    let embedding = weights.load(EMBEDDING, kind, device)?;
+    let head = match config.tie_word_embeddings {
+        true => embedding.shallow_clone(),
+        false => weights.load(HEAD, kind, device)?,
+    };
+    Ok(TargetTables { dimensions, embedding, head })
+}
+
 impl LlamaTarget {
     /// Builds the model from the tensors of a folder.
     pub fn from_weights(config: LlamaConfig, weights: &WeightsFolder, kind: Kind, device: Device) -> Result<Self> {
-        // Files may keep a tied head and old rotary buffers: both carry no information of their own.
-        let ignored = |name: &str| {
-            (name == "lm_head.weight" && config.tie_word_embeddings) || name.ends_with("rotary_emb.inv_freq")
-        };
-        weights.check(&config.tensors(), ignored)?;
+        config.check_tensors(weights)?;
         Self::build(config.clone(), device, &mut |name, _| weights.load(name, kind, device))
     }
 
@@ -342,14 +370,13 @@ impl LlamaTarget {
     ) -> Result<Self> {
         let shapes: std::collections::HashMap<String, Vec<i64>> = config.tensors().into_iter().collect();
         let mut get = |name: String| tensor(&name, &shapes[&name]);
-        let embedding = get("model.embed_tokens.weight".to_owned())?;
+        let embedding = get(EMBEDDING.to_owned())?;
         let mut layers = Vec::with_capacity(config.num_hidden_layers);
         for index in 0..config.num_hidden_layers {
             layers.push(build_layer(&config, &format!("model.layers.{index}"), &mut get)?);
         }
         let norm = RmsNorm { weight: get("model.norm.weight".to_owned())?, epsilon: config.rms_norm_eps };
-        let head =
-            if config.tie_word_embeddings { embedding.shallow_clone() } else { get("lm_head.weight".to_owned())? };
+        let head = if config.tie_word_embeddings { embedding.shallow_clone() } else { get(HEAD.to_owned())? };
         let dimensions = config.dimensions().map_err(Error::Failed)?;
         let rope = Rope::new(dimensions.layer.rope, device);
         Ok(Self { config, dimensions, embedding, layers, norm, head, rope })

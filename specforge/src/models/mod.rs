@@ -10,8 +10,10 @@ use tch::{Device, Kind, Tensor};
 use crate::error::{Error, Result};
 use crate::nn::{AttentionMask, KvCache, RopeConfig, RopeScaling};
 
+pub mod identity;
 pub mod llama;
 
+pub use identity::TargetIdentity;
 pub use llama::{LlamaConfig, LlamaTarget};
 
 /// Which rows get logits. Rows count over the flattened batch: row `b * T + t`.
@@ -121,10 +123,44 @@ pub struct LayerShape {
     pub rope: RopeConfig,
 }
 
-/// Families this program can run: `model_type` of config.json and its loader. Adding one is adding a line.
-const FAMILIES: &[(&str, Loader)] = &[("llama", llama::load)];
+/// What a draft takes from its target where the target itself is not run: its sizes and the two tables on either side
+/// of its layers.
+#[derive(Debug)]
+pub struct TargetTables {
+    /// Sizes of the target.
+    pub dimensions: Dimensions,
+    /// The token embedding, `[V, H]`.
+    pub embedding: Tensor,
+    /// The vocabulary projection, `[V, H]`; the embedding itself where the two are tied.
+    pub head: Tensor,
+}
 
-type Loader = fn(&Path, Kind, Device) -> Result<Box<dyn TargetModel>>;
+impl TargetTables {
+    /// Those of a loaded target; nothing is copied.
+    pub fn of(target: &dyn TargetModel) -> Self {
+        let (embedding, head) = (target.embedding().shallow_clone(), target.head().shallow_clone());
+        Self { dimensions: target.dimensions(), embedding, head }
+    }
+}
+
+/// A family of models: `model_type` of config.json, and how its folders are read.
+struct Family {
+    model_type: &'static str,
+    read_dimensions: fn(&Path) -> Result<Dimensions>,
+    load: fn(&Path, Kind, Device) -> Result<Box<dyn TargetModel>>,
+    load_tables: fn(&Path, Kind, Device) -> Result<TargetTables>,
+    /// Names of the tensors behind [`TargetTables`]; a tied head is not there.
+    table_names: &'static [&'static str],
+}
+
+/// Families this program can run. Adding one is adding an entry.
+const FAMILIES: &[Family] = &[Family {
+    model_type: "llama",
+    read_dimensions: llama::read_dimensions,
+    load: llama::load,
+    load_tables: llama::load_tables,
+    table_names: &[llama::EMBEDDING, llama::HEAD],
+}];
 
 #[derive(Deserialize)]
 struct ModelType {
@@ -133,6 +169,21 @@ struct ModelType {
 
 /// Loads the model of a Hugging Face folder.
 pub fn load_target(path: &Path, kind: Kind, device: Device) -> Result<Box<dyn TargetModel>> {
+    (family(path)?.load)(path, kind, device)
+}
+
+/// Loads embedding and head of a Hugging Face folder. The layers must be in its files and are not read.
+pub fn load_tables(path: &Path, kind: Kind, device: Device) -> Result<TargetTables> {
+    (family(path)?.load_tables)(path, kind, device)
+}
+
+/// Sizes of the model of a Hugging Face folder, from config.json alone.
+pub fn read_dimensions(path: &Path) -> Result<Dimensions> {
+    (family(path)?.read_dimensions)(path)
+}
+
+/// The family of a Hugging Face folder.
+fn family(path: &Path) -> Result<&'static Family> {
     let config_path = path.join("config.json");
     if !config_path.is_file() {
         return Err(Error::bad_file(path, "is not a model folder: config.json is not there")
@@ -141,11 +192,9 @@ pub fn load_target(path: &Path, kind: Kind, device: Device) -> Result<Box<dyn Ta
     let text = std::fs::read_to_string(&config_path).map_err(Error::io("read", &config_path))?;
     let config: ModelType =
         serde_json::from_str(&text).map_err(|error| Error::bad_file(&config_path, error.to_string()))?;
-    let family = FAMILIES.iter().find(|(name, _)| *name == config.model_type);
-    let (_, load) = family.ok_or_else(|| {
-        let known: Vec<&str> = FAMILIES.iter().map(|(name, _)| *name).collect();
+    FAMILIES.iter().find(|family| family.model_type == config.model_type).ok_or_else(|| {
+        let known: Vec<&str> = FAMILIES.iter().map(|family| family.model_type).collect();
         let problem = format!("model_type `{}` is not supported; supported: {}", config.model_type, known.join(", "));
         Error::bad_file(&config_path, problem)
-    })?;
-    load(path, kind, device)
+    })
 }

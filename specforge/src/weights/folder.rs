@@ -142,6 +142,11 @@ impl WeightsFolder {
         self.entries.get(name).map(|entry| entry.kind)
     }
 
+    /// The elements of a tensor as stored: little-endian, row-major.
+    pub fn bytes(&self, name: &str) -> Option<&[u8]> {
+        self.entries.get(name).map(|entry| &self.files[entry.file][entry.start..entry.end])
+    }
+
     /// Compares names and shapes with what a model expects. `ignored` names may be there or not.
     pub fn check(&self, expected: &[(String, Vec<i64>)], ignored: impl Fn(&str) -> bool) -> Result<()> {
         let mut mismatch = TensorMismatch::default();

@@ -41,6 +41,7 @@ pub const ALGORITHM: Algorithm = Algorithm {
     selection_metric: "simulated_acceptance_length",
     resolve: |section| Ok(json!(Eagle3Config::read(section)?)),
     size: |section, target| size(&Eagle3Config::read(section)?, target),
+    capture: |section, target| Ok(capture(&Eagle3Config::read(section)?.shape(target)?)),
     build: |section, context| Ok(Box::new(Eagle3::new(Eagle3Config::read(section)?, context)?)),
 };
 
