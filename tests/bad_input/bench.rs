@@ -11,6 +11,12 @@ fn bench(workspace: &Workspace, arguments: &[&str]) -> Command {
     command
 }
 
+fn bench_train(workspace: &Workspace, arguments: &[&str]) -> Command {
+    let mut command = specforge(&["bench-train", "--device", "cpu", "--config"]);
+    command.arg(workspace.config()).args(arguments);
+    command
+}
+
 #[test]
 fn shapes() {
     check(&[
@@ -41,6 +47,24 @@ fn shapes() {
         Case {
             name: "no runs",
             spoil: |workspace| bench(workspace, &["--prefill", "1x4", "--repeat", "-1"]),
+            exit_code: 2,
+            expected: &["'--repeat <REPEAT>': expected a whole number of at least 1"],
+        },
+        Case {
+            name: "a negative share of supervised tokens",
+            spoil: |workspace| bench_train(workspace, &["--supervised", "-0.5"]),
+            exit_code: 2,
+            expected: &["--supervised: expected a share from 0 to below 1, got -0.5"],
+        },
+        Case {
+            name: "a negative number of documents",
+            spoil: |workspace| bench_train(workspace, &["--batch", "-2x8"]),
+            exit_code: 2,
+            expected: &["'--batch <DxT>': expected DOCUMENTSxTOKENS, such as 2x512, got `-2x8`"],
+        },
+        Case {
+            name: "no steps",
+            spoil: |workspace| bench_train(workspace, &["--repeat", "-1"]),
             exit_code: 2,
             expected: &["'--repeat <REPEAT>': expected a whole number of at least 1"],
         },

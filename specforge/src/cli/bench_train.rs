@@ -2,9 +2,9 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, value_parser};
+use clap::Args;
 
-use super::Output;
+use super::{Output, numbers};
 use crate::config::RunConfig;
 use crate::device;
 use crate::error::{Error, Result};
@@ -20,16 +20,16 @@ pub(super) struct BenchTrainArgs {
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// Documents of a step and tokens of each.
-    #[arg(long, value_name = "DxT", default_value = "2x512")]
+    #[arg(long, value_name = "DxT", default_value = "2x512", allow_hyphen_values = true)]
     batch: BatchShape,
     /// Share of each document that is supervised.
-    #[arg(long, default_value_t = 0.5)]
+    #[arg(long, default_value_t = 0.5, allow_hyphen_values = true, value_parser = numbers::any)]
     supervised: f64,
     /// Timed steps, after two that are not timed.
-    #[arg(long, default_value_t = 5, value_parser = value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 5, allow_hyphen_values = true, value_parser = numbers::at_least(1u32))]
     repeat: u32,
     /// Threads of libtorch. All cores where it is not given.
-    #[arg(long, value_parser = value_parser!(i32).range(1..))]
+    #[arg(long, allow_hyphen_values = true, value_parser = numbers::at_least(1i32))]
     threads: Option<i32>,
     /// auto, cpu, cuda or cuda:N.
     #[arg(long, default_value = "auto")]

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 
-use super::{Output, note, train};
+use super::{Output, note, numbers, train};
 use crate::config::RunConfig;
 use crate::data;
 use crate::draft::vocabulary::{Corpus, Made};
@@ -23,7 +23,7 @@ pub(super) struct VocabArgs {
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// Tokens the draft shall be able to name.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = numbers::at_least(1i64))]
     draft_vocab_size: i64,
     /// File to write, for `draft.vocab_map`.
     #[arg(long)]
