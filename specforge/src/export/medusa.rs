@@ -237,7 +237,8 @@ fn check_vllm(path: &Path, value: &Value) -> Result<ExportReport> {
     let (vocab_size, truncated) = (count(path, value, "vocab_size")?, count(path, value, "truncated_vocab_size")?);
     let weights = WeightsFolder::open(&path.join(VLLM_FILE))?;
     let map = token_map(path, &weights, vocab_size as i64)?;
-    if map.is_none() && truncated < vocab_size {
+    let rows = weights.shape("lm_heads.0.weight").and_then(|shape| shape.first()).copied();
+    if map.is_none() && truncated < vocab_size && rows == Some(truncated as i64) {
         let problem = format!("expected a tensor `{TOKEN_MAP}`: config.json names {truncated} of {vocab_size} tokens");
         return Err(Error::bad_file(path.join(VLLM_FILE), problem));
     }
