@@ -227,7 +227,7 @@ pub(super) fn fits_vocabulary(tokenizer: &ChatTokenizer, target_size: i64, model
 enum Source {
     Online(OnlineFeatures),
     Remembered(RememberedFeatures<OnlineFeatures>),
-    Stored(StoredFeatures),
+    Stored(Box<StoredFeatures>),
 }
 
 impl Source {
@@ -235,7 +235,7 @@ impl Source {
         match self {
             Source::Online(source) => source,
             Source::Remembered(source) => source,
-            Source::Stored(source) => source,
+            Source::Stored(source) => source.as_ref(),
         }
     }
 }
@@ -248,7 +248,7 @@ fn target(config: &RunConfig, device: Device, tokenizer: &ChatTokenizer) -> Resu
         let tables = models::load_tables(path, kind, device)?;
         let identity = TargetIdentity::read(path)?;
         let stored = StoredFeatures::open(folder, &identity, &tables, tokenizer.fingerprint(), &check_progress())?;
-        return Ok((tables, Source::Stored(stored)));
+        return Ok((tables, Source::Stored(Box::new(stored))));
     }
     let target: Rc<dyn models::TargetModel> = models::load_target(path, kind, device)?.into();
     let tables = TargetTables::of(target.as_ref());

@@ -141,11 +141,10 @@ impl Eagle3Config {
         if let Some(size) = self.draft_vocab_size.filter(|&size| size < 1) {
             return Err(Error::config("draft.draft_vocab_size", format!("expected at least 1, got {size}")));
         }
-        if let Some(capture) = &self.capture {
-            if capture.is_empty() || !capture.windows(2).all(|pair| pair[0] < pair[1]) {
-                let problem = format!("expected one or more indices, low to high, got {capture:?}");
-                return Err(Error::config("draft.capture", problem));
-            }
+        let ascending = |capture: &Vec<usize>| capture.windows(2).all(|pair| pair[0] < pair[1]);
+        if let Some(capture) = self.capture.as_ref().filter(|capture| capture.is_empty() || !ascending(capture)) {
+            let problem = format!("expected one or more indices, low to high, got {capture:?}");
+            return Err(Error::config("draft.capture", problem));
         }
         Ok(())
     }

@@ -23,8 +23,8 @@ use crate::error::{Error, Result};
 pub const PROBES_PER_SHARD: usize = 32;
 /// Rows of the head that are widened to float32 at once.
 const HEAD_CHUNK: i64 = 8192;
-/// Shards whose probes are asked in one pass over the head.
-const SHARDS_PER_PASS: usize = 32;
+/// Probes that are asked in one pass over the head.
+const PROBES_PER_PASS: usize = 1024;
 /// Deviations of rounding noise that are allowed.
 const DEVIATIONS: f64 = 6.0;
 /// Relative difference of logits that devices and thread counts cause.
@@ -169,66 +169,82 @@ pub fn verify(store: &Store, head: &Tensor) -> Result<()> {
     // An even spread from -e to e has the deviation e / sqrt(3).
     let error = element.relative_error().hypot(head_error(head.kind())) / 3f64.sqrt();
     let layers = store.manifest().layers.len();
-    for (pass, shards) in store.shards().chunks(SHARDS_PER_PASS).enumerate() {
-        let places: Vec<(usize, usize)> = shards
-            .iter()
-            .enumerate()
-            .flat_map(|(shard, held)| {
-                held.probes().rows.iter().map(move |&row| (pass * SHARDS_PER_PASS + shard, row as usize))
-            })
-            .collect();
-        if places.is_empty() {
-            continue;
-        }
-        let next: Vec<i64> = places.iter().map(|&(shard, row)| store.shards()[shard].next_token(row)).collect();
-        let ranges: Vec<_> = places.iter().map(|&(shard, row)| (shard, row..row + 1)).collect();
-        let states: Vec<Tensor> = (0..layers).map(|layer| store.gather(layer, &ranges)).collect::<Result<_>>()?; // [P, H]
-        let got_norms: Vec<Vec<f64>> = states.iter().map(|states| doubles(&norms(states)?)).collect::<Result<_>>()?;
-        let got = ask(&states[layers - 1], &next, head, error > 0.0)?;
-        for (index, &(shard, row)) in places.iter().enumerate() {
-            let held = &store.shards()[shard];
-            let probes = held.probes();
-            let probe = probes.rows.iter().position(|&other| other == row as i64).unwrap_or_default();
-            let refuse = |what: &str, expected: String, got: String| {
-                let document = held.document_of(row);
-                let place = row - held.rows_of(document).start;
-                let problem = format!(
-                    "row {place} of document {document} (row {row} of the file): {what}: expected {expected}, got \
-                     {got}; these are not the hidden states that this target computes"
-                );
-                Err(Error::bad_file(held.path(), problem)
-                    .with_hint("capture again, into another folder, from the target that is trained for"))
+    let held = store.shards();
+    let probes: Vec<(usize, usize)> = (0..held.len())
+        .flat_map(|shard| (0..held[shard].probes().rows.len()).map(move |probe| (shard, probe)))
+        .collect();
+    for pass in probes.chunks(PROBES_PER_PASS) {
+        let row = |&(shard, probe): &(usize, usize)| held[shard].probes().rows[probe] as usize;
+        let next: Vec<i64> = pass.iter().map(|place| held[place.0].next_token(row(place))).collect();
+        let rows: Vec<_> = pass.iter().map(|place| (place.0, row(place)..row(place) + 1)).collect();
+        let states = (0..layers).map(|layer| store.gather(layer, &rows)).collect::<Result<Vec<_>>>()?; // [P, H]
+        let norms: Vec<Vec<f64>> = states.iter().map(|states| doubles(&norms(states)?)).collect::<Result<_>>()?;
+        let answers = ask(&states[layers - 1], &next, head, error > 0.0)?;
+        for (index, &(shard, probe)) in pass.iter().enumerate() {
+            let noise = DEVIATIONS * error * answers.spread.get(index).copied().unwrap_or(0.0);
+            let norms: Vec<f64> = norms.iter().map(|norms| norms[index]).collect();
+            let now = Now {
+                norms,
+                top1: answers.top1[index],
+                log_sum_exp: answers.log_sum_exp[index],
+                next_loss: answers.next_loss[index],
+                noise,
             };
-            for (layer, norms) in got_norms.iter().enumerate() {
-                let (want, got) = (f64::from(probes.norms[probe * layers + layer]), norms[index]);
-                // NaN is not within any bound.
-                if !((got - want).abs() <= want * NORM_SLACK) {
-                    let what = format!("norm of hidden state {}", store.manifest().layers[layer]);
-                    return refuse(&what, format!("{want:.4}"), format!("{got:.4}"));
-                }
-            }
-            let noise = DEVIATIONS * error * got.spread.get(index).copied().unwrap_or(0.0);
-            let bound = |size: f64| noise + SLACK * size.abs().max(1.0);
-            let (want_sum, got_sum) = (f64::from(probes.log_sum_exp[probe]), got.log_sum_exp[index]);
-            if !((got_sum - want_sum).abs() <= bound(want_sum)) {
-                let what = format!("log-sum-exp of its logits (bound {:.2e})", bound(want_sum));
-                return refuse(&what, format!("{want_sum:.4}"), format!("{got_sum:.4}"));
-            }
-            // Two logits took part.
-            let (want_loss, got_loss) = (f64::from(probes.next_loss[probe]), got.next_loss[index]);
-            let loss_bound = 2.0 * bound(want_sum.abs().max(want_loss.abs()));
-            if !((got_loss - want_loss).abs() <= loss_bound) {
-                let what = format!("loss on the token that follows (bound {loss_bound:.2e})");
-                return refuse(&what, format!("{want_loss:.4}"), format!("{got_loss:.4}"));
-            }
-            let clear = f64::from(probes.margin[probe]) > 2.0 * bound(want_sum);
-            if clear && got.top1[index] != probes.top1[probe] {
-                let (want, got) = (probes.top1[probe], got.top1[index]);
-                return refuse("likeliest token", want.to_string(), got.to_string());
+            if let Some(difference) = difference(held[shard].probes(), probe, &store.manifest().layers, &now) {
+                let row = row(&(shard, probe));
+                let document = held[shard].document_of(row);
+                let place = row - held[shard].rows_of(document).start;
+                let problem = format!(
+                    "row {place} of document {document} (row {row} of the file): {difference}; these are not the \
+                     hidden states that this target computes"
+                );
+                return Err(Error::bad_file(held[shard].path(), problem)
+                    .with_hint("capture again, into another folder, from the target that is trained for"));
             }
         }
     }
     Ok(())
+}
+
+/// What one probe gives now.
+struct Now {
+    norms: Vec<f64>,
+    top1: i64,
+    log_sum_exp: f64,
+    next_loss: f64,
+    /// By how much rounding may have moved a logit.
+    noise: f64,
+}
+
+/// The first figure of a probe that is further off than it may be: name, expected and got.
+fn difference(probes: &Probes, probe: usize, layers: &[usize], now: &Now) -> Option<String> {
+    for ((layer, got), want) in layers.iter().zip(&now.norms).zip(&probes.norms[probe * layers.len()..]) {
+        let want = f64::from(*want);
+        if !within(*got, want, want * NORM_SLACK) {
+            return Some(format!("norm of hidden state {layer}: expected {want:.5}, got {got:.5}"));
+        }
+    }
+    let bound = |size: f64| now.noise + SLACK * size.abs().max(1.0);
+    let (want, got) = (f64::from(probes.log_sum_exp[probe]), now.log_sum_exp);
+    let sum_bound = bound(want);
+    if !within(got, want, sum_bound) {
+        return Some(format!("log-sum-exp of its logits (bound {sum_bound:.2e}): expected {want:.4}, got {got:.4}"));
+    }
+    // Two logits took part.
+    let (want, got) = (f64::from(probes.next_loss[probe]), now.next_loss);
+    let loss_bound = 2.0 * bound(want).max(sum_bound);
+    if !within(got, want, loss_bound) {
+        let what = format!("loss on the token that follows (bound {loss_bound:.2e})");
+        return Some(format!("{what}: expected {want:.4}, got {got:.4}"));
+    }
+    let clear = f64::from(probes.margin[probe]) > 2.0 * sum_bound;
+    let (want, got) = (probes.top1[probe], now.top1);
+    (clear && got != want).then(|| format!("likeliest token: expected {want}, got {got}"))
+}
+
+/// NaN is not within any bound.
+fn within(got: f64, want: f64, bound: f64) -> bool {
+    (got - want).abs() <= bound
 }
 
 #[cfg(test)]
