@@ -25,7 +25,14 @@ fn flatten(prefix: &str, value: &Value, into: &mut BTreeMap<String, String>) {
 
 #[test]
 fn the_documentation_lists_every_key_with_its_default() {
-    let minimal = json!({"target": {"path": "x"}, "draft": {"algorithm": "medusa"}, "data": {"train": ["x"]}});
+    for algorithm in specforge::draft::ALGORITHMS {
+        documents(algorithm.name);
+    }
+}
+
+/// The tables of all sections, and that of one algorithm under a heading of its own.
+fn documents(algorithm: &str) {
+    let minimal = json!({"target": {"path": "x"}, "draft": {"algorithm": algorithm}, "data": {"train": ["x"]}});
     let mut program = BTreeMap::new();
     flatten("", &json!(RunConfig::from_value(&minimal).unwrap()), &mut program);
     for required in ["target.path", "draft.algorithm", "data.train"] {
@@ -35,14 +42,21 @@ fn the_documentation_lists_every_key_with_its_default() {
 
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/configuration.md");
     let text = std::fs::read_to_string(path).unwrap();
-    let rows = text.lines().filter(|line| line.starts_with("| `"));
+    let headings = |line: &&str| line.starts_with("## ") || line.starts_with("### ");
+    let mut heading = "";
+    let rows = text.lines().filter(|line| {
+        if headings(line) {
+            heading = line;
+        }
+        line.starts_with("| `") && (!heading.starts_with("### ") || heading == format!("### {algorithm}"))
+    });
     let documented: BTreeMap<String, String> = rows
         .map(|row| {
             let cells: Vec<&str> = row.split('|').map(|cell| cell.trim().trim_matches('`')).collect();
             (cells[1].to_owned(), cells[2].to_owned())
         })
         .collect();
-    assert_eq!(documented, program);
+    assert_eq!(documented, program, "{algorithm}");
 }
 
 #[test]

@@ -99,7 +99,7 @@ fn random_marks(seed: u64) -> Vec<String> {
     (0..documents)
         .map(|_| {
             let length = 1 + random() % 14;
-            (0..length).map(|_| if random() % 3 == 0 { '.' } else { 'x' }).collect()
+            (0..length).map(|_| if random().is_multiple_of(3) { '.' } else { 'x' }).collect()
         })
         .collect()
 }
@@ -175,7 +175,7 @@ fn dense(
         let positions: Vec<i64> = batch.positions.iter().map(|position| position + k as i64).collect();
         let embedded = world.embedding.index_select(0, &Tensor::from_slice(&tokens));
         let mut state = feature.shallow_clone();
-        for layer in 0..shape.num_layers {
+        for (layer, cached) in cached.iter_mut().enumerate() {
             let prefix = Eagle3Shape::layer_prefix(layer);
             let at = |name: &str| get(&format!("{prefix}.{name}"));
             let (input, residual) = if layer == 0 {
@@ -189,18 +189,18 @@ fn dense(
             let repeat = |heads: Tensor| heads.repeat_interleave_self_int(2, 1, None); // [T, N, D]
             let query = rotated(project("self_attn.q_proj"), &positions);
             let key = repeat(rotated(project("self_attn.k_proj"), &positions));
-            cached[layer].push([key, repeat(project("self_attn.v_proj"))]);
-            let [first_key, first_value] = &cached[layer][0];
+            cached.push([key, repeat(project("self_attn.v_proj"))]);
+            let [first_key, first_value] = &cached[0];
             let scores = query.transpose(0, 1).matmul(&first_key.permute([1, 2, 0])).transpose(0, 1); // [T, N, T]
             let mut scores = vec![scores.masked_fill(&blind, f64::NEG_INFINITY)];
-            for [key, _] in &cached[layer][1..] {
+            for [key, _] in &cached[1..] {
                 scores.push((&query * key).sum_dim_intlist([-1i64].as_slice(), true, Kind::Double));
             }
             let shares = (Tensor::cat(&scores, 2) / 6f64.sqrt()).softmax(-1, Kind::Double);
             let from_first = shares.narrow(2, 0, rows as i64).transpose(0, 1).matmul(&first_value.transpose(0, 1));
             let mut mixed = from_first.transpose(0, 1);
-            for (index, [_, value]) in cached[layer][1..].iter().enumerate() {
-                mixed = mixed + shares.narrow(2, (rows + index) as i64, 1) * value;
+            for (index, [_, value]) in cached[1..].iter().enumerate() {
+                mixed += shares.narrow(2, (rows + index) as i64, 1) * value;
             }
             let joined = mixed.reshape([rows as i64, -1]).matmul(&at("self_attn.o_proj").tr());
             let after: Tensor = residual + joined;

@@ -319,7 +319,7 @@ pub fn litter(folder: &Path) -> Vec<PathBuf> {
         for entry in entries {
             let path = entry.unwrap().path();
             let name = path.file_name().unwrap().to_string_lossy().into_owned();
-            if name.starts_with(".partial-") || name.starts_with(".replaced-") {
+            if name.starts_with(".partial-") || name.starts_with(".tmp") || name.starts_with(".replaced-") {
                 found.push(path);
             } else if path.is_dir() {
                 waiting.push(path);

@@ -383,7 +383,7 @@ fn gradients_equal_a_full_vocabulary_cut_to_the_map() {
                     dropped += 1;
                     continue;
                 }
-                loss = loss - log_probabilities.get(place as i64).get(label);
+                loss -= log_probabilities.get(place as i64).get(label);
                 let hit = logits.get(place as i64).argmax(-1, false).int64_value(&[]) == label;
                 hits += f64::from(u8::from(hit));
                 next[row as usize] = hit && chain[row as usize];
@@ -391,7 +391,7 @@ fn gradients_equal_a_full_vocabulary_cut_to_the_map() {
             }
             chain = next;
             sums.extend([(4 * head, loss.double_value(&[])), (4 * head + 1, hits), (4 * head + 3, chained)]);
-            objective = objective + loss * (weight / trained.rows.len() as f64);
+            objective += loss * (weight / trained.rows.len() as f64);
         }
         assert!(dropped > 20, "{dropped}");
         let values: Vec<&Tensor> = draft.parameters().iter().map(|parameter| &parameter.value).collect();

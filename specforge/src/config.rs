@@ -188,6 +188,6 @@ mod tests {
         assert_eq!(error, "configuration: `draft.num_hedas`: unknown key; did you mean `num_heads`?");
         set(&mut value, "draft.algorithm=medsua").unwrap();
         let error = RunConfig::from_value(&value).unwrap_err().to_string();
-        assert_eq!(error, "configuration: `draft.algorithm`: expected one of medusa, got `medsua`");
+        assert_eq!(error, "configuration: `draft.algorithm`: expected one of medusa, eagle3, got `medsua`");
     }
 }

@@ -169,7 +169,7 @@ fn made_up(shape: BatchShape, supervised: f64, vocab_size: i64) -> PackedBatch {
     PackedBatch {
         ids: (0..documents * tokens).map(|_| (random() % vocab_size as u64) as i64).collect(),
         positions: (0..documents).flat_map(|_| 0..tokens).collect(),
-        supervised: (0..documents).flat_map(|_| (0..tokens).map(|at| at > prompt && at + 1 < tokens)).collect(),
+        supervised: (0..documents).flat_map(|_| (0..tokens).map(|at| at >= prompt && at + 1 < tokens)).collect(),
         lengths: vec![tokens; documents as usize],
         documents: (0..documents).map(|index| format!("document {index}")).collect(),
     }

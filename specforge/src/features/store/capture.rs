@@ -23,7 +23,8 @@ use crate::features::FeatureSource;
 use crate::files;
 
 const LOCK_FILE: &str = ".lock";
-const PARTIAL_PREFIX: &str = ".partial-";
+/// Beginnings of the names of unfinished files: ours, and those of the safetensors crate.
+const PARTIAL_PREFIXES: [&str; 2] = [".partial-", ".tmp"];
 /// Size of a shard where nobody asks for another: a kill costs at most this much, and a store of terabytes stays at some
 /// ten thousand files.
 const SHARD_BYTES: usize = 256 << 20;
@@ -356,12 +357,16 @@ fn read_existing(folder: &Path) -> Result<Option<StoreManifest>> {
     }
     for entry in fs::read_dir(folder).map_err(Error::io("read folder", folder))? {
         let name = entry.map_err(Error::io("read folder", folder))?.file_name().to_string_lossy().into_owned();
-        if name != LOCK_FILE && !name.starts_with(PARTIAL_PREFIX) {
+        if name != LOCK_FILE && !is_unfinished(&name) {
             let problem = format!("holds `{name}` and no {MANIFEST_FILE}: it is another thing's folder");
             return Err(Error::bad_file(folder, problem).with_hint("name an empty or a new folder"));
         }
     }
     Ok(None)
+}
+
+fn is_unfinished(name: &str) -> bool {
+    PARTIAL_PREFIXES.iter().any(|prefix| name.starts_with(prefix))
 }
 
 /// Held until dropped, or until the process dies in whatever way.
@@ -381,7 +386,7 @@ fn take_lock(folder: &Path) -> Result<File> {
 fn clear_leftovers(folder: &Path) -> Result<()> {
     for entry in fs::read_dir(folder).map_err(Error::io("read folder", folder))? {
         let path = entry.map_err(Error::io("read folder", folder))?.path();
-        if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(PARTIAL_PREFIX)) {
+        if path.file_name().is_some_and(|name| is_unfinished(&name.to_string_lossy())) {
             fs::remove_file(&path).map_err(Error::io("remove", &path))?;
         }
     }
