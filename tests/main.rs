@@ -9,6 +9,7 @@ mod configuration;
 mod eagle3;
 mod eagle3_exports;
 mod eagle3_imports;
+mod eagle3_runs;
 mod exports;
 mod fixture;
 mod goldens;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use specforge::nn::noise;
 
-use crate::fixture::{Workspace, contents, json_of, litter, output_of, stderr_of};
+use crate::fixture::{Workspace, contents, json_of, litter, output_of, specforge, stderr_of};
 
 const STEPS: u64 = 40;
 /// No wait in this file is longer.
@@ -142,7 +142,34 @@ fn a_kill_while_saving_loses_nothing_that_was_saved() {
 
 #[test]
 fn kills_at_any_moment_change_nothing() {
+    kills_change_nothing(&mut workspace(2000, 64));
+}
+
+/// The same for a draft with a vocabulary of its own and a loop of its own, with the target and from a store.
+#[test]
+fn kills_at_any_moment_change_nothing_for_eagle3() {
     let mut workspace = workspace(2000, 64);
+    workspace.configuration["draft"] = serde_json::json!({
+        "algorithm": "eagle3", "capture": [0, 1], "draft_vocab_size": 300, "ttt_steps": 3,
+    });
+    kills_change_nothing(&mut workspace);
+    let store = workspace.path("store");
+    let mut capture = specforge(&["capture", "--json", "--dtype", "float32", "--device", "cpu", "--config"]);
+    json_of(capture.arg(workspace.config()).arg("--out").arg(&store));
+    // Online and offline are the same run.
+    workspace.set("target.feature_store", store.display().to_string());
+    let report = workspace.train("offline", &["--set", "train.save_every=0"]);
+    assert_eq!(report["steps"], STEPS);
+    assert_same_end(&workspace.path("offline"), &workspace.path("undisturbed"));
+    for run in ["undisturbed", "killed"] {
+        fs::rename(workspace.path(run), workspace.path(&format!("{run}-online"))).unwrap();
+    }
+    workspace.set("train.save_every", STEPS / 2);
+    kills_change_nothing(&mut workspace);
+    assert_same_end(&workspace.path("undisturbed"), &workspace.path("undisturbed-online"));
+}
+
+fn kills_change_nothing(workspace: &mut Workspace) {
     json_of(&mut workspace.train_command("undisturbed", &[]));
     workspace.set("train.save_every", 5);
     let run = workspace.path("killed");

@@ -187,45 +187,43 @@ pub fn distill(
     let weights = weighting.map(|weighting| arrange(weighting.weights));
     let parity =
         weighting.and_then(|weighting| weighting.parity.as_ref()).map(|values| [0, 1].map(|at| arrange(&values[at])));
-    let mut parts: Vec<Chunk> = Vec::new();
+    let kind = if input.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+    // Room for what stays, made first: between the large pieces of two chunks it would keep the heap from closing.
+    let rows = input.size()[0];
+    let room = |kind: Kind| Tensor::f_zeros([rows], (kind, input.device()));
+    let (losses, acceptance, hits, covered) = (room(kind)?, room(kind)?, room(Kind::Bool)?, room(Kind::Bool)?); // [M]
+    let gradient = weights.as_ref().map(|_| sorted.f_zeros_like()).transpose()?; // [M, H]
+    let mut sum = Tensor::zeros([], (Kind::Double, input.device()));
     for [first_position, positions, first_row, rows] in order.chunks(objective.positions_per_chunk) {
         let target = teacher.chunk(&order.positions.narrow(0, first_position, positions))?;
-        let chunk = sorted.narrow(0, first_row, rows); // [m, H]
-        let own = order.teachers.narrow(0, first_row, rows) - first_position; // [m]
         let rows_of = |values: &Tensor| values.narrow(0, first_row, rows);
+        let chunk = rows_of(&sorted); // [m, H]
+        let own = rows_of(&order.teachers) - first_position; // [m]
         let logits = project(&chunk, &weight)?; // [m, DV]
-        let mut part = Chunk::new(&logits, &target, &own, objective)?;
-        if let Some(weights) = &weights {
-            let parity = parity.as_ref().map(|values| [0, 1].map(|at| rows_of(&values[at])));
-            let slope = part.weighted(&target, &own, objective, &rows_of(weights), parity)?; // [m, DV]
-            let slope = slope.to_kind(chunk.kind());
-            part.gradient = Some(linear(&slope, &weight.transpose(0, 1), None)); // [m, H]
-            if let Some(total) = projection.gradient.as_deref_mut() {
-                shim::add_product(total, &slope.transpose(0, 1), &chunk, 1.0)?;
-            }
+        let part = Chunk::new(&logits, &target, &own, objective);
+        let keep = |place: &Tensor, values: &Tensor| rows_of(place).f_copy_(values).map(drop);
+        keep(&losses, &part.losses)?;
+        keep(&acceptance, &part.acceptance)?;
+        keep(&hits, &part.hits)?;
+        keep(&covered, &part.covered)?;
+        let (Some(weights), Some(gradient)) = (&weights, &gradient) else { continue };
+        let parity = parity.as_ref().map(|values| [0, 1].map(|at| rows_of(&values[at])));
+        let (part_sum, slope) = part.weighted(&target, &own, objective, &rows_of(weights), parity);
+        sum += part_sum;
+        let slope = slope.to_kind(chunk.kind()); // [m, DV]
+        keep(gradient, &linear(&slope, &weight.transpose(0, 1), None))?;
+        if let Some(total) = projection.gradient.as_deref_mut() {
+            shim::add_product(total, &slope.transpose(0, 1), &chunk, 1.0)?;
         }
-        part.forget();
-        parts.push(part);
     }
-    let kind = if input.kind() == Kind::Double { Kind::Double } else { Kind::Float };
-    let join = |get: fn(&Chunk) -> &Tensor, kind: Kind| match parts.is_empty() {
-        true => Tensor::zeros([0], (kind, input.device())),
-        false => Tensor::cat(&parts.iter().map(get).collect::<Vec<_>>(), 0).index_select(0, &order.inverse),
-    };
-    let objective = parts.iter().filter_map(|part| part.objective.as_ref());
-    let objective = objective.fold(Tensor::zeros([], (Kind::Double, input.device())), |sum, part| sum + part);
-    let gradients: Vec<&Tensor> = parts.iter().filter_map(|part| part.gradient.as_ref()).collect();
-    let input_gradient = weighting.map(|_| match gradients.is_empty() {
-        true => input.zeros_like(),
-        false => Tensor::cat(&gradients, 0).index_select(0, &order.inverse),
-    });
+    let arranged = |values: Tensor| values.index_select(0, &order.inverse);
     Ok(RowOutcomes {
-        losses: join(|part| &part.losses, kind),
-        hits: join(|part| &part.hits, Kind::Bool),
-        acceptance: join(|part| &part.acceptance, kind),
-        covered: join(|part| &part.covered, Kind::Bool),
-        objective,
-        input_gradient,
+        losses: arranged(losses),
+        hits: arranged(hits),
+        acceptance: arranged(acceptance),
+        covered: arranged(covered),
+        objective: sum,
+        input_gradient: gradient.map(arranged),
     })
 }
 
@@ -257,23 +255,21 @@ impl Teacher<'_> {
     }
 }
 
-/// Rows of a chunk: what stays, and what the gradient needs until it is made.
+/// Rows of a chunk: their values, `[m]` each, and what the gradient is made of.
 struct Chunk {
     losses: Tensor,
     hits: Tensor,
     acceptance: Tensor,
     covered: Tensor,
-    objective: Option<Tensor>,
-    gradient: Option<Tensor>,
     /// `[m, DV]` log q
-    log_draft: Option<Tensor>,
+    log_draft: Tensor,
     /// `[m]` cross-entropy
     cross_entropy: Tensor,
 }
 
 impl Chunk {
     /// Values of the rows. `own [m]` says which of the target's positions each row learns from.
-    fn new(logits: &Tensor, target: &TargetChunk, own: &Tensor, objective: Objective) -> Result<Self> {
+    fn new(logits: &Tensor, target: &TargetChunk, own: &Tensor, objective: Objective) -> Self {
         let logits = if logits.kind() == Kind::Double { logits.shallow_clone() } else { logits.to_kind(Kind::Float) };
         let top = target.top.index_select(0, own).unsqueeze(1); // [m, 1]
         let covered = top.ge(0).squeeze_dim(1); // [m]
@@ -303,20 +299,19 @@ impl Chunk {
             _ => covered.shallow_clone(),
         };
         let losses = losses.where_self(&kept, &losses.zeros_like());
-        let log_draft = Some(log_draft);
-        Ok(Self { losses, hits, acceptance, covered, objective: None, gradient: None, log_draft, cross_entropy })
+        Self { losses, hits, acceptance, covered, log_draft, cross_entropy }
     }
 
-    /// Gradient of the weighted losses with respect to the logits, `[m, DV]`; notes the weighted sum itself.
+    /// Sum of the weighted losses, and its gradient with respect to the logits, `[m, DV]`.
     fn weighted(
-        &mut self,
+        &self,
         target: &TargetChunk,
         own: &Tensor,
         objective: Objective,
         weights: &Tensor,
         parity: Option<[Tensor; 2]>,
-    ) -> Result<Tensor> {
-        let log_draft = self.log_draft.take().unwrap_or_else(|| self.losses.empty_like());
+    ) -> (Tensor, Tensor) {
+        let log_draft = &self.log_draft;
         let log_target = target.log_reachable.index_select(0, own); // [m, DV]
         let covered = self.covered.to_kind(log_draft.kind());
         let weights = weights * &covered; // [m]
@@ -331,12 +326,12 @@ impl Chunk {
         };
         let of_cross_entropy = |factor: &Tensor| (&draft - log_target.exp()) * column(factor);
         let weighted_sum = |values: &Tensor| (values * &weights).sum(Kind::Double);
-        let (sum, slope) = match (objective.loss, parity) {
+        match (objective.loss, parity) {
             (DistillationLoss::CrossEntropy | DistillationLoss::Kl, _) => {
                 (weighted_sum(&self.losses), of_cross_entropy(&weights))
             }
             (DistillationLoss::ReverseKl, _) => {
-                let slope = &draft * (&log_draft - &log_target - column(&self.losses)) * column(&weights);
+                let slope = &draft * (log_draft - &log_target - column(&self.losses)) * column(&weights);
                 (weighted_sum(&self.losses), slope)
             }
             (DistillationLoss::TotalVariation, _) => (weighted_sum(&self.losses), of_acceptance(&-&weights)),
@@ -357,14 +352,7 @@ impl Chunk {
                 let sum: Tensor = &left * &self.cross_entropy + &right * (1.0 - &self.acceptance);
                 (sum.sum(Kind::Double), of_cross_entropy(&left) - of_acceptance(&right))
             }
-        };
-        self.objective = Some(sum);
-        Ok(slope)
-    }
-
-    /// Drops what only the gradient needed.
-    fn forget(&mut self) {
-        self.log_draft = None;
+        }
     }
 }
 
