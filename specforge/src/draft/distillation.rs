@@ -23,13 +23,14 @@
 //! target, `V` vocabulary of the target, `DV` of the draft.
 
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::loss::{Projection, project};
 use crate::device;
 use crate::error::Result;
 use crate::nn::linear;
 use crate::shim;
+use crate::vocab::VocabMap;
 
 /// Objective of a row.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,6 +72,15 @@ pub struct DraftVocabulary {
     pub draft_ids: Tensor,
 }
 
+impl DraftVocabulary {
+    /// The tables of a map.
+    pub fn new(map: &VocabMap, device: Device) -> Result<Self> {
+        let draft_ids: Vec<i64> = (0..map.target_size()).map(|id| map.draft_id(id).unwrap_or(-1)).collect();
+        let upload = |ids: &[i64]| device::upload(ids, device);
+        Ok(Self { target_ids: upload(map.target_ids())?, draft_ids: upload(&draft_ids)? })
+    }
+}
+
 /// Which target position each row learns from, in an order that brings rows of one position together. Made on the host.
 #[derive(Debug)]
 pub struct Order {
@@ -88,7 +98,7 @@ pub struct Order {
 
 impl Order {
     /// Sorts rows by `positions`, the target position of each.
-    pub fn new(positions: &[i64], device: tch::Device) -> Result<Self> {
+    pub fn new(positions: &[i64], device: Device) -> Result<Self> {
         let mut permutation: Vec<usize> = (0..positions.len()).collect();
         permutation.sort_by_key(|&row| positions[row]); // stable: equal positions keep their order
         let (mut used, mut counts): (Vec<i64>, Vec<i64>) = (Vec::new(), Vec::new());

@@ -18,9 +18,8 @@ use tch::{Device, Kind, Tensor};
 use super::distillation::{self, DistillationLoss, DraftVocabulary, Objective, Order, RowOutcomes, Teacher, Weighting};
 use super::loss::Projection;
 use super::supervision::{self, MaskAlignment};
-use super::{Algorithm, DraftContext, DraftModel, DraftSize, Parameter, Tally};
+use super::{Algorithm, DraftContext, DraftModel, DraftSize, Parameter, Tally, vocabulary};
 use crate::data::PackedBatch;
-use crate::device;
 use crate::error::{Error, Result};
 use crate::features::FeatureBatch;
 use crate::models::Dimensions;
@@ -76,32 +75,25 @@ impl Eagle3 {
             return Err(Error::config("draft.vocab_map", problem));
         }
         let (kind, device) = (context.kind, context.device);
-        let target_ids = map.map(|map| device::upload(map.target_ids(), device)).transpose()?;
         let mut parameters = Vec::new();
         for (index, (name, tensor_shape)) in shape.tensors().into_iter().enumerate() {
             let from_target = config.lm_head == HeadStart::Target && shape.hidden_size == shape.target_hidden_size;
             let value = if name == "lm_head.weight" && from_target {
-                let head = context.head.f_to_device(device)?;
-                target_ids.as_ref().map_or_else(|| head.copy(), |ids| head.index_select(0, ids)).f_to_kind(kind)?.copy()
+                let rows = map.map_or_else(|| Ok(context.head.copy()), |map| vocabulary::gather_rows(context.head, map))?;
+                rows.f_to_device(device)?.f_to_kind(kind)?
             } else if tensor_shape.len() == 1 {
                 Tensor::f_ones(&tensor_shape, (kind, device))?
             } else {
-                noise::normal(&tensor_shape, DEVIATION, context.seed, index as u64)
-                    .f_to_kind(kind)?
-                    .f_to_device(device)?
+                let random = noise::normal(&tensor_shape, DEVIATION, context.seed, index as u64);
+                random.f_to_kind(kind)?.f_to_device(device)?
             };
             let decay = tensor_shape.len() > 1;
             parameters.push(Parameter { name, value: value.set_requires_grad(true), decay });
         }
         let embedding = context.embedding.f_to_device(device)?.detach();
         let network = Network::new(&shape, &parameters, &embedding, device)?;
-        let (mut vocabulary, mut buffers) = (None, Vec::new());
-        if let (Some(map), Some(target_ids)) = (map, target_ids) {
-            let draft_ids: Vec<i64> = (0..map.target_size()).map(|id| map.draft_id(id).unwrap_or(-1)).collect();
-            let d2t = Tensor::from_slice(&map.d2t());
-            buffers = vec![("d2t".to_owned(), d2t), ("t2d".to_owned(), Tensor::from_slice(&map.t2d()))];
-            vocabulary = Some(DraftVocabulary { target_ids, draft_ids: device::upload(&draft_ids, device)? });
-        }
+        let buffers = map.map_or_else(Vec::new, vocabulary::buffers);
+        let vocabulary = map.map(|map| DraftVocabulary::new(map, device)).transpose()?;
         let positions_per_chunk = distillation::positions_per_chunk(
             context.chunk_bytes,
             config.ttt_steps,
