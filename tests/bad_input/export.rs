@@ -24,7 +24,7 @@ fn exports() {
                 command
             },
             exit_code: 2,
-            expected: &["--format: expected one of medusa, medusa-vllm, got `gguf`"],
+            expected: &["--format: expected one of medusa, medusa-vllm, eagle3, speculators, got `gguf`"],
         },
     ]);
 }
