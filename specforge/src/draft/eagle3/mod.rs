@@ -79,7 +79,8 @@ impl Eagle3 {
         for (index, (name, tensor_shape)) in shape.tensors().into_iter().enumerate() {
             let from_target = config.lm_head == HeadStart::Target && shape.hidden_size == shape.target_hidden_size;
             let value = if name == "lm_head.weight" && from_target {
-                let rows = map.map_or_else(|| Ok(context.head.copy()), |map| vocabulary::gather_rows(context.head, map))?;
+                let rows =
+                    map.map_or_else(|| Ok(context.head.copy()), |map| vocabulary::gather_rows(context.head, map))?;
                 rows.f_to_device(device)?.f_to_kind(kind)?
             } else if tensor_shape.len() == 1 {
                 Tensor::f_ones(&tensor_shape, (kind, device))?
