@@ -52,6 +52,8 @@ pub struct Eagle3Config {
     pub mask: MaskAlignment,
     /// What a step's loss is divided by.
     pub normalisation: Normalisation,
+    /// Compute a step of the training-time test again when its gradient is due: less memory for more work.
+    pub recompute: bool,
 }
 
 /// Where the vocabulary projection of a draft starts.
@@ -94,6 +96,7 @@ impl Default for Eagle3Config {
             loss_weights: None,
             mask: MaskAlignment::Exact,
             normalisation: Normalisation::TrainedRows,
+            recompute: true,
         }
     }
 }

@@ -8,7 +8,7 @@
 
 use std::collections::HashMap;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use super::config::Eagle3Shape;
 use super::steps::{Step, Steps};
@@ -50,14 +50,8 @@ struct Layer {
     norm_before_residual: bool,
 }
 
-/// Keys and values of a layer: step 0's of every row, and later steps' of each row's own.
-#[derive(Debug)]
-struct Keys {
-    /// Key and value, `[T, G, D]`
-    shared: [Tensor; 2],
-    /// Key and value, `[R, I, G, D]`
-    own: [Tensor; 2],
-}
+/// Keys and values of each layer: of every row from step 0, `[T, G, D]`, or of each row's own, `[R, I, G, D]`.
+pub type LayerKeys = Vec<[Tensor; 2]>;
 
 impl Network {
     /// The network over the trained parameters; `embedding [V, H]` is used where none of them is.
@@ -137,13 +131,23 @@ impl Network {
         let Some(first) = plan.steps.first() else {
             return Ok(Vec::new());
         };
-        let (hidden, mut keys) = self.first_step(plan, first, features)?;
+        let (hidden, shared) = self.first_step(plan, first, features)?;
+        let mut own = no_own_keys(first, &shared)?;
         let mut outputs = vec![hidden];
         for step in &plan.steps[1..] {
-            let feature = self.feature(&outputs[outputs.len() - 1]).index_select(0, &step.kept); // [R, H]
-            outputs.push(self.later_step(step, &feature, &mut keys)?);
+            let (hidden, longer) = self.later_step(step, &outputs[outputs.len() - 1], &shared, &own)?;
+            own = longer;
+            outputs.push(hidden);
         }
         Ok(outputs)
+    }
+
+    /// What the vocabulary projection reads of the trained rows of a step's output: `[M, H]`.
+    pub fn trained_rows(&self, step: &Step, hidden: &Tensor) -> Tensor {
+        match step.trained.size()[0] == step.len {
+            true => self.normed(hidden),
+            false => self.normed(&hidden.index_select(0, &step.trained)),
+        }
     }
 
     /// What the vocabulary projection reads of a step's output.
@@ -168,8 +172,8 @@ impl Network {
     }
 
     /// Step 0: keys of every row; queries, and everything after them, of the step's rows alone. Below the last layer,
-    /// every row is computed, since the layer above needs its keys.
-    fn first_step(&self, plan: &Steps, first: &Step, features: &Tensor) -> Result<(Tensor, Vec<Keys>)> {
+    /// every row is computed, since the layer above needs its keys. Returns the rows' output and every layer's keys.
+    pub(super) fn first_step(&self, plan: &Steps, first: &Step, features: &Tensor) -> Result<(Tensor, LayerKeys)> {
         let embedded = self.embed_input_ids(&plan.tokens)?; // [T, H]
         let rope = self.tables(&plan.positions);
         let step_rope = self.tables(&first.positions);
@@ -180,41 +184,46 @@ impl Network {
             let shared = layer.keys(&input, &rope)?;
             let last = index + 1 == self.layers.len();
             let rows = if last { first.len } else { features.size()[0] };
-            let none = || merged_attention::no_own_keys(rows, &shared[0]);
-            let own = [none()?, none()?];
+            let none = merged_attention::no_own_keys(rows, &shared[0])?;
+            let own = [&none, &none];
             hidden = if last {
                 let select = |tensor: Tensor| tensor.index_select(0, &first.rows);
-                layer.mix(&select(input), &select(residual), &step_rope, [&shared, &own], &first.runs)?
+                layer.mix(&select(input), &select(residual), &step_rope, &shared, own, &first.runs)?
             } else {
-                layer.mix(&input, &residual, &rope, [&shared, &own], &plan.runs)?
+                layer.mix(&input, &residual, &rope, &shared, own, &plan.runs)?
             };
-            let none = || merged_attention::no_own_keys(first.len, &shared[0]);
-            let own = [none()?, none()?];
-            keys.push(Keys { shared, own });
+            keys.push(shared);
         }
         Ok((hidden, keys))
     }
 
-    /// A later step: every layer adds one key of its own to each row.
-    fn later_step(&self, step: &Step, feature: &Tensor, keys: &mut [Keys]) -> Result<Tensor> {
+    /// A later step, from the output of the step before and each of its rows' own keys: every layer adds one of those.
+    /// Returns the rows' output and their own keys.
+    pub(super) fn later_step(
+        &self,
+        step: &Step,
+        previous: &Tensor,
+        shared: &LayerKeys,
+        own: &LayerKeys,
+    ) -> Result<(Tensor, LayerKeys)> {
         let embedded = self.embed_input_ids(&step.tokens)?; // [R, H]
         let rope = self.tables(&step.positions);
-        let mut hidden = feature.shallow_clone(); // [R, H]
-        for (layer, keys) in self.layers.iter().zip(keys) {
+        let mut hidden = self.feature(previous).index_select(0, &step.kept); // [R, H]
+        let mut longer = Vec::new();
+        for (layer, (shared, own)) in self.layers.iter().zip(shared.iter().zip(own)) {
             let (input, residual) = layer.read(&embedded, &hidden);
-            let new = layer.keys(&input, &rope)?; // [R, G, D]
-            for (own, new) in keys.own.iter_mut().zip(&new) {
-                *own = Tensor::cat(&[own.index_select(0, &step.kept), new.unsqueeze(1)], 1); // [R, I, G, D]
-            }
-            hidden = layer.mix(&input, &residual, &rope, [&keys.shared, &keys.own], &step.runs)?;
+            let [key, value] = layer.keys(&input, &rope)?; // [R, G, D]
+            let add = |own: &Tensor, new: Tensor| Tensor::cat(&[own.index_select(0, &step.kept), new.unsqueeze(1)], 1);
+            let own = [add(&own[0], key), add(&own[1], value)]; // [R, I, G, D]
+            hidden = layer.mix(&input, &residual, &rope, shared, [&own[0], &own[1]], &step.runs)?;
+            longer.push(own);
         }
-        Ok(hidden)
+        Ok((hidden, longer))
     }
 
     /// cos and sin for `positions [n]`, a row of one token each.
     fn tables(&self, positions: &Tensor) -> RopeTables {
-        let kind = if self.fc.kind() == Kind::Double { Kind::Double } else { self.fc.kind() };
-        self.rope.tables(&positions.unsqueeze(1), kind)
+        self.rope.tables(&positions.unsqueeze(1), self.fc.kind())
     }
 }
 
@@ -241,12 +250,12 @@ impl Layer {
         input: &Tensor,
         residual: &Tensor,
         rope: &RopeTables,
-        [shared, own]: [&[Tensor; 2]; 2],
+        shared: &[Tensor; 2],
+        own: [&Tensor; 2],
         runs: &[Run],
     ) -> Result<Tensor> {
         let query = rotate(&self.split(&shim::trained_linear(input, &self.query)?), rope); // [n, N, D]
-        let shared = [&shared[0], &shared[1]];
-        let attended = merged_attention::merged_attention(&query, shared, [&own[0], &own[1]], runs)?; // [n, N, D]
+        let attended = merged_attention::merged_attention(&query, [&shared[0], &shared[1]], own, runs)?; // [n, N, D]
         let hidden = residual + shim::trained_linear(&attended.flatten(1, 2), &self.output)?; // [n, H]
         let normed = self.post_attention_norm.forward(&hidden);
         let gated = shim::trained_linear(&normed, &self.gate)?.silu() * shim::trained_linear(&normed, &self.up)?;
@@ -257,6 +266,12 @@ impl Layer {
     fn split(&self, projected: &Tensor) -> Tensor {
         projected.view([projected.size()[0], -1, self.head_dim])
     }
+}
+
+/// What the rows of step 0 have of their own: nothing, `[R, 0, G, D]`.
+pub(super) fn no_own_keys(first: &Step, shared: &LayerKeys) -> Result<LayerKeys> {
+    let none = |keys: &[Tensor; 2]| merged_attention::no_own_keys(first.len, &keys[0]);
+    shared.iter().map(|keys| Ok([none(keys)?, none(keys)?])).collect()
 }
 
 /// Rotates `[n, heads, D]`.

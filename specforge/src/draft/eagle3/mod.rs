@@ -27,10 +27,12 @@ use crate::nn::noise;
 
 pub mod config;
 pub mod layers;
+pub mod recompute;
 pub mod steps;
 
 pub use config::{Eagle3Config, Eagle3Shape, HeadStart, Normalisation};
 use layers::Network;
+use recompute::Tape;
 use steps::Steps;
 
 /// Row of the table of algorithms.
@@ -62,6 +64,12 @@ pub struct Eagle3 {
     vocabulary: Option<DraftVocabulary>,
     buffers: Vec<(String, Tensor)>,
     positions_per_chunk: i64,
+}
+
+/// A forward pass: trained rows of each step, `[M, H]`, and the way back where the rows have no graph themselves.
+struct Pass {
+    rows: Vec<Tensor>,
+    tape: Option<Tape>,
 }
 
 impl Eagle3 {
@@ -125,16 +133,16 @@ impl Eagle3 {
     ) -> Result<Tally> {
         let (last, captured) = features.hidden.split_last().ok_or_else(|| Error::Failed("no features".to_owned()))?;
         let plan = self.plan(features.batch, last.device())?;
-        let projected = self.network.project_hidden_states(captured)?; // [T, H]
-        let outputs = self.network.backbone(&plan, &projected)?; // [R, H] each
-        let trained: Vec<Tensor> = outputs
-            .iter()
-            .zip(&plan.steps)
-            .map(|(hidden, step)| self.network.normed(&hidden.index_select(0, &step.trained)))
-            .collect();
-        let rows = match trained.is_empty() {
-            true => projected.narrow(0, 0, 0),
-            false => Tensor::cat(&trained, 0), // [M, H]
+        let pass = match gradients.is_some() && !self.config.recompute {
+            true => self.graph(&plan, captured)?,
+            false => {
+                let (tape, rows) = Tape::record(&self.network, &plan, captured)?;
+                Pass { rows, tape: Some(tape) }
+            }
+        };
+        let rows = match pass.rows.is_empty() {
+            true => Tensor::f_zeros([0, self.shape.hidden_size], (self.parameters[0].value.kind(), last.device()))?,
+            false => Tensor::cat(&pass.rows, 0).detach(), // [M, H]
         };
         // Where a document ends, the references compare with the prediction from nothing: logits of zero.
         let past_the_end = Tensor::zeros([1, last.size()[1]], (last.kind(), last.device()));
@@ -145,8 +153,19 @@ impl Eagle3 {
         let weights = self.row_weights(&plan, global_counts, &rows); // [M]
         let mut outcomes = match gradients {
             Some(gradients) => {
-                let parity = self.parity(&rows.detach(), &order, &teacher, &plan)?;
-                self.backward(&rows, &order, &teacher, &Weighting { weights: &weights, parity }, gradients)?
+                let weighting = Weighting { weights: &weights, parity: self.parity(&rows, &order, &teacher, &plan)? };
+                // The head is the last parameter; its gradient is made with the loss.
+                let (head, body) =
+                    gradients.split_last_mut().ok_or_else(|| Error::Failed("no gradients".to_owned()))?;
+                let mut projection = Projection { weight: self.network.head(), gradient: Some(head) };
+                let objective = self.objective();
+                let outcomes =
+                    distillation::distill(&rows, &order, &teacher, &mut projection, objective, Some(&weighting))?;
+                drop(rows);
+                if let Some(slopes) = outcomes.input_gradient.as_ref().filter(|slopes| slopes.numel() > 0) {
+                    self.backward(&plan, captured, pass, slopes, body)?;
+                }
+                outcomes
             }
             None => self.values(&rows, &order, &teacher)?,
         };
@@ -156,40 +175,43 @@ impl Eagle3 {
         Ok(self.tally(&plan, &outcomes, last))
     }
 
+    /// Trained rows of all steps, with one graph over all of them.
+    fn graph(&self, plan: &Steps, captured: &[Tensor]) -> Result<Pass> {
+        let outputs = self.network.backbone(plan, &self.network.project_hidden_states(captured)?)?; // [R, H] each
+        let rows = plan.steps.iter().zip(&outputs).map(|(step, hidden)| self.network.trained_rows(step, hidden));
+        Ok(Pass { rows: rows.collect(), tape: None })
+    }
+
+    /// Adds the gradients of everything below the vocabulary projection, given those of the trained rows, `[M, H]`.
+    fn backward(
+        &self,
+        plan: &Steps,
+        captured: &[Tensor],
+        pass: Pass,
+        slopes: &Tensor,
+        totals: &mut [Tensor],
+    ) -> Result<()> {
+        let counts: Vec<i64> = plan.steps.iter().map(|step| step.teachers.len() as i64).collect();
+        let slopes = slopes.split_with_sizes(&counts, 0); // [M, H] each
+        let inputs: Vec<&Tensor> = self.parameters[..totals.len()].iter().map(|parameter| &parameter.value).collect();
+        if let Some(tape) = pass.tape {
+            return tape.backward(&self.network, plan, captured, &slopes, &inputs, totals);
+        }
+        // The chunked gradient enters the graph of the network through these products.
+        let products = pass.rows.iter().zip(&slopes).map(|(rows, slope)| (rows * slope).sum(slope.kind()));
+        let surrogate: Tensor = products.sum();
+        let fresh = Tensor::f_run_backward(&[surrogate], &inputs, false, false)?;
+        // A norm that no step reads has no gradient.
+        for (total, gradient) in totals.iter_mut().zip(fresh).filter(|(_, fresh)| fresh.defined()) {
+            *total += gradient;
+        }
+        Ok(())
+    }
+
     /// Outcomes of all rows without gradients.
     fn values(&self, rows: &Tensor, order: &Order, teacher: &Teacher<'_>) -> Result<RowOutcomes> {
         let mut projection = Projection { weight: self.network.head(), gradient: None };
         distillation::distill(rows, order, teacher, &mut projection, self.objective(), None)
-    }
-
-    /// Outcomes of all rows, and the gradients of everything.
-    fn backward(
-        &self,
-        rows: &Tensor,
-        order: &Order,
-        teacher: &Teacher<'_>,
-        weighting: &Weighting<'_>,
-        gradients: &mut [Tensor],
-    ) -> Result<RowOutcomes> {
-        let objective = self.objective();
-        let head = self.network.head();
-        // The head is the last parameter; its gradient is made with the loss.
-        let (head_gradient, body_gradients) =
-            gradients.split_last_mut().ok_or_else(|| Error::Failed("no gradients".to_owned()))?;
-        let mut projection = Projection { weight: head, gradient: Some(head_gradient) };
-        let outcomes =
-            distillation::distill(&rows.detach(), order, teacher, &mut projection, objective, Some(weighting))?;
-        if let Some(slope) = outcomes.input_gradient.as_ref().filter(|slope| slope.numel() > 0) {
-            // The chunked gradient enters the graph of the network through this product.
-            let surrogate = (rows * slope).sum(slope.kind());
-            let inputs: Vec<&Tensor> = self.parameters[..body_gradients.len()].iter().map(|p| &p.value).collect();
-            let fresh = Tensor::f_run_backward(&[surrogate], &inputs, false, false)?;
-            // A norm that no step reads has no gradient.
-            for (total, gradient) in body_gradients.iter_mut().zip(fresh).filter(|(_, fresh)| fresh.defined()) {
-                *total += gradient;
-            }
-        }
-        Ok(outcomes)
     }
 
     fn objective(&self) -> Objective {
