@@ -65,8 +65,8 @@ fn a_step_takes_less_memory_than_a_dense_one() {
     let text = String::from_utf8(output.stdout).unwrap();
     let dense: u64 = text.lines().find_map(|line| line.strip_prefix("dense bytes ")?.parse().ok()).unwrap();
     println!("a step takes {} MiB, a dense one {} MiB", taken >> 20, dense >> 20);
-    // The aim is a third (docs/status.md).
-    assert!(10 * taken <= 8 * dense, "{taken} {dense}");
+    // A third, with a margin for what the allocator keeps.
+    assert!(5 * taken <= 2 * dense, "{taken} {dense}");
 }
 
 /// Asks this process to take a dense step and say how much memory it needed.
