@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use specforge::tree::DraftTree;
+use specforge::tree::ChoiceTree;
 use tch::Tensor;
 
 use super::Golden;
@@ -27,20 +27,21 @@ pub fn check_buffers(golden: &Golden) -> Result<usize, String> {
 
 fn check_tree(golden: &Golden, name: &str) -> Result<(), String> {
     let choices = rows(golden, &format!("{name}.choices"))?;
-    let tree = DraftTree::from_choices(&choices).map_err(|error| error.to_string())?;
-    let nodes = 0..tree.len();
+    let tree = ChoiceTree::from_choices(&choices).map_err(|error| error.to_string())?;
+    let topology = tree.topology();
+    let nodes = 0..topology.len();
     let equal = |what: &str, got: Vec<i64>| match golden.integers(&format!("{name}.{what}"))? == got {
         true => Ok(()),
         false => Err(format!("{what} differ")),
     };
-    equal("medusa_position_ids", tree.depths().iter().map(|&depth| depth as i64).collect())?;
-    let flat = |node: usize| match tree.depths()[node] {
+    equal("medusa_position_ids", topology.depths().iter().map(|&depth| depth as i64).collect())?;
+    let flat = |node: usize| match topology.depths()[node] {
         0 => 0,
         depth => (tree.ranks()[node] + TOP_K * (depth - 1) + 1) as i64,
     };
     equal("tree_indices", nodes.clone().map(flat).collect())?;
-    equal("medusa_attn_mask", tree.visible().into_iter().map(i64::from).collect())?;
-    let paths: Vec<Vec<usize>> = tree.leaves().into_iter().map(|leaf| tree.path(leaf)).collect();
+    equal("medusa_attn_mask", topology.visible().into_iter().map(i64::from).collect())?;
+    let paths: Vec<Vec<usize>> = topology.leaves().into_iter().map(|leaf| topology.path(leaf)).collect();
     if rows(golden, &format!("{name}.retrieve_indices"))? != paths {
         return Err("retrieve_indices differ".to_owned());
     }
@@ -51,7 +52,7 @@ fn check_tree(golden: &Golden, name: &str) -> Result<(), String> {
     let root = golden.tensor(&format!("c.{name}.base_logits"))?.flatten(0, -1).argmax(0, false).int64_value(&[]);
     let heads = golden.tensor(&format!("c.{name}.medusa_logits"))?; // [K, 1, 1, V]
     let best: Tensor = heads.topk(TOP_K as i64, -1, true, true).1.flatten(0, -1); // [K * 10]
-    let token = |node: usize| match tree.depths()[node] {
+    let token = |node: usize| match topology.depths()[node] {
         0 => root,
         depth => best.int64_value(&[(tree.ranks()[node] + TOP_K * (depth - 1)) as i64]),
     };
@@ -82,7 +83,7 @@ pub fn check_choices(path: &Path) -> Result<String, String> {
     let golden = if beside.is_file() { Some(Golden::open(&beside)?) } else { None };
     let mut compared = 0;
     for (name, choices) in &trees {
-        let tree = DraftTree::from_choices(choices).map_err(|error| format!("{name}: {error}"))?;
+        let tree = ChoiceTree::from_choices(choices).map_err(|error| format!("{name}: {error}"))?;
         let key = format!("{name}.choices");
         if let Some(golden) = golden.as_ref().filter(|golden| golden.has(&key)) {
             let mut want = rows(golden, &key)?;
@@ -94,7 +95,7 @@ pub fn check_choices(path: &Path) -> Result<String, String> {
             }
             compared += 1;
         }
-        if tree.len() != choices.len() + 1 {
+        if tree.topology().len() != choices.len() + 1 {
             return Err(format!("{name}: expected {} nodes, got {}", choices.len() + 1, tree.len()));
         }
     }

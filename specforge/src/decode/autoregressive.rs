@@ -155,14 +155,14 @@ impl<'a> Generator<'a> {
 
     /// Puts a request behind all others.
     pub fn submit(&mut self, request: Request) -> Result<()> {
-        self.check(&request)?;
+        check(self.target, &request)?;
         self.queue.push_back(request);
         Ok(())
     }
 
     /// Puts a request before all others: the next turn of a conversation that has begun.
     pub fn submit_first(&mut self, request: Request) -> Result<()> {
-        self.check(&request)?;
+        check(self.target, &request)?;
         self.queue.push_front(request);
         Ok(())
     }
@@ -203,26 +203,6 @@ impl<'a> Generator<'a> {
             for finished in self.step()? {
                 receive(self, finished)?;
             }
-        }
-        Ok(())
-    }
-
-    fn check(&self, request: &Request) -> Result<()> {
-        let dimensions = self.target.dimensions();
-        let (length, context) = (request.prompt.len(), dimensions.max_position_embeddings);
-        if length == 0 {
-            return Err(Error::Failed("the prompt is empty".to_owned()));
-        }
-        if length as i64 >= context {
-            let problem = format!("the prompt has {length} tokens; the context of {context} leaves no room to answer");
-            return Err(Error::Failed(problem));
-        }
-        if let Some(id) = request.prompt.iter().find(|&&id| i64::from(id) >= dimensions.vocab_size) {
-            let vocabulary = dimensions.vocab_size;
-            return Err(Error::Failed(format!("token {id} is outside the target's vocabulary of {vocabulary}")));
-        }
-        if request.max_new_tokens == 0 {
-            return Err(Error::Failed("max_new_tokens: expected at least 1, got 0".to_owned()));
         }
         Ok(())
     }
@@ -363,8 +343,29 @@ impl<'a> Generator<'a> {
     }
 }
 
+/// Refuses requests that no target of these dimensions can answer.
+pub(super) fn check(target: &dyn TargetModel, request: &Request) -> Result<()> {
+    let dimensions = target.dimensions();
+    let (length, context) = (request.prompt.len(), dimensions.max_position_embeddings);
+    if length == 0 {
+        return Err(Error::Failed("the prompt is empty".to_owned()));
+    }
+    if length as i64 >= context {
+        let problem = format!("the prompt has {length} tokens; the context of {context} leaves no room to answer");
+        return Err(Error::Failed(problem));
+    }
+    if let Some(id) = request.prompt.iter().find(|&&id| i64::from(id) >= dimensions.vocab_size) {
+        let vocabulary = dimensions.vocab_size;
+        return Err(Error::Failed(format!("token {id} is outside the target's vocabulary of {vocabulary}")));
+    }
+    if request.max_new_tokens == 0 {
+        return Err(Error::Failed("max_new_tokens: expected at least 1, got 0".to_owned()));
+    }
+    Ok(())
+}
+
 /// How many of these requests, sorted by length, go into one pass: at least one.
-fn group_size(requests: &[Request]) -> usize {
+pub(super) fn group_size(requests: &[Request]) -> usize {
     let shortest = requests.first().map_or(0, |request| request.prompt.len());
     let longest = shortest + shortest / 4 + PREFILL_SLACK;
     let fits = |(index, request): &(usize, &Request)| {

@@ -1,6 +1,15 @@
-//! From logits to text: plain decoding with continuous batching, and the regeneration of training data with it.
+//! From logits to text.
+//!
+//! - `engine` decodes with any draft: propose, verify, keep. `drafter` has the drafts, `policy` the pure decision, `event`
+//!   what a decode tells.
+//! - `autoregressive` is plain decoding for throughput, one token a row and pass, and `regenerate` the making of training
+//!   data with it.
 
 pub mod autoregressive;
+pub mod drafter;
+pub mod engine;
+pub mod event;
+pub mod policy;
 pub mod regenerate;
 
 pub use autoregressive::{Answer, Finish, Finished, Generator, Request, Throughput};

@@ -1,10 +1,11 @@
 //! Keys and values of past tokens, as a value: nothing else knows how many tokens a row holds.
 //!
 //! Rows may differ in length. Slot `s` of row `b` holds the key of the row's token `s`; slots at or behind the row's
-//! length are zero. They must not be garbage: a mask takes a hidden slot's weight to zero, but zero times NaN is NaN.
+//! length hold nothing, whatever lies there. A pass erases what it is about to show of them to a longer row's sake: a
+//! mask takes a hidden slot's weight to zero, but zero times NaN is NaN.
 //!
 //! A forward pass writes the new keys of every layer, from layer 0 on, with [`KvCache::write`]; the caller then moves
-//! the lengths once with [`KvCache::advance`]. What it does not keep of a pass is erased.
+//! the lengths once: with [`KvCache::advance`] by the first tokens of the pass, with [`KvCache::keep`] by any of them.
 
 use tch::{Device, Kind, Tensor};
 
@@ -28,6 +29,8 @@ struct Pass {
 pub struct KvCache {
     layers: Vec<Layer>,
     lengths: Vec<i64>,
+    /// Where each row's slots are zero from on.
+    clean_from: Vec<i64>,
     pass: Option<Pass>,
 }
 
@@ -40,7 +43,7 @@ impl KvCache {
         // Zeros, not uninitialised memory: a hidden slot has weight zero, and zero times NaN is NaN.
         let empty = || Tensor::zeros([rows, groups, capacity, dim], options);
         let layers = (0..layers).map(|_| Layer { key: empty(), value: empty() }).collect();
-        Self { layers, lengths: vec![0; rows as usize], pass: None }
+        Self { layers, lengths: vec![0; rows as usize], clean_from: vec![0; rows as usize], pass: None }
     }
 
     /// Number of tokens of every row.
@@ -84,8 +87,15 @@ impl KvCache {
     }
 
     fn begin_pass(&mut self, tokens: i64) {
-        self.abandon_pass();
-        self.reserve(self.len() + tokens);
+        let end = self.len() + tokens;
+        self.reserve(end);
+        // A shorter row's slots between its own end and the longest one's will be seen, with weight zero.
+        let own_ends: Vec<i64> = self.lengths.iter().map(|length| length + tokens).collect();
+        let dirty: Vec<i64> = self.clean_from.iter().map(|&dirty| dirty.min(end)).collect();
+        self.erase(&own_ends, &dirty);
+        for ((clean, own), dirty) in self.clean_from.iter_mut().zip(&own_ends).zip(&dirty) {
+            *clean = if *clean > *dirty { *clean } else { *own };
+        }
         let ragged = self.lengths.iter().any(|&length| length != self.lengths[0]);
         let slots = ragged.then(|| {
             let first = Tensor::from_slice(&self.lengths).to_device(self.device()).view([-1, 1, 1, 1]);
@@ -94,67 +104,118 @@ impl KvCache {
         self.pass = Some(Pass { tokens, slots });
     }
 
-    /// Erases what was written and not kept.
-    fn abandon_pass(&mut self) {
-        if let Some(pass) = self.pass.take() {
-            let ends: Vec<i64> = self.lengths.iter().map(|length| length + pass.tokens).collect();
-            self.erase_to(&ends);
-        }
-    }
-
     /// Moves every row's length by its own number of tokens, after all layers were written. Rows of a padded prefill
     /// move by their true length.
     pub fn advance(&mut self, tokens: &[i64]) {
         assert_eq!(tokens.len(), self.lengths.len(), "one count for each row");
         let written = self.pass.take().map_or(0, |pass| pass.tokens);
         assert!(tokens.iter().all(|&count| count <= written), "advancing by {tokens:?} tokens, {written} were written");
-        let ends: Vec<i64> = self.lengths.iter().map(|length| length + written).collect();
         self.lengths.iter_mut().zip(tokens).for_each(|(length, &count)| *length += count);
-        self.erase_to(&ends);
+    }
+
+    /// Keeps those tokens of the pass that stand at the named places, ascending, and closes the gaps between them: what
+    /// is left of a draft tree is one path.
+    pub fn keep(&mut self, places: &[Vec<i64>]) {
+        assert_eq!(places.len(), self.lengths.len(), "one list of places for each row");
+        let written = self.pass.as_ref().map_or(0, |pass| pass.tokens);
+        for row in places {
+            let ascending = row.windows(2).all(|pair| pair[0] < pair[1]);
+            let inside = row.iter().all(|place| (0..written).contains(place));
+            assert!(ascending && inside, "keeping {row:?} of {written} tokens");
+        }
+        let counts: Vec<i64> = places.iter().map(|row| row.len() as i64).collect();
+        let in_place = |row: &Vec<i64>| row.iter().zip(0..).all(|(&place, index)| place == index);
+        if !places.iter().all(in_place) {
+            let most = counts.iter().copied().max().unwrap_or(0);
+            let slots = |slot: &dyn Fn(&Vec<i64>, i64) -> i64| {
+                let rows = places.iter().zip(&self.lengths);
+                let slots: Vec<i64> =
+                    rows.flat_map(|(row, length)| (0..most).map(move |index| (row, length, index))).map(|(row, length, index)| length + slot(row, index)).collect();
+                Tensor::from_slice(&slots).view([-1, 1, most, 1]).to_device(self.device()) // [B, 1, K, 1]
+            };
+            // Places that a shorter list lacks move onto themselves.
+            let from = slots(&|row, index| row.get(index as usize).copied().unwrap_or(index));
+            let to = slots(&|_, index| index);
+            for layer in &self.layers {
+                for store in [&layer.key, &layer.value] {
+                    let [rows, groups, _, dim] = <[i64; 4]>::try_from(store.size()).expect("stores are [B, G, C, D]");
+                    let shape = [rows, groups, most, dim];
+                    // Gathered into memory of its own first: the places may overlap.
+                    let kept = store.gather(2, &from.expand(shape, false), false); // [B, G, K, D]
+                    let _ = store.shallow_clone().scatter_(2, &to.expand(shape, false), &kept);
+                }
+            }
+        }
+        self.advance(&counts);
     }
 
     /// Forgets the tokens of each row from `lengths` on. A row never grows this way.
     pub fn truncate(&mut self, lengths: &[i64]) {
         assert_eq!(lengths.len(), self.lengths.len(), "one length for each row");
-        self.abandon_pass();
+        self.pass = None;
         let ends = std::mem::replace(&mut self.lengths, lengths.to_vec());
         let grown = lengths.iter().zip(&ends).find(|(keep, end)| keep > end);
-        assert!(grown.is_none(), "truncating {ends:?} tokens to {lengths:?} would show erased slots");
-        self.erase_to(&ends);
+        assert!(grown.is_none(), "truncating {ends:?} tokens to {lengths:?} would show slots that hold nothing");
     }
 
-    /// Writes zeros from every row's length to its end of `ends`.
-    fn erase_to(&mut self, ends: &[i64]) {
-        let from = self.lengths.iter().copied().min().unwrap_or(0);
-        let to = ends.iter().copied().max().unwrap_or(0);
-        if self.lengths.iter().zip(ends).all(|(length, end)| length >= end) {
-            return;
+    /// Keys and values that one row of one layer holds, `[G, len, D]` each.
+    pub fn contents(&self, layer: usize, row: usize) -> [Tensor; 2] {
+        let held = |store: &Tensor| store.select(0, row as i64).narrow(1, 0, self.lengths[row]);
+        [held(&self.layers[layer].key), held(&self.layers[layer].value)]
+    }
+
+    /// Number of layers.
+    pub fn layers(&self) -> usize {
+        self.layers.len()
+    }
+
+    /// Writes NaN wherever nothing is held, as a test of those who read.
+    #[cfg(test)]
+    pub(crate) fn poison(&mut self) {
+        self.pass = None;
+        let capacity = self.capacity();
+        for (row, &length) in self.lengths.iter().enumerate() {
+            for layer in &self.layers {
+                for store in [&layer.key, &layer.value] {
+                    let _ = store.select(0, row as i64).narrow(1, length, capacity - length).fill_(f64::NAN);
+                }
+            }
         }
+        self.clean_from.fill(capacity);
+    }
+
+    /// Writes zeros into each row's slots `from .. to`.
+    fn erase(&mut self, from: &[i64], to: &[i64]) {
+        let spans = || from.iter().zip(to).filter(|(from, to)| from < to);
+        let (Some(first), Some(last)) = (spans().map(|span| *span.0).min(), spans().map(|span| *span.1).max()) else {
+            return;
+        };
         let column = |values: &[i64]| Tensor::from_slice(values).to_device(self.device()).view([-1, 1, 1, 1]);
-        let slot = Tensor::arange_start(from, to, (Kind::Int64, self.device())).view([1, 1, -1, 1]);
-        let erased = slot.ge_tensor(&column(&self.lengths)).logical_and(&slot.lt_tensor(&column(ends))); // [B, 1, n, 1]
+        let slot = Tensor::arange_start(first, last, (Kind::Int64, self.device())).view([1, 1, -1, 1]);
+        let erased = slot.ge_tensor(&column(from)).logical_and(&slot.lt_tensor(&column(to))); // [B, 1, n, 1]
         for layer in &self.layers {
             for store in [&layer.key, &layer.value] {
-                let _ = store.narrow(2, from, to - from).masked_fill_(&erased, 0.0);
+                let _ = store.narrow(2, first, last - first).masked_fill_(&erased, 0.0);
             }
         }
     }
 
     /// Keeps the rows named, in that order.
     pub fn select_rows(&mut self, rows: &[i64]) {
-        self.abandon_pass();
+        self.pass = None;
         let index = Tensor::from_slice(rows).to_device(self.device());
         for layer in &mut self.layers {
             layer.key = layer.key.index_select(0, &index);
             layer.value = layer.value.index_select(0, &index);
         }
         self.lengths = rows.iter().map(|&row| self.lengths[row as usize]).collect();
+        self.clean_from = rows.iter().map(|&row| self.clean_from[row as usize]).collect();
     }
 
     /// Adds the rows of another cache behind these.
     pub fn append_rows(&mut self, mut other: KvCache) {
-        self.abandon_pass();
-        other.abandon_pass();
+        self.pass = None;
+        other.pass = None;
         let capacity = self.capacity().max(other.capacity());
         self.reserve(capacity);
         other.reserve(capacity);
@@ -166,13 +227,14 @@ impl KvCache {
             mine.value = joined(&mine.value, &theirs.value);
         }
         self.lengths.extend(other.lengths);
+        self.clean_from.extend(other.clean_from);
     }
 
     /// Puts the first rows of another cache in the place of the rows named, one for each. Only the tokens they hold are
     /// copied, so a batch that loses a row and gains another does not move its other rows.
     pub fn replace_rows(&mut self, rows: &[i64], other: &KvCache) {
         assert!(rows.len() as i64 <= other.rows(), "{} rows cannot be filled from {}", rows.len(), other.rows());
-        self.abandon_pass();
+        self.pass = None;
         self.reserve(other.len());
         for (mine, theirs) in self.layers.iter_mut().zip(&other.layers) {
             for (store, new) in [(&mine.key, &theirs.key), (&mine.value, &theirs.value)] {
@@ -182,7 +244,12 @@ impl KvCache {
                 }
             }
         }
-        rows.iter().zip(&other.lengths).for_each(|(&row, &length)| self.lengths[row as usize] = length);
+        for (&row, &length) in rows.iter().zip(&other.lengths) {
+            // What the row held before and the new one does not reach is still there.
+            let clean_from = &mut self.clean_from[row as usize];
+            *clean_from = (*clean_from).max(length);
+            self.lengths[row as usize] = length;
+        }
     }
 
     fn device(&self) -> Device {
@@ -306,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "would show erased slots")]
+    #[should_panic(expected = "would show slots that hold nothing")]
     fn a_row_cannot_be_truncated_to_more_than_it_holds() {
         KvCache::new(1, 2, 1, 1, 8, OPTIONS).truncate(&[0, 1]);
     }

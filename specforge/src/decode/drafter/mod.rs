@@ -1,0 +1,98 @@
+//! What guesses: a draft's side of speculative decoding. One file each.
+//!
+//! A drafter keeps what it needs of every running row, in the order of the engine's batch. Between rounds it has seen
+//! everything committed but the last token, which is the root of its next tree.
+//!
+//! Features are the target's hidden states at the layers a drafter asks for. The feature of a token is known once the
+//! target has run on it: of `n` committed tokens, the first `n - 1`.
+
+use tch::Tensor;
+
+use super::policy::Proposal;
+use crate::error::Result;
+
+pub mod prompt_lookup;
+
+pub use prompt_lookup::PromptLookup;
+
+/// A row that joins the batch.
+#[derive(Debug)]
+pub struct Joining<'a> {
+    /// The prompt and the first token behind it.
+    pub tokens: &'a [u32],
+    /// For each captured layer, the features of the prompt, `[P, H]`.
+    pub features: Vec<Tensor>,
+}
+
+/// A row that wants guesses.
+#[derive(Debug, Clone, Copy)]
+pub struct Context<'a> {
+    /// Everything committed.
+    pub tokens: &'a [u32],
+    /// Deepest guess that can be of use; deeper ones are cut off. Where it is 0, nothing need be guessed.
+    pub depth: usize,
+    /// The request's own part of every seed.
+    pub key: u64,
+}
+
+/// What a round committed to a row.
+#[derive(Debug)]
+pub struct Progress<'a> {
+    /// Everything committed.
+    pub tokens: &'a [u32],
+    /// How many of them are new.
+    pub new: usize,
+    /// For each captured layer, the features of as many tokens, `[new, H]`: of the last committed before the round, and
+    /// of the new ones but the last.
+    pub features: Vec<Tensor>,
+}
+
+/// Guesses what the target will choose.
+pub trait Drafter {
+    /// Hidden states of the target it reads, by Hugging Face's index.
+    fn capture(&self) -> Vec<usize> {
+        Vec::new()
+    }
+
+    /// Takes rows in, behind those that run.
+    fn join(&mut self, rows: &[Joining<'_>]) -> Result<()>;
+
+    /// Guesses for every row, in order.
+    fn propose(&mut self, rows: &[Context<'_>]) -> Result<Vec<Proposal>>;
+
+    /// Hears what became of the last guesses of every row, in order.
+    fn commit(&mut self, rows: &[Progress<'_>]) -> Result<()>;
+
+    /// Keeps the rows named, in that order.
+    fn retain(&mut self, rows: &[usize]);
+
+    /// Tokens in its cache for each row; nothing where it has none.
+    fn cache_lengths(&self) -> Vec<i64> {
+        Vec::new()
+    }
+}
+
+/// Guesses nothing: plain decoding.
+#[derive(Debug, Default)]
+pub struct Plain;
+
+impl Drafter for Plain {
+    fn join(&mut self, _rows: &[Joining<'_>]) -> Result<()> {
+        Ok(())
+    }
+
+    fn propose(&mut self, rows: &[Context<'_>]) -> Result<Vec<Proposal>> {
+        Ok(rows.iter().map(|row| Proposal::nothing(last(row.tokens))).collect())
+    }
+
+    fn commit(&mut self, _rows: &[Progress<'_>]) -> Result<()> {
+        Ok(())
+    }
+
+    fn retain(&mut self, _rows: &[usize]) {}
+}
+
+/// The last committed token, the root of the next tree.
+pub(crate) fn last(tokens: &[u32]) -> u32 {
+    tokens.last().copied().unwrap_or_default()
+}

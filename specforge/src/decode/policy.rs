@@ -1,0 +1,322 @@
+//! How the target decides which guesses stay: pure walks over a tree, given the target's processed rows.
+//!
+//! - [`Policy::Keyed`] lets the target choose its own next token from each row, greedily or with noise keyed by the
+//!   absolute position, and follows the child that carries it. Output is the same for every draft and tree.
+//! - [`Policy::Maximal`] is classic rejection (Leviathan et al. 2023, <https://arxiv.org/abs/2211.17192>; several
+//!   children: SpecInfer, <https://arxiv.org/abs/2305.09781>; children that are no samples: SafeAILab/EAGLE `cb7e084`,
+//!   `eagle/model/utils.py`). Output has the target's distribution, and depends on the draft.
+//! - [`Policy::Typical`] is Medusa's (<https://arxiv.org/abs/2401.10774>, FasterDecoding/Medusa `e2a5d20`): it keeps
+//!   what is plausible enough, and is lossy.
+
+use serde::{Deserialize, Serialize};
+
+use super::event::Source;
+use crate::error::{Error, Result};
+use crate::nn::noise;
+use crate::nn::processors::{argmax, softmax};
+use crate::tree::TokenTree;
+
+/// How guesses are accepted.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "name", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Policy {
+    /// The target's own choice; lossless token for token.
+    Keyed {
+        /// Key of the noise.
+        seed: u64,
+    },
+    /// Classic rejection; lossless in distribution.
+    Maximal {
+        /// Key of the chances taken.
+        seed: u64,
+    },
+    /// Keeps tokens whose probability is above `min(epsilon, alpha * exp(-entropy))`; lossy.
+    Typical {
+        /// Hard threshold.
+        epsilon: f64,
+        /// Factor of the threshold that depends on the entropy.
+        alpha: f64,
+    },
+}
+
+impl Policy {
+    /// Whether the output is the target's own.
+    pub fn is_lossless(self) -> bool {
+        !matches!(self, Policy::Typical { .. })
+    }
+}
+
+/// A distribution that the children of a node were drawn from, one after the other without putting back.
+pub type DrawnFrom = Vec<f64>;
+
+/// What a draft proposes for one row.
+#[derive(Debug, Clone)]
+pub struct Proposal {
+    /// The guesses behind the last committed token.
+    pub tree: TokenTree,
+    /// The draft's score of each node, the higher the surer; for reports and traces.
+    pub scores: Vec<f64>,
+    /// For each node, what its children were drawn from, `[V]`; `None` where they were not drawn but picked.
+    pub drawn_from: Vec<Option<DrawnFrom>>,
+}
+
+impl Proposal {
+    /// Picked guesses.
+    pub fn picked(tree: TokenTree, scores: Vec<f64>) -> Self {
+        let drawn_from = vec![None; tree.len()];
+        Self { tree, scores, drawn_from }
+    }
+
+    /// Nothing guessed.
+    pub fn nothing(token: u32) -> Self {
+        Self::picked(TokenTree::root(token), vec![0.0])
+    }
+
+    /// Without what is deeper than `depth`.
+    pub fn cut(self, depth: usize) -> Self {
+        if self.tree.topology().depth() <= depth {
+            return self;
+        }
+        let (tree, kept) = self.tree.cut(depth);
+        let scores = kept.iter().map(|&node| self.scores[node]).collect();
+        let mut drawn_from = self.drawn_from;
+        let drawn_from = kept.iter().map(|&node| drawn_from[node].take()).collect();
+        Self { tree, scores, drawn_from }
+    }
+}
+
+/// What the target made of a proposal: token `i` was chosen from the row of node `path[i]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verdict {
+    /// Nodes from the root down, one for each token.
+    pub path: Vec<usize>,
+    /// What is committed.
+    pub tokens: Vec<u32>,
+    /// Where each comes from.
+    pub sources: Vec<Source>,
+}
+
+/// The target's rows over a tree.
+pub trait Rows {
+    /// The processed row behind the last node of a path from the root, `[V]`.
+    fn row(&mut self, path: &[usize]) -> Result<Vec<f64>>;
+    /// The first of the most likely tokens of that row.
+    fn greedy(&mut self, path: &[usize]) -> Result<u32>;
+}
+
+/// Where a walk ends beside a guess that fails.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits<'a> {
+    /// Most tokens to commit; at least 1.
+    pub tokens: usize,
+    /// Tokens that end a sequence, also inside an accepted run.
+    pub stop: &'a [u32],
+}
+
+/// Decides a proposal behind `committed` tokens; `key` is the request's own part of every seed.
+pub fn verify(
+    policy: Policy,
+    greedy: bool,
+    proposal: &Proposal,
+    (committed, key): (usize, u64),
+    limits: Limits<'_>,
+    rows: &mut dyn Rows,
+) -> Result<Verdict> {
+    let tree = &proposal.tree;
+    match policy {
+        Policy::Typical { epsilon, alpha } => {
+            let mut verdict = typical(tree, (epsilon, alpha), rows)?;
+            verdict.end_at(limits);
+            Ok(verdict)
+        }
+        _ if greedy => walk(tree, limits, &mut |path| rows.greedy(path)),
+        Policy::Keyed { seed } => walk(tree, limits, &mut |path| {
+            Ok(keyed_choice(seed.wrapping_add(key), committed + path.len() - 1, &rows.row(path)?))
+        }),
+        Policy::Maximal { seed } => walk(tree, limits, &mut |path| {
+            let position = (committed + path.len() - 1) as u64;
+            let mut chance = KeyedChance { seed: seed.wrapping_add(key), position, taken: 0 };
+            let node = path[path.len() - 1];
+            let guesses: Vec<u32> = tree.topology().children(node).map(|child| tree.tokens()[child]).collect();
+            couple(softmax(&rows.row(path)?), &guesses, proposal.drawn_from[node].as_deref(), &mut chance)
+        }),
+    }
+}
+
+/// What the target chooses for a position from a processed row, `[V]`, under [`Policy::Keyed`].
+pub fn keyed_choice(seed: u64, position: usize, row: &[f64]) -> u32 {
+    noise::gumbel_argmax(seed, noise::TEXT, position as u64, row, 1.0) as u32
+}
+
+/// Lets `choose` choose behind each node and follows the child that guessed it.
+pub fn walk(
+    tree: &TokenTree,
+    limits: Limits<'_>,
+    choose: &mut dyn FnMut(&[usize]) -> Result<u32>,
+) -> Result<Verdict> {
+    let mut verdict = Verdict { path: vec![0], tokens: Vec::new(), sources: Vec::new() };
+    loop {
+        let node = verdict.path[verdict.path.len() - 1];
+        let token = choose(&verdict.path)?;
+        let child = tree.child(node, token);
+        let guessed = tree.topology().children(node).next().is_some();
+        verdict.tokens.push(token);
+        verdict.sources.push(match (child, guessed) {
+            (Some(_), _) => Source::Accepted,
+            (None, true) => Source::Correction,
+            (None, false) => Source::Bonus,
+        });
+        let ended = verdict.tokens.len() >= limits.tokens || limits.stop.contains(&token);
+        match child {
+            Some(child) if !ended => verdict.path.push(child),
+            _ => return Ok(verdict),
+        }
+    }
+}
+
+impl Verdict {
+    /// Drops what is behind a limit.
+    fn end_at(&mut self, limits: Limits<'_>) {
+        let stop = self.tokens.iter().position(|token| limits.stop.contains(token)).map_or(usize::MAX, |at| at + 1);
+        let keep = self.tokens.len().min(limits.tokens).min(stop);
+        self.path.truncate(keep);
+        self.tokens.truncate(keep);
+        self.sources.truncate(keep);
+    }
+}
+
+/// Where a coupling's chances come from.
+pub trait Chance {
+    /// True with this probability.
+    fn happens(&mut self, probability: f64) -> bool;
+    /// An index, with these probabilities.
+    fn draw(&mut self, probabilities: &[f64]) -> usize;
+}
+
+/// Noise domain of the chances of [`Policy::Maximal`].
+const COUPLING: u64 = 32;
+
+struct KeyedChance {
+    seed: u64,
+    position: u64,
+    taken: u64,
+}
+
+impl KeyedChance {
+    fn uniform(&mut self) -> f64 {
+        self.taken += 1;
+        let bits = noise::keyed_bits(self.seed, COUPLING, self.position, self.taken);
+        ((bits >> 11) as f64 + 0.5) * 2f64.powi(-53)
+    }
+}
+
+impl Chance for KeyedChance {
+    fn happens(&mut self, probability: f64) -> bool {
+        self.uniform() < probability
+    }
+
+    fn draw(&mut self, probabilities: &[f64]) -> usize {
+        let mut left = self.uniform() * probabilities.iter().sum::<f64>();
+        let mut last = 0;
+        for (index, &probability) in probabilities.iter().enumerate().filter(|(_, probability)| **probability > 0.0) {
+            last = index;
+            left -= probability;
+            if left < 0.0 {
+                break;
+            }
+        }
+        last
+    }
+}
+
+/// Chooses a token with probabilities `target`, and one of `guesses` as often as their order and origin allow: each is
+/// tried with what is left of both distributions after those before it failed.
+///
+/// `drawn_from` is what the guesses were drawn from, one after the other without putting back; guesses that were picked
+/// count as certain.
+pub fn couple(
+    mut target: Vec<f64>,
+    guesses: &[u32],
+    drawn_from: Option<&[f64]>,
+    chance: &mut dyn Chance,
+) -> Result<u32> {
+    let mut draft = drawn_from.map(<[f64]>::to_vec);
+    if draft.as_ref().is_some_and(|draft| draft.len() != target.len()) {
+        return Err(Error::Failed("a draft's distribution has another length than the target's row".to_owned()));
+    }
+    for &guess in guesses {
+        let guess = guess as usize;
+        let Some(&wanted) = target.get(guess) else { continue };
+        match &mut draft {
+            None => {
+                if chance.happens(wanted) {
+                    return Ok(guess as u32);
+                }
+                target[guess] = 0.0;
+            }
+            Some(draft) => {
+                let offered = draft[guess];
+                if offered > 0.0 && chance.happens((wanted / offered).min(1.0)) {
+                    return Ok(guess as u32);
+                }
+                let left: Vec<f64> = target.iter().zip(draft.iter()).map(|(p, q)| (p - q).max(0.0)).collect();
+                // Nothing is left only where both agree up to rounding, and then a guess does not fail but by rounding.
+                if left.iter().any(|&weight| weight > 0.0) {
+                    target = left;
+                }
+                draft[guess] = 0.0;
+                normalise(draft);
+            }
+        }
+        normalise(&mut target);
+    }
+    Ok(chance.draw(&target) as u32)
+}
+
+/// Divides by the sum, where there is one.
+fn normalise(weights: &mut [f64]) {
+    let sum: f64 = weights.iter().sum();
+    if sum > 0.0 {
+        weights.iter_mut().for_each(|weight| *weight /= sum);
+    }
+}
+
+/// The longest path whose tokens are all plausible, the likeliest of equally long ones, and the most likely token
+/// behind it.
+fn typical(tree: &TokenTree, (epsilon, alpha): (f64, f64), rows: &mut dyn Rows) -> Result<Verdict> {
+    let topology = tree.topology();
+    // Of each node that is reached: its log-probability along the path.
+    let mut reached: Vec<Option<f64>> = vec![None; tree.len()];
+    reached[0] = Some(0.0);
+    let mut best = 0;
+    for node in 0..tree.len() {
+        let Some(so_far) = reached[node] else { continue };
+        let deeper = topology.depths()[node].cmp(&topology.depths()[best]);
+        if deeper.then(so_far.total_cmp(&reached[best].unwrap_or(f64::NEG_INFINITY))).is_gt() {
+            best = node;
+        }
+        if topology.children(node).next().is_none() {
+            continue;
+        }
+        let probabilities = softmax(&rows.row(&topology.path(node))?);
+        // The reference adds 1e-5 before the logarithm.
+        let entropy: f64 = -probabilities.iter().map(|p| p * (p + 1e-5).ln()).sum::<f64>();
+        let threshold = epsilon.min(alpha * (-entropy).exp());
+        for child in topology.children(node) {
+            let probability = probabilities.get(tree.tokens()[child] as usize).copied().unwrap_or(0.0);
+            if probability > threshold {
+                reached[child] = Some(so_far + probability.ln());
+            }
+        }
+    }
+    let path = topology.path(best);
+    let mut tokens: Vec<u32> = path[1..].iter().map(|&node| tree.tokens()[node]).collect();
+    let mut sources = vec![Source::Accepted; tokens.len()];
+    tokens.push(argmax(&rows.row(&path)?) as u32);
+    let guessed = topology.children(best).next().is_some();
+    sources.push(if guessed { Source::Correction } else { Source::Bonus });
+    Ok(Verdict { path, tokens, sources })
+}
+
+#[cfg(test)]
+mod tests;
