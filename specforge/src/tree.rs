@@ -113,9 +113,9 @@ impl ChoiceTree {
             }
             let parent = match before {
                 [] => 0,
-                _ => match sorted[..index].binary_search_by(|other| {
-                    other.len().cmp(&before.len()).then_with(|| other.as_slice().cmp(before))
-                }) {
+                _ => match sorted[..index]
+                    .binary_search_by(|other| other.len().cmp(&before.len()).then_with(|| other.as_slice().cmp(before)))
+                {
                     Ok(position) => position + 1,
                     Err(_) => return refuse("has no parent in the tree"),
                 },

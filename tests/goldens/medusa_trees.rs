@@ -96,7 +96,7 @@ pub fn check_choices(path: &Path) -> Result<String, String> {
             compared += 1;
         }
         if tree.topology().len() != choices.len() + 1 {
-            return Err(format!("{name}: expected {} nodes, got {}", choices.len() + 1, tree.len()));
+            return Err(format!("{name}: expected {} nodes, got {}", choices.len() + 1, tree.topology().len()));
         }
     }
     Ok(format!("{} trees, {compared} equal to those of medusa.safetensors", trees.len()))

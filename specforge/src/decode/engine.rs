@@ -225,12 +225,7 @@ impl<'a> Engine<'a> {
     }
 
     /// Runs a group of prompts and chooses their first tokens.
-    fn prefill(
-        &mut self,
-        requests: Vec<Request>,
-        listener: &mut dyn Listener,
-        left: &mut Vec<Left>,
-    ) -> Result<()> {
+    fn prefill(&mut self, requests: Vec<Request>, listener: &mut dyn Listener, left: &mut Vec<Left>) -> Result<()> {
         let lengths: Vec<usize> = requests.iter().map(|request| request.prompt.len()).collect();
         let longest = lengths.iter().copied().max().unwrap_or(0);
         let count = requests.len();
@@ -240,7 +235,8 @@ impl<'a> Engine<'a> {
             line.iter_mut().zip(&request.prompt).for_each(|(slot, &id)| *slot = i64::from(id));
         }
         let positions: Vec<i64> = (0..count).flat_map(|_| 0..longest as i64).collect();
-        let ends: Vec<i64> = lengths.iter().enumerate().map(|(row, length)| (row * longest + length - 1) as i64).collect();
+        let ends: Vec<i64> =
+            lengths.iter().enumerate().map(|(row, length)| (row * longest + length - 1) as i64).collect();
         let ends = Tensor::from_slice(&ends).to_device(self.target.device()); // [B]
         let mut cache = self.target.new_cache(count as i64, longest as i64);
         let logits = LogitRows::Rows(&ends);
@@ -400,11 +396,8 @@ impl<'a> Engine<'a> {
     }
 
     fn propose(&mut self) -> Result<Vec<Proposal>> {
-        let contexts: Vec<Context<'_>> = self
-            .rows
-            .iter()
-            .map(|row| Context { tokens: &row.tokens, depth: row.left() - 1, key: row.key })
-            .collect();
+        let contexts: Vec<Context<'_>> =
+            self.rows.iter().map(|row| Context { tokens: &row.tokens, depth: row.left() - 1, key: row.key }).collect();
         let proposals = self.drafter.propose(&contexts)?;
         if proposals.len() != contexts.len() {
             let (got, want) = (proposals.len(), contexts.len());
@@ -447,7 +440,8 @@ impl<'a> Engine<'a> {
                 AttentionMask::Visible(visible(&trees, nodes, &lengths).to_device(self.target.device()))
             }
         };
-        let mut cache = self.cache.take().ok_or_else(|| Error::Failed("there is no cache to decode with".to_owned()))?;
+        let mut cache =
+            self.cache.take().ok_or_else(|| Error::Failed("there is no cache to decode with".to_owned()))?;
         let output = self.forward((&ids, &positions), (count, nodes), &mask, LogitRows::All, &mut cache);
         self.cache = Some(cache);
         output
@@ -482,7 +476,8 @@ impl<'a> Engine<'a> {
         let mut verdicts = Vec::with_capacity(proposals.len());
         for (index, (row, proposal)) in self.rows.iter().zip(proposals).enumerate() {
             let greedy = greedy.map(|choices| &choices[index * nodes..(index + 1) * nodes]);
-            let mut rows = TargetRows::new(output, index * nodes, nodes, &row.tokens, greedy, &self.options.processors)?;
+            let mut rows =
+                TargetRows::new(output, index * nodes, nodes, &row.tokens, greedy, &self.options.processors)?;
             rows.tree = Some(&proposal.tree);
             let verdict = self.verdict(proposal, row, &mut rows);
             if let Ok(verdict) = &verdict {

@@ -149,11 +149,7 @@ pub fn keyed_choice(seed: u64, position: usize, row: &[f64]) -> u32 {
 }
 
 /// Lets `choose` choose behind each node and follows the child that guessed it.
-pub fn walk(
-    tree: &TokenTree,
-    limits: Limits<'_>,
-    choose: &mut dyn FnMut(&[usize]) -> Result<u32>,
-) -> Result<Verdict> {
+pub fn walk(tree: &TokenTree, limits: Limits<'_>, choose: &mut dyn FnMut(&[usize]) -> Result<u32>) -> Result<Verdict> {
     let mut verdict = Verdict { path: vec![0], tokens: Vec::new(), sources: Vec::new() };
     loop {
         let node = verdict.path[verdict.path.len() - 1];

@@ -129,8 +129,10 @@ impl KvCache {
             let most = counts.iter().copied().max().unwrap_or(0);
             let slots = |slot: &dyn Fn(&Vec<i64>, i64) -> i64| {
                 let rows = places.iter().zip(&self.lengths);
-                let slots: Vec<i64> =
-                    rows.flat_map(|(row, length)| (0..most).map(move |index| (row, length, index))).map(|(row, length, index)| length + slot(row, index)).collect();
+                let slots: Vec<i64> = rows
+                    .flat_map(|(row, length)| (0..most).map(move |index| (row, length, index)))
+                    .map(|(row, length, index)| length + slot(row, index))
+                    .collect();
                 Tensor::from_slice(&slots).view([-1, 1, most, 1]).to_device(self.device()) // [B, 1, K, 1]
             };
             // Places that a shorter list lacks move onto themselves.

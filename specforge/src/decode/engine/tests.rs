@@ -33,7 +33,8 @@ impl Drafter for Oracle {
                     0 => ((self.dice)() % self.vocabulary) as u32,
                     _ => right.unwrap_or(0),
                 };
-                let guess = if tree.child(parent, guess).is_some() { ((self.dice)() % self.vocabulary) as u32 } else { guess };
+                let guess =
+                    if tree.child(parent, guess).is_some() { ((self.dice)() % self.vocabulary) as u32 } else { guess };
                 tree.push(parent, guess);
             }
             let scores = vec![0.0; tree.len()];
@@ -120,8 +121,11 @@ fn every_tree_gives_what_plain_decoding_gives() {
         let plain = texts(&decode(&target, Box::new(Plain), options(temperature, 1)));
         assert!(plain.iter().any(|(_, finish)| *finish == Finish::Stop));
         assert!(plain.iter().any(|(_, finish)| *finish == Finish::Length));
-        let answers: HashMap<_, _> =
-            requests(9).into_iter().map(|request| request.prompt).zip(plain.iter().map(|(tokens, _)| tokens.clone())).collect();
+        let answers: HashMap<_, _> = requests(9)
+            .into_iter()
+            .map(|request| request.prompt)
+            .zip(plain.iter().map(|(tokens, _)| tokens.clone()))
+            .collect();
         for (name, shape) in shapes() {
             for rows in [1, 5] {
                 let dice = Box::new(keyed_stream(shape.len() as u64, 6));
