@@ -8,7 +8,7 @@ use super::{Output, numbers};
 use crate::config::Dtype;
 use crate::device;
 use crate::error::Result;
-use crate::eval::bench::{self, BenchOptions, BenchReport, DecodeShape, PrefillShape};
+use crate::eval::bench::{self, BenchOptions, BenchReport, DecodeShape, PrefillShape, VerifyShape};
 
 #[derive(Debug, Args)]
 pub(super) struct BenchArgs {
@@ -21,6 +21,10 @@ pub(super) struct BenchArgs {
     /// Time greedy decoding of ROWSxPROMPTxNEW tokens. May be given several times.
     #[arg(long, value_name = "RxTxN", allow_hyphen_values = true)]
     decode: Vec<DecodeShape>,
+    /// Time the verification of trees of NODES on caches of CONTEXT tokens, beside that of single tokens. May be given
+    /// several times.
+    #[arg(long, value_name = "RxCxN", allow_hyphen_values = true)]
+    verify: Vec<VerifyShape>,
     /// Timed runs of each shape, after one that is not timed.
     #[arg(long, default_value_t = 3, allow_hyphen_values = true, value_parser = numbers::at_least(1u32))]
     repeat: u32,
@@ -40,6 +44,7 @@ pub(super) fn run(args: &BenchArgs, output: &Output) -> Result<()> {
         target: args.target.clone(),
         prefill: args.prefill.clone(),
         decode: args.decode.clone(),
+        verify: args.verify.clone(),
         repeat: args.repeat,
         threads: args.threads,
         kind: args.dtype.kind(),
@@ -59,5 +64,10 @@ fn text(report: &BenchReport) -> String {
         let sizes = format!("{} + {}", shape.prompt, shape.new);
         format!("decode   {:>3} x {sizes:<10} {:>9.1} tokens/s", shape.rows, timing.tokens_per_second)
     });
-    prefill.chain(decode).collect::<Vec<_>>().join("\n")
+    let verify = report.verify.iter().map(|timing| {
+        let shape = timing.shape;
+        let sizes = format!("{} nodes on {}", shape.nodes, shape.context);
+        format!("verify   {:>3} x {sizes:<16} {:>5.2} x the time of one token", shape.rows, timing.ratio)
+    });
+    prefill.chain(decode).chain(verify).collect::<Vec<_>>().join("\n")
 }

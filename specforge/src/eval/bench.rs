@@ -1,4 +1,4 @@
-//! Speed of a target: prefill and greedy decode, timed apart.
+//! Speed of a target: prefill, greedy decode and the verification of draft trees, timed apart.
 //!
 //! Prompts are made of numbers, so that another program can time the same work without a tokenizer
 //! (`benchmarks/target_vs_transformers`): token `t` of row `b` is `(7919 b + 104729 t + 17) mod V`.
@@ -10,9 +10,11 @@ use std::time::Instant;
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
+use crate::decode::engine;
 use crate::error::{Error, Result};
 use crate::models::{ForwardInput, LogitRows, TargetModel, load_target};
 use crate::nn::{AttentionMask, KvCache};
+use crate::tree::TokenTree;
 
 /// What to time.
 #[derive(Debug, Clone)]
@@ -23,6 +25,8 @@ pub struct BenchOptions {
     pub prefill: Vec<PrefillShape>,
     /// Greedy decodes to time.
     pub decode: Vec<DecodeShape>,
+    /// Verifications to time.
+    pub verify: Vec<VerifyShape>,
     /// Timed runs of each shape, after one that is not timed.
     pub repeat: u32,
     /// Threads of libtorch; all cores where it is not given.
@@ -51,6 +55,25 @@ pub struct DecodeShape {
     pub prompt: i64,
     /// New tokens of each row: one forward pass each.
     pub new: i64,
+}
+
+/// `RxCxN`: rows, tokens cached of each, nodes of each row's draft tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct VerifyShape {
+    /// Rows of the batch.
+    pub rows: i64,
+    /// Tokens that each row's cache holds.
+    pub context: i64,
+    /// Nodes of each tree, the root included.
+    pub nodes: i64,
+}
+
+impl FromStr for VerifyShape {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let [rows, context, nodes] = parse_sizes(text, "ROWSxCONTEXTxNODES, such as 1x256x16")?;
+        Ok(Self { rows, context, nodes })
+    }
 }
 
 impl FromStr for PrefillShape {
@@ -91,6 +114,22 @@ pub struct BenchReport {
     pub prefill: Vec<Timing<PrefillShape>>,
     /// One entry for each decode shape.
     pub decode: Vec<Timing<DecodeShape>>,
+    /// One entry for each verify shape.
+    pub verify: Vec<VerifyTiming>,
+}
+
+/// What verifying a tree costs beside a plain step, timed in turns.
+#[derive(Debug, Serialize)]
+pub struct VerifyTiming {
+    /// The shape.
+    #[serde(flatten)]
+    pub shape: VerifyShape,
+    /// Seconds of every pass over the trees.
+    pub seconds: Vec<f64>,
+    /// Seconds of every pass over one token a row, on the same caches.
+    pub one_token_seconds: Vec<f64>,
+    /// Median of one over median of the other.
+    pub ratio: f64,
 }
 
 /// Timed runs of one shape.
@@ -109,8 +148,8 @@ pub struct Timing<Shape> {
 
 /// Loads the target and times every shape.
 pub fn run(options: &BenchOptions) -> Result<BenchReport> {
-    if options.prefill.is_empty() && options.decode.is_empty() {
-        return Err(Error::Usage("nothing to time: give --prefill RxT or --decode RxTxN".to_owned()));
+    if options.prefill.is_empty() && options.decode.is_empty() && options.verify.is_empty() {
+        return Err(Error::Usage("nothing to time: give --prefill RxT, --decode RxTxN or --verify RxCxN".to_owned()));
     }
     if let Some(threads) = options.threads {
         tch::set_num_threads(threads);
@@ -130,16 +169,26 @@ pub fn run(options: &BenchOptions) -> Result<BenchReport> {
         .iter()
         .map(|&shape| measure(shape, shape.rows * shape.new, options.repeat, || decode(target, shape)));
     let decode = decode.collect::<Result<_>>()?;
+    let verify = options.verify.iter().map(|&shape| verify(target, shape, options.repeat)).collect::<Result<_>>()?;
     let threads = tch::get_num_threads();
     let peak_memory_bytes = peak_memory_bytes();
-    Ok(BenchReport { target: options.target.clone(), threads, load_seconds, peak_memory_bytes, prefill, decode })
+    Ok(BenchReport {
+        target: options.target.clone(),
+        threads,
+        load_seconds,
+        peak_memory_bytes,
+        prefill,
+        decode,
+        verify,
+    })
 }
 
 /// Refuses rows that are longer than what the target was made for.
 fn check_context(options: &BenchOptions, context: i64) -> Result<()> {
     let prefills = options.prefill.iter().map(|shape| ("prefill", shape.tokens));
     let decodes = options.decode.iter().map(|shape| ("decode", shape.prompt + shape.new));
-    match prefills.chain(decodes).find(|(_, tokens)| *tokens > context) {
+    let verified = options.verify.iter().map(|shape| ("verify", shape.context + shape.nodes));
+    match prefills.chain(decodes).chain(verified).find(|(_, tokens)| *tokens > context) {
         Some((flag, tokens)) => {
             let problem =
                 format!("--{flag}: expected rows of at most {context} tokens, the target's context, got {tokens}");
@@ -170,10 +219,57 @@ fn measure<Shape>(
         seconds.push(elapsed);
         chosen = tokens;
     }
-    let mut sorted = seconds.clone();
-    sorted.sort_by(f64::total_cmp);
-    let tokens_per_second = tokens as f64 / sorted[sorted.len() / 2];
+    let tokens_per_second = tokens as f64 / median(&seconds);
     Ok(Timing { shape, seconds, tokens_per_second, chosen })
+}
+
+fn median(seconds: &[f64]) -> f64 {
+    let mut sorted = seconds.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[sorted.len() / 2]
+}
+
+/// Times trees and single tokens in turns, `repeat` times ten each after one that is not timed. Trees are complete binary
+/// ones: what a pass costs depends on the number of nodes alone.
+fn verify(target: &dyn TargetModel, shape: VerifyShape, repeat: u32) -> Result<VerifyTiming> {
+    const PASSES: u32 = 10;
+    let VerifyShape { rows, context, nodes } = shape;
+    let Prefilled { mut cache, .. } = prefill(target, PrefillShape { rows, tokens: context })?;
+    let mut tree = TokenTree::root(17);
+    for node in 1..nodes as u32 {
+        tree.push((node as usize - 1) / 2, node);
+    }
+    let mut pass = |tree: &TokenTree| {
+        let start = Instant::now();
+        let trees = vec![tree; rows as usize];
+        let count = tree.len() as i64;
+        let row: Vec<i64> = tree.tokens().iter().map(|&id| i64::from(id)).collect();
+        let depths: Vec<i64> = tree.topology().depths().iter().map(|&depth| context + depth as i64).collect();
+        let every_row =
+            |values: &[i64]| Tensor::from_slice(values).to_device(target.device()).expand([rows, count], false);
+        let mask = match count {
+            1 => AttentionMask::Causal,
+            _ => {
+                AttentionMask::Visible(engine::visible(&trees, tree.len(), cache.lengths()).to_device(target.device()))
+            }
+        };
+        let (ids, positions) = (every_row(&row), every_row(&depths)); // [B, T]
+        let input =
+            ForwardInput { ids: &ids, positions: &positions, mask: &mask, capture: &[], logits: LogitRows::All };
+        let output = target.forward(&input, Some(&mut cache))?;
+        let logits = output.logits.ok_or_else(|| Error::Failed("the target gave no logits".to_owned()))?;
+        let _ = logits.argmax(-1, false).to_device(Device::Cpu); // waits for the device
+        Ok::<f64, Error>(start.elapsed().as_secs_f64())
+    };
+    let root = TokenTree::root(17);
+    (pass(&root)?, pass(&tree)?);
+    let (mut seconds, mut one_token_seconds) = (Vec::new(), Vec::new());
+    for _ in 0..repeat * PASSES {
+        one_token_seconds.push(pass(&root)?);
+        seconds.push(pass(&tree)?);
+    }
+    let ratio = median(&seconds) / median(&one_token_seconds);
+    Ok(VerifyTiming { shape, seconds, one_token_seconds, ratio })
 }
 
 /// A batch after its prefill.

@@ -14,6 +14,14 @@ unsafe extern "C" {
         error: *mut c_char,
         error_size: usize,
     ) -> c_int;
+    fn specforge_few_rows_linear(
+        input: *const C_tensor,
+        weight: *const C_tensor,
+        output: *mut *mut C_tensor,
+        error: *mut c_char,
+        error_size: usize,
+    ) -> c_int;
+    fn specforge_few_rows_pay() -> c_int;
 }
 
 /// A linear layer in PyTorch's layout.
@@ -34,32 +42,57 @@ impl Linear {
 
 /// `input [.., in]` times the transpose of `weight [out, in]`, plus `bias [out]`.
 ///
-/// Where nothing asks for a gradient, several float32 rows on the CPU are multiplied by oneDNN; everything else is
-/// libtorch's `linear`. A single row is bound by memory, and there MKL's kernel is the better one.
+/// Where nothing asks for a gradient, several float32 rows on the CPU are multiplied by oneDNN, but for the few of a
+/// draft tree, which have a kernel of their own (`csrc/few_rows.cpp`); everything else is libtorch's `linear`. A single
+/// row is bound by memory, and there MKL's kernel is the better one.
 pub fn linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
     let plain =
         |tensor: &Tensor| tensor.device() == Device::Cpu && tensor.kind() == Kind::Float && !tensor.requires_grad();
-    let several_rows = input.numel() as i64 > weight.size()[1];
-    if several_rows && plain(input) && plain(weight) && bias.is_none_or(plain) {
-        onednn_linear(input, weight, bias)
-    } else {
-        input.linear(weight, bias)
+    let [out, width] = <[i64; 2]>::try_from(weight.size()).unwrap_or([0, 1]);
+    let rows = input.numel() as i64 / width.max(1);
+    if rows < 2 || !(plain(input) && plain(weight) && bias.is_none_or(plain)) {
+        return input.linear(weight, bias);
     }
+    // Two groups of rows read a weight of many outputs twice, and there oneDNN does not rearrange it.
+    let few = (6..=16).contains(&rows) || ((17..=32).contains(&rows) && out <= 8 * width);
+    if few && weight.is_contiguous() && few_rows_pay() {
+        let product = few_rows_linear(&input.contiguous(), weight);
+        return match bias {
+            Some(bias) => product + bias,
+            None => product,
+        };
+    }
+    onednn_linear(input, weight, bias)
+}
+
+fn few_rows_pay() -> bool {
+    // SAFETY: looks at the processor alone.
+    unsafe { specforge_few_rows_pay() != 0 }
+}
+
+fn few_rows_linear(input: &Tensor, weight: &Tensor) -> Tensor {
+    made_by_the_shim(|output, text, size| {
+        // SAFETY: the tensors outlive the call, are contiguous float32 on the CPU, and `text` has `size` bytes.
+        unsafe { specforge_few_rows_linear(input.as_ptr(), weight.as_ptr(), output, text, size) }
+    })
 }
 
 fn onednn_linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
+    let bias = bias.map_or(std::ptr::null(), |bias| bias.as_ptr());
+    made_by_the_shim(|output, text, size| {
+        // SAFETY: the tensors outlive the call, and `text` has `size` bytes.
+        unsafe { specforge_onednn_linear(input.as_ptr(), weight.as_ptr(), bias, output, text, size) }
+    })
+}
+
+/// The tensor that a function of the shim hands over.
+fn made_by_the_shim(call: impl FnOnce(*mut *mut C_tensor, *mut c_char, usize) -> c_int) -> Tensor {
     let mut output = std::ptr::null_mut();
     let mut error = [0u8; 1024];
-    let bias = bias.map_or(std::ptr::null(), |bias| bias.as_ptr());
-    // SAFETY: the tensors outlive the call, and `error` is as long as it says.
-    let status = unsafe {
-        let (text, size) = (error.as_mut_ptr().cast(), error.len());
-        specforge_onednn_linear(input.as_ptr(), weight.as_ptr(), bias, &mut output, text, size)
-    };
-    if status != 0 {
+    if call(&mut output, error.as_mut_ptr().cast(), error.len()) != 0 {
         let text = error.split(|&byte| byte == 0).next().unwrap_or_default();
         // Shapes that do not fit are a mistake in the program, as everywhere in libtorch's own operators.
-        panic!("oneDNN: {}", String::from_utf8_lossy(text));
+        panic!("linear: {}", String::from_utf8_lossy(text));
     }
     // SAFETY: the shim made this tensor and handed it over.
     unsafe { Tensor::from_ptr(output) }
@@ -90,6 +123,22 @@ mod tests {
     }
 
     #[test]
+    fn the_few_rows_of_a_tree_equal_the_product_in_double() {
+        tch::manual_seed(5);
+        for rows in [12, 13, 15, 16, 17, 31, 32, 33] {
+            for (out, width) in [(24, 576), (7, 33), (9, 1), (300, 130)] {
+                let (input, weight) = (random(&[1, rows, width], Kind::Float), random(&[out, width], Kind::Float));
+                let bias = random(&[out], Kind::Float);
+                let want =
+                    input.to_kind(Kind::Double).linear(&weight.to_kind(Kind::Double), Some(bias.to_kind(Kind::Double)));
+                let got = linear(&input, &weight, Some(&bias)).to_kind(Kind::Double);
+                assert_eq!(got.size(), [1, rows, out]);
+                assert!(got.allclose(&want, 1e-5, 2e-5, false), "{rows} rows, {out} x {width}");
+            }
+        }
+    }
+
+    #[test]
     fn strided_inputs_and_weights_are_understood() {
         tch::manual_seed(4);
         let input = random(&[6, 10], Kind::Float).narrow(1, 2, 5);
@@ -108,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "oneDNN")]
+    #[should_panic(expected = "linear")]
     fn shapes_that_do_not_fit_are_named() {
         let _ = linear(&random(&[3, 6], Kind::Float), &random(&[4, 5], Kind::Float), None);
     }
