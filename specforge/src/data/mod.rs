@@ -24,6 +24,7 @@ pub mod pack;
 mod python;
 pub mod reader;
 pub mod stats;
+pub mod text_stream;
 pub mod tokenizer;
 
 pub use build::BuildReport;
@@ -32,6 +33,7 @@ pub use conversation::{Conversation, Message, Rejections, Sample};
 pub use counts::supervised_counts;
 pub use pack::{PackedBatch, assemble, pack};
 pub use stats::{Statistics, document_runs, document_text, mask_runs};
+pub use text_stream::TextStream;
 pub use tokenizer::ChatTokenizer;
 
 /// Where training text comes from and how it becomes tokens.

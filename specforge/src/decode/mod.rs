@@ -13,6 +13,9 @@ pub mod policy;
 pub mod regenerate;
 
 pub use autoregressive::{Answer, Finish, Finished, Generator, Request, Throughput};
+pub use drafter::Drafter;
+pub use engine::{Decoded, Engine, EngineOptions};
+pub use policy::{Policy, Proposal};
 pub use regenerate::{Progress, RegenOptions, RegenReport};
 
 #[cfg(test)]

@@ -46,6 +46,16 @@ impl Policy {
     }
 }
 
+impl std::fmt::Display for Policy {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Policy::Keyed { .. } => write!(formatter, "keyed"),
+            Policy::Maximal { .. } => write!(formatter, "maximal"),
+            Policy::Typical { epsilon, alpha } => write!(formatter, "typical:{epsilon},{alpha}"),
+        }
+    }
+}
+
 /// A distribution that the children of a node were drawn from, one after the other without putting back.
 pub type DrawnFrom = Vec<f64>;
 

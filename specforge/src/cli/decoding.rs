@@ -1,0 +1,151 @@
+//! What `generate` and `eval` share: the models, the tree, and how tokens are chosen.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::{Value, json};
+use tch::Device;
+
+use super::numbers;
+use crate::config::Dtype;
+use crate::data::ChatTokenizer;
+use crate::decode::drafter::{DraftSampling, Opened, open};
+use crate::decode::{EngineOptions, Policy};
+use crate::device;
+use crate::error::{Error, Result};
+use crate::models::{self, TargetModel};
+use crate::nn::Processors;
+
+#[derive(Debug, Args)]
+pub(super) struct DecodingArgs {
+    /// Model folder.
+    #[arg(long)]
+    pub(super) target: PathBuf,
+    /// Who guesses: an exported draft, a run's output folder or checkpoint, a smaller model with the same tokenizer, or
+    /// `prompt-lookup`.
+    #[arg(long, value_name = "DIR")]
+    pub(super) draft: Option<String>,
+    /// Which guesses are tried: chain:N, dynamic:depth=D,top_k=K,nodes=N[,min_probability=P], a shipped Medusa tree by
+    /// its name, or a file that `specforge tree` wrote. For prompt-lookup: depth=D,nodes=N[,match=M].
+    #[arg(long)]
+    pub(super) tree: Option<String>,
+    /// Most tokens of an answer.
+    #[arg(long, default_value_t = 256, allow_hyphen_values = true, value_parser = numbers::at_least(1usize))]
+    pub(super) max_new_tokens: usize,
+    /// 0 is greedy.
+    #[arg(long, default_value_t = 0.0, allow_hyphen_values = true, value_parser = numbers::any)]
+    temperature: f64,
+    /// Only this many of the likeliest tokens; 0 is all.
+    #[arg(long, default_value_t = 0, allow_hyphen_values = true, value_parser = numbers::at_least(0usize))]
+    top_k: usize,
+    /// Only the likeliest tokens that together have this probability.
+    #[arg(long, default_value_t = 1.0, allow_hyphen_values = true, value_parser = numbers::any)]
+    top_p: f64,
+    /// Above 1 makes tokens that are already there less likely.
+    #[arg(long, default_value_t = 1.0, allow_hyphen_values = true, value_parser = numbers::any)]
+    repetition_penalty: f64,
+    /// Seed of sampling.
+    #[arg(long, default_value_t = 0, allow_hyphen_values = true, value_parser = numbers::at_least(0u64))]
+    seed: u64,
+    /// How guesses are accepted: keyed (the target's own choice, token for token), maximal (classic rejection, lossless
+    /// in distribution), typical[:EPSILON,ALPHA] (Medusa's, lossy).
+    #[arg(long, default_value = "keyed")]
+    policy: String,
+    /// Element type of target and draft: float32, bfloat16 or float16.
+    #[arg(long, default_value = "float32")]
+    dtype: Dtype,
+    /// auto, cpu, cuda or cuda:N.
+    #[arg(long, default_value = "auto")]
+    device: String,
+}
+
+/// Everything loaded.
+pub(super) struct Models {
+    pub(super) target: Box<dyn TargetModel>,
+    pub(super) tokenizer: ChatTokenizer,
+}
+
+impl DecodingArgs {
+    /// Loads target and tokenizer.
+    pub(super) fn models(&self) -> Result<Models> {
+        self.processors()?;
+        self.policy()?;
+        let device = self.device()?;
+        let tokenizer = ChatTokenizer::load(&self.target, None)?;
+        let target = models::load_target(&self.target, self.dtype.kind(), device)?;
+        super::train::fits_vocabulary(&tokenizer, target.dimensions().vocab_size, &self.target)?;
+        Ok(Models { target, tokenizer })
+    }
+
+    /// Opens the draft.
+    pub(super) fn draft<'a>(&self, models: &'a Models) -> Result<Opened<'a>> {
+        let sampling = DraftSampling::for_policy(self.policy()?, &self.processors()?);
+        open(self.draft.as_deref(), self.tree.as_deref(), (models.target.as_ref(), &self.target), sampling)
+    }
+
+    fn device(&self) -> Result<Device> {
+        device::choose(&self.device)
+    }
+
+    pub(super) fn processors(&self) -> Result<Processors> {
+        let processors = Processors {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            repetition_penalty: self.repetition_penalty,
+        };
+        processors.check().map_err(|problem| Error::Usage(format!("--{}", problem.replacen('_', "-", 1))))?;
+        Ok(processors)
+    }
+
+    pub(super) fn policy(&self) -> Result<Policy> {
+        let seed = self.seed;
+        let refuse = || {
+            let got = &self.policy;
+            Err(Error::Usage(format!("--policy: expected keyed, maximal, typical or typical:EPSILON,ALPHA, got `{got}`")))
+        };
+        match self.policy.as_str() {
+            "keyed" => Ok(Policy::Keyed { seed }),
+            "maximal" => Ok(Policy::Maximal { seed }),
+            // The defaults of the reference's call sites.
+            "typical" => Ok(Policy::Typical { epsilon: 0.09, alpha: 0.3 }),
+            other => match other.strip_prefix("typical:").and_then(|numbers| numbers.split_once(',')) {
+                Some((epsilon, alpha)) => match (epsilon.parse(), alpha.parse()) {
+                    (Ok(epsilon), Ok(alpha)) if (0.0..=1.0).contains(&epsilon) && alpha >= 0.0 => {
+                        Ok(Policy::Typical { epsilon, alpha })
+                    }
+                    _ => refuse(),
+                },
+                None => refuse(),
+            },
+        }
+    }
+
+    /// How the engine decodes.
+    pub(super) fn engine(&self, models: &Models, max_rows: usize) -> Result<EngineOptions> {
+        Ok(EngineOptions {
+            processors: self.processors()?,
+            policy: self.policy()?,
+            stop_tokens: models.tokenizer.eos_token_ids().to_vec(),
+            max_rows,
+        })
+    }
+
+    /// What decides the output, as it was parsed.
+    pub(super) fn settings(&self, opened: &Opened<'_>, max_rows: usize) -> Result<Value> {
+        Ok(json!({
+            "target": self.target,
+            "draft": self.draft.as_deref().unwrap_or("none"),
+            "method": opened.method,
+            "tree": opened.tree,
+            "policy": self.policy()?.to_string(),
+            "processors": self.processors()?,
+            "seed": self.seed,
+            "max_new_tokens": self.max_new_tokens,
+            "rows": max_rows,
+            "dtype": self.dtype,
+            "device": device::name(self.device()?),
+            "threads": tch::get_num_threads(),
+        }))
+    }
+}

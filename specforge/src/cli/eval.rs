@@ -1,0 +1,102 @@
+//! `specforge eval`
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::decoding::DecodingArgs;
+use super::{LazyProgress, Output, note, numbers};
+use crate::decode::Policy;
+use crate::decode::event::{Listener, Silent};
+use crate::error::{Error, Result};
+use crate::eval::acceptance::{self, AcceptanceOptions, AcceptanceReport, Contestants, html, questions, report};
+use crate::files;
+use crate::trace::Recorder;
+
+#[derive(Debug, Args)]
+pub(super) struct EvalArgs {
+    #[command(flatten)]
+    decoding: DecodingArgs,
+    /// Questions: JSON Lines with `turns` (EAGLE, Spec-Bench), `prompt` or `messages`. May be given several times.
+    #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
+    data: Vec<PathBuf>,
+    /// Only the first questions of each file.
+    #[arg(long, allow_hyphen_values = true, value_parser = numbers::at_least(1usize))]
+    limit: Option<usize>,
+    /// Questions that are answered together.
+    #[arg(long, default_value_t = 1, allow_hyphen_values = true, value_parser = numbers::at_least(1usize))]
+    batch: usize,
+    /// Leave out plain decoding: no speedup, and losslessness is not checked.
+    #[arg(long)]
+    no_baseline: bool,
+    /// Folder for report.json and report.html.
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Record every committed position with the draft in a file for `specforge compare`.
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+}
+
+pub(super) fn run(args: &EvalArgs, output: &Output) -> Result<()> {
+    let questions = questions::read(&args.data, args.limit)?;
+    let models = args.decoding.models()?;
+    let opened = args.decoding.draft(&models)?;
+    opened.notes.iter().for_each(|line| note(format!("warning: {line}")));
+    let settings = args.decoding.settings(&opened, args.batch)?;
+    let options = AcceptanceOptions {
+        engine: args.decoding.engine(&models, args.batch)?,
+        max_new_tokens: args.decoding.max_new_tokens,
+        baseline: !args.no_baseline,
+    };
+    let promise = match args.decoding.policy()? {
+        _ if acceptance::exact(&options.engine) => "exact",
+        Policy::Maximal { .. } => "distribution",
+        _ => "lossy",
+    };
+    let mut listener = match &args.trace {
+        Some(path) => Traced::Recorded(Box::new(Recorder::create(path, args.decoding.header(&models, &opened, args.batch)?)?)),
+        None => Traced::Not(Silent),
+    };
+    let progress = LazyProgress::new("eval", "questions");
+    progress.set(0, questions.len() as u64);
+    let contestants =
+        Contestants { target: models.target.as_ref(), tokenizer: &models.tokenizer, drafter: opened.drafter };
+    let report = |done: usize| progress.set(done as u64, questions.len() as u64);
+    let (groups, divergences) = acceptance::measure(contestants, &questions, &options, listener.get(), &report)?;
+    progress.finish("done");
+    if let Traced::Recorded(mut recorder) = listener {
+        for answer in groups.iter().flat_map(|group| &group.drafted.answers) {
+            recorder.end(answer.decoded.tag, answer.decoded.finish)?;
+        }
+        recorder.finish()?;
+    }
+    let report = AcceptanceReport::new(settings, promise, &groups, divergences);
+    if let Some(folder) = &args.out {
+        files::create_dir_all(folder)?;
+        files::write_json(&folder.join("report.json"), &report)?;
+        files::write_text(&folder.join("report.html"), &html::page(&report))?;
+        note(format!("report: {}", folder.join("report.html").display()));
+    }
+    output.result(&report, || report::text(&report));
+    match report.lossless.faults {
+        0 => Ok(()),
+        faults => Err(Error::Failed(format!(
+            "{faults} answers with the draft are not those of the target; record both with --trace and run `specforge compare`"
+        ))),
+    }
+}
+
+/// Who listens to the drafted side.
+enum Traced {
+    Recorded(Box<Recorder>),
+    Not(Silent),
+}
+
+impl Traced {
+    fn get(&mut self) -> &mut dyn Listener {
+        match self {
+            Traced::Recorded(recorder) => recorder.as_mut(),
+            Traced::Not(silent) => silent,
+        }
+    }
+}
