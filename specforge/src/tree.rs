@@ -126,6 +126,29 @@ impl ChoiceTree {
         Ok(tree)
     }
 
+    /// The best guess behind the best guess, `length` of them.
+    pub fn chain(length: usize) -> Self {
+        let mut tree = Self { topology: Topology::root(), ranks: vec![0; length + 1] };
+        (0..length).for_each(|node| {
+            tree.topology.push(node);
+        });
+        tree
+    }
+
+    /// The paths of [`ChoiceTree::from_choices`], in the order of the nodes.
+    pub fn choices(&self) -> Vec<Vec<usize>> {
+        let ranks = |node| self.topology.path(node)[1..].iter().map(|&node| self.ranks[node]).collect();
+        (1..self.topology.len()).map(ranks).collect()
+    }
+
+    /// Without what is deeper than `depth`.
+    pub fn cut(&self, depth: usize) -> Self {
+        // Nodes are numbered by depth: those that stay are the first ones.
+        let stay = self.topology.depths.iter().take_while(|&&at| at <= depth).count();
+        let (parents, depths) = (self.topology.parents[..stay].to_vec(), self.topology.depths[..stay].to_vec());
+        Self { topology: Topology { parents, depths }, ranks: self.ranks[..stay].to_vec() }
+    }
+
     /// Parents and depths.
     pub fn topology(&self) -> &Topology {
         &self.topology
@@ -230,6 +253,18 @@ mod tests {
         let row = &topology.visible()[6 * 7..];
         assert_eq!(row, [true, true, false, true, false, false, true]);
         assert_eq!(topology.children(1).collect::<Vec<_>>(), [3, 4]);
+    }
+
+    #[test]
+    fn a_choice_tree_gives_its_paths_back_and_can_be_cut() {
+        let choices = [vec![0], vec![2], vec![0, 1], vec![2, 0], vec![2, 0, 3]];
+        let tree = ChoiceTree::from_choices(&choices).unwrap();
+        assert_eq!(tree.choices(), choices);
+        for depth in 0..5 {
+            let within: Vec<_> = choices.iter().filter(|path| path.len() <= depth).cloned().collect();
+            assert_eq!(tree.cut(depth), ChoiceTree::from_choices(&within).unwrap());
+        }
+        assert_eq!(ChoiceTree::chain(3).choices(), [vec![0], vec![0, 0], vec![0, 0, 0]]);
     }
 
     #[test]

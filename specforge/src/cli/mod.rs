@@ -22,6 +22,7 @@ mod record;
 mod regen;
 mod signals;
 mod train;
+mod tree;
 mod vocab;
 
 /// Trains draft models for speculative decoding.
@@ -47,6 +48,8 @@ enum Command {
     Inspect(inspect::InspectArgs),
     /// Choose the tokens of a draft's own, smaller vocabulary by how often they are trained.
     Vocab(vocab::VocabArgs),
+    /// Choose the static draft tree of Medusa heads by how often each of its paths is right.
+    Tree(tree::TreeArgs),
     /// Write or check the files that serving engines load.
     Export(export::ExportArgs),
     /// Make a Hugging Face folder from a GGUF file.
@@ -71,6 +74,7 @@ impl Cli {
             Command::Capture(args) => capture::run(&args, &output),
             Command::Inspect(args) => inspect::run(&args, &output),
             Command::Vocab(args) => vocab::run(&args, &output),
+            Command::Tree(args) => tree::run(&args, &output),
             Command::Export(args) => export::run(&args, &output),
             Command::Import(args) => import::run(&args, &output),
             Command::Bench(args) => bench::run(&args, &output),

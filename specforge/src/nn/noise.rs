@@ -52,11 +52,7 @@ pub fn gumbel_argmax(seed: u64, domain: u64, position: u64, logits: &[f64], temp
     for (token, &logit) in logits.iter().enumerate() {
         let scaled = logit / temperature;
         let bits = mix(key.wrapping_add(GOLDEN.wrapping_mul(token as u64 + 1)));
-        // A uniform number u with n leading ones is at most 1 - 2^-(n + 1) (u is never 1 but by rounding, from 53 ones
-        // on), and -ln(-ln(u)) <= -ln(1 - u). One more covers every rounding.
-        let ones = bits.leading_ones();
-        let bound = if ones < 52 { f64::from(ones + 2) * std::f64::consts::LN_2 } else { f64::INFINITY };
-        if scaled + bound < best_score {
+        if scaled + most_noise(bits) < best_score {
             continue;
         }
         let score = scaled + gumbel_of(bits);
@@ -65,6 +61,42 @@ pub fn gumbel_argmax(seed: u64, domain: u64, position: u64, logits: &[f64], temp
         }
     }
     best
+}
+
+/// The `count` tokens of the largest `logit + noise` at one position, largest first and the first of equals before the
+/// others; fewer where fewer have a logit above minus infinity. In this order they are drawn without putting back.
+pub fn gumbel_top(
+    seed: u64,
+    domain: u64,
+    position: u64,
+    logits: impl IntoIterator<Item = (u32, f64)>,
+    count: usize,
+) -> Vec<u32> {
+    let key = position_key(seed, domain, position);
+    let mut best: Vec<(f64, u32)> = Vec::with_capacity(count.min(64) + 1);
+    for (token, logit) in logits {
+        let least =
+            if best.len() < count { f64::NEG_INFINITY } else { best.last().map_or(f64::INFINITY, |last| last.0) };
+        let bits = mix(key.wrapping_add(GOLDEN.wrapping_mul(u64::from(token) + 1)));
+        if logit + most_noise(bits) < least {
+            continue;
+        }
+        let score = logit + gumbel_of(bits);
+        if score > least {
+            let place = best.partition_point(|(other, _)| *other >= score);
+            best.insert(place, (score, token));
+            best.truncate(count);
+        }
+    }
+    best.into_iter().map(|(_, token)| token).collect()
+}
+
+/// At least the noise that some bits give, without a logarithm.
+fn most_noise(bits: u64) -> f64 {
+    // A uniform number u with n leading ones is at most 1 - 2^-(n + 1) (u is never 1 but by rounding, from 53 ones on),
+    // and -ln(-ln(u)) <= -ln(1 - u). One more covers every rounding.
+    let ones = bits.leading_ones();
+    if ones < 52 { f64::from(ones + 2) * std::f64::consts::LN_2 } else { f64::INFINITY }
 }
 
 /// A deterministic stream of 64-bit numbers for shuffles, keyed by two counters.
@@ -134,6 +166,24 @@ mod tests {
                 let row = logits / temperature + gumbel_row(seed, TEXT, position, 5000);
                 let quick = gumbel_argmax(seed, TEXT, position, &values, temperature);
                 assert_eq!(quick as i64, row.argmax(-1, false).int64_value(&[]), "seed {seed}, scale {scale}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_quick_best_are_the_best_of_the_row() {
+        for seed in 0..20 {
+            let logits: Vec<f64> = Vec::try_from(normal(&[400], 3.0, seed, 9).to_kind(Kind::Double)).unwrap();
+            let noise: Vec<f64> = Vec::try_from(gumbel_row(seed, 33, 7, 1200)).unwrap();
+            // Every third token, as a draft with a smaller vocabulary names them; one of them is ruled out.
+            let named = |id: usize| (3 * id as u32, if id == 5 { f64::NEG_INFINITY } else { logits[id] });
+            let mut want: Vec<(u32, f64)> = (0..400).map(named).collect();
+            want.iter_mut().for_each(|(token, score)| *score += noise[*token as usize]);
+            want.sort_by(|a, b| b.1.total_cmp(&a.1));
+            for count in [0, 1, 10, 399, 500] {
+                let got = gumbel_top(seed, 33, 7, (0..400).map(named), count);
+                let want: Vec<u32> = want.iter().take(count.min(399)).map(|(token, _)| *token).collect();
+                assert_eq!(got, want, "seed {seed}, {count} tokens");
             }
         }
     }

@@ -6,14 +6,57 @@
 //! Features are the target's hidden states at the layers a drafter asks for. The feature of a token is known once the
 //! target has run on it: of `n` committed tokens, the first `n - 1`.
 
+use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use super::policy::Proposal;
+use super::policy::{Policy, Proposal};
 use crate::error::Result;
+use crate::nn::Processors;
 
+pub mod choices;
+pub mod medusa;
+pub mod path_rates;
 pub mod prompt_lookup;
 
+pub use medusa::{MedusaDrafter, MedusaHeads};
 pub use prompt_lookup::PromptLookup;
+
+/// How a draft picks its guesses from its own distribution.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "name", rename_all = "snake_case", deny_unknown_fields)]
+pub enum DraftSampling {
+    /// The most likely tokens.
+    #[default]
+    Greedy,
+    /// The largest `logit / temperature + noise`, with the noise that [`Policy::Keyed`] will choose by: a guess is likely
+    /// what the target chooses where both distributions agree.
+    Keyed {
+        /// Divides the logits.
+        temperature: f64,
+        /// Key of the noise, the target's own.
+        seed: u64,
+    },
+    /// Drawn without putting back, as [`Policy::Maximal`] likes it best.
+    Drawn {
+        /// Divides the logits.
+        temperature: f64,
+        /// Key of the draws.
+        seed: u64,
+    },
+}
+
+impl DraftSampling {
+    /// What goes with a way to accept guesses.
+    pub fn for_policy(policy: Policy, processors: &Processors) -> Self {
+        let temperature = processors.temperature;
+        match policy {
+            _ if processors.is_greedy() => Self::Greedy,
+            Policy::Keyed { seed } => Self::Keyed { temperature, seed },
+            Policy::Maximal { seed } => Self::Drawn { temperature, seed },
+            Policy::Typical { .. } => Self::Greedy,
+        }
+    }
+}
 
 /// A row that joins the batch.
 #[derive(Debug)]
