@@ -16,4 +16,6 @@ pub use autoregressive::{Answer, Finish, Finished, Generator, Request, Throughpu
 pub use regenerate::{Progress, RegenOptions, RegenReport};
 
 #[cfg(test)]
+pub(crate) mod fault;
+#[cfg(test)]
 pub(crate) mod tiny;
