@@ -36,6 +36,43 @@ pub fn write_through(path: &Path, body: impl FnOnce(&Path) -> Result<()>) -> Res
     sync_dir(parent)
 }
 
+/// A file that is written piece by piece and appears under its name only when [`StagedFile::commit`] is called.
+/// Dropped before that, it vanishes.
+#[derive(Debug)]
+pub struct StagedFile {
+    writer: BufWriter<tempfile::NamedTempFile>,
+    target: PathBuf,
+}
+
+impl StagedFile {
+    /// Starts a file that will become `target`.
+    pub fn new(target: &Path) -> Result<Self> {
+        let parent = parent_of(target);
+        create_dir_all(parent)?;
+        let file = tempfile::Builder::new()
+            .prefix(".partial-")
+            .tempfile_in(parent)
+            .map_err(Error::io("create a file in", parent))?;
+        Ok(Self { writer: BufWriter::with_capacity(1 << 20, file), target: target.to_path_buf() })
+    }
+
+    /// Writes behind what is there.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.writer.write_all(bytes).map_err(Error::io("write", &self.target))
+    }
+
+    /// Gives the file its name, in the place of an older one.
+    pub fn commit(self) -> Result<()> {
+        let target = self.target;
+        let file = self.writer.into_inner().map_err(|error| Error::io("write", &target)(error.into_error()))?;
+        let mode = PermissionsExt::from_mode(0o644);
+        let settled = file.as_file().sync_all().and_then(|()| file.as_file().set_permissions(mode));
+        settled.map_err(Error::io("write", &target))?;
+        file.persist(&target).map_err(|error| Error::io("rename to", &target)(error.error))?;
+        sync_dir(parent_of(&target))
+    }
+}
+
 /// Writes text.
 pub fn write_text(path: &Path, text: &str) -> Result<()> {
     write_file(path, |writer| writer.write_all(text.as_bytes()))
@@ -151,6 +188,22 @@ mod tests {
         });
         assert!(failed.is_err());
         assert_eq!(fs::read_to_string(&path).unwrap(), "old");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_staged_file_appears_when_it_is_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lines");
+        write_text(&path, "old").unwrap();
+        let mut staged = StagedFile::new(&path).unwrap();
+        staged.write(b"one ").unwrap();
+        drop(staged);
+        assert_eq!(fs::read_to_string(&path).unwrap(), "old");
+        let mut staged = StagedFile::new(&path).unwrap();
+        ["one ", "two"].iter().for_each(|text| staged.write(text.as_bytes()).unwrap());
+        staged.commit().unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), "one two");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 

@@ -30,8 +30,9 @@ pub mod tracking;
 // L6: the training loop; decoding
 pub mod decode;
 pub mod train;
-// L7: what a target or a draft is worth
+// L7: what a target or a draft is worth; why two decodes differ
 pub mod eval;
+pub mod trace;
 // L8: the sum of the rooms' own configurations
 pub mod config;
 // L9: what a run will take

@@ -12,6 +12,7 @@ use crate::progress::Progress;
 mod bench;
 mod bench_train;
 mod capture;
+mod compare;
 mod doctor;
 mod export;
 mod gpu_check;
@@ -58,6 +59,8 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Time a training step of a draft on random features.
     BenchTrain(bench_train::BenchTrainArgs),
+    /// Say where two recorded decodes differ, and which of them is wrong.
+    Compare(compare::CompareArgs),
     /// Show libtorch, devices, threads, and what is usable.
     Doctor,
     /// Check that a GPU computes what the CPU computes, and measure how fast it trains.
@@ -79,6 +82,7 @@ impl Cli {
             Command::Import(args) => import::run(&args, &output),
             Command::Bench(args) => bench::run(&args, &output),
             Command::BenchTrain(args) => bench_train::run(&args, &output),
+            Command::Compare(args) => compare::run(&args, &output),
             Command::Doctor => doctor::run(&output),
             Command::GpuCheck(args) => gpu_check::run(&args, &output),
         }?;

@@ -16,7 +16,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::autoregressive::{self, Finish, Request};
 use super::drafter::{Context, Drafter, Joining, Progress, last};
-use super::event::{Committed, Listener, Round, Source};
+use super::event::{Committed, Listener, Round, Source, Started};
 use super::policy::{self, Limits, Policy, Proposal, Rows, Verdict};
 use crate::error::{Error, Result};
 use crate::models::{ForwardInput, ForwardOutput, LogitRows, TargetModel};
@@ -242,6 +242,8 @@ impl<'a> Engine<'a> {
         let logits = LogitRows::Rows(&ends);
         let output = self.forward((&ids, &positions), (count, longest), &AttentionMask::Causal, logits, &mut cache)?;
         cache.advance(&lengths.iter().map(|&length| length as i64).collect::<Vec<_>>());
+        #[cfg(test)]
+        self.seeded_prefill(&requests, &mut cache)?;
 
         let context = self.target.dimensions().max_position_embeddings as usize;
         let begin = |Request { tag, prompt, max_new_tokens, key }| {
@@ -250,12 +252,14 @@ impl<'a> Engine<'a> {
         };
         let mut joining: Vec<(usize, Row)> = Vec::new();
         for (index, mut row) in requests.into_iter().map(begin).enumerate() {
+            listener.started(&Started { tag: row.tag, key: row.key, prompt: &row.tokens, limit: row.limit })?;
             let mut rows = TargetRows::new(&output, index, 1, &row.tokens, None, &self.options.processors)?;
             // The first token is the target's own under every policy: there is no guess yet.
             let proposal = Proposal::nothing(last(&row.tokens));
             let verdict = match self.verdict(&proposal, &row, &mut rows) {
                 Ok(verdict) => verdict,
                 Err(error) => {
+                    listener.ended(row.tag, None)?;
                     left.push(Left { tag: row.tag, decoded: Err(error) });
                     continue;
                 }
@@ -276,7 +280,10 @@ impl<'a> Engine<'a> {
             })?;
             row.tokens.push(verdict.tokens[0]);
             match self.ended(&row) {
-                Some(finish) => left.push(row.finish(finish)),
+                Some(finish) => {
+                    listener.ended(row.tag, Some(finish))?;
+                    left.push(row.finish(finish));
+                }
                 None => joining.push((index, row)),
             }
         }
@@ -343,15 +350,20 @@ impl<'a> Engine<'a> {
             places.push(path.iter().map(|&node| node as i64).collect());
             features.push(path.iter().map(|&node| (index * nodes + node) as i64).collect());
         }
+        #[cfg(test)]
+        seeded::places(&mut places, &proposals);
         if let Some(cache) = &mut self.cache {
             cache.keep(&places);
         }
+        #[cfg(test)]
+        self.seeded_keep(&places, &verdicts)?;
         let rows = std::mem::take(&mut self.rows);
         let mut kept = Vec::new();
         for (index, (mut row, verdict)) in rows.into_iter().zip(verdicts).enumerate() {
             let verdict = match verdict {
                 Ok(verdict) => verdict,
                 Err(error) => {
+                    listener.ended(row.tag, None)?;
                     left.push(Left { tag: row.tag, decoded: Err(error) });
                     continue;
                 }
@@ -359,7 +371,10 @@ impl<'a> Engine<'a> {
             row.tokens.extend(&verdict.tokens);
             row.rounds.push(outcome(&proposals[index].tree, &verdict));
             match self.ended(&row) {
-                Some(finish) => left.push(row.finish(finish)),
+                Some(finish) => {
+                    listener.ended(row.tag, Some(finish))?;
+                    left.push(row.finish(finish));
+                }
                 None => {
                     survivors.push((index, verdict.tokens.len()));
                     kept.push(row);
@@ -423,6 +438,8 @@ impl<'a> Engine<'a> {
     fn run_trees(&mut self, proposals: &[Proposal], nodes: usize) -> Result<ForwardOutput> {
         let lengths = self.cache_lengths();
         let count = proposals.len();
+        #[cfg(test)]
+        let lengths = seeded::lengths(lengths);
         let mut ids = vec![0i64; count * nodes];
         let mut positions = vec![0i64; count * nodes];
         for (row, (proposal, &length)) in proposals.iter().zip(&lengths).enumerate() {
@@ -432,6 +449,8 @@ impl<'a> Engine<'a> {
                 positions[row * nodes + node] = length + depth as i64;
             }
         }
+        #[cfg(test)]
+        seeded::positions(&mut positions, nodes, &lengths);
         // A root alone is an ordinary next token.
         let mask = match nodes {
             1 => AttentionMask::Causal,
@@ -440,6 +459,8 @@ impl<'a> Engine<'a> {
                 AttentionMask::Visible(visible(&trees, nodes, &lengths).to_device(self.target.device()))
             }
         };
+        #[cfg(test)]
+        let mask = seeded::mask(mask, proposals, nodes, &lengths);
         let mut cache =
             self.cache.take().ok_or_else(|| Error::Failed("there is no cache to decode with".to_owned()))?;
         let output = self.forward((&ids, &positions), (count, nodes), &mask, LogitRows::All, &mut cache);
@@ -484,6 +505,12 @@ impl<'a> Engine<'a> {
                 let choices = verdict.path.iter().zip(&verdict.tokens).zip(&verdict.sources);
                 for (offset, ((&node, &token), &source)) in choices.enumerate() {
                     let raw = listener.wants_rows().then(|| rows.raw(node));
+                    #[cfg(test)]
+                    let (raw, source) = seeded::told(raw, source, || rows.raw(offset));
+                    #[cfg(test)]
+                    if seeded::untold(offset) {
+                        continue;
+                    }
                     let topology = proposal.tree.topology();
                     listener.committed(&Committed {
                         tag: row.tag,
@@ -507,7 +534,13 @@ impl<'a> Engine<'a> {
     fn verdict(&self, proposal: &Proposal, row: &Row, rows: &mut TargetRows<'_>) -> Result<Verdict> {
         let EngineOptions { policy, processors, stop_tokens, .. } = &self.options;
         let limits = Limits { tokens: row.left(), stop: stop_tokens };
-        policy::verify(*policy, processors.is_greedy(), proposal, (row.tokens.len(), row.key), limits, rows)
+        #[cfg(test)]
+        let limits = seeded::limits(limits);
+        let verdict =
+            policy::verify(*policy, processors.is_greedy(), proposal, (row.tokens.len(), row.key), limits, rows)?;
+        #[cfg(test)]
+        let verdict = seeded::verdict(verdict, &proposal.tree, limits, rows)?;
+        Ok(verdict)
     }
 
     fn ended(&self, row: &Row) -> Option<Finish> {
@@ -598,7 +631,10 @@ impl Rows for TargetRows<'_> {
             return Err(Error::Failed("the target's logits for this prompt are not numbers".to_owned()));
         }
         let guessed = self.tree.map_or(&[][..], TokenTree::tokens);
-        let along = path.iter().skip(1).map(|&node| guessed[node]);
+        let first = 1;
+        #[cfg(test)]
+        let first = if fault::active(fault::Fault::ContextWithoutPath) { path.len() } else { first };
+        let along = path.iter().skip(first).map(|&node| guessed[node]);
         self.processors.apply(&mut row, self.committed.iter().copied().chain(along));
         Ok(row)
     }
@@ -619,5 +655,9 @@ impl Rows for TargetRows<'_> {
     }
 }
 
+#[cfg(test)]
+use super::fault;
+#[cfg(test)]
+mod seeded;
 #[cfg(test)]
 mod tests;

@@ -3,8 +3,22 @@
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
+use super::autoregressive::Finish;
 use crate::error::Result;
 use crate::tree::TokenTree;
+
+/// A request whose prompt has been run.
+#[derive(Debug)]
+pub struct Started<'a> {
+    /// Tag of the request.
+    pub tag: u64,
+    /// The request's own part of every seed.
+    pub key: u64,
+    /// Its prompt.
+    pub prompt: &'a [u32],
+    /// New tokens it may have, the context's end considered.
+    pub limit: usize,
+}
 
 /// Where a committed token comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,6 +84,16 @@ pub trait Listener {
     /// Whether [`Committed::row`] is wanted: rows are copied for it.
     fn wants_rows(&self) -> bool {
         false
+    }
+
+    /// A request's first token is about to be chosen.
+    fn started(&mut self, _event: &Started<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    /// A request is done, or has failed where there is no reason for its end.
+    fn ended(&mut self, _tag: u64, _finish: Option<Finish>) -> Result<()> {
+        Ok(())
     }
 
     /// A tree is about to be verified.

@@ -19,4 +19,6 @@ pub use policy::{Policy, Proposal};
 pub use regenerate::{Progress, RegenOptions, RegenReport};
 
 #[cfg(test)]
+pub(crate) mod fault;
+#[cfg(test)]
 pub(crate) mod tiny;

@@ -16,6 +16,9 @@ use crate::nn::noise;
 use crate::nn::processors::{argmax, softmax};
 use crate::tree::TokenTree;
 
+#[cfg(test)]
+use super::fault;
+
 /// How guesses are accepted.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "name", rename_all = "snake_case", deny_unknown_fields)]
@@ -141,7 +144,10 @@ pub fn verify(
         }
         _ if greedy => walk(tree, limits, &mut |path| rows.greedy(path)),
         Policy::Keyed { seed } => walk(tree, limits, &mut |path| {
-            Ok(keyed_choice(seed.wrapping_add(key), committed + path.len() - 1, &rows.row(path)?))
+            let position = committed + path.len() - 1;
+            #[cfg(test)]
+            let position = fault::noise_position(position, committed, path);
+            Ok(keyed_choice(seed.wrapping_add(key), position, &rows.row(path)?))
         }),
         Policy::Maximal { seed } => walk(tree, limits, &mut |path| {
             let position = (committed + path.len() - 1) as u64;
@@ -163,8 +169,13 @@ pub fn walk(tree: &TokenTree, limits: Limits<'_>, choose: &mut dyn FnMut(&[usize
     let mut verdict = Verdict { path: vec![0], tokens: Vec::new(), sources: Vec::new() };
     loop {
         let node = verdict.path[verdict.path.len() - 1];
-        let token = choose(&verdict.path)?;
+        let chosen_from = verdict.path.as_slice();
+        #[cfg(test)]
+        let chosen_from = fault::chosen_from(tree, chosen_from);
+        let token = choose(chosen_from)?;
         let child = tree.child(node, token);
+        #[cfg(test)]
+        let child = fault::child(tree, node, token, child);
         let guessed = tree.topology().children(node).next().is_some();
         verdict.tokens.push(token);
         verdict.sources.push(match (child, guessed) {

@@ -186,6 +186,26 @@ impl KvCache {
         self.clean_from.fill(capacity);
     }
 
+    /// Says that rows hold other numbers of tokens, as a seeded fault.
+    #[cfg(test)]
+    pub(crate) fn pretend(&mut self, lengths: &[i64]) {
+        self.pass = None;
+        self.reserve(lengths.iter().copied().max().unwrap_or(0));
+        self.lengths = lengths.to_vec();
+    }
+
+    /// Copies a row's slots `from` over its slots `to`, as a seeded fault.
+    #[cfg(test)]
+    pub(crate) fn rearrange(&mut self, row: usize, from: &[i64], to: &[i64]) {
+        for layer in &self.layers {
+            for store in [&layer.key, &layer.value] {
+                let mut row = store.select(0, row as i64); // [G, C, D]
+                let moved = row.index_select(1, &Tensor::from_slice(from));
+                let _ = row.index_copy_(1, &Tensor::from_slice(to), &moved);
+            }
+        }
+    }
+
     /// Writes zeros into each row's slots `from .. to`.
     fn erase(&mut self, from: &[i64], to: &[i64]) {
         let spans = || from.iter().zip(to).filter(|(from, to)| from < to);

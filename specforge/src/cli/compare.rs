@@ -1,0 +1,69 @@
+//! `specforge compare`
+
+use std::path::PathBuf;
+
+use clap::Args;
+use tch::Kind;
+
+use super::{Output, note};
+use crate::data::ChatTokenizer;
+use crate::device;
+use crate::error::{Error, Result};
+use crate::models;
+use crate::trace::{self, Judge, ModelName, Trace};
+
+/// Says where two recorded decodes differ, and which of them is wrong.
+///
+/// Traces come from `--trace FILE` of generate and eval. Exit code 0: equal, or different only at near ties; 1: they
+/// differ, or one is wrong; 2: a trace that cannot be read.
+#[derive(Debug, Args)]
+pub(super) struct CompareArgs {
+    /// First trace.
+    #[arg(value_name = "A.trace")]
+    a: PathBuf,
+    /// Second trace.
+    #[arg(value_name = "B.trace")]
+    b: PathBuf,
+    /// Model folder of the target of both: it says who is wrong, by passes without a cache.
+    #[arg(long, value_name = "DIR")]
+    target: Option<PathBuf>,
+    /// Where the target runs: auto, cpu, cuda or cuda:N.
+    #[arg(long, default_value = "auto")]
+    device: String,
+}
+
+pub(super) fn run(args: &CompareArgs, output: &Output) -> Result<()> {
+    let (a, b) = (Trace::read(&args.a)?, Trace::read(&args.b)?);
+    let target = match &args.target {
+        None => None,
+        Some(folder) => {
+            let identity = ModelName::target(folder)?.identity;
+            for trace in [&a, &b] {
+                if trace.header.target.identity != identity {
+                    let other = trace.header.target.path.display();
+                    return Err(Error::bad_file(folder, format!("is not the target of {}: {other}", trace.path.display())));
+                }
+            }
+            let kind = match a.header.dtype.as_str() {
+                "bfloat16" => Kind::BFloat16,
+                "float16" => Kind::Half,
+                "float64" => Kind::Double,
+                _ => Kind::Float,
+            };
+            Some(models::load_target(folder, kind, device::choose(&args.device)?)?)
+        }
+    };
+    let judge = target.as_deref().map(|target| Judge { target, drafter: None });
+    let comparison = trace::compare(&a, &b, judge.as_ref())?;
+    let folder = args.target.as_ref().unwrap_or(&a.header.target.path);
+    let tokenizer = ChatTokenizer::load(folder, None).ok();
+    if tokenizer.is_none() && !output.json {
+        note(format!("{}: no tokenizer there; tokens are shown as numbers", folder.display()));
+    }
+    let word = |token| tokenizer.as_ref().and_then(|tokenizer| tokenizer.decode(&[token], false).ok());
+    output.result(&comparison, || trace::text::text(&comparison, &word));
+    match comparison.verdict.is_sound() {
+        true => Ok(()),
+        false => Err(Error::Failed(format!("the traces differ: {}", comparison.verdict.words()))),
+    }
+}

@@ -1,0 +1,22 @@
+//! Why two decodes differ: a decode is recorded position by position, two records are aligned, and a forward pass
+//! without a cache says which of them is wrong.
+//!
+//! - `file` is the format and its reader, `recorder` its writer, an engine's listener; `metrics` how rows are compared.
+//! - `structure` finds what is wrong inside one trace, `compare` aligns two, `judge` asks the target, `text` is the
+//!   readable report.
+
+pub mod compare;
+pub mod file;
+pub mod judge;
+pub mod metrics;
+pub mod recorder;
+pub mod structure;
+pub mod text;
+
+pub use compare::{Comparison, Finding, Kind, Side, Verdict, compare};
+pub use file::{Header, ModelName, Settings, Trace};
+pub use judge::Judge;
+pub use recorder::Recorder;
+
+#[cfg(test)]
+mod tests;
