@@ -15,6 +15,7 @@ use crate::device;
 use crate::error::{Error, Result};
 use crate::models::{self, TargetModel};
 use crate::nn::Processors;
+use crate::trace::{Header, ModelName, Settings};
 
 #[derive(Debug, Args)]
 pub(super) struct DecodingArgs {
@@ -128,6 +129,28 @@ impl DecodingArgs {
             policy: self.policy()?,
             stop_tokens: models.tokenizer.eos_token_ids().to_vec(),
             max_rows,
+        })
+    }
+
+    /// Head of a trace of this decode.
+    pub(super) fn header(&self, models: &Models, opened: &Opened<'_>, max_rows: usize) -> Result<Header> {
+        let EngineOptions { processors, policy, stop_tokens, max_rows } = self.engine(models, max_rows)?;
+        let folder = opened.folder.as_deref();
+        Ok(Header {
+            target: ModelName::target(&self.target)?,
+            draft: folder.map(ModelName::draft).transpose()?,
+            dtype: self.dtype.name().to_owned(),
+            device: device::name(self.device()?),
+            vocabulary: models.target.dimensions().vocab_size as usize,
+            settings: Settings {
+                drafter: opened.method.clone(),
+                tree: opened.tree.clone(),
+                processors,
+                policy,
+                stop_tokens,
+                max_new_tokens: self.max_new_tokens,
+                max_rows,
+            },
         })
     }
 

@@ -64,10 +64,7 @@ pub(super) fn run(args: &EvalArgs, output: &Output) -> Result<()> {
     let report = |done: usize| progress.set(done as u64, questions.len() as u64);
     let (groups, divergences) = acceptance::measure(contestants, &questions, &options, listener.get(), &report)?;
     progress.finish("done");
-    if let Traced::Recorded(mut recorder) = listener {
-        for answer in groups.iter().flat_map(|group| &group.drafted.answers) {
-            recorder.end(answer.decoded.tag, answer.decoded.finish)?;
-        }
+    if let Traced::Recorded(recorder) = listener {
         recorder.finish()?;
     }
     let report = AcceptanceReport::new(settings, promise, &groups, divergences);

@@ -11,8 +11,8 @@ use super::decoding::{DecodingArgs, Models};
 use super::{Output, note};
 use crate::data::{Message, TextStream};
 use crate::decode::engine::{Clock, Decoded};
-use crate::decode::event::{Committed, Listener, Source};
-use crate::decode::{Engine, Request};
+use crate::decode::event::{Committed, Listener, Round, Source, Started};
+use crate::decode::{Engine, Finish, Request};
 use crate::error::{Error, Result};
 use crate::trace::Recorder;
 
@@ -55,7 +55,7 @@ struct Summary {
 struct Answer {
     token_ids: Vec<u32>,
     text: String,
-    finish: crate::decode::Finish,
+    finish: Finish,
     summary: Summary,
 }
 
@@ -144,14 +144,11 @@ impl Session<'_> {
         let decoded = decoded.ok_or_else(|| Error::Failed("the engine gave no answer".to_owned()))?;
         let rest = printer.stream.finish()?;
         printer.print(&rest, Source::Bonus)?;
-        if let Some(recorder) = printer.recorder.as_mut() {
-            recorder.end(decoded.tag, decoded.finish)?;
-        }
         let text = std::mem::take(&mut printer.text);
         drop(printer);
         let summary = self.summary(&decoded, &before, &engine.clock());
         if !self.output.json {
-            println(self.output, "");
+            self.output.write("\n");
             note(line(&summary));
         }
         let answer = Answer { token_ids: decoded.tokens, text, finish: decoded.finish, summary };
@@ -200,11 +197,6 @@ fn line(summary: &Summary) -> String {
     )
 }
 
-/// Writes to standard output; a reader that went away is no error, any other failure is told at the end.
-fn println(output: &Output, text: &str) {
-    output.write(&format!("{text}\n"));
-}
-
 /// Prints text as it is committed, and hands everything on to the recorder.
 struct Printer<'a> {
     stream: TextStream<'a>,
@@ -239,8 +231,16 @@ impl Listener for Printer<'_> {
         self.recorder.is_some()
     }
 
-    fn round(&mut self, round: &crate::decode::event::Round<'_>) -> Result<()> {
-        self.recorder.as_mut().map_or(Ok(()), |recorder| recorder.round(round))
+    fn started(&mut self, event: &Started<'_>) -> Result<()> {
+        self.recorder.as_mut().map_or(Ok(()), |recorder| recorder.started(event))
+    }
+
+    fn ended(&mut self, tag: u64, finish: Option<Finish>) -> Result<()> {
+        self.recorder.as_mut().map_or(Ok(()), |recorder| recorder.ended(tag, finish))
+    }
+
+    fn round(&mut self, event: &Round<'_>) -> Result<()> {
+        self.recorder.as_mut().map_or(Ok(()), |recorder| recorder.round(event))
     }
 
     fn committed(&mut self, event: &Committed<'_>) -> Result<()> {

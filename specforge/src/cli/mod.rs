@@ -13,8 +13,11 @@ mod bench;
 mod bench_train;
 mod capture;
 mod compare;
+mod decoding;
 mod doctor;
+mod eval;
 mod export;
+mod generate;
 mod gpu_check;
 mod import;
 mod inspect;
@@ -59,6 +62,10 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Time a training step of a draft on random features.
     BenchTrain(bench_train::BenchTrainArgs),
+    /// Answer a prompt, with or without a draft.
+    Generate(generate::GenerateArgs),
+    /// Measure a draft by decoding with it: acceptance length, speed, and that nothing is lost.
+    Eval(eval::EvalArgs),
     /// Say where two recorded decodes differ, and which of them is wrong.
     Compare(compare::CompareArgs),
     /// Show libtorch, devices, threads, and what is usable.
@@ -82,6 +89,8 @@ impl Cli {
             Command::Import(args) => import::run(&args, &output),
             Command::Bench(args) => bench::run(&args, &output),
             Command::BenchTrain(args) => bench_train::run(&args, &output),
+            Command::Generate(args) => generate::run(&args, &output),
+            Command::Eval(args) => eval::run(&args, &output),
             Command::Compare(args) => compare::run(&args, &output),
             Command::Doctor => doctor::run(&output),
             Command::GpuCheck(args) => gpu_check::run(&args, &output),
@@ -107,8 +116,13 @@ impl Output {
             true => serde_json::to_string_pretty(value).unwrap_or_else(|error| format!("{{\"error\": \"{error}\"}}")),
             false => text(),
         };
+        self.write(&format!("{}\n", text.trim_end()));
+    }
+
+    /// Prints text as it is.
+    fn write(&self, text: &str) {
         let mut stdout = std::io::stdout();
-        let written = writeln!(stdout, "{}", text.trim_end()).and_then(|()| stdout.flush());
+        let written = stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush());
         self.failure.set(written.err().filter(|error| error.kind() != ErrorKind::BrokenPipe));
     }
 }

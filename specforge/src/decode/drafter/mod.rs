@@ -15,10 +15,12 @@ use crate::nn::Processors;
 
 pub mod choices;
 pub mod medusa;
+pub mod open;
 pub mod path_rates;
 pub mod prompt_lookup;
 
 pub use medusa::{MedusaDrafter, MedusaHeads};
+pub use open::{Opened, of_training, open};
 pub use prompt_lookup::PromptLookup;
 
 /// How a draft picks its guesses from its own distribution.
