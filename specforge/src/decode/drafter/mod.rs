@@ -11,8 +11,16 @@ use tch::Tensor;
 use super::policy::Proposal;
 use crate::error::Result;
 
+mod branches;
+pub mod dynamic_tree;
+pub mod eagle3;
+pub mod model;
 pub mod prompt_lookup;
 
+pub use branches::Branch;
+pub use dynamic_tree::{DraftSampling, DynamicTree};
+pub use eagle3::{Eagle3Drafter, Eagle3Parts};
+pub use model::ModelDrafter;
 pub use prompt_lookup::PromptLookup;
 
 /// A row that joins the batch.
@@ -96,3 +104,6 @@ impl Drafter for Plain {
 pub(crate) fn last(tokens: &[u32]) -> u32 {
     tokens.last().copied().unwrap_or_default()
 }
+
+#[cfg(test)]
+mod lossless;
