@@ -11,6 +11,7 @@ use specforge::weights::WeightsFolder;
 use tch::{Device, Kind, Tensor};
 
 mod eagle3;
+mod eagle_trees;
 mod medusa;
 mod medusa_trees;
 mod smollm2;
@@ -28,6 +29,7 @@ const PREFIXES: &[(&str, Check)] = &[
     ("eagle3_official", eagle3::check_official),
     ("eagle3_summary", eagle3::check_summary),
     ("eagle3_", eagle3::check),
+    ("eagle_tree_", eagle_trees::check),
     ("medusa_choices", medusa_trees::check_choices),
     ("medusa", medusa::check),
 ];

@@ -123,32 +123,53 @@ impl KvCache {
             let inside = row.iter().all(|place| (0..written).contains(place));
             assert!(ascending && inside, "keeping {row:?} of {written} tokens");
         }
-        let counts: Vec<i64> = places.iter().map(|row| row.len() as i64).collect();
+        self.close_gaps(&self.lengths, places);
+        self.advance(&places.iter().map(|row| row.len() as i64).collect::<Vec<_>>());
+    }
+
+    /// Forgets each row's tokens from `base` on, but for those that stand at the named places behind it, ascending, and
+    /// closes the gaps between them: as [`KvCache::keep`], where a tree was written in several passes.
+    pub fn keep_behind(&mut self, base: &[i64], places: &[Vec<i64>]) {
+        let rows = self.lengths.len();
+        assert!(base.len() == rows && places.len() == rows, "one length and one list of places for each row");
+        self.pass = None;
+        for ((row, base), length) in places.iter().zip(base).zip(&self.lengths) {
+            let ascending = row.windows(2).all(|pair| pair[0] < pair[1]);
+            let inside = base <= length && row.iter().all(|place| (0..length - base).contains(place));
+            assert!(ascending && inside, "keeping {row:?} behind {base} of {length} tokens");
+        }
+        self.close_gaps(base, places);
+        let kept = base.iter().zip(places).map(|(base, row)| base + row.len() as i64);
+        self.lengths = kept.collect();
+    }
+
+    /// Moves what stands at the places behind `base` to `base` and on.
+    fn close_gaps(&self, base: &[i64], places: &[Vec<i64>]) {
         let in_place = |row: &Vec<i64>| row.iter().zip(0..).all(|(&place, index)| place == index);
-        if !places.iter().all(in_place) {
-            let most = counts.iter().copied().max().unwrap_or(0);
-            let slots = |slot: &dyn Fn(&Vec<i64>, i64) -> i64| {
-                let rows = places.iter().zip(&self.lengths);
-                let slots: Vec<i64> = rows
-                    .flat_map(|(row, length)| (0..most).map(move |index| (row, length, index)))
-                    .map(|(row, length, index)| length + slot(row, index))
-                    .collect();
-                Tensor::from_slice(&slots).view([-1, 1, most, 1]).to_device(self.device()) // [B, 1, K, 1]
-            };
-            // Places that a shorter list lacks move onto themselves.
-            let from = slots(&|row, index| row.get(index as usize).copied().unwrap_or(index));
-            let to = slots(&|_, index| index);
-            for layer in &self.layers {
-                for store in [&layer.key, &layer.value] {
-                    let [rows, groups, _, dim] = <[i64; 4]>::try_from(store.size()).expect("stores are [B, G, C, D]");
-                    let shape = [rows, groups, most, dim];
-                    // Gathered into memory of its own first: the places may overlap.
-                    let kept = store.gather(2, &from.expand(shape, false), false); // [B, G, K, D]
-                    let _ = store.shallow_clone().scatter_(2, &to.expand(shape, false), &kept);
-                }
+        if places.iter().all(in_place) {
+            return;
+        }
+        let most = places.iter().map(Vec::len).max().unwrap_or(0) as i64;
+        let slots = |slot: &dyn Fn(&Vec<i64>, i64) -> i64| {
+            let rows = places.iter().zip(base);
+            let slots: Vec<i64> = rows
+                .flat_map(|(row, base)| (0..most).map(move |index| (row, base, index)))
+                .map(|(row, base, index)| base + slot(row, index))
+                .collect();
+            Tensor::from_slice(&slots).view([-1, 1, most, 1]).to_device(self.device()) // [B, 1, K, 1]
+        };
+        // Places that a shorter list lacks move onto themselves.
+        let from = slots(&|row, index| row.get(index as usize).copied().unwrap_or(index));
+        let to = slots(&|_, index| index);
+        for layer in &self.layers {
+            for store in [&layer.key, &layer.value] {
+                let [rows, groups, _, dim] = <[i64; 4]>::try_from(store.size()).expect("stores are [B, G, C, D]");
+                let shape = [rows, groups, most, dim];
+                // Gathered into memory of its own first: the places may overlap.
+                let kept = store.gather(2, &from.expand(shape, false), false); // [B, G, K, D]
+                let _ = store.shallow_clone().scatter_(2, &to.expand(shape, false), &kept);
             }
         }
-        self.advance(&counts);
     }
 
     /// Forgets the tokens of each row from `lengths` on. A row never grows this way.

@@ -38,9 +38,13 @@ pub fn keyed_gumbel(seed: u64, domain: u64, position: u64, token: u64) -> f64 {
 
 /// Noise of a whole vocabulary at one position: `[V]` float64 on the CPU.
 pub fn gumbel_row(seed: u64, domain: u64, position: u64, vocabulary: i64) -> Tensor {
+    gumbel_of_tokens(seed, domain, position, 0..vocabulary as u64)
+}
+
+/// Noise of some tokens at one position, in their order: `[n]` float64 on the CPU.
+pub fn gumbel_of_tokens(seed: u64, domain: u64, position: u64, tokens: impl Iterator<Item = u64>) -> Tensor {
     let key = position_key(seed, domain, position);
-    let row: Vec<f64> =
-        (0..vocabulary as u64).map(|token| gumbel_of(mix(key.wrapping_add(GOLDEN.wrapping_mul(token + 1))))).collect();
+    let row: Vec<f64> = tokens.map(|token| gumbel_of(mix(key.wrapping_add(GOLDEN.wrapping_mul(token + 1))))).collect();
     Tensor::from_slice(&row)
 }
 

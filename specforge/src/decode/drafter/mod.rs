@@ -10,16 +10,24 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use super::policy::{Policy, Proposal};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::nn::Processors;
 
+mod branches;
 pub mod choices;
+pub mod dynamic_tree;
+pub mod eagle3;
 pub mod medusa;
+pub mod model;
 pub mod open;
 pub mod path_rates;
 pub mod prompt_lookup;
 
+pub use branches::Branch;
+pub use dynamic_tree::DynamicTree;
+pub use eagle3::{Eagle3Drafter, Eagle3Parts};
 pub use medusa::{MedusaDrafter, MedusaHeads};
+pub use model::ModelDrafter;
 pub use open::{Opened, of_training, open};
 pub use prompt_lookup::PromptLookup;
 
@@ -56,6 +64,19 @@ impl DraftSampling {
             Policy::Keyed { seed } => Self::Keyed { temperature, seed },
             Policy::Maximal { seed } => Self::Drawn { temperature, seed },
             Policy::Typical { .. } => Self::Greedy,
+        }
+    }
+
+    /// What is wrong with the options, if anything.
+    pub fn check(&self) -> Result<()> {
+        match *self {
+            Self::Keyed { temperature, .. } | Self::Drawn { temperature, .. }
+                if !(temperature.is_finite() && temperature > 0.0) =>
+            {
+                let problem = format!("draft sampling: `temperature`: expected a positive number, got {temperature}");
+                Err(Error::Usage(problem))
+            }
+            _ => Ok(()),
         }
     }
 }
@@ -141,3 +162,6 @@ impl Drafter for Plain {
 pub(crate) fn last(tokens: &[u32]) -> u32 {
     tokens.last().copied().unwrap_or_default()
 }
+
+#[cfg(test)]
+mod lossless;

@@ -35,13 +35,13 @@ pub struct Opened<'a> {
 pub const PROMPT_LOOKUP: &str = "prompt-lookup";
 
 /// The target, and where it was read from.
-type Target<'a> = (&'a dyn TargetModel, &'a Path);
+type Target<'a, 'p> = (&'a dyn TargetModel, &'p Path);
 
 /// Opens what `draft` names with the tree that `tree` describes; a draft's own default where that is not given.
 pub fn open<'a>(
     draft: Option<&str>,
     tree: Option<&str>,
-    target: Target<'a>,
+    target: Target<'a, '_>,
     sampling: DraftSampling,
 ) -> Result<Opened<'a>> {
     let opened = |drafter: Box<dyn Drafter + 'a>, method: &str, tree: String| Opened {
@@ -85,7 +85,7 @@ pub fn of_training<'a>(
 fn from_folder<'a>(
     folder: &Path,
     tree: Option<&str>,
-    (target, target_path): Target<'a>,
+    (target, target_path): Target<'a, '_>,
     sampling: DraftSampling,
 ) -> Result<Opened<'a>> {
     let config_path = folder.join("config.json");

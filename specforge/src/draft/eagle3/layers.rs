@@ -16,7 +16,7 @@ use crate::draft::Parameter;
 use crate::error::{Error, Result};
 use crate::nn::merged_attention::{self, Run};
 use crate::nn::rope::RopeTables;
-use crate::nn::{RmsNorm, Rope};
+use crate::nn::{KvCache, PreparedMask, RmsNorm, Rope, attention, linear};
 use crate::shim;
 
 /// The draft's weights, by what they do. They share their memory with the trained parameters.
@@ -26,15 +26,15 @@ pub struct Network {
     input_norm: Option<RmsNorm>,
     fc_norms: Vec<RmsNorm>,
     fc: Tensor,
-    layers: Vec<Layer>,
+    pub(super) layers: Vec<Layer>,
     norm: Option<RmsNorm>,
     head: Tensor,
     rope: Rope,
-    shape: Eagle3Shape,
+    pub(super) shape: Eagle3Shape,
 }
 
 #[derive(Debug)]
-struct Layer {
+pub(super) struct Layer {
     /// Of the feature; the first layer's alone.
     hidden_norm: Option<RmsNorm>,
     input_norm: RmsNorm,
@@ -164,7 +164,7 @@ impl Network {
     }
 
     /// What the next step reads of a step's output.
-    fn feature(&self, hidden: &Tensor) -> Tensor {
+    pub(super) fn feature(&self, hidden: &Tensor) -> Tensor {
         match &self.norm {
             Some(norm) if self.shape.norm_feedback => norm.forward(hidden),
             _ => hidden.shallow_clone(),
@@ -222,14 +222,14 @@ impl Network {
     }
 
     /// cos and sin for `positions [n]`, a row of one token each.
-    fn tables(&self, positions: &Tensor) -> RopeTables {
+    pub(super) fn tables(&self, positions: &Tensor) -> RopeTables {
         self.rope.tables(&positions.unsqueeze(1), self.fc.kind())
     }
 }
 
 impl Layer {
     /// What the projections read, `[n, 2H]` in the first layer and `[n, H]` above it, and the residual, `[n, H]`.
-    fn read(&self, embedded: &Tensor, hidden: &Tensor) -> (Tensor, Tensor) {
+    pub(super) fn read(&self, embedded: &Tensor, hidden: &Tensor) -> (Tensor, Tensor) {
         let Some(norm) = &self.hidden_norm else {
             return (self.input_norm.forward(hidden), hidden.shallow_clone());
         };
@@ -260,6 +260,28 @@ impl Layer {
         let normed = self.post_attention_norm.forward(&hidden);
         let gated = shim::trained_linear(&normed, &self.gate)?.silu() * shim::trained_linear(&normed, &self.up)?;
         Ok(hidden + shim::trained_linear(&gated, &self.down)?) // [n, H]
+    }
+
+    /// The same of `[B * T]` rows without gradients, on keys that a cache keeps: row `b * T + t` sees what query `t` of
+    /// row `b` may see. Writes the new keys behind those of layer `index`.
+    pub(super) fn mix_cached(
+        &self,
+        (input, residual): (&Tensor, &Tensor),
+        rope: &RopeTables,
+        mask: &PreparedMask,
+        (index, cache): (usize, &mut KvCache),
+    ) -> Tensor {
+        // [B * T, heads, D] to [B, heads, T, D]
+        let batch = |heads: &Tensor| heads.unflatten(0, [cache.rows(), -1]).transpose(1, 2).contiguous();
+        let query = batch(&rotate(&self.split(&linear(input, &self.query, None)), rope)); // [B, N, T, D]
+        let key = batch(&rotate(&self.split(&linear(input, &self.key, None)), rope)); // [B, G, T, D]
+        let value = batch(&self.split(&linear(input, &self.value, None)));
+        let (keys, values) = cache.write(index, &key, &value); // [B, G, S, D]
+        let attended = attention(&query, &keys, &values, mask).transpose(1, 2).flatten(0, 1).flatten(1, 2); // [B * T, N * D]
+        let hidden = residual + linear(&attended, &self.output, None); // [B * T, H]
+        let normed = self.post_attention_norm.forward(&hidden);
+        let gated = linear(&normed, &self.gate, None).silu() * linear(&normed, &self.up, None);
+        hidden + linear(&gated, &self.down, None) // [B * T, H]
     }
 
     /// `[n, heads * D]` to `[n, heads, D]`

@@ -26,6 +26,7 @@ use crate::models::Dimensions;
 use crate::nn::noise;
 use crate::shim;
 
+mod cached;
 pub mod config;
 pub mod layers;
 pub mod recompute;
