@@ -41,7 +41,10 @@ pub(super) fn run(args: &CompareArgs, output: &Output) -> Result<()> {
             for trace in [&a, &b] {
                 if trace.header.target.identity != identity {
                     let other = trace.header.target.path.display();
-                    return Err(Error::bad_file(folder, format!("is not the target of {}: {other}", trace.path.display())));
+                    return Err(Error::bad_file(
+                        folder,
+                        format!("is not the target of {}: {other}", trace.path.display()),
+                    ));
                 }
             }
             let kind = match a.header.dtype.as_str() {

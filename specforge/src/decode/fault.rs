@@ -28,8 +28,10 @@ pub(crate) enum Fault {
     CorrectionTwice,
     /// The root of the tree is not kept.
     PendingOmitted,
-    /// The accepted path is stored backwards.
+    /// The values of the accepted path are stored backwards, its keys are not.
     CompactionOrder,
+    /// The first nodes of the tree are kept, not those of the path.
+    CompactionByDepth,
     /// The accepted path is moved in place, last node first.
     CompactionOverlaps,
     /// An accepted run goes on behind a stop token.

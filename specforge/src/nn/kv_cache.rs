@@ -227,6 +227,14 @@ impl KvCache {
         }
     }
 
+    /// The same for values alone.
+    #[cfg(test)]
+    pub(crate) fn rearrange_values(&mut self, row: usize, from: &[i64], to: &[i64]) {
+        let back: Vec<Tensor> = self.layers.iter().map(|layer| layer.key.copy()).collect();
+        self.rearrange(row, from, to);
+        self.layers.iter_mut().zip(back).for_each(|(layer, key)| layer.key = key);
+    }
+
     /// Writes zeros into each row's slots `from .. to`.
     fn erase(&mut self, from: &[i64], to: &[i64]) {
         let spans = || from.iter().zip(to).filter(|(from, to)| from < to);

@@ -504,7 +504,8 @@ impl Run<'_, '_> {
             let (x, y) = (&x.header.settings, &y.header.settings);
             x.processors == y.processors && x.policy == y.policy
         };
-        let decided = choice_of(&self.a.header.settings, a.prompt.key, left_row, &before, position, left.token).is_some();
+        let decided =
+            choice_of(&self.a.header.settings, a.prompt.key, left_row, &before, position, left.token).is_some();
         let both = [(left.token, for_b, self.b), (right.token, for_a, self.a)];
         let tie = same(self.a, self.b)
             && a.prompt.key == b.prompt.key
@@ -634,9 +635,8 @@ fn other_guesses(a: &RoundRecord, b: &RoundRecord) -> Option<(Kind, String)> {
     };
     let (left, right) = (guesses(a)?, guesses(b)?);
     let apart = |x: f64, y: f64| x != y && (x - y).abs() > SCORE_TOLERANCE * x.abs().max(1.0);
-    let least = |guesses: &std::collections::BTreeMap<Vec<u32>, f64>| {
-        guesses.values().copied().fold(f64::INFINITY, f64::min)
-    };
+    let least =
+        |guesses: &std::collections::BTreeMap<Vec<u32>, f64>| guesses.values().copied().fold(f64::INFINITY, f64::min);
     for (own, other, name) in [(&left, &right, "A"), (&right, &left, "B")] {
         for (path, &score) in own.iter() {
             match other.get(path) {
@@ -645,7 +645,10 @@ fn other_guesses(a: &RoundRecord, b: &RoundRecord) -> Option<(Kind, String)> {
                     return Some((Kind::DraftScores, text));
                 }
                 None if apart(score, least(other)) || own.len() != other.len() => {
-                    return Some((Kind::DraftTree, format!("only {name} guesses {path:?}, with a score of {score:.6}")));
+                    return Some((
+                        Kind::DraftTree,
+                        format!("only {name} guesses {path:?}, with a score of {score:.6}"),
+                    ));
                 }
                 _ => {}
             }

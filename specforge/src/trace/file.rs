@@ -13,9 +13,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::metrics::Real;
+use crate::decode::Finish;
 use crate::decode::event::Source;
 use crate::decode::policy::Policy;
-use crate::decode::Finish;
 use crate::error::{Error, Result};
 use crate::models::TargetIdentity;
 use crate::nn::Processors;
@@ -311,7 +311,8 @@ impl Trace {
         let file = File::open(path).map_err(Error::io("read", path))?;
         let mut lines = BufReader::new(file).lines().zip(1..);
         let bad = |line: usize, problem: String| Error::BadLine { path: path.to_path_buf(), line, problem };
-        let foreign = || Error::bad_file(path, "is not a trace").with_hint("make one with `specforge generate --trace`");
+        let foreign =
+            || Error::bad_file(path, "is not a trace").with_hint("make one with `specforge generate --trace`");
         let first = match lines.next() {
             Some((Ok(line), _)) => line,
             Some((Err(error), _)) if error.kind() != std::io::ErrorKind::InvalidData => {
@@ -416,7 +417,8 @@ impl Trace {
         let start = usize::try_from(token.row).unwrap_or(usize::MAX);
         let bytes = self.rows.as_ref().and_then(|map| map.get(start..start.checked_add(size)?));
         let bytes = bytes.ok_or_else(|| {
-            let problem = format!("{}:{} names a row at byte {start} that is not there", self.path.display(), token.line);
+            let problem =
+                format!("{}:{} names a row at byte {start} that is not there", self.path.display(), token.line);
             Error::bad_file(&path, problem)
         })?;
         let hash = row_hash(bytes);

@@ -79,7 +79,8 @@ impl Checker<'_> {
         for node in 1..round.parents.len() {
             let parent = round.parents[node];
             if parent >= node {
-                let text = format!("round {number}: the parent of node {node} is {parent}, which does not stand before it");
+                let text =
+                    format!("round {number}: the parent of node {node} is {parent}, which does not stand before it");
                 self.find(Kind::Orphan, position, line, text);
             }
         }
@@ -146,7 +147,8 @@ impl Checker<'_> {
             self.find(Kind::WrongSource, position, line, text);
         }
         if token.slot + 1 != length {
-            let text = format!("was chosen from the row of prompt token {}; the last one is {}", token.slot, length - 1);
+            let text =
+                format!("was chosen from the row of prompt token {}; the last one is {}", token.slot, length - 1);
             self.find(Kind::WrongPlace, position, line, text);
         }
         if token.cache_length != 0 {
@@ -186,7 +188,10 @@ impl Checker<'_> {
                 format!("token {} behind slot {} was committed before it", before.token, before.slot),
             ),
         };
-        if token.source == Source::Accepted && !last_of_round && !round.children(slot).any(|child| round.tokens[child] == token.token) {
+        if token.source == Source::Accepted
+            && !last_of_round
+            && !round.children(slot).any(|child| round.tokens[child] == token.token)
+        {
             let text = format!("token {} is recorded as accepted behind slot {slot}; no node guesses it", token.token);
             self.find(Kind::WrongPath, position, line, text);
             return;
@@ -236,9 +241,8 @@ impl Checker<'_> {
         let sampled = matches!(settings.policy, Policy::Keyed { .. }) && !settings.processors.is_greedy();
         let noise = [committed + token.slot, committed, position - 1, position + 1, token.slot];
         let noise = noise.into_iter().find(|&noise| sampled && chosen(&before, noise) == Some(token.token));
-        let guessed = round.is_some_and(|round| {
-            round.children(token.slot).any(|child| round.tokens[child] == token.token)
-        });
+        let guessed =
+            round.is_some_and(|round| round.children(token.slot).any(|child| round.tokens[child] == token.token));
         let said = format!("the row recorded for slot {} chooses token {choice}, not {}", token.slot, token.token);
         let (kind, text) = if let Some(noise) = noise {
             (Kind::NoisePosition, format!("{said}; with the noise of position {noise} it would"))

@@ -140,12 +140,14 @@ fn sound_decodes_with_different_trees_are_equal() {
             let b = other.trace(&folder.path().join(name), None);
             let comparison = forked.compare(&a, &b);
             assert_eq!(comparison.verdict, Verdict::Equal, "{name}: {:?}", comparison.findings);
-            assert!(comparison.positions > 40 && comparison.max_difference.0 < 1e-9);
+            assert!(comparison.positions > 30, "{} positions", comparison.positions);
+            assert!(comparison.max_difference.0 < 1e-12, "{:?}", comparison.max_difference);
             assert_eq!(compare(&a, &b, None).unwrap().verdict, Verdict::Equal);
         }
         let accepted = a.requests.iter().flat_map(|request| &request.tokens);
         let accepted = accepted.filter(|token| token.source == crate::decode::event::Source::Accepted);
-        assert!(accepted.filter(|token| token.slot > 1).count() > 3, "a draft that takes no forks shows little");
+        let forks = accepted.filter(|token| token.slot > 1).count();
+        assert!(forks > 3 || temperature > 0.0, "{forks} forks: a draft that takes no forks shows little");
     }
 }
 

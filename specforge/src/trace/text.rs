@@ -23,7 +23,9 @@ pub fn text(comparison: &Comparison, word: &dyn Fn(u32) -> Option<String>) -> St
         comparison.tolerance,
         if comparison.judged { "; judged by passes without a cache" } else { "; not judged: name --target" }
     );
-    comparison.notes.iter().for_each(|note| drop(writeln!(out, "note: {note}")));
+    for note in &comparison.notes {
+        let _ = writeln!(out, "note: {note}");
+    }
     if let Some(divergence) = comparison.divergences.first() {
         part(&mut out, divergence, word);
         if comparison.divergences.len() > 1 {

@@ -25,14 +25,16 @@ pub(super) fn mask(mask: AttentionMask, proposals: &[Proposal], nodes: usize, le
     for (row, proposal) in proposals.iter().enumerate() {
         let parents = proposal.tree.topology().parents();
         for node in 1..proposal.tree.len() {
-            let mut set = |other: usize, value: i64| {
+            let set = |other: usize, value: i64| {
                 let _ = visible.get(row as i64).get(node as i64).get(lengths[row] + other as i64).fill_(value);
             };
             if active(Fault::DroppedParent) {
                 set(parents[node], 0);
             }
             if active(Fault::SeesSiblings) {
-                (1..proposal.tree.len()).filter(|&other| parents[other] == parents[node]).for_each(|other| set(other, 1));
+                (1..proposal.tree.len())
+                    .filter(|&other| parents[other] == parents[node])
+                    .for_each(|other| set(other, 1));
             }
         }
     }
@@ -44,6 +46,9 @@ pub(super) fn places(places: &mut [Vec<i64>], proposals: &[Proposal]) {
     for (row, proposal) in places.iter_mut().zip(proposals) {
         if active(Fault::NoRollback) {
             *row = (0..proposal.tree.len() as i64).collect();
+        }
+        if active(Fault::CompactionByDepth) {
+            *row = (0..row.len() as i64).collect();
         }
         if active(Fault::PendingOmitted) {
             row.remove(0);
@@ -105,9 +110,7 @@ impl Engine<'_> {
 
     pub(super) fn seeded_prefill(&self, requests: &[Request], cache: &mut KvCache) -> Result<()> {
         match active(Fault::PromptTokenTwice) {
-            true => {
-                self.seeded_run(&requests.iter().map(|request| last(&request.prompt)).collect::<Vec<_>>(), cache)
-            }
+            true => self.seeded_run(&requests.iter().map(|request| last(&request.prompt)).collect::<Vec<_>>(), cache),
             false => Ok(()),
         }
     }
@@ -122,7 +125,7 @@ impl Engine<'_> {
             if active(Fault::CompactionOrder) {
                 let (from, to): (Vec<i64>, Vec<i64>) =
                     (0..count).map(|index| (slot(count - 1 - index), slot(index))).unzip();
-                cache.rearrange(row, &from, &to);
+                cache.rearrange_values(row, &from, &to);
             }
             if active(Fault::CompactionOverlaps) {
                 // A place that is already some later node's new slot holds that node by then.

@@ -38,7 +38,9 @@ impl<'a> Small<'a> {
     /// Logits behind the last of some tokens that follow the cache; lengths stay. `[V]`
     fn run(&self, cache: &mut KvCache, tokens: &[u32]) -> Result<Tensor> {
         let ids: Vec<i64> = tokens.iter().map(|&token| i64::from(token)).collect();
-        let first = cache.len() + i64::from(active(Fault::DraftPositionsShifted));
+        // A shift of everything would not show: rotary positions are relative. The prompt stands where it should.
+        let shifted = active(Fault::DraftPositionsShifted) && !cache.is_empty();
+        let first = cache.len() + i64::from(shifted);
         let ids = Tensor::from_slice(&ids).unsqueeze(0); // [1, T]
         let positions = Tensor::arange_start(first, first + tokens.len() as i64, (Kind::Int64, tch::Device::Cpu));
         let end = Tensor::from_slice(&[tokens.len() as i64 - 1]);
@@ -56,8 +58,7 @@ impl<'a> Small<'a> {
         let mut best: Vec<Option<Vec<(u32, f64)>>> = vec![None];
         for &(parent, rank) in self.shape {
             if best[parent].is_none() {
-                let path: Vec<u32> =
-                    tree.topology().path(parent).into_iter().map(|node| tree.tokens()[node]).collect();
+                let path: Vec<u32> = tree.topology().path(parent).into_iter().map(|node| tree.tokens()[node]).collect();
                 let logits = (self.run(&mut row.cache, &path)? + &hint).log_softmax(-1, Kind::Double);
                 let (values, tokens) = logits.topk(2, -1, true, true);
                 let (values, tokens) = (Vec::<f64>::try_from(values)?, Vec::<i64>::try_from(tokens)?);
@@ -68,7 +69,7 @@ impl<'a> Small<'a> {
             scores.push(scores[parent] + score);
             best.push(None);
         }
-        if active(Fault::DraftNotRolledBack) && tree.topology().depth() < 80 && row.cache.len() < 60 {
+        if active(Fault::DraftNotRolledBack) {
             row.cache.advance(&[1]);
         }
         Ok(Proposal::picked(tree, scores))
@@ -84,7 +85,7 @@ impl Drafter for Small<'_> {
         for row in rows {
             let seen = &row.tokens[..row.tokens.len() - 1];
             let mut cache = self.model.new_cache(1, 32);
-            self.run(&mut cache, seen)?;
+            let _ = self.run(&mut cache, seen)?;
             cache.advance(&[seen.len() as i64]);
             let features = &row.features[0];
             let end = features.size()[0];
@@ -110,7 +111,7 @@ impl Drafter for Small<'_> {
                 // Whatever was chosen, the cache keeps what was guessed first.
                 new.iter_mut().skip(1).for_each(|token| *token = (*token + 1) % 64);
             }
-            self.run(&mut row.cache, &new)?;
+            let _ = self.run(&mut row.cache, &new)?;
             row.cache.advance(&[new.len() as i64]);
             let all = Tensor::cat(&[&row.features, &progress.features[0]], 0);
             row.features = all.narrow(0, all.size()[0] - 2, 2);

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use super::*;
 
 /// Fault, what it is in words, and the kinds it may be named by: the first is what the first finding says.
-const TABLE: [(Fault, &str, Kind); 27] = [
+const TABLE: [(Fault, &str, Kind); 28] = [
     (Fault::RowByDepth, "the row of node j is recorded for the j-th accepted token", Kind::WrongSlot),
     (Fault::NoRollback, "the target's cache keeps rejected guesses", Kind::CacheLength),
     (Fault::DoubleAdvance, "the cache counts one token too many after a round", Kind::CacheLength),
@@ -16,7 +16,12 @@ const TABLE: [(Fault, &str, Kind); 27] = [
     (Fault::PositionsShifted, "positions are off by one", Kind::Positions),
     (Fault::CorrectionTwice, "a correction is cached and fed again", Kind::CacheLength),
     (Fault::PendingOmitted, "the pending token is not kept in the cache", Kind::CacheLength),
-    (Fault::CompactionOrder, "the accepted path is stored in another order", Kind::CacheContents),
+    (
+        Fault::CompactionOrder,
+        "keys and values of the accepted path are stored in different orders",
+        Kind::CacheContents,
+    ),
+    (Fault::CompactionByDepth, "the first nodes of the tree are kept, not the path", Kind::CacheContents),
     (Fault::CompactionOverlaps, "the accepted path overwrites itself when it is moved", Kind::CacheContents),
     (Fault::StopIgnored, "a stop token inside an accepted run does not end it", Kind::AfterEnd),
     (Fault::OneTooMany, "one guess too many is accepted", Kind::UnchosenAccepted),
@@ -30,9 +35,9 @@ const TABLE: [(Fault, &str, Kind); 27] = [
     (Fault::Untold, "a committed token is not recorded", Kind::MissingPosition),
     (Fault::DraftFeaturesShifted, "the draft reads features shifted by one", Kind::DraftScores),
     (Fault::DraftNotRolledBack, "the draft's cache is not rolled back", Kind::DraftCacheLength),
-    (Fault::DraftStale, "the draft's cache holds guesses instead of what was committed", Kind::DraftScores),
-    (Fault::DraftPositionsShifted, "the draft's positions are off by one", Kind::DraftScores),
-    (Fault::DraftRowsMixed, "the draft's rows change places when one leaves", Kind::DraftScores),
+    (Fault::DraftStale, "the draft's cache holds guesses instead of what was committed", Kind::DraftTree),
+    (Fault::DraftPositionsShifted, "the draft's positions are off by one", Kind::DraftTree),
+    (Fault::DraftRowsMixed, "the draft's rows change places when one leaves", Kind::DraftCacheLength),
 ];
 
 fn fitting<'a>(models: &'a (LlamaTarget, LlamaTarget), fault: Fault) -> Decode<'a> {
@@ -44,7 +49,15 @@ fn fitting<'a>(models: &'a (LlamaTarget, LlamaTarget), fault: Fault) -> Decode<'
         }
         Fault::RaggedLength | Fault::DraftRowsMixed => Decode { max_rows: 3, ..usual },
         Fault::PromptTokenTwice => Decode { max_rows: 1, ..usual },
-        Fault::StopIgnored => Decode { stop_tokens: (0..20).collect(), ..usual },
+        Fault::StopIgnored => {
+            // A token that was accepted and had a successor in its round.
+            let free = Decode { stop_tokens: vec![], ..usual };
+            let folder = tempfile::tempdir().unwrap();
+            let trace = free.trace(&folder.path().join("free"), None);
+            let inner = trace.requests.iter().flat_map(|request| request.tokens.windows(2));
+            let inner = inner.filter(|pair| pair[0].round == pair[1].round).map(|pair| pair[0].token);
+            Decode { stop_tokens: inner.take(1).collect(), ..free }
+        }
         _ => usual,
     }
 }
@@ -65,11 +78,15 @@ fn every_seeded_fault_is_found_named_and_blamed() {
         println!("{fault:?} | {name} | {}", comparison.verdict.words());
         if first.map(|finding| finding.kind) != Some(kind) || comparison.verdict != Verdict::BWrong {
             let _ = writeln!(wrong, "{fault:?}: {name}, {}", comparison.verdict.words());
-            comparison.findings.iter().take(4).for_each(|finding| drop(writeln!(wrong, "    {finding:?}")));
+            for finding in comparison.findings.iter().take(4) {
+                let _ = writeln!(wrong, "    {finding:?}");
+            }
         }
         let _ = writeln!(rows, "| {words} | `{name}` | {} |", comparison.verdict.words());
         // The other way round the other run is to blame.
-        assert_eq!(decode.compare(&b, &a).verdict, Verdict::AWrong, "{fault:?}");
+        if decode.compare(&b, &a).verdict != Verdict::AWrong {
+            let _ = writeln!(wrong, "{fault:?}: not A's the other way round");
+        }
     }
     assert!(wrong.is_empty(), "{wrong}");
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/tracing.md");
