@@ -19,4 +19,5 @@ mod medusa;
 mod resume;
 mod store;
 mod training;
+mod tree;
 mod vocab;
