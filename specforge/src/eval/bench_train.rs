@@ -156,7 +156,7 @@ pub fn run(options: &BenchTrainOptions) -> Result<BenchTrainReport> {
 }
 
 /// A vocabulary of the asked size, spread evenly over the target's.
-fn spread_vocabulary(section: &Value, vocab_size: i64) -> Result<Option<VocabMap>> {
+pub fn spread_vocabulary(section: &Value, vocab_size: i64) -> Result<Option<VocabMap>> {
     let size = section.get("draft_vocab_size").and_then(Value::as_i64).filter(|&size| size != vocab_size);
     size.map(|size| VocabMap::new((0..size).map(|id| id * vocab_size / size).collect(), vocab_size)).transpose()
 }
