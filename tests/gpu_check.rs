@@ -18,9 +18,21 @@ fn the_cpu_passes_against_itself_and_the_file_is_what_was_printed() {
     assert_eq!(report["versions"]["specforge"], env!("CARGO_PKG_VERSION"));
     assert!(report["date"].as_str().unwrap().ends_with('Z'));
     let parity = report["parity"].as_array().unwrap();
-    for part in
-        ["hidden states", "logits", "ragged cache", "loss", "gradients", "AdamW", "NaN", "checkpoint", "sampling"]
-    {
+    for part in [
+        "hidden states",
+        "logits",
+        "ragged cache",
+        "attention, first step: output",
+        "own keys: gradients",
+        "EAGLE-3: loss",
+        "EAGLE-3: gradients",
+        "loss",
+        "gradients",
+        "AdamW",
+        "NaN",
+        "checkpoint",
+        "sampling",
+    ] {
         for kind in ["float32", "bfloat16"] {
             let ran = |row: &&Value| row["check"].as_str().unwrap().contains(part) && row["kind"] == kind;
             assert!(parity.iter().any(|row| ran(&row)), "{part} in {kind}");
@@ -28,7 +40,8 @@ fn the_cpu_passes_against_itself_and_the_file_is_what_was_printed() {
     }
     assert!(report["ceilings"]["bfloat16_rate"].as_f64().unwrap() > 0.0);
     let training = report["training"].as_array().unwrap();
-    assert_eq!(training.iter().map(|run| &run["projection"]).collect::<Vec<_>>(), ["own", "shared"]);
+    let names = ["medusa 5x1 own", "medusa 5x1 shared", "eagle3 3 recomputed", "eagle3 3 one graph"];
+    assert_eq!(training.iter().map(|run| &run["name"]).collect::<Vec<_>>(), names);
     for run in training {
         assert!(run["result"]["tokens_per_second"].as_f64().unwrap() > 0.0, "{run}");
         assert_eq!(run["problem"], Value::Null);

@@ -9,14 +9,16 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 use specforge::data::PackedBatch;
 use specforge::draft::eagle3::{Eagle3, Eagle3Config};
-use specforge::draft::{DraftContext, DraftModel, Tally};
+use specforge::draft::{DraftContext, DraftModel, Parameter, Tally};
 use specforge::features::FeatureBatch;
 use specforge::models::Dimensions;
-use specforge::optim::{AdamW, Group, OptimConfig, ParameterSlot};
 use specforge::vocab::VocabMap;
 use tch::{Device, Kind, Tensor};
 
 use super::{Golden, compare};
+
+pub mod summary;
+mod variants;
 
 const TOLERANCE: f64 = 1e-5;
 const METRICS: usize = 5;
@@ -39,7 +41,7 @@ impl Case {
 
     /// Objective, metrics and gradients.
     fn accumulate(&self) -> Result<(Tally, Vec<Tensor>), String> {
-        let zeros = |parameter: &specforge::draft::Parameter| parameter.value.zeros_like().detach();
+        let zeros = |parameter: &Parameter| parameter.value.zeros_like().detach();
         let mut gradients: Vec<Tensor> = self.draft.parameters().iter().map(zeros).collect();
         let counts = self.draft.count_rows(&self.batch);
         let tally = self.draft.accumulate(&self.features(), &counts, &mut gradients).map_err(text)?;
@@ -74,6 +76,11 @@ fn case(golden: &Golden, mut section: Map<String, Value>, target_head: &Tensor, 
     if let (false, Ok(rope)) = (scaled, json_of(golden, "rope_parameters")) {
         config["rope_parameters"] = rope;
     }
+    for key in ["rope_scaling", "rope_parameters"] {
+        if let Some(rope) = config.get_mut(key).and_then(Value::as_object_mut) {
+            name_yarn_factor(rope);
+        }
+    }
     section.insert("config".to_owned(), config);
     section.insert("normalisation".to_owned(), json!("all_positions"));
     let config = Eagle3Config::read(&Value::Object(section)).map_err(text)?;
@@ -99,10 +106,17 @@ fn case(golden: &Golden, mut section: Map<String, Value>, target_head: &Tensor, 
         parameter.value.shallow_clone().copy_(&golden.tensor(&format!("w.{}", parameter.name))?);
     }
     let flat = |name: &str| golden.integers(name);
-    let positions = match golden.has("in.position_ids") {
+    // Explicit positions are those of every row, or of one that stands for all.
+    let mut positions = match golden.has("in.position_ids") {
         true => flat("in.position_ids")?,
-        false => (0..rows).flat_map(|_| 0..tokens).collect(),
+        false => (0..tokens).collect(),
     };
+    if positions.len() as i64 == tokens {
+        positions = positions.repeat(rows as usize);
+    }
+    if positions.len() as i64 != rows * tokens {
+        return Err(format!("in.position_ids: expected {rows} rows of {tokens}, got {} numbers", positions.len()));
+    }
     let batch = PackedBatch {
         ids: flat("in.input_ids")?,
         positions,
@@ -113,6 +127,16 @@ fn case(golden: &Golden, mut section: Map<String, Value>, target_head: &Tensor, 
     let mut hidden = captured.view([rows * tokens, wide]).chunk(3, 1);
     hidden.push(last.view([rows * tokens, -1]));
     Ok(Case { draft, batch, hidden, rows, tokens, steps })
+}
+
+/// SpecForge's factor of YaRN's cos and sin takes both scales as they are. Hugging Face's, and so ours, leaves both out
+/// where one is 0, which is the same only for a scale of 1.
+fn name_yarn_factor(rope: &mut Map<String, Value>) {
+    let number = |key: &str| rope.get(key).and_then(Value::as_f64);
+    if let (Some(factor), Some(scale), Some(all)) = (number("factor"), number("mscale"), number("mscale_all_dim")) {
+        let of = |scale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 };
+        rope.insert("attention_factor".to_owned(), json!(of(scale) / of(all)));
+    }
 }
 
 fn specforge_case(golden: &Golden) -> Result<Case, String> {
@@ -143,23 +167,11 @@ pub fn check(path: &Path) -> Result<String, String> {
     let compared = check_steps(&golden, &case)?;
 
     let (tally, gradients) = case.accumulate()?;
-    compare("loss", &tally.objective, &golden.tensor("out.loss")?.squeeze(), TOLERANCE)?;
-    let counts = Tensor::from_slice(&tally.counts).view([-1, METRICS as i64]).select(1, 0);
-    compare("rows", &counts, &golden.tensor("out.acc_denoms")?, 0.0)?;
-    let covered = case.sums(&tally, 3).clamp_min(1.0);
-    let positions = case.rows * case.tokens;
-    let over = json_of(&golden, "model_over")?;
-    match over.get("lk_loss_type").and_then(Value::as_str) {
-        // Divided by the rows that have a loss.
-        Some("alpha") => {
-            compare("losses", &(case.sums(&tally, 0) / &covered), &golden.tensor("out.plosses")?, TOLERANCE)?
-        }
-        // The blend of a batch's mean acceptance; the whole loss above holds it.
-        Some(_) => 0.0,
-        None => compare("losses", &(case.sums(&tally, 0) / positions), &golden.tensor("out.plosses")?, TOLERANCE)?,
-    };
-    compare("accuracies", &(case.sums(&tally, 1) / counts), &golden.tensor("out.acces")?, TOLERANCE)?;
-    compare("acceptances", &(case.sums(&tally, 2) / covered), &golden.tensor("out.acceptance_rates")?, TOLERANCE)?;
+    let out = |name: &str| golden.tensor(&format!("out.{name}"));
+    check_figures(
+        &figures(&golden, &case, &tally)?,
+        [out("loss")?.squeeze(), out("plosses")?, out("acces")?, out("acceptance_rates")?, out("acc_denoms")?],
+    )?;
     let gradients = check_gradients(&golden, &case, &gradients, "grad.")?;
 
     // Without gradients, the same values.
@@ -167,6 +179,40 @@ pub fn check(path: &Path) -> Result<String, String> {
     let evaluated = case.draft.evaluate(&case.features(), &counts).map_err(text)?;
     compare("sums of an evaluation", &evaluated.sums, &tally.sums, 1e-6)?;
     Ok(format!("{compared} rows of {} steps, metrics, {gradients} gradients", case.steps))
+}
+
+/// What SpecForge reports of a batch: the loss, and of every step its loss, accuracy, acceptance and number of rows.
+fn figures(golden: &Golden, case: &Case, tally: &Tally) -> Result<[Tensor; 5], String> {
+    let rows = Tensor::from_slice(&tally.counts).view([-1, METRICS as i64]).select(1, 0);
+    let covered = case.sums(tally, 3).clamp_min(1.0);
+    let acceptances = case.sums(tally, 2) / &covered;
+    let positions = case.rows * case.tokens;
+    let over = json_of(golden, "model_over")?;
+    let losses = match over.get("lk_loss_type").and_then(Value::as_str) {
+        // Divided by the rows that have a loss.
+        Some("alpha") => case.sums(tally, 0) / &covered,
+        // The blend of the cross-entropy and the batch's mean acceptance.
+        Some(_) => {
+            let plain = specforge_case(&golden.again().with_text("model_over", "{}"))?;
+            let counts = plain.draft.count_rows(&plain.batch);
+            let evaluated = plain.draft.evaluate(&plain.features(), &counts).map_err(text)?;
+            let cross_entropy = plain.sums(&evaluated, 0) / positions;
+            let number = |key: &str| over.get(key).and_then(Value::as_f64).unwrap_or(1.0);
+            let share = (&acceptances * -number("kl_decay")).exp() * number("kl_scale");
+            &share * cross_entropy + (1.0 - &share) * (1.0 - &acceptances)
+        }
+        None => case.sums(tally, 0) / positions,
+    };
+    let accuracies = case.sums(tally, 1) / &rows;
+    Ok([tally.objective.shallow_clone(), losses, accuracies, acceptances, rows])
+}
+
+fn check_figures(got: &[Tensor; 5], want: [Tensor; 5]) -> Result<(), String> {
+    let names = ["loss", "losses", "accuracies", "acceptances", "rows"];
+    for ((name, got), want) in names.iter().zip(got).zip(want) {
+        compare(name, got, &want, if *name == "rows" { 0.0 } else { TOLERANCE })?;
+    }
+    Ok(())
 }
 
 /// Outputs and logits of every row that is computed.
@@ -192,13 +238,17 @@ fn check_gradients(golden: &Golden, case: &Case, gradients: &[Tensor], prefix: &
     let mut compared = 0;
     for (parameter, gradient) in case.draft.parameters().iter().zip(gradients) {
         let name = format!("{prefix}{}", parameter.name);
-        // An embedding of another width than the target's is frozen in the reference, and trained here.
-        if golden.has(&name) || parameter.name != "embed_tokens.weight" {
+        if golden.has(&name) || is_trained(parameter) {
             compare(&name, gradient, &golden.tensor(&name)?, TOLERANCE)?;
             compared += 1;
         }
     }
     Ok(compared)
+}
+
+/// Whether the reference trains a parameter too. An embedding of another width than the target's is frozen there.
+fn is_trained(parameter: &Parameter) -> bool {
+    parameter.name != "embed_tokens.weight"
 }
 
 /// One file of SafeAILab's, which gives the target's logits themselves.
@@ -221,73 +271,4 @@ pub fn check_official(path: &Path) -> Result<String, String> {
     compare("accuracies", &(case.sums(&tally, 1) / counts), &golden.tensor("out.accs")?, TOLERANCE)?;
     let gradients = check_gradients(&golden, &case, &gradients, "g.")?;
     Ok(format!("{steps} steps, {gradients} gradients"))
-}
-
-/// SpecForge's table of losses: five optimizer steps and the learning rates, from the weights of the file beside it.
-pub fn check_summary(path: &Path) -> Result<String, String> {
-    let summary: Value = serde_json::from_str(&std::fs::read_to_string(path).map_err(text)?).map_err(text)?;
-    let mut trained = 0;
-    for (name, case) in summary["cases"].as_object().into_iter().flatten() {
-        let Some(steps) = case.get("opt") else { continue };
-        // The compact teacher is another way to the same numbers, so its file has the weights of `kl`.
-        let files = [format!("eagle3_{name}.safetensors"), "eagle3_compact.safetensors".to_owned()];
-        let files = if name == "kl" { &files[..] } else { &files[..1] };
-        let Some(file) = files.iter().map(|file| path.with_file_name(file)).find(|file| file.is_file()) else {
-            continue;
-        };
-        check_optimizer(&Golden::open(&file)?, steps).map_err(|problem| format!("{name}: {problem}"))?;
-        trained += 1;
-    }
-    let rates = check_rates(&summary["lr"])?;
-    Ok(format!("{trained} runs of five optimizer steps, {rates} learning rates"))
-}
-
-fn numbers(value: &Value) -> Vec<f64> {
-    value.as_array().into_iter().flatten().filter_map(Value::as_f64).collect()
-}
-
-fn check_optimizer(golden: &Golden, want: &Value) -> Result<(), String> {
-    let case = specforge_case(golden)?;
-    let slots = case.draft.parameters().iter().map(|parameter| ParameterSlot {
-        group: Group::NoDecay,
-        ..ParameterSlot::new(&parameter.name, parameter.value.shallow_clone())
-    });
-    let config = OptimConfig { max_gradient_norm: Some(0.5), ..OptimConfig::default() };
-    let mut optimizer = AdamW::new(slots.collect(), &config).map_err(text)?;
-    let (rates, norms, losses) = (numbers(&want["lr"]), numbers(&want["grad_norm"]), numbers(&want["loss"]));
-    for (step, rate) in rates.iter().enumerate() {
-        let (tally, gradients) = case.accumulate()?;
-        let report = optimizer.step(&gradients, *rate, config.max_gradient_norm, &tally.objective).map_err(text)?;
-        let near = |what: &str, got: f64, want: f64| match (got - want).abs() <= TOLERANCE {
-            true => Ok(()),
-            false => Err(format!("optimizer step {step}: {what}: expected {want}, got {got}")),
-        };
-        near("loss", tally.objective.double_value(&[]), losses[step])?;
-        near("gradient norm", report.gradient_norm.double_value(&[]), norms[step])?;
-    }
-    if rates.is_empty() { Err("no optimizer step in the file".to_owned()) } else { Ok(()) }
-}
-
-/// Schedules of SpecForge. Its cosine starts above the base rate: PyTorch's recursion begins one step late, which scales
-/// the whole curve by `2 / (1 + cos(pi / n))`. Ours does not; the tables agree after division by that factor.
-fn check_rates(tables: &Value) -> Result<usize, String> {
-    let mut compared = 0;
-    for table in tables.as_array().into_iter().flatten() {
-        let get = |key: &str| table[key].as_f64().ok_or(format!("`{key}` is missing"));
-        let (base, total, warmup) = (get("lr")?, get("total_steps")?, get("warmup_steps")?);
-        let cosine = table["kind"] == "cosine";
-        let kind = if cosine { "cosine" } else { "constant" };
-        let schedule = json!({"kind": kind, "warmup_steps": warmup as u64});
-        let schedule: specforge::optim::ScheduleConfig = serde_json::from_value(schedule).map_err(text)?;
-        let overshoot = 2.0 / (1.0 + (std::f64::consts::PI / (total - warmup)).cos());
-        for (step, want) in numbers(&table["lr_used_at_step"]).into_iter().take(total as usize).enumerate() {
-            let factor = if cosine && step as f64 >= warmup { overshoot } else { 1.0 };
-            let got = schedule.learning_rate(base, step as u64, total as u64) * factor;
-            if (got - want).abs() > 1e-5 * base {
-                return Err(format!("{kind} of {total} steps, step {step}: expected {want}, got {got}"));
-            }
-            compared += 1;
-        }
-    }
-    Ok(compared)
 }

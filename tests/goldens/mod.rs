@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use safetensors::SafeTensors;
 use specforge::weights::WeightsFolder;
@@ -27,7 +28,7 @@ const PREFIXES: &[(&str, Check)] = &[
     ("tiny_llama_", tiny_llama::check),
     // drafts
     ("eagle3_official", eagle3::check_official),
-    ("eagle3_summary", eagle3::check_summary),
+    ("eagle3_summary", eagle3::summary::check),
     ("eagle3_", eagle3::check),
     ("eagle_tree_", eagle_trees::check),
     ("medusa_choices", medusa_trees::check_choices),
@@ -84,7 +85,9 @@ fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> std::io::Result<()> {
 
 /// One golden file: its tensors and its metadata.
 pub struct Golden {
-    tensors: WeightsFolder,
+    tensors: Rc<WeightsFolder>,
+    /// Tensors that are not in the file.
+    added: HashMap<String, Tensor>,
     metadata: HashMap<String, String>,
 }
 
@@ -94,18 +97,22 @@ impl Golden {
         let bytes = std::fs::read(path).map_err(|error| error.to_string())?;
         let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|error| error.to_string())?;
         let tensors = WeightsFolder::open(path).map_err(|error| error.to_string())?;
-        Ok(Self { tensors, metadata: header.metadata().clone().unwrap_or_default() })
+        let metadata = header.metadata().clone().unwrap_or_default();
+        Ok(Self { tensors: Rc::new(tensors), added: HashMap::new(), metadata })
     }
 
     /// A tensor in its stored element type.
     pub fn tensor(&self, name: &str) -> Result<Tensor, String> {
+        if let Some(tensor) = self.added.get(name) {
+            return Ok(tensor.shallow_clone());
+        }
         let kind = self.tensors.kind(name).unwrap_or(Kind::Float);
         self.tensors.load(name, kind, Device::Cpu).map_err(|error| error.to_string())
     }
 
     /// Whether a tensor is there.
     pub fn has(&self, name: &str) -> bool {
-        self.tensors.contains(name)
+        self.added.contains_key(name) || self.tensors.contains(name)
     }
 
     /// The integers of a tensor.
@@ -116,6 +123,24 @@ impl Golden {
     /// A metadata entry.
     pub fn text(&self, key: &str) -> Result<&str, String> {
         self.metadata.get(key).map(String::as_str).ok_or_else(|| format!("the metadata lack `{key}`"))
+    }
+
+    /// The same file with another metadata entry.
+    pub fn with_text(mut self, key: &str, value: &str) -> Self {
+        self.metadata.insert(key.to_owned(), value.to_owned());
+        self
+    }
+
+    /// The same file with one more tensor.
+    pub fn with_tensor(mut self, name: &str, tensor: Tensor) -> Self {
+        self.added.insert(name.to_owned(), tensor);
+        self
+    }
+
+    /// Another handle of the same file.
+    pub fn again(&self) -> Self {
+        let added = self.added.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
+        Self { tensors: Rc::clone(&self.tensors), added, metadata: self.metadata.clone() }
     }
 
     /// Names of the tensors that begin with `prefix`, without it.

@@ -7,7 +7,6 @@ use std::fmt;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
-use serde_json::json;
 use tch::Device;
 
 use crate::checkpoint::Versions;
@@ -15,7 +14,9 @@ use crate::device::{self, CudaDevice, CudaState};
 use crate::error::Result;
 use crate::shim;
 
+pub mod attention;
 pub mod ceilings;
+pub mod operations;
 pub mod parity;
 pub mod programs;
 pub mod training;
@@ -57,7 +58,7 @@ pub fn run(device: Device, quick: bool, say: &dyn Fn(&str)) -> Result<GpuCheck> 
         Device::Cuda(index) => device::describe(index).inspect_err(|error| say(&format!("warning: {error}"))).ok(),
         _ => None,
     };
-    say("parity: target, loss, optimizer, checkpoint and sampling against the CPU");
+    say("parity: target, attention, loss, optimizer, checkpoint and sampling against the CPU");
     let parity = parity::check(device)?;
     say("ceilings: matrix products and copies");
     let sizes = if quick { CeilingSizes::QUICK } else { CeilingSizes::FULL };
@@ -128,11 +129,11 @@ impl GpuCheck {
     fn write_training(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         let note = if self.quick { " at tiny shapes, where times mean nothing" } else { " at Llama-3-8B shapes" };
         writeln!(out, "\ntraining{note}")?;
+        let width = self.training.iter().map(|run| run.name.len()).max().unwrap_or(0);
         writeln!(
             out,
-            "{:<7} {:<6} {:>6} {:>9} {:>8} {:>8} {:>8} {:>8} {:>9} {:>8} {:>10} {:>6}",
-            "project",
-            "heads",
+            "{:<width$} {:>6} {:>9} {:>8} {:>8} {:>8} {:>8} {:>9} {:>8} {:>10} {:>6}",
+            "draft",
             "tokens",
             "tokens/s",
             "step ms",
@@ -145,8 +146,7 @@ impl GpuCheck {
             "share"
         )?;
         for run in &self.training {
-            let projection = json!(run.projection).as_str().unwrap_or_default().to_owned();
-            let start = format!("{projection:<7} {:<6} {:>6}", format!("{}x{}", run.heads, run.layers), run.tokens);
+            let start = format!("{:<width$} {:>6}", run.name, run.tokens);
             let Some(result) = &run.result else {
                 writeln!(out, "{start} {}", run.problem.as_deref().unwrap_or_default())?;
                 continue;

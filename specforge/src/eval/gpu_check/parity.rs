@@ -4,6 +4,7 @@
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
+use super::attention;
 use super::programs::{self, Place, Results, Weights};
 use crate::error::Result;
 use crate::nn::{noise, sampling::Sampling};
@@ -52,10 +53,16 @@ fn check_with(device: Device, weights: Weights<'_>) -> Result<Vec<Comparison>> {
             comparisons.extend(compare(label, kind, &got, &want));
         }
     }
-    let (_, config) = programs::targets()?.swap_remove(0);
-    for (label, section) in programs::drafts() {
-        let want = programs::loss(&config, &section, usual, host)?;
+    for shape in &attention::SHAPES {
+        let want = attention::run(shape, host)?;
         for kind in [Kind::Float, Kind::BFloat16] {
+            comparisons.extend(compare(shape.label, kind, &attention::run(shape, Place { device, kind })?, &want));
+        }
+    }
+    let (_, config) = programs::targets()?.swap_remove(0);
+    for (label, kinds, section) in programs::drafts() {
+        let want = programs::loss(&config, &section, usual, host)?;
+        for &kind in kinds {
             let mut got = programs::loss(&config, &section, weights, Place { device, kind })?;
             if kind == Kind::BFloat16 {
                 got.retain(|(name, _)| name != "hits"); // rounding decides ties
@@ -163,6 +170,12 @@ mod tests {
         let failed_here = failed(&comparisons);
         assert!(failed_here.contains(&"own projections: loss"), "{failed_here:?}");
         assert!(failed_here.iter().all(|check| check.contains("projection")), "{failed_here:?}");
+        let comparisons = check_with(Device::Cpu, &off("draft.midlayer.self_attn.k_proj.weight", 0.5)).unwrap();
+        let failed_here = failed(&comparisons);
+        for check in ["EAGLE-3: loss", "EAGLE-3: gradients", "EAGLE-3, own vocabulary: gradients"] {
+            assert!(failed_here.contains(&check), "{check} {failed_here:?}");
+        }
+        assert!(failed_here.iter().all(|check| check.contains("EAGLE-3")), "{failed_here:?}");
     }
 
     #[test]

@@ -10,6 +10,7 @@ use crate::checkpoint::{self, CheckpointStore, Manifest, RetentionConfig};
 use crate::data::PackedBatch;
 use crate::draft::{self, DraftContext, DraftModel};
 use crate::error::{Error, Result};
+use crate::eval::bench_train::spread_vocabulary;
 use crate::features::{FeatureSource, OnlineFeatures};
 use crate::models::{ForwardInput, LlamaConfig, LlamaTarget, LogitRows, TargetModel};
 use crate::nn::{AttentionMask, noise};
@@ -98,7 +99,8 @@ fn on_host(tensor: &Tensor) -> Result<Tensor> {
     Ok(tensor.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?)
 }
 
-fn all_on_host<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> Result<Vec<Tensor>> {
+/// Results of a program.
+pub(super) fn all_on_host<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> Result<Vec<Tensor>> {
     tensors.into_iter().map(on_host).collect()
 }
 
@@ -161,19 +163,31 @@ fn decode(target: &LlamaTarget, vocabulary: i64) -> Result<Vec<Tensor>> {
     Ok(logits)
 }
 
-/// Drafts whose losses are compared.
-pub fn drafts() -> [(&'static str, Value); 2] {
+/// Drafts whose losses are compared, and in which element types: where the target's most likely token decides whether a
+/// row has a loss at all, rounding may not.
+pub fn drafts() -> [(&'static str, &'static [Kind], Value); 4] {
+    const BOTH: &[Kind] = &[Kind::Float, Kind::BFloat16];
     [
-        ("own projections", json!({"algorithm": "medusa", "num_heads": 2, "num_layers": 2, "projection": "own"})),
+        ("own projections", BOTH, json!({"algorithm": "medusa", "num_heads": 2, "num_layers": 2, "projection": "own"})),
         (
             "shared projection",
+            BOTH,
             json!({"algorithm": "medusa", "num_heads": 3, "num_layers": 2, "share_layers": true, "projection": "shared"}),
+        ),
+        ("EAGLE-3", BOTH, json!({"algorithm": "eagle3", "capture": [0, 1, 2], "ttt_steps": 4})),
+        (
+            "EAGLE-3, own vocabulary",
+            &[Kind::Float],
+            json!({
+                "algorithm": "eagle3", "capture": [0, 1, 2], "ttt_steps": 7, "draft_vocab_size": 120,
+                "loss": "lk_lambda", "recompute": false,
+            }),
         ),
     ]
 }
 
-/// Loss, hits and gradients of a draft on packed documents. Hits are counts: compare them where no rounding can turn
-/// one.
+/// Loss, hits and gradients of a draft on packed documents. Hits are counts, and whatever else is summed beside losses:
+/// compare them where no rounding can turn one.
 pub fn loss(config: &LlamaConfig, section: &Value, weights: Weights<'_>, place: Place) -> Result<Results> {
     let target: Rc<dyn TargetModel> = Rc::new(build(config, weights, place)?);
     let draft = build_draft(section, target.as_ref(), weights)?;
@@ -198,11 +212,12 @@ pub fn loss(config: &LlamaConfig, section: &Value, weights: Weights<'_>, place: 
 /// A draft on the target's own device, with random values in every parameter.
 fn build_draft(section: &Value, target: &dyn TargetModel, weights: Weights<'_>) -> Result<Box<dyn DraftModel>> {
     let dimensions = target.dimensions();
+    let vocabulary = spread_vocabulary(section, dimensions.vocab_size)?;
     let context = DraftContext {
         target: dimensions,
         embedding: target.embedding(),
         head: target.head(),
-        vocabulary: None,
+        vocabulary: vocabulary.as_ref(),
         kind: target.kind(),
         device: target.device(),
         seed: 1,

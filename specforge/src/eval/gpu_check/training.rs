@@ -1,8 +1,6 @@
 //! How fast a draft trains: whole steps and their parts, peak memory, and the share of the matrix rate that is reached.
 //!
-//! The steps are the trainer's own: features, gradients, optimizer, on packed random documents. A multiply-add counts as
-//! two operations; what is counted is what the mathematics needs (causal attention, supervised rows), not what happens
-//! to be computed.
+//! The steps are the trainer's own: features, gradients, optimizer, on packed random documents.
 
 use std::panic::{self, AssertUnwindSafe};
 use std::rc::Rc;
@@ -13,13 +11,17 @@ use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::ceilings::{Ceilings, median};
+use super::operations::{self, Operations};
 use super::programs;
 use crate::data::PackedBatch;
 use crate::device;
+use crate::draft::distillation::positions_per_chunk;
+use crate::draft::eagle3::Eagle3Config;
 use crate::draft::loss::chunk_rows;
 use crate::draft::medusa::{HeadProjection, MedusaConfig};
 use crate::draft::{self, DraftContext, DraftModel};
 use crate::error::{Error, Result};
+use crate::eval::bench_train::spread_vocabulary;
 use crate::features::{FeatureSource, OnlineFeatures};
 use crate::models::{Dimensions, LlamaConfig, LlamaTarget, TargetModel};
 use crate::optim::{AdamW, Group, OptimConfig, ParameterSlot};
@@ -49,10 +51,13 @@ pub struct TrainingSetup {
     pub shared_heads: usize,
     /// Heads of the run with projections of their own; fewer are tried where memory is short.
     pub own_heads: usize,
+    /// The EAGLE-3 draft.
+    pub eagle3: Eagle3Config,
 }
 
 impl TrainingSetup {
-    /// Shapes of Llama-3-8B, batches as `configs/llama3-8B-medusa.json` has them.
+    /// Shapes of Llama-3-8B, batches as `configs/llama3-8B-medusa.json` has them, the draft of
+    /// `configs/llama3-8B-eagle3.json`.
     pub fn full() -> Result<Self> {
         let target = json!({
             "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -69,6 +74,7 @@ impl TrainingSetup {
             num_layers: 1,
             shared_heads: 5,
             own_heads: 5,
+            eagle3: Eagle3Config { draft_vocab_size: Some(32_000), ttt_steps: 7, ..Eagle3Config::default() },
         })
     }
 
@@ -76,28 +82,28 @@ impl TrainingSetup {
     pub fn quick() -> Result<Self> {
         let (_, target) = programs::targets()?.swap_remove(0);
         let (lengths, chunk_bytes) = (vec![24, 9, 17, 14], 307 * 4 * 16);
-        Ok(Self { target, kind: Kind::Float, lengths, chunk_bytes, warm_up: 1, steps: 2, ..Self::full()? })
+        let capture = Some(vec![0, 1, 2]);
+        let eagle3 = Eagle3Config { draft_vocab_size: Some(100), ttt_steps: 3, capture, ..Eagle3Config::default() };
+        Ok(Self { target, kind: Kind::Float, lengths, chunk_bytes, warm_up: 1, steps: 2, eagle3, ..Self::full()? })
     }
 }
 
 /// One configuration that was trained.
 #[derive(Debug, Clone, Serialize)]
 pub struct TrainingRun {
-    /// Heads.
-    pub heads: usize,
-    /// Residual blocks of a head.
-    pub layers: usize,
-    /// `own` or `shared`.
-    pub projection: HeadProjection,
+    /// What is trained, in short, such as `medusa 5x1 own`.
+    pub name: String,
+    /// The `draft` section.
+    pub draft: Value,
     /// Element type.
     pub kind: String,
     /// Trained parameters.
-    pub trainable: i64,
+    pub trainable: u64,
     /// Tokens of a step.
     pub tokens: usize,
-    /// Trained rows of a step, over all heads.
+    /// Trained rows of a step, over all heads or steps of the training-time test.
     pub rows: u64,
-    /// Rows of a chunk of logits.
+    /// Rows of a chunk of logits; for EAGLE-3, target positions, each with the rows that learn from it.
     pub chunk_rows: i64,
     /// Operations of a step.
     pub operations: Operations,
@@ -105,15 +111,6 @@ pub struct TrainingRun {
     pub result: Option<Measured>,
     /// Why there are none: out of memory.
     pub problem: Option<String>,
-}
-
-/// Floating-point operations of a step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct Operations {
-    /// Forward pass of the target, without its head.
-    pub target: u64,
-    /// Forward and backward pass of the draft.
-    pub draft: u64,
 }
 
 /// What the clock said, in milliseconds for one step.
@@ -145,20 +142,71 @@ pub struct Measured {
     pub loss: f64,
 }
 
-/// Trains a draft with shared and one with own projections. Memory that does not suffice is a row of the result.
+/// Trains Medusa with heads of its own and with shared ones, and EAGLE-3 both ways it keeps its graph. Memory that does
+/// not suffice is a row of the result.
 pub fn run(setup: &TrainingSetup, device: Device, ceilings: &Ceilings, say: &dyn Fn(&str)) -> Result<Vec<TrainingRun>> {
     say(&format!("training: a random target of {} parameters", parameters(&setup.target)));
     let target: Rc<dyn TargetModel> = Rc::new(random_target(&setup.target, setup.kind, device)?);
+    let batches: Vec<PackedBatch> =
+        (0..2).map(|seed| programs::documents(&setup.lengths, setup.target.vocab_size, seed)).collect();
     let mut runs = Vec::new();
     // The large one first: nothing that another left behind is in its way.
     for heads in (1..=setup.own_heads).rev() {
-        runs.push(one(setup, HeadProjection::Own, heads, &target, ceilings, say)?);
+        runs.push(one(
+            setup,
+            medusa(setup, HeadProjection::Own, heads, &batches[0]),
+            &target,
+            &batches,
+            ceilings,
+            say,
+        )?);
         if runs.last().is_some_and(|run| run.result.is_some()) {
             break;
         }
     }
-    runs.push(one(setup, HeadProjection::Shared, setup.shared_heads, &target, ceilings, say)?);
+    let shared = medusa(setup, HeadProjection::Shared, setup.shared_heads, &batches[0]);
+    runs.push(one(setup, shared, &target, &batches, ceilings, say)?);
+    for recompute in [true, false] {
+        let draft = eagle3(setup, recompute, &target.dimensions(), &batches[0])?;
+        runs.push(one(setup, draft, &target, &batches, ceilings, say)?);
+    }
     Ok(runs)
+}
+
+/// A draft to train, and what is known of it beforehand.
+struct Candidate {
+    name: String,
+    section: Value,
+    rows: u64,
+    chunk_rows: i64,
+    operations: u64,
+}
+
+fn medusa(setup: &TrainingSetup, projection: HeadProjection, heads: usize, batch: &PackedBatch) -> Candidate {
+    let layers = setup.num_layers;
+    let config = MedusaConfig { num_heads: heads, num_layers: layers, projection, ..MedusaConfig::default() };
+    let rows = operations::trained_rows(batch, heads, config.mask);
+    let dimensions = Dimensions::of(setup.target.hidden_size, setup.target.vocab_size, 0, 0);
+    Candidate {
+        name: format!("medusa {heads}x{layers} {}", json!(projection).as_str().unwrap_or_default()),
+        rows: rows.iter().sum(),
+        chunk_rows: chunk_rows(setup.chunk_bytes, setup.target.vocab_size),
+        operations: operations::of_medusa(&config, &dimensions, &rows),
+        section: json!(config),
+    }
+}
+
+fn eagle3(setup: &TrainingSetup, recompute: bool, target: &Dimensions, batch: &PackedBatch) -> Result<Candidate> {
+    let config = Eagle3Config { recompute, ..setup.eagle3.clone() };
+    let shape = config.shape(target)?;
+    let steps = config.ttt_steps;
+    Ok(Candidate {
+        name: format!("eagle3 {steps} {}", if recompute { "recomputed" } else { "one graph" }),
+        rows: operations::trained_rows(batch, steps, config.mask).iter().sum(),
+        chunk_rows: positions_per_chunk(setup.chunk_bytes, steps, shape.vocab_size, shape.draft_vocab_size),
+        operations: operations::of_eagle3(&config, &shape, batch),
+        section: json!(config),
+    })
 }
 
 fn parameters(target: &LlamaConfig) -> i64 {
@@ -179,26 +227,18 @@ fn random_target(config: &LlamaConfig, kind: Kind, device: Device) -> Result<Lla
 
 fn one(
     setup: &TrainingSetup,
-    projection: HeadProjection,
-    heads: usize,
+    candidate: Candidate,
     target: &Rc<dyn TargetModel>,
+    batches: &[PackedBatch],
     ceilings: &Ceilings,
     say: &dyn Fn(&str),
 ) -> Result<TrainingRun> {
-    let config = MedusaConfig { num_heads: heads, num_layers: setup.num_layers, projection, ..MedusaConfig::default() };
-    say(&format!("training: {heads} heads, projection {}", json!(projection)));
-    let dimensions = target.dimensions();
-    let batches: Vec<PackedBatch> =
-        (0..2).map(|seed| programs::documents(&setup.lengths, setup.target.vocab_size, seed)).collect();
-    let tensors = (0..heads).flat_map(|head| config.head_tensors(head, dimensions.hidden_size, dimensions.vocab_size));
-    let trainable = tensors.map(|(_, shape)| shape.iter().product::<i64>()).sum();
-    let rows = rows_of_heads(&config, &batches[0]);
-    let operations = Operations {
-        target: target_operations(&setup.target, &setup.lengths),
-        draft: draft_operations(&config, &dimensions, &rows),
-    };
+    let Candidate { name, section, rows, chunk_rows, operations } = candidate;
+    say(&format!("training: {name}"));
+    let trainable = (draft::algorithm(&section)?.size)(&section, &target.dimensions())?.trainable;
+    let operations = Operations { target: operations::of_target(&setup.target, &setup.lengths), draft: operations };
     let measured = guarded(|| {
-        let mut session = Session::new(setup, &json!(config), target, &batches)?;
+        let mut session = Session::new(setup, &section, target, batches)?;
         session.measure(setup, operations, ceilings)
     });
     let (result, problem) = match measured {
@@ -207,14 +247,13 @@ fn one(
         Err(error) => return Err(error),
     };
     Ok(TrainingRun {
-        heads,
-        layers: setup.num_layers,
-        projection,
+        name,
+        draft: section,
         kind: if setup.kind == Kind::Float { "float32" } else { "bfloat16" }.to_owned(),
         trainable,
         tokens: batches[0].ids.len(),
-        rows: rows.iter().sum(),
-        chunk_rows: chunk_rows(setup.chunk_bytes, setup.target.vocab_size),
+        rows,
+        chunk_rows,
         operations,
         result,
         problem,
@@ -230,30 +269,6 @@ fn guarded<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
             _ => panic::resume_unwind(payload),
         }
     })
-}
-
-fn rows_of_heads(config: &MedusaConfig, batch: &PackedBatch) -> Vec<u64> {
-    let rows = |head| draft::supervision::trained_rows(batch, head, config.mask).rows.len() as u64;
-    (0..config.num_heads).map(rows).collect()
-}
-
-/// Forward pass of the layers on packed documents. The embedding is a look-up and the head is not run.
-fn target_operations(config: &LlamaConfig, lengths: &[i64]) -> u64 {
-    let matrices = config.tensors().into_iter().filter(|(name, shape)| name.contains(".layers.") && shape.len() == 2);
-    let weights: i64 = matrices.map(|(_, shape)| shape.iter().product::<i64>()).sum();
-    // Pairs of a query and a key it sees; each takes a score and a weighted value.
-    let pairs: i64 = lengths.iter().map(|length| length * (length + 1) / 2).sum();
-    let attention = 2 * pairs * config.num_attention_heads * config.head_dim() * config.num_hidden_layers as i64;
-    2 * (weights * lengths.iter().sum::<i64>() + attention) as u64
-}
-
-/// Forward and backward pass of the heads on their rows.
-fn draft_operations(config: &MedusaConfig, target: &Dimensions, rows: &[u64]) -> u64 {
-    let (hidden, vocabulary) = (target.hidden_size as u64, target.vocab_size as u64);
-    // A block: forward, gradient of the weight, and gradient of the input, which the first block has no use for.
-    let blocks = (3 * config.num_layers as u64 - 1) * hidden * hidden;
-    let passes = if config.projection == HeadProjection::Own { 3 } else { 2 };
-    2 * rows.iter().sum::<u64>() * (blocks + passes * vocabulary * hidden)
 }
 
 /// Everything a step works with.
@@ -281,11 +296,12 @@ impl<'a> Session<'a> {
         if let Device::Cuda(index) = device {
             shim::reset_cuda_peak(index)?;
         }
+        let vocabulary = spread_vocabulary(section, setup.target.vocab_size)?;
         let context = DraftContext {
             target: target.dimensions(),
             embedding: target.embedding(),
             head: target.head(),
-            vocabulary: None,
+            vocabulary: vocabulary.as_ref(),
             kind: setup.kind,
             device,
             seed: 1,
@@ -382,52 +398,38 @@ mod tests {
     use crate::eval::gpu_check::ceilings::{self, CeilingSizes};
 
     #[test]
-    fn counted_operations_equal_a_count_by_hand() {
-        let setup = TrainingSetup::quick().unwrap();
-        // H 96, width 168, 3 layers, N 4, G 2, D 32: q 128, k and v 64 each.
-        let layer = 96 * 128 + 2 * 96 * 64 + 128 * 96 + 3 * 96 * 168;
-        // Scores and weighted values of every visible pair, in four heads of 32.
-        let pairs = 24 * 25 / 2 + 9 * 10 / 2 + 17 * 18 / 2 + 14 * 15 / 2;
-        let target = 2 * 3 * (64 * layer + pairs * 2 * 4 * 32);
-        assert_eq!(target_operations(&setup.target, &setup.lengths), target);
-
-        let config = MedusaConfig { num_heads: 2, ..MedusaConfig::default() };
-        let batch = programs::documents(&setup.lengths, 307, 0);
-        // Supervised from token 10 of 24, 4 of 9, 7 of 17, 6 of 14: 14, 5, 10 and 8 tokens. Prediction k needs k + 2
-        // of them in a row, which each run of n has n - k - 1 times.
-        let rows = rows_of_heads(&config, &batch);
-        assert_eq!(rows, [13 + 4 + 9 + 7, 12 + 3 + 8 + 6]);
-        let dimensions = Dimensions::of(96, 307, 3, 128);
-        // Block: forward and weight gradient. Projection: forward, input gradient, weight gradient.
-        let own = 2 * 62 * (2 * 96 * 96 + 3 * 307 * 96);
-        assert_eq!(draft_operations(&config, &dimensions, &rows), own);
-        let shared = MedusaConfig { projection: HeadProjection::Shared, num_layers: 2, ..config };
-        let operations = 2 * 62 * (5 * 96 * 96 + 2 * 307 * 96);
-        assert_eq!(draft_operations(&shared, &dimensions, &rows), operations);
-    }
-
-    #[test]
     fn tiny_shapes_train_on_the_cpu() {
         let sizes = CeilingSizes { bfloat16: 64, float32: 64, ..CeilingSizes::QUICK };
         let ceilings = ceilings::measure(Device::Cpu, sizes).unwrap();
         for kind in [Kind::Float, Kind::BFloat16] {
             let setup = TrainingSetup { kind, ..TrainingSetup::quick().unwrap() };
             let runs = run(&setup, Device::Cpu, &ceilings, &|_| {}).unwrap();
-            let projections = runs.iter().map(|run| run.projection).collect::<Vec<_>>();
-            assert_eq!(projections, [HeadProjection::Own, HeadProjection::Shared]);
+            let names = runs.iter().map(|run| run.name.as_str()).collect::<Vec<_>>();
+            let eagle3 = ["eagle3 3 recomputed", "eagle3 3 one graph"];
+            assert_eq!(names, [&["medusa 5x1 own", "medusa 5x1 shared"][..], &eagle3].concat());
             assert_eq!(runs[0].trainable - runs[1].trainable, 5 * 307 * 96);
+            // Projections and target are small random matrices: nothing is known yet, and nothing was learned.
+            let learnt = |run: &TrainingRun, terms: i32, tokens: f64| {
+                run.result.as_ref().unwrap().loss / f64::ln(tokens) / ((1.0 - 0.8f64.powi(terms)) / 0.2)
+            };
             for run in &runs {
-                assert_eq!((run.heads, run.tokens, run.chunk_rows), (5, 64, 16));
                 check(run, ceilings.rate(kind));
+                let medusa = run.name.starts_with("medusa");
+                assert_eq!((run.tokens, run.chunk_rows), (64, if medusa { 16 } else { 5 }));
+                match medusa {
+                    true => assert!((learnt(run, 5, 307.0) - 1.0).abs() < 0.03, "{run:?}"),
+                    // A third of the tokens is in the draft's vocabulary; the other rows have no loss.
+                    false => assert!((0.1..0.7).contains(&learnt(run, 3, 100.0)), "{run:?}"),
+                }
             }
+            // Both ways are the same step, up to rounding.
+            let losses = [2, 3].map(|index| runs[index].result.as_ref().unwrap().loss);
+            assert!((losses[0] / losses[1] - 1.0).abs() < 1e-2, "{losses:?}");
         }
     }
 
     fn check(run: &TrainingRun, rate: f64) {
         let measured = run.result.as_ref().unwrap();
-        // Projections and target are small random matrices: nothing is known yet, and nothing was learned.
-        let weights = (1.0 - 0.8f64.powi(5)) / 0.2;
-        assert!((measured.loss / f64::ln(307.0) - weights).abs() < 0.5, "{measured:?}");
         let total = (run.operations.target + run.operations.draft) as f64;
         assert!((measured.operations_per_token * 64.0 / total - 1.0).abs() < 1e-9);
         assert!((measured.tokens_per_second * measured.step_ms / 64e3 - 1.0).abs() < 1e-9);
