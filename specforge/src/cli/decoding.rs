@@ -80,7 +80,7 @@ impl DecodingArgs {
 
     /// Opens the draft.
     pub(super) fn draft<'a>(&self, models: &'a Models) -> Result<Opened<'a>> {
-        let sampling = DraftSampling::for_policy(self.policy()?, &self.processors()?);
+        let sampling = DraftSampling::for_policy(self.policy()?, self.processors()?.temperature);
         open(self.draft.as_deref(), self.tree.as_deref(), (models.target.as_ref(), &self.target), sampling)
     }
 

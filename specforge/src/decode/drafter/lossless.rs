@@ -109,7 +109,7 @@ fn trees() -> Vec<DynamicTree> {
 }
 
 fn sampling(temperature: f64) -> DraftSampling {
-    DraftSampling::suited(Policy::Keyed { seed: SEED }, temperature)
+    DraftSampling::for_policy(Policy::Keyed { seed: SEED }, temperature)
 }
 
 fn every_tree(kind: Kind, trees: &[DynamicTree]) {
@@ -196,7 +196,7 @@ fn a_draft_that_is_the_target_is_always_right_under_rejection_too() {
     let target = target(1, 1.0, Kind::Double);
     let policy = Policy::Maximal { seed: 8 };
     let tree = DynamicTree { depth: 3, top_k: 2, nodes: 9, min_probability: 0.0 };
-    let drafter = model(tiny::target(1), &target, tree, DraftSampling::suited(policy, 1.0));
+    let drafter = model(tiny::target(1), &target, tree, DraftSampling::for_policy(policy, 1.0));
     let decoded = decode(&target, Box::new(drafter), options(policy, 1.0, 3));
     for round in decoded.iter().flat_map(|one| &one.rounds) {
         assert!(round.accepted >= round.tokens - 1);

@@ -11,7 +11,6 @@ use tch::Tensor;
 
 use super::policy::{Policy, Proposal};
 use crate::error::{Error, Result};
-use crate::nn::Processors;
 
 mod branches;
 pub mod choices;
@@ -56,11 +55,10 @@ pub enum DraftSampling {
 }
 
 impl DraftSampling {
-    /// What goes with a way to accept guesses.
-    pub fn for_policy(policy: Policy, processors: &Processors) -> Self {
-        let temperature = processors.temperature;
+    /// What suits a policy and a temperature of the target.
+    pub fn for_policy(policy: Policy, temperature: f64) -> Self {
         match policy {
-            _ if processors.is_greedy() => Self::Greedy,
+            _ if temperature == 0.0 => Self::Greedy,
             Policy::Keyed { seed } => Self::Keyed { temperature, seed },
             Policy::Maximal { seed } => Self::Drawn { temperature, seed },
             Policy::Typical { .. } => Self::Greedy,

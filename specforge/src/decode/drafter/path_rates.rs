@@ -241,7 +241,7 @@ pub fn measure(
     options: EngineOptions,
     progress: &mut dyn FnMut(usize),
 ) -> Result<Measured> {
-    let sampling = match DraftSampling::for_policy(options.policy, &options.processors) {
+    let sampling = match DraftSampling::for_policy(options.policy, options.processors.temperature) {
         // Draws have no ranks.
         DraftSampling::Drawn { .. } => DraftSampling::Greedy,
         sampling => sampling,

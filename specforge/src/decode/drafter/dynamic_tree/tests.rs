@@ -254,5 +254,5 @@ fn options_that_mean_nothing_are_refused() {
     }
     assert!(DraftSampling::Keyed { temperature: 0.0, seed: 1 }.check().is_err());
     assert!(DraftSampling::Drawn { temperature: f64::NAN, seed: 1 }.check().is_err());
-    assert_eq!(DraftSampling::suited(Policy::Keyed { seed: 4 }, 0.0), DraftSampling::Greedy);
+    assert_eq!(DraftSampling::for_policy(crate::decode::Policy::Keyed { seed: 4 }, 0.0), DraftSampling::Greedy);
 }

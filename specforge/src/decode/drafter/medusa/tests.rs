@@ -48,7 +48,7 @@ fn tau(decoded: &[Decoded]) -> f64 {
 }
 
 fn sampling(options: &EngineOptions) -> DraftSampling {
-    DraftSampling::for_policy(options.policy, &options.processors)
+    DraftSampling::for_policy(options.policy, options.processors.temperature)
 }
 
 #[test]

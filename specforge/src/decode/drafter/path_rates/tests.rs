@@ -111,7 +111,7 @@ fn a_replay_is_what_decoding_gives() {
         for nodes in [1, 4, 16] {
             let choices = rates.choose(nodes);
             let tree = ChoiceTree::from_choices(&choices).unwrap();
-            let sampling = DraftSampling::for_policy(options(1).policy, &options(1).processors);
+            let sampling = DraftSampling::for_policy(options(1).policy, options(1).processors.temperature);
             let drafter = MedusaDrafter::new(test_heads::good(&target, 3, 0.5), &tree, sampling);
             let mut engine = Engine::new(&target, Box::new(drafter), options(4)).unwrap();
             for (index, prompt) in prompts.iter().enumerate() {
