@@ -11,6 +11,7 @@ use crate::data::DataConfig;
 use crate::draft;
 use crate::draft::vocabulary::VocabularyKeys;
 use crate::error::{Error, Result};
+use crate::eval::acceptance::in_training::EvalConfig;
 use crate::optim::OptimConfig;
 use crate::strict;
 use crate::train::TrainConfig;
@@ -34,6 +35,9 @@ pub struct RunConfig {
     /// Which checkpoints are kept.
     #[serde(default)]
     pub checkpoint: RetentionConfig,
+    /// Decoding of held-out prompts on the way.
+    #[serde(default)]
+    pub eval: EvalConfig,
 }
 
 /// The `target` section.
@@ -128,6 +132,7 @@ impl RunConfig {
         }
         config.train.validate()?;
         config.optim.validate()?;
+        config.eval.validate()?;
         Ok(config)
     }
 }

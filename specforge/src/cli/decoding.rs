@@ -103,7 +103,9 @@ impl DecodingArgs {
         let seed = self.seed;
         let refuse = || {
             let got = &self.policy;
-            Err(Error::Usage(format!("--policy: expected keyed, maximal, typical or typical:EPSILON,ALPHA, got `{got}`")))
+            Err(Error::Usage(format!(
+                "--policy: expected keyed, maximal, typical or typical:EPSILON,ALPHA, got `{got}`"
+            )))
         };
         match self.policy.as_str() {
             "keyed" => Ok(Policy::Keyed { seed }),

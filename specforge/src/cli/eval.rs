@@ -54,7 +54,9 @@ pub(super) fn run(args: &EvalArgs, output: &Output) -> Result<()> {
         _ => "lossy",
     };
     let mut listener = match &args.trace {
-        Some(path) => Traced::Recorded(Box::new(Recorder::create(path, args.decoding.header(&models, &opened, args.batch)?)?)),
+        Some(path) => {
+            Traced::Recorded(Box::new(Recorder::create(path, args.decoding.header(&models, &opened, args.batch)?)?))
+        }
         None => Traced::Not(Silent),
     };
     let progress = LazyProgress::new("eval", "questions");

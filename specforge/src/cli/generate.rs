@@ -251,4 +251,3 @@ impl Listener for Printer<'_> {
         self.print(&text, event.source)
     }
 }
-

@@ -14,8 +14,9 @@ use crate::config::RunConfig;
 use crate::data::{self, BuildReport, ChatTokenizer, TokenCache};
 use crate::device;
 use crate::draft::vocabulary::{Corpus, Vocabulary, VocabularyKeys};
-use crate::draft::{self, DraftContext};
+use crate::draft::{self, DraftContext, DraftModel};
 use crate::error::{Error, Result};
+use crate::eval::acceptance::in_training;
 use crate::export;
 use crate::features::{FeatureSource, OnlineFeatures, RememberedFeatures, StoredFeatures};
 use crate::files;
@@ -56,7 +57,9 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     let out = &config.train.output_dir;
     let algorithm = draft::algorithm(&config.draft)?;
     let mut retention = config.checkpoint.clone();
-    retention.best_metric.get_or_insert_with(|| algorithm.selection_metric.to_owned());
+    // What decoding really accepts goes before what the draft's own metrics promise.
+    let chosen = if config.eval.every > 0 { in_training::METRIC } else { algorithm.selection_metric };
+    retention.best_metric.get_or_insert_with(|| chosen.to_owned());
     let store = CheckpointStore::open(out, retention)?;
     let (latest, warnings) = store.latest()?;
     warnings.iter().for_each(|warning| note(format!("warning: {warning}")));
@@ -111,7 +114,7 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
 
     // Target and draft.
     let kind = config.target.dtype.kind();
-    let (tables, source) = target(&config, device, &tokenizer)?;
+    let Target { tables, source, model } = target(&config, device, &tokenizer)?;
     let dimensions = tables.dimensions;
     fits_vocabulary(&tokenizer, dimensions.vocab_size, &config.target.path)?;
     for cache in [Some(&train_cache), eval_cache.as_ref()].into_iter().flatten() {
@@ -144,6 +147,21 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         stored.require(&draft.capture(), &[(&train_cache, &train_documents), eval])?;
     }
 
+    let held_out = eval_cache.as_ref().unwrap_or(&train_cache);
+    let prompts = in_training::prompts(&config.eval, held_out, &eval_documents, dimensions.max_position_embeddings);
+    let decoding = |draft: &dyn DraftModel| match &model {
+        Some(model) => in_training::measure(&config.eval, draft, model.as_ref(), &prompts, tokenizer.eos_token_ids()),
+        None => Ok(BTreeMap::new()),
+    };
+    if config.eval.every > 0 {
+        if prompts.is_empty() {
+            let problem = "there are no held-out documents with a prompt to decode";
+            return Err(Error::config("eval.every", problem)
+                .with_hint("set data.eval_fraction or data.eval, or eval.every to 0"));
+        }
+        // A tree that cannot be used is found before the first step.
+        decoding(draft.as_ref())?;
+    }
     let start_step = checkpoint.as_ref().map(|checkpoint| checkpoint.manifest.step);
     let tracker = Tracker::open(out, start_step)?;
     let parts = TrainerParts {
@@ -155,6 +173,7 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         eval: Split { cache: eval_cache.as_ref().unwrap_or(&train_cache), documents: eval_documents },
         store,
         tracker,
+        decoding: (config.eval.every, &decoding),
         provenance: Provenance { configuration: resolved.clone(), versions: Versions::current(), data_hashes },
         stop: &stop.number,
     };
@@ -186,6 +205,7 @@ const RESUMABLE: &[&str] = &[
     "train.micro_batch_tokens",
     "train.output_dir",
     "checkpoint",
+    "eval",
     "data.cache_dir",
     // The map's hash is compared instead: where the file lies changes nothing.
     "draft.vocab_map",
@@ -240,24 +260,40 @@ impl Source {
     }
 }
 
-/// What the draft takes from the target, and the source of its hidden states. With a store, the layers are not loaded.
-fn target(config: &RunConfig, device: Device, tokenizer: &ChatTokenizer) -> Result<(TargetTables, Source)> {
+/// What a run has of its target.
+struct Target {
+    /// What the draft takes from it.
+    tables: TargetTables,
+    /// Where its hidden states come from.
+    source: Source,
+    /// The target itself, where it was loaded.
+    model: Option<Rc<dyn models::TargetModel>>,
+}
+
+/// Loads the target. With a store, the layers are loaded only to decode with.
+fn target(config: &RunConfig, device: Device, tokenizer: &ChatTokenizer) -> Result<Target> {
     let (path, kind) = (&config.target.path, config.target.dtype.kind());
     note(format!("loading {} on {}", path.display(), device::name(device)));
     if let Some(folder) = &config.target.feature_store {
-        let tables = models::load_tables(path, kind, device)?;
+        let decodes = config.eval.every > 0;
+        let model: Option<Rc<dyn models::TargetModel>> =
+            if decodes { Some(models::load_target(path, kind, device)?.into()) } else { None };
+        let tables = match &model {
+            Some(model) => TargetTables::of(model.as_ref()),
+            None => models::load_tables(path, kind, device)?,
+        };
         let identity = TargetIdentity::read(path)?;
         let stored = StoredFeatures::open(folder, &identity, &tables, tokenizer.fingerprint(), &check_progress())?;
-        return Ok((tables, Source::Stored(Box::new(stored))));
+        return Ok(Target { tables, source: Source::Stored(Box::new(stored)), model });
     }
-    let target: Rc<dyn models::TargetModel> = models::load_target(path, kind, device)?.into();
-    let tables = TargetTables::of(target.as_ref());
-    let online = OnlineFeatures::new(target);
+    let model: Rc<dyn models::TargetModel> = models::load_target(path, kind, device)?.into();
+    let tables = TargetTables::of(model.as_ref());
+    let online = OnlineFeatures::new(Rc::clone(&model));
     let source = match config.target.keep_hidden_states {
         true => Source::Remembered(RememberedFeatures::new(online)),
         false => Source::Online(online),
     };
-    Ok((tables, source))
+    Ok(Target { tables, source, model: Some(model) })
 }
 
 /// Says how much of a large store is checked.

@@ -71,9 +71,14 @@ pub struct TrainerParts<'a> {
     pub tracker: Tracker,
     /// What checkpoints record about the run.
     pub provenance: Provenance,
+    /// Decodes with the draft as it is now, every so many steps; not at all at 0.
+    pub decoding: (u64, Decoding<'a>),
     /// Number of the signal that asked the run to stop; 0 for none.
     pub stop: &'a AtomicI32,
 }
+
+/// Measures the draft by decoding with it.
+pub type Decoding<'a> = &'a dyn Fn(&dyn DraftModel) -> Result<BTreeMap<String, f64>>;
 
 /// What a run did.
 #[derive(Debug, Clone, Serialize)]
@@ -186,8 +191,12 @@ impl<'a> Trainer<'a> {
         let started = Instant::now();
         let (first_step, first_tokens) = (self.first_step, self.position.tokens);
         let mut report = self.empty_report();
+        let (decode_every, decoding) = self.parts.decoding;
         if first_step == 0 {
             report.start = self.evaluate()?;
+            if decode_every > 0 {
+                report.start.extend(decoding(self.parts.draft)?);
+            }
             self.log_evaluation(&report.start)?;
         }
         let progress = Progress::resumed("train", self.total_steps, "steps", first_step);
@@ -208,17 +217,26 @@ impl<'a> Trainer<'a> {
                     self.check_finite()?;
                     self.log(&mut window, tokens_per_second, &progress)?;
                 }
+                // Metrics of an evaluation at an earlier step say nothing about these weights.
+                let mut measured = BTreeMap::new();
+                let decode = decode_every > 0 && (last || (due(decode_every) && !ends));
                 if last || (due(config.eval_every) && !ends) {
                     self.check_finite()?;
-                    report.end = self.evaluate()?;
-                    self.log_evaluation(&report.end)?;
-                    progress.println(&eval_line(step, &report.end));
+                    measured = self.evaluate()?;
                 }
-                if due(config.save_every) || ends {
+                if decode {
                     self.check_finite()?;
-                    // Metrics of an evaluation at an earlier step say nothing about these weights.
-                    let evaluated = last || due(config.eval_every);
-                    report.checkpoint = self.save(if evaluated { report.end.clone() } else { BTreeMap::new() })?;
+                    measured.extend(decoding(self.parts.draft)?);
+                }
+                if !measured.is_empty() {
+                    self.log_evaluation(&measured)?;
+                    progress.println(&eval_line(step, &measured));
+                    report.end.clone_from(&measured);
+                }
+                // What was decoded with is kept, so that the best can be found again.
+                if due(config.save_every) || decode || ends {
+                    self.check_finite()?;
+                    report.checkpoint = self.save(measured)?;
                     saved_at = Some(step);
                 }
                 if ends {
@@ -231,6 +249,9 @@ impl<'a> Trainer<'a> {
         if report.end.is_empty() && report.stopped_by.is_none() {
             // A resumed run that had nothing left to do. Its last evaluation is in the log already.
             report.end = self.evaluate()?;
+            if decode_every > 0 {
+                report.end.extend(decoding(self.parts.draft)?);
+            }
         }
         if let Some(step) = saved_at.filter(|_| report.checkpoint.as_os_str().is_empty()) {
             report.checkpoint = self.parts.store.folder_of(step);

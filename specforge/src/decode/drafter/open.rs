@@ -108,14 +108,16 @@ fn from_folder<'a>(
     if formats(&[export::eagle3::RAW, export::eagle3::SPECULATORS]) {
         let imported = export::eagle3::read(folder, Some(target.dimensions().num_layers))?;
         let notes = imported.warnings.clone();
-        let opened = eagle3(Eagle3Parts::from(imported), tree, target, sampling).map_err(|error| of_folder(folder, error))?;
+        let opened =
+            eagle3(Eagle3Parts::from(imported), tree, target, sampling).map_err(|error| of_folder(folder, error))?;
         return Ok(Opened { notes, ..opened });
     }
     let model = models::load_target(folder, target.kind(), target.device())?;
     let tokenizers = [ChatTokenizer::load(target_path, None)?, ChatTokenizer::load(folder, None)?];
     ModelDrafter::check_tokenizers(&tokenizers[0], &tokenizers[1]).map_err(|error| of_folder(folder, error))?;
     let (tree, text) = dynamic(tree)?;
-    let drafter = ModelDrafter::new(model, &target.dimensions(), tree, sampling).map_err(|error| of_folder(folder, error))?;
+    let drafter =
+        ModelDrafter::new(model, &target.dimensions(), tree, sampling).map_err(|error| of_folder(folder, error))?;
     Ok(opened(Box::new(drafter), "model", text))
 }
 

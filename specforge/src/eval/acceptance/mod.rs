@@ -19,6 +19,7 @@ use crate::models::{ForwardInput, LogitRows, TargetModel};
 use crate::nn::{AttentionMask, noise};
 
 pub mod html;
+pub mod in_training;
 pub mod questions;
 pub mod report;
 
