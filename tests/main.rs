@@ -18,5 +18,6 @@ mod layers;
 mod medusa;
 mod resume;
 mod store;
+mod tracing;
 mod training;
 mod vocab;
