@@ -2,10 +2,11 @@
 //! without a cache says which of them is wrong.
 //!
 //! - `file` is the format and its reader, `recorder` its writer, an engine's listener; `metrics` how rows are compared.
-//! - `structure` finds what is wrong inside one trace, `compare` aligns two, `judge` asks the target, `text` is the
-//!   readable report.
+//! - `structure` finds what is wrong inside one trace, `compare` and `draft` align two, `judge` asks the target,
+//!   `text` is the readable report.
 
 pub mod compare;
+mod draft;
 pub mod file;
 pub mod judge;
 pub mod metrics;
