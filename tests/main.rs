@@ -18,6 +18,7 @@ mod layers;
 mod medusa;
 mod resume;
 mod store;
+mod tracing;
 mod training;
 mod tree;
 mod vocab;

@@ -56,7 +56,7 @@ impl Judge<'_> {
         split(&self.forward(&ids, &positions, &AttentionMask::Causal, &wanted, &[])?)
     }
 
-    /// Why a recorded row is not the target's row at its node.
+    /// Why a recorded row is not the target's row at its node; nothing where it is, in a pass of the tree's own shape.
     pub(super) fn explain(
         &self,
         committed: &[u32],
@@ -64,25 +64,31 @@ impl Judge<'_> {
         slot: usize,
         recorded: &[f64],
         tolerance: f64,
-    ) -> Result<(Name, String)> {
+    ) -> Result<Option<(Name, String)>> {
         let is_it = |row: &[f64]| row.iter().zip(recorded).all(|(a, b)| a == b || (a - b).abs() <= tolerance);
         let right = self.tree(committed, round, Mistake::None)?;
+        if right.get(slot).is_some_and(|row| is_it(row)) {
+            return Ok(None);
+        }
         if let Some(other) = right.iter().position(|row| is_it(row)) {
-            return Ok((Name::WrongSlot, format!("the recorded row is that of slot {other}, not of slot {slot}")));
+            return Ok(Some((
+                Name::WrongSlot,
+                format!("the recorded row is that of slot {other}, not of slot {slot}"),
+            )));
         }
         for (mistake, name, text) in MISTAKES {
             let rows = self.tree(committed, round, mistake)?;
             if rows.get(slot).is_some_and(|row| is_it(row)) {
-                return Ok((name, format!("the recorded row is that of slot {slot} {text}")));
+                return Ok(Some((name, format!("the recorded row is that of slot {slot} {text}"))));
             }
         }
-        Ok(match slot {
+        Ok(Some(match slot {
             0 => (
                 Name::CacheContents,
                 "the root's row is wrong: what it sees of the cache is not the committed text".to_owned(),
             ),
             _ => (Name::TreePass, format!("the row of slot {slot} fits no mask and no positions that were tried")),
-        })
+        }))
     }
 
     /// The slot whose row chooses as the record says, by `chooses`.

@@ -44,7 +44,7 @@ fn models() -> (LlamaTarget, LlamaTarget) {
     // Peaky, so that a draft is often right; token 0 is a frequent answer.
     let peaky = |name: &str, tensor: tch::Tensor| {
         if name == "lm_head.weight" {
-            let _ = tensor.get(0).copy_(&(tensor.get(0) * 1.6));
+            tensor.get(0).copy_(&(tensor.get(0) * 1.6));
             return tensor * 1.5;
         }
         tensor
@@ -157,8 +157,8 @@ fn a_near_tie_is_nobodys_fault() {
     let tied = |offset: f64| {
         tiny::target_with(1, &|name, tensor| {
             if name == "lm_head.weight" {
-                let _ = tensor.get(20).copy_(&(tensor.get(0) * (1.0 + offset) * 3.0));
-                let _ = tensor.get(0).copy_(&(tensor.get(0) * 3.0));
+                tensor.get(20).copy_(&(tensor.get(0) * (1.0 + offset) * 3.0));
+                tensor.get(0).copy_(&(tensor.get(0) * 3.0));
             }
             tensor
         })

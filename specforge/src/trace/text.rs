@@ -20,7 +20,7 @@ pub fn text(comparison: &Comparison, word: &dyn Fn(u32) -> Option<String>) -> St
         comparison.requests,
         comparison.positions,
         number(comparison.max_difference),
-        comparison.tolerance,
+        comparison.tolerance.rows,
         if comparison.judged { "; judged by passes without a cache" } else { "; not judged: name --target" }
     );
     for note in &comparison.notes {
