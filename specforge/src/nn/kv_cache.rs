@@ -411,6 +411,22 @@ mod tests {
     }
 
     #[test]
+    fn what_came_true_of_several_passes_stays() {
+        let mut cache = KvCache::new(1, 2, 1, 1, 1, OPTIONS);
+        write(&mut cache, &[&[11, 12], &[21, 99]]);
+        cache.advance(&[2, 1]);
+        let base = cache.lengths().to_vec();
+        for (first, second) in [([1, 2], [3, 4]), ([5, 6], [7, 8])] {
+            write(&mut cache, &[&first, &second]);
+            cache.advance(&[2, 2]);
+        }
+        cache.keep_behind(&base, &[vec![1, 2], vec![3]]);
+        assert_eq!(cache.lengths(), [4, 2]);
+        let want = [11.0, 12.0, 2.0, 5.0, 13.0, 21.0, 8.0, 22.0, 0.0, 0.0];
+        assert_eq!(write(&mut cache, &[&[13], &[22]]), want);
+    }
+
+    #[test]
     fn growth_keeps_everything() {
         let mut cache = KvCache::new(1, 1, 1, 1, 0, OPTIONS);
         let mut want = Vec::new();

@@ -37,7 +37,7 @@ fn draft(kind: Kind, extra: &Value) -> Eagle3 {
     let draft = Eagle3::new(config, &context).unwrap();
     let _guard = tch::no_grad_guard();
     for (stream, parameter) in (100..).zip(draft.parameters()) {
-        let mut value = noise::normal(&parameter.value.size(), 0.4, 7, stream).to_kind(kind);
+        let mut value = noise::normal(&parameter.value.size(), 0.15, 7, stream).to_kind(kind);
         if parameter.value.dim() == 1 {
             value += 1.0;
         }
