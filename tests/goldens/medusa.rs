@@ -99,9 +99,9 @@ pub fn check(path: &Path) -> Result<String, String> {
     let own = cross_entropy(&base, &Tensor::from_slice(&own_labels), &mut projection, None, 5)
         .map_err(|error| error.to_string())?;
     near("medusa2_loss", &(tally.objective + own.sum / own_rows.len() as f64), &get("l.medusa2_loss")?.squeeze())?;
-    let trees = super::medusa_trees::check_buffers(&super::Golden::open(path)?)?;
+    let (trees, verifications) = super::medusa_trees::check_buffers(&super::Golden::open(path)?)?;
     Ok(format!(
-        "{trees} trees, {num_heads} heads of {num_layers} blocks: logits, losses, {} gradients",
+        "{trees} trees, {verifications} verifications, {num_heads} heads of {num_layers} blocks: logits, losses, {} gradients",
         gradients.len()
     ))
 }

@@ -21,17 +21,19 @@ use super::Golden;
 /// Guesses kept for each depth.
 const TOP_K: usize = 10;
 
-/// Checks every tree of a tensor file and returns how many there were.
-pub fn check_buffers(golden: &Golden) -> Result<usize, String> {
+/// Checks every tree of a tensor file, and returns how many there were and how many verifications with them.
+pub fn check_buffers(golden: &Golden) -> Result<(usize, usize), String> {
     let names: Vec<String> =
         golden.names_after("").filter_map(|name| name.strip_suffix(".choices")).map(str::to_owned).collect();
+    let mut verifications = 0;
     for name in &names {
-        check_tree(golden, name).map_err(|problem| format!("tree {name}: {problem}"))?;
+        verifications += check_tree(golden, name).map_err(|problem| format!("tree {name}: {problem}"))?;
     }
-    Ok(names.len())
+    Ok((names.len(), verifications))
 }
 
-fn check_tree(golden: &Golden, name: &str) -> Result<(), String> {
+/// Returns how many verifications there were.
+fn check_tree(golden: &Golden, name: &str) -> Result<usize, String> {
     let choices = rows(golden, &format!("{name}.choices"))?;
     let tree = ChoiceTree::from_choices(&choices).map_err(|error| error.to_string())?;
     let topology = tree.topology();
@@ -53,7 +55,7 @@ fn check_tree(golden: &Golden, name: &str) -> Result<(), String> {
     }
     // Candidates of one step, where the file has them.
     if !golden.has(&format!("c.{name}.tree")) {
-        return Ok(());
+        return Ok(0);
     }
     let root = golden.tensor(&format!("c.{name}.base_logits"))?.flatten(0, -1).argmax(0, false).int64_value(&[]);
     let heads = golden.tensor(&format!("c.{name}.medusa_logits"))?; // [K, 1, 1, V]
@@ -66,14 +68,13 @@ fn check_tree(golden: &Golden, name: &str) -> Result<(), String> {
     if golden.integers(&format!("c.{name}.tree"))? != tokens {
         return Err("candidates differ".to_owned());
     }
-    for case in 0.. {
-        if !golden.has(&format!("v.{name}.{case}.tree_logits")) {
-            break;
-        }
-        check_verification(golden, (name, case), &tree, &tokens, &paths)
-            .map_err(|problem| format!("verification {case}: {problem}"))?;
+    let mut cases = 0;
+    while golden.has(&format!("v.{name}.{cases}.tree_logits")) {
+        check_verification(golden, (name, cases), &tree, &tokens, &paths)
+            .map_err(|problem| format!("verification {cases}: {problem}"))?;
+        cases += 1;
     }
-    Ok(())
+    Ok(cases)
 }
 
 /// The target's rows over the nodes, processed.

@@ -12,6 +12,7 @@ use crate::draft::vocabulary;
 use crate::error::{Error, Result};
 use crate::export;
 use crate::models::TargetModel;
+use crate::nn::linear::linear;
 use crate::nn::noise;
 use crate::vocab::VocabMap;
 
@@ -139,17 +140,15 @@ impl MedusaHeads {
         let backbone = |head: &Head| {
             head.blocks
                 .iter()
-                .fold(states.shallow_clone(), |x, (weight, bias)| &x + x.linear(weight, Some(bias)).silu())
+                .fold(states.shallow_clone(), |x, (weight, bias)| &x + linear(&x, weight, Some(bias)).silu())
         };
         match &self.shared {
             // One product for all heads: the projection is read once.
-            Some(shared) => {
-                Tensor::stack(&heads.iter().map(backbone).collect::<Vec<_>>(), 0).linear(shared, None::<&Tensor>)
-            }
+            Some(shared) => linear(&Tensor::stack(&heads.iter().map(backbone).collect::<Vec<_>>(), 0), shared, None),
             None => {
                 // Every projection is another matrix and is read once in any case.
                 let project = |head: &Head| match &head.projection {
-                    Some(own) => backbone(head).linear(own, None::<&Tensor>),
+                    Some(own) => linear(&backbone(head), own, None),
                     None => backbone(head),
                 };
                 Tensor::stack(&heads.iter().map(project).collect::<Vec<_>>(), 0)
