@@ -42,15 +42,14 @@ impl Linear {
 
 /// `input [.., in]` times the transpose of `weight [out, in]`, plus `bias [out]`.
 ///
-/// Where nothing asks for a gradient, several float32 rows on the CPU are multiplied by oneDNN, but for the few of a
-/// draft tree, which have a kernel of their own (`csrc/few_rows.cpp`); everything else is libtorch's `linear`. A single
-/// row is bound by memory, and there MKL's kernel is the better one.
+/// Where nothing asks for a gradient, float32 rows on the CPU are multiplied by oneDNN, but for the few of a draft tree,
+/// which have a kernel of their own (`csrc/few_rows.cpp`); everything else is libtorch's `linear`.
 pub fn linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
     let plain =
         |tensor: &Tensor| tensor.device() == Device::Cpu && tensor.kind() == Kind::Float && !tensor.requires_grad();
     let [out, width] = <[i64; 2]>::try_from(weight.size()).unwrap_or([0, 1]);
     let rows = input.numel() as i64 / width.max(1);
-    if rows < 2 || !(plain(input) && plain(weight) && bias.is_none_or(plain)) {
+    if rows < 1 || !(plain(input) && plain(weight) && bias.is_none_or(plain)) {
         return input.linear(weight, bias);
     }
     // Two groups of rows read a weight of many outputs twice, and there oneDNN does not rearrange it.
