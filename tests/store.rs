@@ -15,6 +15,7 @@ use tch::{Device, Kind};
 use crate::fixture::{Workspace, contents, conversations, json_of, litter, model_config, model_tensors, output_of};
 use crate::fixture::{specforge, stderr_of, write_model};
 
+mod eagle3;
 mod tampered;
 
 const ELEMENTS: [&str; 3] = ["float32", "bfloat16", "float8"];
