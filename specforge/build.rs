@@ -11,19 +11,24 @@ fn main() {
         env::var("DEP_TCH_LIBTORCH_LIB").expect("torch-sys names the folder of libtorch it was built with"),
     );
     let include = library_dir.with_file_name("include");
-    let compile = |files: &[&str], optimisation: u32, name: &str| {
-        cc::Build::new()
-            .cpp(true)
-            .std("c++17")
-            .opt_level(optimisation)
-            .warnings(false)
-            .include(&include)
-            .include(include.join("torch/csrc/api/include"))
-            .files(files)
-            .compile(name);
+    let build = |files: &[&str], optimisation: u32| {
+        let mut build = cc::Build::new();
+        build.cpp(true).std("c++17").opt_level(optimisation).warnings(false);
+        build.include(&include).include(include.join("torch/csrc/api/include")).files(files);
+        build
     };
-    // Calls into libtorch, which nothing makes faster here, and a kernel, which is nothing without its optimisation.
-    compile(&["csrc/shim.cpp", "csrc/autograd.cpp"], 1, "specforge_shim");
-    compile(&["csrc/few_rows.cpp"], 3, "specforge_kernels");
+    // Calls into libtorch, which nothing makes faster here.
+    build(&["csrc/shim.cpp", "csrc/autograd.cpp"], 1).compile("specforge_shim");
+    // A kernel, which is nothing without its optimisation. Its threads are those of libtorch's own OpenMP library: a
+    // second one would keep threads of its own, that wait by spinning.
+    let mut kernels = build(&["csrc/few_rows.cpp"], 3);
+    let is_openmp = |name: &std::ffi::OsString| name.to_string_lossy().starts_with("libgomp");
+    let entries = std::fs::read_dir(&library_dir).into_iter().flatten().flatten();
+    let openmp = entries.map(|entry| entry.file_name()).find(is_openmp).map(|name| library_dir.join(name));
+    if let Some(openmp) = openmp.filter(|_| kernels.get_compiler().is_like_gnu()) {
+        kernels.flag("-fopenmp");
+        println!("cargo:rustc-link-arg={}", openmp.display());
+    }
+    kernels.compile("specforge_kernels");
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", library_dir.display());
 }

@@ -150,7 +150,10 @@ fn an_evaluation_proves_losslessness_and_writes_a_report() {
         assert_eq!(one["accepted_lengths"], three["accepted_lengths"]);
     }
     let maximal = eval(&["--draft", draft, "--temperature", "0.9", "--policy", "maximal"]);
-    assert_eq!((&maximal["lossless"]["promise"], &maximal["lossless"]["compared"]), (&json!("distribution"), &json!(0)));
+    assert_eq!(
+        (&maximal["lossless"]["promise"], &maximal["lossless"]["compared"]),
+        (&json!("distribution"), &json!(0))
+    );
 }
 
 #[test]

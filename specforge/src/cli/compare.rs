@@ -7,9 +7,11 @@ use tch::Kind;
 
 use super::{Output, note};
 use crate::data::ChatTokenizer;
+use crate::decode::drafter::{self, DraftSampling};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::models;
+use crate::trace::judge::NewDrafter;
 use crate::trace::{self, Judge, ModelName, Trace};
 
 /// Says where two recorded decodes differ, and which of them is wrong.
@@ -56,9 +58,17 @@ pub(super) fn run(args: &CompareArgs, output: &Output) -> Result<()> {
             Some(models::load_target(folder, kind, device::choose(&args.device)?)?)
         }
     };
-    let judge = target.as_deref().map(|target| Judge { target, drafter: None });
-    let comparison = trace::compare(&a, &b, judge.as_ref())?;
     let folder = args.target.as_ref().unwrap_or(&a.header.target.path);
+    let draft = draft_of(&a);
+    let new = || {
+        let settings = &a.header.settings;
+        let sampling = DraftSampling::for_policy(settings.policy, settings.processors.temperature);
+        let target = target.as_deref().ok_or_else(|| Error::Failed("there is no target to draft for".to_owned()))?;
+        Ok(drafter::open(draft.as_deref(), Some(&settings.tree), (target, folder), sampling)?.drafter)
+    };
+    let new: NewDrafter<'_> = &new;
+    let judge = target.as_deref().map(|target| Judge { target, drafter: draft.is_some().then_some(new) });
+    let comparison = trace::compare(&a, &b, judge.as_ref())?;
     let tokenizer = ChatTokenizer::load(folder, None).ok();
     if tokenizer.is_none() && !output.json {
         note(format!("{}: no tokenizer there; tokens are shown as numbers", folder.display()));
@@ -68,5 +78,24 @@ pub(super) fn run(args: &CompareArgs, output: &Output) -> Result<()> {
     match comparison.verdict.is_sound() {
         true => Ok(()),
         false => Err(Error::Failed(format!("the traces differ: {}", comparison.verdict.words()))),
+    }
+}
+
+/// What the first trace was drafted with, as `--draft` names it; nothing where it is not there as it was.
+fn draft_of(trace: &Trace) -> Option<String> {
+    match &trace.header.draft {
+        None => (trace.header.settings.drafter == drafter::open::PROMPT_LOOKUP)
+            .then(|| drafter::open::PROMPT_LOOKUP.to_owned()),
+        Some(recorded) => {
+            let now = ModelName::draft(&recorded.path).ok();
+            let same = now.is_some_and(|now| now.identity == recorded.identity);
+            if !same {
+                note(format!(
+                    "{}: the draft is not there as it was; who is wrong about guesses stays open",
+                    recorded.path.display()
+                ));
+            }
+            same.then(|| recorded.path.to_string_lossy().into_owned())
+        }
     }
 }

@@ -12,17 +12,17 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use super::autoregressive::{self, Finish, Request};
 use super::drafter::{Context, Drafter, Joining, Progress, last};
 use super::event::{Committed, Listener, Round, Source, Started};
-use super::policy::{self, Limits, Policy, Proposal, Rows, Verdict};
+use super::policy::{self, Limits, Policy, Proposal, Verdict};
 use crate::error::{Error, Result};
 use crate::models::{ForwardInput, ForwardOutput, LogitRows, TargetModel};
-use crate::nn::processors::argmax;
 use crate::nn::{AttentionMask, KvCache, Processors};
 use crate::tree::TokenTree;
+use target_rows::{TargetRows, greedy_choices};
 
 /// How an engine decodes.
 #[derive(Debug, Clone)]
@@ -585,78 +585,8 @@ pub(crate) fn visible(trees: &[&TokenTree], nodes: usize, lengths: &[i64]) -> Te
     Tensor::from_slice(&mask).view([trees.len() as i64, nodes as i64, slots as i64])
 }
 
-/// The most likely token of every row, where that is what is chosen: `[R]`, one copy from the device.
-fn greedy_choices(processors: &Processors, output: &ForwardOutput) -> Result<Option<Vec<i64>>> {
-    let logits = output.logits.as_ref().filter(|_| processors.leaves_the_greedy_choice());
-    logits.map(|logits| Ok(Vec::try_from(logits.argmax(-1, false))?)).transpose()
-}
+mod target_rows;
 
-/// Rows of one request in a pass.
-struct TargetRows<'a> {
-    logits: &'a Tensor,
-    first: usize,
-    committed: &'a [u32],
-    tree: Option<&'a TokenTree>,
-    greedy: Option<&'a [i64]>,
-    processors: &'a Processors,
-}
-
-impl<'a> TargetRows<'a> {
-    fn new(
-        output: &'a ForwardOutput,
-        first: usize,
-        count: usize,
-        committed: &'a [u32],
-        greedy: Option<&'a [i64]>,
-        processors: &'a Processors,
-    ) -> Result<Self> {
-        let missing = || Error::Failed("the target returned no logits although they were asked for".to_owned());
-        let logits = output.logits.as_ref().ok_or_else(missing)?;
-        debug_assert!(logits.size()[0] >= (first + count) as i64);
-        Ok(Self { logits, first, committed, tree: None, greedy, processors })
-    }
-
-    /// The row of a node as the target gave it, `[V]`.
-    fn raw(&self, node: usize) -> Tensor {
-        self.logits.get((self.first + node) as i64)
-    }
-}
-
-impl Rows for TargetRows<'_> {
-    fn row(&mut self, path: &[usize]) -> Result<Vec<f64>> {
-        let node = path.last().copied().unwrap_or(0);
-        let mut row: Vec<f64> = Vec::try_from(self.raw(node).to_device(Device::Cpu).to_kind(Kind::Double))?;
-        // Minus infinity rules a token out; NaN says that the target is broken, and so does a row of nothing else.
-        if row.iter().any(|logit| logit.is_nan()) {
-            return Err(Error::Failed("the target's logits for this prompt are not numbers".to_owned()));
-        }
-        let guessed = self.tree.map_or(&[][..], TokenTree::tokens);
-        let first = 1;
-        #[cfg(test)]
-        let first = if fault::active(fault::Fault::ContextWithoutPath) { path.len() } else { first };
-        let along = path.iter().skip(first).map(|&node| guessed[node]);
-        self.processors.apply(&mut row, self.committed.iter().copied().chain(along));
-        Ok(row)
-    }
-
-    fn greedy(&mut self, path: &[usize]) -> Result<u32> {
-        let node = path.last().copied().unwrap_or(0);
-        match self.greedy {
-            Some(choices) => {
-                let token = choices[node];
-                // libtorch's argmax takes NaN for the largest value.
-                if self.raw(node).double_value(&[token]).is_nan() {
-                    return Err(Error::Failed("the target's logits for this prompt are not numbers".to_owned()));
-                }
-                Ok(token as u32)
-            }
-            None => Ok(argmax(&self.row(path)?) as u32),
-        }
-    }
-}
-
-#[cfg(test)]
-use super::fault;
 #[cfg(test)]
 mod seeded;
 #[cfg(test)]

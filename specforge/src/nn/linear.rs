@@ -53,7 +53,7 @@ pub fn linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor 
         return input.linear(weight, bias);
     }
     // Two groups of rows read a weight of many outputs twice, and there oneDNN does not rearrange it.
-    let few = (6..=16).contains(&rows) || ((17..=32).contains(&rows) && out <= 8 * width);
+    let few = (2..=16).contains(&rows) || ((17..=32).contains(&rows) && out <= 8 * width);
     if few && weight.is_contiguous() && few_rows_pay() {
         let product = few_rows_linear(&input.contiguous(), weight);
         return match bias {
@@ -124,8 +124,8 @@ mod tests {
     #[test]
     fn the_few_rows_of_a_tree_equal_the_product_in_double() {
         tch::manual_seed(5);
-        for rows in [12, 13, 15, 16, 17, 31, 32, 33] {
-            for (out, width) in [(24, 576), (7, 33), (9, 1), (300, 130)] {
+        for rows in [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33] {
+            for (out, width) in [(24, 576), (7, 33), (9, 1), (300, 130), (13, 200)] {
                 let (input, weight) = (random(&[1, rows, width], Kind::Float), random(&[out, width], Kind::Float));
                 let bias = random(&[out], Kind::Float);
                 let want =

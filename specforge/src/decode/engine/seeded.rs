@@ -2,6 +2,8 @@
 
 use super::*;
 use crate::decode::fault::{Fault, active};
+use crate::decode::policy::Rows;
+use tch::Kind;
 
 /// Cache lengths that the pass believes in.
 pub(super) fn lengths(lengths: Vec<i64>) -> Vec<i64> {

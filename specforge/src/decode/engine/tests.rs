@@ -5,6 +5,7 @@ use super::super::event::Silent;
 use super::super::tiny;
 use super::*;
 use crate::nn::noise::keyed_stream;
+use tch::Kind;
 
 /// Guesses what it was told the target will choose, right or wrong as the dice fall, in a tree of a given shape.
 struct Oracle {
@@ -221,4 +222,95 @@ fn a_broken_row_fails_its_request_alone() {
         }
     }
     assert!(failed > 0 && failed < 9, "{failed} failed");
+}
+
+/// Keeps the row of every committed token, by request and position.
+#[derive(Default)]
+struct Rows32(HashMap<(u64, usize), Tensor>);
+
+impl Listener for Rows32 {
+    fn wants_rows(&self) -> bool {
+        true
+    }
+
+    fn committed(&mut self, event: &Committed<'_>) -> Result<()> {
+        let row = event.row.expect("rows were asked for").copy();
+        assert!(self.0.insert((event.tag, event.position), row).is_none(), "a position was committed twice");
+        Ok(())
+    }
+}
+
+#[test]
+fn recorded_logits_are_those_of_plain_decoding() {
+    for peaky in [1.0, 4.0] {
+        let target = tiny::target_with(3, &|name, tensor| {
+            let tensor = if name == "lm_head.weight" { tensor * peaky } else { tensor };
+            tensor.to_kind(Kind::Float)
+        });
+        for temperature in [0.0, 1.0] {
+            let decode = |drafter: Box<dyn Drafter>, rows: usize| {
+                let mut engine = Engine::new(&target, drafter, options(temperature, rows)).unwrap();
+                requests(9).into_iter().for_each(|request| engine.submit(request).unwrap());
+                let mut listener = Rows32::default();
+                let left = engine.run(&mut listener).unwrap();
+                (left.into_iter().map(|left| left.decoded.unwrap().tokens).collect::<Vec<_>>(), listener.0)
+            };
+            let (plain, want) = decode(Box::new(Plain), 1);
+            let prompts = requests(9).into_iter().map(|request| request.prompt);
+            let answers: HashMap<_, _> = prompts.zip(plain.clone()).collect();
+            for place in [4, 8, 17, 26, 35] {
+                let (name, shape) = shapes().remove(place);
+                let dice = Box::new(keyed_stream(place as u64, 6));
+                let oracle = Oracle { answers: answers.clone(), shape, dice, vocabulary: 64 };
+                let (tokens, got) = decode(Box::new(oracle), 4);
+                assert_eq!(tokens, plain, "{name}");
+                assert_eq!(got.len(), want.len());
+                for (place, row) in &got {
+                    let most = (row - &want[place]).abs().max().double_value(&[]);
+                    // Relative to the largest logit, which peaky targets have at 20 and more.
+                    let scale = want[place].abs().max().double_value(&[]).max(1.0);
+                    assert!(most <= 1e-5 * scale, "{name}, temperature {temperature}, {place:?}: {most:e}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn processors_act_alike_with_and_without_a_draft() {
+    let target = tiny::target(5);
+    let sampled = Processors { temperature: 0.8, top_k: 20, top_p: 0.9, repetition_penalty: 1.2 };
+    for processors in [Processors { repetition_penalty: 1.5, ..Processors::default() }, sampled] {
+        let options = |max_rows| EngineOptions { processors, ..options(0.0, max_rows) };
+        let plain = texts(&decode(&target, Box::new(Plain), options(1)));
+        let prompts = requests(9).into_iter().map(|request| request.prompt);
+        let answers: HashMap<_, _> = prompts.zip(plain.iter().map(|(tokens, _)| tokens.clone())).collect();
+        for place in [7, 13, 22, 32] {
+            let (name, shape) = shapes().remove(place);
+            let dice = Box::new(keyed_stream(place as u64, 6));
+            let oracle = Oracle { answers: answers.clone(), shape, dice, vocabulary: 64 };
+            assert_eq!(texts(&decode(&target, Box::new(oracle), options(4))), plain, "{name}, {processors:?}");
+        }
+        // They do something: without them the text is another one.
+        let temperature = processors.temperature;
+        assert_ne!(texts(&decode(&target, Box::new(Plain), self::options(temperature, 1))), plain);
+    }
+}
+
+/// Equal logits: the first of them is the target's, in a tree as in a single row. It is token 0, a token like any other.
+#[test]
+fn ties_are_decided_alike() {
+    let target = tiny::target_with(1, &|name, tensor| if name == "lm_head.weight" { tensor * 0.0 } else { tensor });
+    for temperature in [0.0, 1.0] {
+        let plain = texts(&decode(&target, Box::new(Plain), options(temperature, 1)));
+        assert_eq!(plain.iter().flat_map(|(tokens, _)| tokens).all(|&token| token == 0), temperature == 0.0);
+        let prompts = requests(9).into_iter().map(|request| request.prompt);
+        let answers: HashMap<_, _> = prompts.zip(plain.iter().map(|(tokens, _)| tokens.clone())).collect();
+        for place in [8, 23, 30] {
+            let (name, shape) = shapes().remove(place);
+            let dice = Box::new(keyed_stream(place as u64, 6));
+            let oracle = Oracle { answers: answers.clone(), shape, dice, vocabulary: 64 };
+            assert_eq!(texts(&decode(&target, Box::new(oracle), options(temperature, 4))), plain, "{name}");
+        }
+    }
 }
