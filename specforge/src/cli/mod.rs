@@ -64,7 +64,7 @@ enum Command {
     BenchTrain(bench_train::BenchTrainArgs),
     /// Answer a prompt, with or without a draft.
     Generate(generate::GenerateArgs),
-    /// Measure a draft by decoding with it: acceptance length, speed, and that nothing is lost.
+    /// Measure a draft by decoding with it: acceptance, speed, losslessness.
     Eval(eval::EvalArgs),
     /// Say where two recorded decodes differ, and which of them is wrong.
     Compare(compare::CompareArgs),
