@@ -4,7 +4,9 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use clap::Parser;
 use serde_json::{Value, json};
+use specforge::cli::Cli;
 
 use crate::fixture::{Workspace, json_of, output_of, specforge, stderr_of, write_gguf};
 
@@ -139,4 +141,51 @@ fn json_is_alone_on_stdout() {
     let output = output_of(specforge(&["export", "--check"]).arg(&out));
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.contains("9 tensors") && serde_json::from_str::<Value>(&text).is_err(), "{text}");
+}
+
+/// Words of a shell line: quotes hold words together, a backslash at the end is gone already.
+fn words(line: &str) -> Vec<String> {
+    let (mut words, mut quote) = (vec![String::new()], None);
+    for letter in line.chars() {
+        match (quote, letter) {
+            (None, ' ') => words.push(String::new()),
+            (None, '"' | '\'') => quote = Some(letter),
+            (Some(open), _) if letter == open => quote = None,
+            _ => words.last_mut().unwrap().push(letter),
+        }
+    }
+    words.retain(|word| !word.is_empty());
+    words
+}
+
+#[test]
+fn commands_in_the_documentation_are_commands() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let mut files = vec![root.join("README.md")];
+    for folder in ["docs", "examples", "benchmarks", "examples/data"] {
+        let entries = fs::read_dir(root.join(folder)).unwrap().map(|entry| entry.unwrap().path());
+        files.extend(entries.filter(|path| path.extension().is_some_and(|extension| extension == "md")));
+    }
+    let mut seen = 0;
+    for path in files {
+        let text = fs::read_to_string(&path).unwrap().replace("\\\n", " ");
+        for line in text.lines().map(str::trim) {
+            let Some(arguments) = line.strip_prefix("target/debug/specforge ").or(line.strip_prefix("specforge "))
+            else {
+                continue;
+            };
+            // Sentences that begin with the program's name are no commands.
+            let words = words(arguments);
+            if !words[0].chars().all(|letter| letter.is_ascii_lowercase() || letter == '-') || !arguments.contains("--")
+            {
+                continue;
+            }
+            let parsed = Cli::try_parse_from(std::iter::once("specforge".to_owned()).chain(words.clone()));
+            assert!(parsed.is_ok(), "{}: {line}\n{}", path.display(), parsed.unwrap_err());
+            let config = words.iter().position(|word| word == "--config").map(|at| root.join(&words[at + 1]));
+            assert!(config.is_none_or(|config| config.is_file()), "{}: {line}", path.display());
+            seen += 1;
+        }
+    }
+    assert!(seen > 10, "only {seen} commands were found");
 }

@@ -174,15 +174,14 @@ fn eagle3<'a>(
     Ok(opened(Box::new(drafter), draft::eagle3::ALGORITHM.name, text))
 }
 
-/// Chain of a draft that guesses one token after the other, where nothing else is asked for.
-const DEFAULT_CHAIN: usize = 3;
+/// Tree of a draft that guesses one token after the other, where nothing else is asked for: with its root, as many nodes
+/// as a pass takes at nearly the price of one.
+const DEFAULT_TREE: DynamicTree = DynamicTree { depth: 3, top_k: 4, nodes: 7, min_probability: 0.0 };
 
 /// Reads `chain:N` or `dynamic:depth=D,top_k=K,nodes=N[,min_probability=P]`, and says how it was understood.
 fn dynamic(text: Option<&str>) -> Result<(DynamicTree, String)> {
-    let Some(text) = text else {
-        return Ok((DynamicTree::chain(DEFAULT_CHAIN), format!("chain:{DEFAULT_CHAIN}")));
-    };
-    let mut tree = DynamicTree { depth: 5, top_k: 4, nodes: 15, min_probability: 0.0 };
+    let text = text.unwrap_or("dynamic:");
+    let mut tree = DEFAULT_TREE;
     let expected = "chain:N or dynamic:depth=D,top_k=K,nodes=N[,min_probability=P]";
     match text.split_once(':') {
         Some(("chain", length)) => {
@@ -250,13 +249,13 @@ mod tests {
         for (text, want) in [
             ("chain:4", "chain:4"),
             ("dynamic:depth=3,top_k=2,nodes=5", "dynamic:depth=3,top_k=2,nodes=5"),
-            ("dynamic:nodes=7", "dynamic:depth=5,top_k=4,nodes=7"),
+            ("dynamic:nodes=9", "dynamic:depth=3,top_k=4,nodes=9"),
             ("dynamic:depth=2,top_k=1,nodes=2", "chain:2"),
-            ("dynamic:min_probability=0.1", "dynamic:depth=5,top_k=4,nodes=15,min_probability=0.1"),
+            ("dynamic:min_probability=0.1", "dynamic:depth=3,top_k=4,nodes=7,min_probability=0.1"),
         ] {
             assert_eq!(dynamic(Some(text)).unwrap().1, want);
         }
-        assert_eq!(dynamic(None).unwrap().1, "chain:3");
+        assert_eq!(dynamic(None).unwrap().1, "dynamic:depth=3,top_k=4,nodes=7");
         for wrong in ["", "chain", "chain:", "chain:-1", "chain:0", "tree:3", "dynamic:depth", "dynamic:width=3"] {
             assert!(dynamic(Some(wrong)).is_err(), "{wrong}");
         }

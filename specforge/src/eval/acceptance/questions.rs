@@ -103,7 +103,7 @@ mod tests {
             "{\"messages\": [{\"role\": \"system\", \"content\": \"Be brief.\"}, {\"role\": \"user\", \"content\": \"Six?\"}, ",
             "{\"role\": \"assistant\", \"content\": \"6\"}, {\"role\": \"user\", \"content\": \"Seven?\"}]}\n",
         ));
-        let questions = read(&[path.clone()], None).unwrap();
+        let questions = read(std::slice::from_ref(&path), None).unwrap();
         let shown: Vec<(&str, &str, Vec<&str>)> = questions
             .iter()
             .map(|one| (one.id.as_str(), one.dataset.as_str(), one.turns.iter().map(String::as_str).collect()))
