@@ -11,12 +11,14 @@ pub mod engine;
 pub mod event;
 pub mod policy;
 pub mod regenerate;
+pub mod tolerance;
 
 pub use autoregressive::{Answer, Finish, Finished, Generator, Request, Throughput};
 pub use drafter::Drafter;
 pub use engine::{Decoded, Engine, EngineOptions};
 pub use policy::{Policy, Proposal};
 pub use regenerate::{Progress, RegenOptions, RegenReport};
+pub use tolerance::Tolerance;
 
 #[cfg(test)]
 pub(crate) mod fault;

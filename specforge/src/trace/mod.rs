@@ -14,7 +14,7 @@ pub mod recorder;
 pub mod structure;
 pub mod text;
 
-pub use compare::{Comparison, Finding, Kind, Side, Tolerance, Verdict, compare};
+pub use compare::{Comparison, Finding, Kind, Side, Verdict, compare};
 pub use file::{Header, ModelName, Settings, Trace};
 pub use judge::Judge;
 pub use recorder::Recorder;

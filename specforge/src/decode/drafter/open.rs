@@ -44,13 +44,6 @@ pub fn open<'a>(
     target: Target<'a, '_>,
     sampling: DraftSampling,
 ) -> Result<Opened<'a>> {
-    let opened = |drafter: Box<dyn Drafter + 'a>, method: &str, tree: String| Opened {
-        drafter,
-        method: method.to_owned(),
-        tree,
-        folder: None,
-        notes: Vec::new(),
-    };
     match draft {
         None => match tree {
             None => Ok(opened(Box::new(Plain), "none", "none".to_owned())),

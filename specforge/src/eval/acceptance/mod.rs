@@ -13,7 +13,7 @@ use crate::data::{ChatTokenizer, Message};
 use crate::decode::drafter::Plain;
 use crate::decode::engine::{Clock, Decoded, Engine, EngineOptions};
 use crate::decode::event::{Listener, Silent};
-use crate::decode::{Drafter, Policy, Request};
+use crate::decode::{Drafter, Policy, Request, Tolerance};
 use crate::error::{Error, Result};
 use crate::models::{ForwardInput, LogitRows, TargetModel};
 use crate::nn::{AttentionMask, noise};
@@ -96,17 +96,6 @@ pub struct Divergence {
     pub margin: Option<f64>,
     /// Whether that is within the rounding of the element type.
     pub near_tie: bool,
-}
-
-/// Largest margin that rounding explains: kernels add in another order for another number of rows. Measured on random
-/// and real models: about 4e-6 in float32, with a factor of 25 for deeper ones; the half types carry 8 and 11 bits.
-pub fn near_tie_margin(kind: Kind) -> f64 {
-    match kind {
-        Kind::Double => 1e-9,
-        Kind::Float => 1e-4,
-        Kind::Half => 0.05,
-        _ => 0.4,
-    }
 }
 
 /// Answers all questions. `progress` hears how many of them are done; `listener` hears of the drafted side.
@@ -254,7 +243,7 @@ fn compare(
         }
         _ => None,
     };
-    let near_tie = margin.is_some_and(|margin| margin <= near_tie_margin(target.kind()));
+    let near_tie = margin.is_some_and(|margin| margin <= Tolerance::of_kind(target.kind()).near_tie);
     let position = plain.prompt.len() + at;
     Ok(Some(Divergence { question: question.id.clone(), turn: plain.turn + 1, position, tokens, margin, near_tie }))
 }
