@@ -24,7 +24,7 @@ fn shapes() {
             name: "nothing to time",
             spoil: |workspace| bench(workspace, &[]),
             exit_code: 2,
-            expected: &["nothing to time: give --prefill RxT or --decode RxTxN"],
+            expected: &["nothing to time: give --prefill RxT, --decode RxTxN or --verify RxCxN"],
         },
         Case {
             name: "a negative number of rows",
