@@ -3,7 +3,20 @@
 //! Link arguments of a dependency do not reach the final binary, so the run path is set here.
 
 use std::env;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+
+/// The folder that holds `gloo/`: what `scripts/setup` unpacked, unless `GLOO_INCLUDE` names another or the system has
+/// one.
+fn gloo_headers() -> PathBuf {
+    println!("cargo:rerun-if-env-changed=GLOO_INCLUDE");
+    let unpacked = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.headers");
+    println!("cargo:rerun-if-changed={}", unpacked.join("gloo/config.h").display());
+    let named = env::var_os("GLOO_INCLUDE").map(PathBuf::from);
+    let places =
+        named.into_iter().chain([unpacked, PathBuf::from("/usr/include"), PathBuf::from("/usr/local/include")]);
+    let found = places.into_iter().find(|place| place.join("gloo/config.h").exists());
+    found.expect("Gloo's headers are not there: run scripts/setup, or set GLOO_INCLUDE to the folder that holds gloo/")
+}
 
 fn main() {
     println!("cargo:rerun-if-changed=csrc");
@@ -19,6 +32,11 @@ fn main() {
     };
     // Calls into libtorch, which nothing makes faster here.
     build(&["csrc/shim.cpp", "csrc/autograd.cpp"], 1).compile("specforge_shim");
+    // The distributed engine, whose declarations need Gloo's headers.
+    let mut engine = cc::Build::new();
+    engine.cpp(true).std("c++17").opt_level(1).warnings(false);
+    engine.include(&include).include(include.join("torch/csrc/api/include")).include(gloo_headers());
+    engine.file("csrc/c10d.cpp").compile("specforge_c10d");
     // A kernel, which is nothing without its optimisation. Its threads are those of libtorch's own OpenMP library: a
     // second one would keep threads of its own, that wait by spinning.
     let mut kernels = build(&["csrc/few_rows.cpp"], 3);

@@ -88,6 +88,16 @@ pub enum Error {
         /// Last finished optimizer step.
         step: u64,
     },
+    /// Another process of the run is gone or did not answer in time.
+    #[error("rank {rank}: {operation}: {problem}")]
+    Peer {
+        /// Who noticed.
+        rank: usize,
+        /// What the ranks were doing together.
+        operation: &'static str,
+        /// What libtorch said.
+        problem: String,
+    },
     /// libtorch refused an operation.
     #[error("libtorch: {}", first_line(.0))]
     Torch(String),
@@ -194,6 +204,11 @@ impl Error {
             Error::NonFinite { .. } => {
                 Some("lower optim.learning_rate, or look at the named documents with `specforge inspect`".to_owned())
             }
+            Error::Peer { .. } => Some(
+                "another process of the run ended first, or could not be reached: the first message of the other ranks \
+                 says why"
+                    .to_owned(),
+            ),
             Error::Torch(_) if self.is_memory() => {
                 Some("lower train.micro_batch_tokens, or compare `--plan` with the free memory".to_owned())
             }

@@ -10,8 +10,9 @@ pub mod files;
 pub mod progress;
 pub mod shim;
 pub mod strict;
-// L1: mathematics, files and data; no model names
+// L1: mathematics, files and data, processes; no model names
 pub mod data;
+pub mod dist;
 pub mod nn;
 pub mod tree;
 pub mod vocab;

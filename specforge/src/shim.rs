@@ -73,7 +73,7 @@ unsafe extern "C" {
 const MESSAGE_BYTES: usize = 4096;
 
 /// Calls a shim function with a buffer for its message and turns a failure into an error.
-fn checked(call: impl FnOnce(*mut c_char, usize) -> c_int) -> Result<()> {
+pub(crate) fn checked(call: impl FnOnce(*mut c_char, usize) -> c_int) -> Result<()> {
     let mut message = [0u8; MESSAGE_BYTES];
     if call(message.as_mut_ptr().cast::<c_char>(), message.len()) == 0 {
         return Ok(());
@@ -163,7 +163,7 @@ pub fn add_product(total: &mut Tensor, left: &Tensor, right: &Tensor, scale: f64
 }
 
 /// A tensor that the shim made and hands over.
-fn made(call: impl FnOnce(*mut *mut C_tensor, *mut c_char, usize) -> c_int) -> Result<Tensor> {
+pub(crate) fn made(call: impl FnOnce(*mut *mut C_tensor, *mut c_char, usize) -> c_int) -> Result<Tensor> {
     let mut output = std::ptr::null_mut();
     checked(|error, error_size| call(&raw mut output, error, error_size))?;
     // SAFETY: without an error, the shim made this tensor for the caller.

@@ -1,0 +1,17 @@
+//! Several processes that train as one, on libtorch's own distributed engine.
+//!
+//! A run of `world_size` processes has ranks `0 .. world_size`. They find each other through a [`Store`], a small table
+//! of bytes over TCP, and then talk through a [`ProcessGroup`]: collectives that every rank calls in the same order. A
+//! [`Reducer`] sums gradients over the ranks in buckets while later gradients are still being computed.
+//!
+//! A process on its own has [`ProcessGroup::single`], for which every collective is the identity: nothing above this room
+//! asks how many processes there are in order to be correct.
+
+mod c10d;
+pub mod group;
+pub mod reducer;
+pub mod store;
+
+pub use group::{ProcessGroup, ReduceOp};
+pub use reducer::{BucketTime, Reducer};
+pub use store::Store;
