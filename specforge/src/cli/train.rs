@@ -13,6 +13,7 @@ use crate::checkpoint::{self, CheckpointStore, Versions};
 use crate::config::RunConfig;
 use crate::data::{self, BuildReport, ChatTokenizer, TokenCache};
 use crate::device;
+use crate::dist::ProcessGroup;
 use crate::draft::vocabulary::{Corpus, Vocabulary, VocabularyKeys};
 use crate::draft::{self, DraftContext, DraftModel};
 use crate::error::{Error, Result};
@@ -23,8 +24,7 @@ use crate::files;
 use crate::models::{self, TargetIdentity, TargetTables};
 use crate::plan::{self, Plan};
 use crate::tracking::Tracker;
-use crate::train::trainer::{Provenance, Split};
-use crate::train::{self, TrainReport, Trainer, TrainerParts};
+use crate::train::{self, Provenance, Split, TrainReport, Trainer, TrainerParts, Writer};
 
 #[derive(Debug, Args)]
 pub(super) struct TrainArgs {
@@ -54,6 +54,7 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     }
     let device = device::choose(&args.device)?;
     let stop = signals::watch()?;
+    let group = ProcessGroup::single();
     let out = &config.train.output_dir;
     let algorithm = draft::algorithm(&config.draft)?;
     let mut retention = config.checkpoint.clone();
@@ -150,7 +151,9 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     let held_out = eval_cache.as_ref().unwrap_or(&train_cache);
     let prompts = in_training::prompts(&config.eval, held_out, &eval_documents, dimensions.max_position_embeddings);
     let decoding = |draft: &dyn DraftModel| match &model {
-        Some(model) => in_training::measure(&config.eval, draft, model.as_ref(), &prompts, tokenizer.eos_token_ids()),
+        Some(model) => {
+            in_training::measure(&config.eval, draft, model.as_ref(), &prompts, tokenizer.eos_token_ids(), &group)
+        }
         None => Ok(BTreeMap::new()),
     };
     if config.eval.every > 0 {
@@ -171,8 +174,9 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         source: source.as_dyn(),
         train: Split { cache: &train_cache, documents: train_documents },
         eval: Split { cache: eval_cache.as_ref().unwrap_or(&train_cache), documents: eval_documents },
-        store,
-        tracker,
+        group: &group,
+        parallel: &config.parallel,
+        writer: Some(Writer { store, tracker }),
         decoding: (config.eval.every, &decoding),
         provenance: Provenance { configuration: resolved.clone(), versions: Versions::current(), data_hashes },
         stop: &stop.number,
@@ -206,6 +210,7 @@ const RESUMABLE: &[&str] = &[
     "train.output_dir",
     "checkpoint",
     "eval",
+    "parallel",
     "data.cache_dir",
     // The map's hash is compared instead: where the file lies changes nothing.
     "draft.vocab_map",

@@ -8,10 +8,12 @@
 //! asks how many processes there are in order to be correct.
 
 mod c10d;
+pub mod config;
 pub mod group;
 pub mod reducer;
 pub mod store;
 
+pub use config::ParallelConfig;
 pub use group::{ProcessGroup, ReduceOp};
 pub use reducer::{BucketTime, Reducer};
 pub use store::Store;
