@@ -13,7 +13,7 @@ use tch::{Device, Kind, Tensor};
 use super::bench::{parse_sizes, peak_memory_bytes};
 use crate::data::PackedBatch;
 use crate::device;
-use crate::draft::{self, DraftContext, DraftModel};
+use crate::draft::{self, DraftContext, DraftModel, Gradients};
 use crate::error::{Error, Result};
 use crate::features::FeatureBatch;
 use crate::models::Dimensions;
@@ -199,9 +199,7 @@ impl<'a> Session<'a> {
             ParameterSlot { group, ..ParameterSlot::new(&parameter.name, parameter.value.shallow_clone()) }
         });
         let optimizer = AdamW::new(slots.collect(), &OptimConfig::default())?;
-        let zeros = |value: &Tensor| Tensor::f_zeros(value.size(), (Kind::Float, value.device()));
-        let gradients =
-            draft.parameters().iter().map(|parameter| Ok(zeros(&parameter.value)?)).collect::<Result<_>>()?;
+        let gradients = Gradients::zeros(draft.parameters())?;
         let counts = draft.count_rows(features.batch);
         Ok(Self { draft, features, optimizer, gradients, counts, loss: f64::NAN })
     }
@@ -211,7 +209,7 @@ impl<'a> Session<'a> {
         let device = self.gradients[0].device();
         let start = Instant::now();
         self.gradients.iter_mut().for_each(|gradient| drop(gradient.zero_()));
-        let tally = self.draft.accumulate(self.features, &self.counts, &mut self.gradients)?;
+        let tally = self.draft.accumulate(self.features, &self.counts, &mut Gradients::new(&mut self.gradients))?;
         device::synchronize(device);
         let worked = start.elapsed().as_secs_f64();
         self.optimizer.step(&self.gradients, 1e-4, Some(1.0), &tally.objective)?;

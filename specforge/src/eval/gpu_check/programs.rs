@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::checkpoint::{self, CheckpointStore, Manifest, RetentionConfig};
 use crate::data::PackedBatch;
-use crate::draft::{self, DraftContext, DraftModel};
+use crate::draft::{self, DraftContext, DraftModel, Gradients};
 use crate::error::{Error, Result};
 use crate::eval::bench_train::spread_vocabulary;
 use crate::features::{FeatureSource, OnlineFeatures};
@@ -195,8 +195,8 @@ pub fn loss(config: &LlamaConfig, section: &Value, weights: Weights<'_>, place: 
     let source = OnlineFeatures::new(Rc::clone(&target));
     let features = source.features(&batch, &draft.capture())?;
     let counts = draft.count_rows(&batch);
-    let mut gradients = zero_gradients(draft.as_ref())?;
-    let tally = draft.accumulate(&features, &counts, &mut gradients)?;
+    let mut gradients = Gradients::zeros(draft.parameters())?;
+    let tally = draft.accumulate(&features, &counts, &mut Gradients::new(&mut gradients))?;
     let named = draft.metrics().into_iter().zip(0..);
     let (losses, hits): (Vec<_>, Vec<_>) = named.partition(|(name, _)| name.ends_with("/loss"));
     let pick = |chosen: &[(String, i64)]| chosen.iter().map(|(_, index)| tally.sums.get(*index)).collect::<Vec<_>>();
@@ -230,12 +230,6 @@ fn build_draft(section: &Value, target: &dyn TargetModel, weights: Weights<'_>) 
         parameter.value.shallow_clone().f_copy_(&value)?;
     }
     Ok(draft)
-}
-
-/// float32 zeros for every parameter.
-pub fn zero_gradients(draft: &dyn DraftModel) -> Result<Vec<Tensor>> {
-    let zeros = |value: &Tensor| Tensor::f_zeros(value.size(), (Kind::Float, value.device()));
-    draft.parameters().iter().map(|parameter| Ok(zeros(&parameter.value)?)).collect()
 }
 
 const SHAPES: [(&str, &[i64]); 3] = [("a.weight", &[33, 17]), ("a.bias", &[33]), ("b.weight", &[5, 129])];
