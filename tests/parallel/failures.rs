@@ -217,7 +217,12 @@ fn a_signal_to_one_rank_stops_all() {
 fn a_full_disk_ends_all_ranks_and_keeps_the_last_checkpoint() {
     let workspace = workspace();
     let run = workspace.path("run");
-    json_of(&mut launch_command(&workspace, 2, "run", &["--set", "train.max_steps=5", "--set", "optim.schedule.total_steps=40"]));
+    json_of(&mut launch_command(
+        &workspace,
+        2,
+        "run",
+        &["--set", "train.max_steps=5", "--set", "optim.schedule.total_steps=40"],
+    ));
     let checkpoint = run.join("step-00000005");
     let before = crate::fixture::contents(&checkpoint);
     let size = fs::metadata(checkpoint.join("optimizer.safetensors")).unwrap().len();

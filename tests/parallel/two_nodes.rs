@@ -129,7 +129,8 @@ fn two_nodes_train_as_one_and_a_cut_cable_costs_nothing_that_was_saved() {
     }
     nodes.cable("up");
     let newest = fs::read_dir(workspace.path("cut")).unwrap().flatten();
-    let newest = newest.filter_map(|entry| entry.file_name().to_str()?.strip_prefix("step-")?.parse::<u64>().ok()).max();
+    let newest =
+        newest.filter_map(|entry| entry.file_name().to_str()?.strip_prefix("step-")?.parse::<u64>().ok()).max();
     let end = newest.unwrap() + 5;
     let arguments = ["--resume", "--set", &format!("train.max_steps={end}")];
     let [first, second] = ends(nodes.launch(&workspace, "cut", &arguments));

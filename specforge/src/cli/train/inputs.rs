@@ -151,4 +151,3 @@ fn data_line(cache: &TokenCache, report: &BuildReport) -> String {
         if report.from_cache { " (from the cache)" } else { "" }
     )
 }
-

@@ -28,8 +28,8 @@ mod inputs;
 mod report;
 
 use folder::{Resume, RunFolder};
-pub(super) use inputs::{check_progress, fits_context, fits_vocabulary, tokens};
 use inputs::{Source, Target};
+pub(super) use inputs::{check_progress, fits_context, fits_vocabulary, tokens};
 
 #[derive(Debug, Args)]
 pub(super) struct TrainArgs {
@@ -245,4 +245,3 @@ const RESUMABLE: &[&str] = &[
     // The map's hash is compared instead: where the file lies changes nothing.
     "draft.vocab_map",
 ];
-
