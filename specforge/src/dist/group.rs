@@ -42,8 +42,11 @@ impl Drop for ProcessGroup {
 }
 
 impl ProcessGroup {
+    /// A process on its own, for those who want a reference to it.
+    pub const SINGLE: &'static Self = &Self::single();
+
     /// A process on its own: every collective is the identity.
-    pub fn single() -> Self {
+    pub const fn single() -> Self {
         Self { rank: 0, world_size: 1, raw: std::ptr::null_mut() }
     }
 

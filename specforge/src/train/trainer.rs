@@ -14,6 +14,7 @@ use super::order::GlobalBatch;
 use super::{DataOrder, TrainConfig};
 use crate::checkpoint::{Checkpoint, CheckpointStore, Manifest, Versions};
 use crate::data::{self, PackedBatch, TokenCache};
+use crate::dist::ProcessGroup;
 use crate::draft::DraftModel;
 use crate::error::{Error, Result};
 use crate::features::FeatureSource;
@@ -117,7 +118,7 @@ struct Position {
 pub struct Trainer<'a> {
     parts: TrainerParts<'a>,
     order: DataOrder,
-    optimizer: AdamW,
+    optimizer: AdamW<'a>,
     gradients: Vec<Tensor>,
     /// Of the last step, on the device.
     gradient_norm: Tensor,
@@ -163,9 +164,9 @@ impl<'a> Trainer<'a> {
             let group = if parameter.decay { Group::Decay } else { Group::NoDecay };
             ParameterSlot { group, ..ParameterSlot::new(&parameter.name, parameter.value.shallow_clone()) }
         });
-        let mut optimizer = AdamW::new(slots.collect(), parts.optim)?;
+        let mut optimizer = AdamW::new(slots.collect(), parts.optim, ProcessGroup::SINGLE, false)?;
         if let Some(checkpoint) = resume {
-            optimizer.load_state(&checkpoint.optimizer)?;
+            optimizer.load_state(Some(&checkpoint.optimizer))?;
         }
         let zeros = |value: &Tensor| value.f_zeros_like().and_then(|zeros| zeros.f_detach()?.f_to_kind(Kind::Float));
         let gradients = parameters.iter().map(|parameter| Ok(zeros(&parameter.value)?)).collect::<Result<Vec<_>>>()?;
@@ -373,7 +374,7 @@ impl<'a> Trainer<'a> {
         // Tensors that are not trained follow; resuming looks parameters up by name.
         let model: Vec<(String, Tensor)> = parameters.chain(self.parts.draft.buffers()).collect();
         self.parts.tracker.flush()?;
-        Ok(self.parts.store.save(manifest, &model, &self.optimizer.state())?.path)
+        Ok(self.parts.store.save(manifest, &model, &self.optimizer.state()?)?.path)
     }
 
     fn empty_report(&self) -> TrainReport {
