@@ -27,6 +27,15 @@ const KINDS: [Kind; 3] = [Kind::Float, Kind::BFloat16, Kind::Double];
 /// Twenty seconds pass before a rank gives up on its peers.
 const SOON: Duration = Duration::from_secs(10);
 
+/// As [`on_ranks`]; no rank hangs up before the others are done, or even have met.
+fn together<T: Send>(world_size: usize, body: impl Fn(&ProcessGroup) -> T + Sync) -> Vec<T> {
+    on_ranks(world_size, |group| {
+        let result = body(group);
+        group.barrier().unwrap();
+        result
+    })
+}
+
 /// A tensor as bytes, which threads can hand on.
 type Named = Vec<(String, Vec<u8>)>;
 
@@ -88,7 +97,7 @@ fn any_number_of_ranks_takes_the_steps_of_one() {
         (0..6).for_each(|index| step(&mut alone, index, false));
         let (want_values, want_state) = (values(&alone), state(&alone));
         for (world_size, shard) in [(1, true), (2, true), (3, true), (4, true), (2, false)] {
-            let all = on_ranks(world_size, |group| {
+            let all = together(world_size, |group| {
                 let mut optimizer = optimizer(kind, group, shard);
                 (0..6).for_each(|index| step(&mut optimizer, index, false));
                 let before = (values(&optimizer), state(&optimizer));
@@ -118,7 +127,7 @@ fn each_of_several_ranks_keeps_its_share_of_the_state() {
     let parameter = |kind| ParameterSlot::new("w", Tensor::ones([96, 10], (kind, tch::Device::Cpu)));
     for (kind, bytes) in [(Kind::Float, 8), (Kind::BFloat16, 12), (Kind::Half, 12), (Kind::Double, 16)] {
         for (world_size, shard) in [(1, true), (2, true), (3, true), (4, true), (3, false)] {
-            let kept = on_ranks(world_size, |group| {
+            let kept = together(world_size, |group| {
                 let config = OptimConfig::default();
                 AdamW::new(vec![parameter(kind)], &config, group, shard).unwrap().state_bytes()
             });
@@ -140,16 +149,20 @@ fn save(optimizer: &AdamW<'_>, group: &ProcessGroup, folder: &Path) {
 
 fn resume<'a>(kind: Kind, group: &'a ProcessGroup, shard: bool, folder: &Path) -> AdamW<'a> {
     let mut resumed = optimizer(kind, group, shard);
-    if kind != Kind::BFloat16 {
+    let restore = kind != Kind::BFloat16; // masters bring these values back
+    if restore && group.is_first() {
         let model = WeightsFolder::open(&folder.join("model.safetensors")).unwrap();
         for slot in resumed.slots() {
             let saved = model.load(&slot.name, kind, tch::Device::Cpu).unwrap();
             tch::no_grad(|| slot.value.shallow_clone().copy_(&saved));
         }
     }
-    // Only the first rank has the file.
+    // Only the first rank has the files.
     let read = group.is_first().then(|| WeightsFolder::open(&folder.join("optimizer.safetensors")).unwrap());
     resumed.load_state(read.as_ref()).unwrap();
+    if restore {
+        resumed.slots().for_each(|slot| group.broadcast(&slot.value.detach(), 0).unwrap());
+    }
     resumed
 }
 
@@ -163,13 +176,13 @@ fn what_some_ranks_saved_any_other_number_continues() {
         let (want_values, want_state) = (values(&alone), state(&alone));
         for (from, shard) in [(2, true), (3, true), (2, false)] {
             let folder = tempfile::tempdir().unwrap();
-            on_ranks(from, |group| {
+            together(from, |group| {
                 let mut first = optimizer(kind, group, shard);
                 (0..4).for_each(|index| step(&mut first, index, false));
                 save(&first, group, folder.path());
             });
             for (to, shard) in [(1, true), (3, true), (4, true), (2, false)] {
-                let all = on_ranks(to, |group| {
+                let all = together(to, |group| {
                     let mut second = resume(kind, group, shard, folder.path());
                     let loaded = state(&second);
                     (4..7).for_each(|index| step(&mut second, index, false));
@@ -194,7 +207,7 @@ fn what_the_first_rank_cannot_read_is_soon_an_error_on_all() {
     for (file, word) in [(Some(&path), name.as_str()), (None, "no state to load")] {
         for shard in [true, false] {
             let started = Instant::now();
-            let all = on_ranks(3, |group| {
+            let all = together(3, |group| {
                 let read = file.filter(|_| group.is_first()).map(|path| WeightsFolder::open(path).unwrap());
                 let mut optimizer = optimizer(Kind::Float, group, shard);
                 step(&mut optimizer, 0, false);
@@ -207,5 +220,31 @@ fn what_the_first_rank_cannot_read_is_soon_an_error_on_all() {
             assert!(all.iter().all(|error| error.to_string().contains(word)), "{all:?}");
             assert!(matches!(all[1], Error::Peer { rank: 1, .. }) && matches!(all[2], Error::Peer { rank: 2, .. }));
         }
+    }
+}
+
+/// Seconds of a step on each rank, the fastest of several.
+fn seconds_of_a_step(group: &ProcessGroup, shard: bool) -> f64 {
+    let shape = [2304, 2304];
+    let options = (Kind::Float, tch::Device::Cpu);
+    let slots = (0..16).map(|index| ParameterSlot::new(format!("w{index}"), Tensor::ones(shape, options))).collect();
+    let gradients: Vec<Tensor> = (0..16).map(|_| Tensor::full(shape, 1e-3, options)).collect();
+    let mut optimizer = AdamW::new(slots, &OptimConfig::default(), group, shard).unwrap();
+    let step = |_| {
+        group.barrier().unwrap();
+        let started = Instant::now();
+        optimizer.step(&gradients, 1e-4, Some(1.0), &Tensor::from(1f32)).unwrap();
+        started.elapsed().as_secs_f64()
+    };
+    (0..8).map(step).fold(f64::INFINITY, f64::min)
+}
+
+#[test]
+#[ignore = "times 85 million parameters; run it in release, alone and with OMP_NUM_THREADS=1"]
+fn speed_of_a_step() {
+    println!("one rank: {:.3} s", seconds_of_a_step(ProcessGroup::SINGLE, false));
+    for (world_size, shard) in [(2, false), (2, true)] {
+        let seconds = together(world_size, |group| seconds_of_a_step(group, shard));
+        println!("{world_size} ranks, shard {shard}: {seconds:.3?} s");
     }
 }

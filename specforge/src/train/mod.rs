@@ -12,6 +12,9 @@ pub mod metrics;
 pub mod order;
 pub mod trainer;
 
+#[cfg(test)]
+mod one_writer;
+
 pub use continuation::same_learning_rates;
 pub use order::DataOrder;
 pub use trainer::{TrainReport, Trainer, TrainerParts};
