@@ -62,7 +62,10 @@ impl ProcessGroup {
             c10d::specforge_group_gloo(store.raw(), rank, world_size, text.as_ptr(), timeout, &raw mut raw, error, size)
         })
         .map_err(|error| failed(rank, "meeting the other ranks", &error))?;
-        Ok(Self { rank, world_size, raw })
+        let group = Self { rank, world_size, raw };
+        // Others may still be connecting, and a rank that has nothing to do and leaves now would spoil that for all.
+        group.barrier()?;
+        Ok(group)
     }
 
     /// This process's number, from 0.
