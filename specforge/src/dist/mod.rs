@@ -9,9 +9,13 @@
 
 mod c10d;
 pub mod group;
+pub mod meeting;
+pub mod placement;
 pub mod reducer;
 pub mod store;
 
 pub use group::{ProcessGroup, ReduceOp};
+pub use meeting::Meeting;
+pub use placement::Placement;
 pub use reducer::{BucketTime, Reducer};
 pub use store::Store;
