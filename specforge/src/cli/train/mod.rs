@@ -152,7 +152,7 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, output
     let group = match meeting {
         Some(meeting) => {
             meeting.wait_for_all("getting ready")?;
-            meeting.group(config.parallel.timeout())?
+            meeting.group(device, config.parallel.timeout())?
         }
         None => ProcessGroup::single(),
     };

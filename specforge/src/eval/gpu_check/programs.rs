@@ -211,7 +211,11 @@ pub fn loss(config: &LlamaConfig, section: &Value, weights: Weights<'_>, place: 
 }
 
 /// A draft on the target's own device, with random values in every parameter.
-fn build_draft(section: &Value, target: &dyn TargetModel, weights: Weights<'_>) -> Result<Box<dyn DraftModel>> {
+pub(super) fn build_draft(
+    section: &Value,
+    target: &dyn TargetModel,
+    weights: Weights<'_>,
+) -> Result<Box<dyn DraftModel>> {
     let dimensions = target.dimensions();
     let vocabulary = spread_vocabulary(section, dimensions.vocab_size)?;
     let context = DraftContext {
