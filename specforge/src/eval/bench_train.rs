@@ -13,6 +13,7 @@ use tch::{Device, Kind, Tensor};
 use super::bench::{parse_sizes, peak_memory_bytes};
 use crate::data::PackedBatch;
 use crate::device;
+use crate::dist::ProcessGroup;
 use crate::draft::{self, DraftContext, DraftModel, Gradients};
 use crate::error::{Error, Result};
 use crate::features::FeatureBatch;
@@ -186,7 +187,7 @@ fn made_up(shape: BatchShape, supervised: f64, vocab_size: i64) -> PackedBatch {
 struct Session<'a> {
     draft: &'a dyn DraftModel,
     features: &'a FeatureBatch<'a>,
-    optimizer: AdamW,
+    optimizer: AdamW<'static>,
     gradients: Vec<Tensor>,
     counts: Vec<f64>,
     loss: f64,
@@ -198,7 +199,7 @@ impl<'a> Session<'a> {
             let group = if parameter.decay { Group::Decay } else { Group::NoDecay };
             ParameterSlot { group, ..ParameterSlot::new(&parameter.name, parameter.value.shallow_clone()) }
         });
-        let optimizer = AdamW::new(slots.collect(), &OptimConfig::default())?;
+        let optimizer = AdamW::new(slots.collect(), &OptimConfig::default(), ProcessGroup::SINGLE, false)?;
         let gradients = Gradients::zeros(draft.parameters())?;
         let counts = draft.count_rows(features.batch);
         Ok(Self { draft, features, optimizer, gradients, counts, loss: f64::NAN })

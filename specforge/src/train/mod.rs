@@ -18,6 +18,9 @@ pub mod order;
 pub mod parts;
 pub mod trainer;
 
+#[cfg(test)]
+mod one_writer;
+
 pub use continuation::same_learning_rates;
 pub use gradient_sums::GradientSums;
 pub use order::DataOrder;

@@ -59,7 +59,7 @@ struct Position {
 pub struct Trainer<'a> {
     parts: TrainerParts<'a>,
     order: DataOrder,
-    optimizer: AdamW,
+    optimizer: AdamW<'a>,
     gradients: GradientSums<'a>,
     /// Of the last step, on the device.
     gradient_norm: Tensor,
@@ -111,9 +111,9 @@ impl<'a> Trainer<'a> {
             let group = if parameter.decay { Group::Decay } else { Group::NoDecay };
             ParameterSlot { group, ..ParameterSlot::new(&parameter.name, parameter.value.shallow_clone()) }
         });
-        let mut optimizer = AdamW::new(slots.collect(), parts.optim)?;
-        if let Some(checkpoint) = resume {
-            optimizer.load_state(&checkpoint.optimizer)?;
+        let mut optimizer = AdamW::new(slots.collect(), parts.optim, group, parts.parallel.shard_optimizer)?;
+        if position.step > 0 {
+            optimizer.load_state(resume.map(|checkpoint| &checkpoint.optimizer))?;
         }
         let gradients = GradientSums::new(parameters, group, parts.parallel)?;
         let gradient_norm = Tensor::from(0f32);
@@ -331,7 +331,7 @@ impl<'a> Trainer<'a> {
 
     /// Writes a checkpoint, on the rank that writes. Every rank must call this.
     fn save(&mut self, metrics: BTreeMap<String, f64>) -> Result<PathBuf> {
-        let optimizer = self.optimizer.state();
+        let optimizer = self.optimizer.state()?;
         let Some(Writer { store, tracker }) = &mut self.parts.writer else {
             return Ok(PathBuf::new());
         };

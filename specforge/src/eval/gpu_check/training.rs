@@ -15,6 +15,7 @@ use super::operations::{self, Operations};
 use super::programs;
 use crate::data::PackedBatch;
 use crate::device;
+use crate::dist::ProcessGroup;
 use crate::draft::distillation::positions_per_chunk;
 use crate::draft::eagle3::Eagle3Config;
 use crate::draft::loss::chunk_rows;
@@ -275,7 +276,7 @@ fn guarded<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
 struct Session<'a> {
     source: OnlineFeatures,
     draft: Box<dyn DraftModel>,
-    optimizer: AdamW,
+    optimizer: AdamW<'static>,
     gradients: Vec<Tensor>,
     batches: &'a [PackedBatch],
     device: Device,
@@ -312,7 +313,7 @@ impl<'a> Session<'a> {
             let group = if parameter.decay { Group::Decay } else { Group::NoDecay };
             ParameterSlot { group, ..ParameterSlot::new(&parameter.name, parameter.value.shallow_clone()) }
         });
-        let optimizer = AdamW::new(slots.collect(), &OptimConfig::default())?;
+        let optimizer = AdamW::new(slots.collect(), &OptimConfig::default(), ProcessGroup::SINGLE, false)?;
         let gradients = Gradients::zeros(draft.parameters())?;
         let source = OnlineFeatures::new(Rc::clone(target));
         Ok(Self { source, draft, optimizer, gradients, batches, device, taken: 0 })
