@@ -112,7 +112,7 @@ impl<'a> Trainer<'a> {
             ParameterSlot { group, ..ParameterSlot::new(&parameter.name, parameter.value.shallow_clone()) }
         });
         let mut optimizer = AdamW::new(slots.collect(), parts.optim, group, parts.parallel.shard_optimizer)?;
-        if position.step > 0 {
+        if step > 0 {
             optimizer.load_state(resume.map(|checkpoint| &checkpoint.optimizer))?;
         }
         let gradients = GradientSums::new(parameters, group, parts.parallel)?;
