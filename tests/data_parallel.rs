@@ -365,8 +365,8 @@ fn gradients_are_summed_while_the_rest_is_computed() {
         let counts: Vec<f64> = draft.count_rows(&documents[0]).iter().map(|count| 2.0 * count).collect();
         (0..3).map(|_| summed(draft.as_ref(), &mut sums, &documents, &counts)).collect::<Vec<_>>()
     });
-    for step in 0..3 {
-        let [(left, left_times), (right, right_times)] = [&all[0][step], &all[1][step]];
+    for (step, pair) in all[0].iter().zip(&all[1]).enumerate() {
+        let ((left, left_times), (right, right_times)) = pair;
         assert!(left == right, "the ranks have other sums");
         let sizes = |times: &[BucketTime]| times.iter().map(|time| time.bytes).collect::<Vec<_>>();
         assert_eq!(sizes(left_times), sizes(right_times));
