@@ -249,7 +249,7 @@ fn any_number_of_ranks_and_micro_batches_gives_the_same_update() {
     }
 }
 
-/// Batches of one document or two: of four ranks, some have nothing to do in any step.
+/// Batches that hold hardly more than one document: of four ranks, some have nothing to do in any step.
 #[test]
 fn ranks_without_documents_take_part() {
     let world = World::new();
