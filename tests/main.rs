@@ -6,6 +6,7 @@
 mod bad_input;
 mod cli;
 mod configuration;
+mod data_parallel;
 mod decoding;
 mod eagle3;
 mod eagle3_exports;
