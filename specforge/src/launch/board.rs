@@ -225,7 +225,7 @@ mod tests {
 
     use super::*;
 
-    const QUICK: Rhythm = Rhythm { tick: Duration::from_millis(5), silence: Duration::from_millis(400), ..RHYTHM };
+    const QUICK: Rhythm = Rhythm { tick: Duration::from_millis(5), silence: Duration::from_secs(1), ..RHYTHM };
 
     fn until(what: &str, reached: impl Fn() -> bool) {
         let started = Instant::now();
@@ -260,7 +260,7 @@ mod tests {
     #[test]
     fn a_launcher_that_falls_silent_is_found() {
         let (_store, first, second) = boards();
-        thread::sleep(QUICK.silence * 2);
+        thread::sleep(QUICK.silence * 3 / 2);
         assert_eq!(first.silent_node(), None, "both are alive");
         drop(second);
         until("the silence", || first.silent_node().is_some_and(|(node, _)| node == 1));

@@ -8,7 +8,7 @@ use super::*;
 
 const QUICK: Rhythm = Rhythm {
     tick: Duration::from_millis(10),
-    silence: Duration::from_secs(2),
+    silence: Duration::from_secs(10),
     grace: Duration::from_millis(500),
     settle: Duration::from_secs(2),
 };
