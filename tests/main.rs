@@ -16,6 +16,7 @@ mod exports;
 mod fixture;
 mod goldens;
 mod gpu_check;
+mod launch;
 mod layers;
 mod medusa;
 mod parallel;

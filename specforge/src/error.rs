@@ -98,6 +98,18 @@ pub enum Error {
         /// What libtorch said.
         problem: String,
     },
+    /// A process that this one started failed, and the run with it.
+    #[error("{who} failed: {message}")]
+    Launched {
+        /// Which rank, with its process id, or which machine.
+        who: String,
+        /// Its own message.
+        message: String,
+        /// Its own hint.
+        hint: Option<String>,
+        /// Its exit code.
+        code: u8,
+    },
     /// libtorch refused an operation.
     #[error("libtorch: {}", first_line(.0))]
     Torch(String),
@@ -193,7 +205,7 @@ impl Error {
     /// What to do, where that can be said.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Error::BadFile { hint, .. } | Error::Config { hint, .. } => hint.clone(),
+            Error::BadFile { hint, .. } | Error::Config { hint, .. } | Error::Launched { hint, .. } => hint.clone(),
             Error::Io { source, path, .. } => match source.kind() {
                 ErrorKind::StorageFull => Some("free some space or choose another folder".to_owned()),
                 ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
@@ -227,6 +239,7 @@ impl Error {
             | Error::Tensors { .. }
             | Error::Config { .. }
             | Error::Usage(_) => 2,
+            Error::Launched { code, .. } => *code,
             Error::Io { source, .. } => match source.kind() {
                 // A path that cannot be meant, or a text file that holds no text.
                 ErrorKind::NotFound

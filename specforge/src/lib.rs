@@ -31,8 +31,9 @@ pub mod tracking;
 // L6: the training loop; decoding
 pub mod decode;
 pub mod train;
-// L7: what a target or a draft is worth; why two decodes differ
+// L7: what a target or a draft is worth; why two decodes differ; the processes of a run
 pub mod eval;
+pub mod launch;
 pub mod trace;
 // L8: the sum of the rooms' own configurations
 pub mod config;

@@ -12,6 +12,7 @@ use std::sync::{Mutex, PoisonError};
 use clap::Parser;
 use specforge::cli::Cli;
 use specforge::error::Error;
+use specforge::launch;
 
 /// Where the latest panic happened, as FILE:LINE. The panic itself, which may cross threads, does not carry it. Some are
 /// caught and no mistake, so the first need not be the one that ends the program.
@@ -31,6 +32,9 @@ fn main() -> ExitCode {
     eprintln!("error: {error}");
     if let Some(hint) = error.hint() {
         eprintln!("hint: {hint}");
+    }
+    if let Err(problem) = launch::leave(&error) {
+        eprintln!("warning: the launcher will not know why: {problem}");
     }
     ExitCode::from(error.exit_code())
 }

@@ -21,6 +21,7 @@ mod generate;
 mod gpu_check;
 mod import;
 mod inspect;
+mod launch;
 mod numbers;
 mod record;
 mod regen;
@@ -44,6 +45,8 @@ pub struct Cli {
 enum Command {
     /// Train a draft model.
     Train(train::TrainArgs),
+    /// Train with several processes, on one machine or many.
+    Launch(launch::LaunchArgs),
     /// Let the target answer prompts itself: on-policy training data.
     Regen(regen::RegenArgs),
     /// Write the target's hidden states to disk, so that training does not run it.
@@ -80,6 +83,7 @@ impl Cli {
         let output = Output { json: self.json, failure: Cell::new(None) };
         match self.command {
             Command::Train(args) => train::run(&args, &output),
+            Command::Launch(args) => launch::run(&args, &output),
             Command::Regen(args) => regen::run(&args, &output),
             Command::Capture(args) => capture::run(&args, &output),
             Command::Inspect(args) => inspect::run(&args, &output),
