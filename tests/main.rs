@@ -18,6 +18,7 @@ mod gpu_check;
 mod layers;
 mod medusa;
 mod resume;
+mod shared_data;
 mod smollm2_decoding;
 mod store;
 mod tracing;
