@@ -38,6 +38,22 @@ fn the_cpu_passes_against_itself_and_the_file_is_what_was_printed() {
             assert!(parity.iter().any(|row| ran(&row)), "{part} in {kind}");
         }
     }
+    assert_eq!(report["process_group"]["backend"], "Gloo");
+    let checks = report["process_group"]["checks"].as_array().unwrap();
+    let parts = [
+        "all-reduce",
+        "broadcast",
+        "all-gather",
+        "reduce-scatter",
+        "reducer",
+        "barrier",
+        "projections: training",
+        "EAGLE-3: training",
+    ];
+    for part in parts {
+        let ran = |row: &Value| row["check"].as_str().unwrap().contains(part) && row["passed"] == true;
+        assert!(checks.iter().any(ran), "{part}: {checks:?}");
+    }
     assert!(report["ceilings"]["bfloat16_rate"].as_f64().unwrap() > 0.0);
     let training = report["training"].as_array().unwrap();
     let names = ["medusa 5x1 own", "medusa 5x1 shared", "eagle3 3 recomputed", "eagle3 3 one graph"];

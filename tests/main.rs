@@ -17,6 +17,7 @@ mod goldens;
 mod gpu_check;
 mod layers;
 mod medusa;
+mod parallel;
 mod resume;
 mod shared_data;
 mod smollm2_decoding;

@@ -218,11 +218,16 @@ int specforge_group_gloo(const specforge_store *store, int rank, int world_size,
       error, error_size);
 }
 
-// The underlying `c10::intrusive_ptr<c10d::ProcessGroup>`, for a backend that is added to it.
+// The underlying intrusive pointers, for a backend that is added to the group: see nccl.cpp.
 void *specforge_group_inner(specforge_group *group) { return &group->group; }
 const void *specforge_store_inner(const specforge_store *store) { return &store->store; }
 
-void specforge_group_free(specforge_group *group) { delete group; }
+// Gives up what is still under way: whoever frees a group after a failure must not wait for a peer that is gone.
+void specforge_group_free(specforge_group *group) {
+  char unheard[1];
+  guarded([&] { group->group->abort(); }, unheard, sizeof unheard);
+  delete group;
+}
 
 // operation: 0 sum, 1 maximum, 2 minimum
 int specforge_group_all_reduce(const specforge_group *group, const at::Tensor *tensor, int operation, char *error,

@@ -28,15 +28,22 @@ pub enum CudaState {
 /// `Cuda`, and not libtorch's description of its build.
 pub fn cuda() -> &'static CudaState {
     static STATE: OnceLock<CudaState> = OnceLock::new();
-    STATE.get_or_init(|| match open_cuda() {
+    STATE.get_or_init(|| match cuda_library() {
         Ok(()) if Cuda::is_available() => CudaState::Usable(Cuda::device_count() as usize),
         // SAFETY: a question without arguments.
         Ok(()) if unsafe { torch_sys::at_context_has_cudart() } => {
             CudaState::Unusable("libtorch has CUDA, but the driver shows no device".to_owned())
         }
         Ok(()) => CudaState::Unusable("libtorch was asked for CUDA before its CUDA half was opened".to_owned()),
-        Err(reason) => CudaState::Unusable(reason),
+        Err(reason) => CudaState::Unusable(reason.to_owned()),
     })
+}
+
+/// Opens libtorch_cuda, which a machine without a GPU can do too, or says why that is not possible. From then on
+/// libraries find its symbols.
+pub fn cuda_library() -> Result<(), &'static str> {
+    static OPENED: OnceLock<Result<(), String>> = OnceLock::new();
+    OPENED.get_or_init(open_cuda).as_ref().copied().map_err(String::as_str)
 }
 
 fn open_cuda() -> Result<(), String> {

@@ -6,6 +6,7 @@ use serde_json::json;
 use super::Output;
 use crate::checkpoint::Versions;
 use crate::device::{self, CudaState};
+use crate::dist::nccl;
 use crate::error::Result;
 use crate::shim;
 
@@ -18,6 +19,7 @@ struct Report {
     devices: Vec<String>,
     cuda: String,
     nccl: String,
+    nccl_process_group: String,
     build: String,
 }
 
@@ -42,6 +44,10 @@ pub(super) fn run(output: &Output) -> Result<()> {
             Ok(version) => format!("usable, {version}"),
             Err(reason) => format!("not usable: {reason}"),
         },
+        nccl_process_group: match nccl::library() {
+            Ok(library) => format!("opened, {library}"),
+            Err(reason) => format!("not usable: {reason}"),
+        },
         build,
     };
     output.result(&report, || {
@@ -55,6 +61,7 @@ pub(super) fn run(output: &Output) -> Result<()> {
             ("blas", report.blas.clone()),
             ("cuda", report.cuda.clone()),
             ("nccl", report.nccl.clone()),
+            ("nccl group", report.nccl_process_group.clone()),
         ];
         rows.map(|(name, value)| format!("{name:<10} {value}")).join("\n")
     });

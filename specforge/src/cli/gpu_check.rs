@@ -34,9 +34,9 @@ pub(super) fn run(args: &GpuCheckArgs, output: &Output) -> Result<()> {
         files::write_json(path, &report)?;
     }
     output.result(&report, || report.to_string());
-    let failed = report.parity.iter().filter(|row| !row.passed).count();
+    let failed = report.comparisons().filter(|row| !row.passed).count();
     match failed {
         0 => Ok(()),
-        _ => Err(Error::Failed(format!("{failed} of {} checks against the CPU failed", report.parity.len()))),
+        _ => Err(Error::Failed(format!("{failed} of {} checks failed", report.comparisons().count()))),
     }
 }

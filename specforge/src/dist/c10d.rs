@@ -1,4 +1,4 @@
-//! The C ABI of `csrc/c10d.cpp`.
+//! The C ABI of `csrc/c10d.cpp`, and of `csrc/nccl.cpp`, which is a library of its own.
 
 use std::ffi::{c_char, c_int, c_void};
 
@@ -33,6 +33,19 @@ pub(super) struct CBucketTime {
 
 /// Receives a value of the store.
 pub(super) type Receive = extern "C" fn(context: *mut c_void, value: *const u8, length: usize);
+
+/// `specforge_nccl_build`: what the library was built for.
+pub(super) type NcclBuild = unsafe extern "C" fn() -> *const c_char;
+
+/// `specforge_group_add_nccl`: takes what [`specforge_group_inner`] and [`specforge_store_inner`] give.
+pub(super) type AddNccl = unsafe extern "C" fn(
+    group: *mut c_void,
+    store: *const c_void,
+    device: c_int,
+    timeout_ms: i64,
+    error: *mut c_char,
+    error_size: usize,
+) -> c_int;
 
 unsafe extern "C" {
     pub(super) fn specforge_store_host(
@@ -108,6 +121,8 @@ unsafe extern "C" {
         error: *mut c_char,
         error_size: usize,
     ) -> c_int;
+    pub(super) fn specforge_group_inner(group: *mut CGroup) -> *mut c_void;
+    pub(super) fn specforge_store_inner(store: *const CStore) -> *const c_void;
     pub(super) fn specforge_group_free(group: *mut CGroup);
     pub(super) fn specforge_group_all_reduce(
         group: *const CGroup,

@@ -1,13 +1,20 @@
 //! Collectives over the ranks of a run: `c10d::ProcessGroup` over Gloo (host memory) and NCCL (CUDA).
+//!
+//! Where a tensor is decides who carries it. A failure over Gloo is an error of the call. A collective over NCCL is queued
+//! on the device, and the call returns at once: what follows on the device waits for it, the host does not. So nothing
+//! can be returned when a peer is gone; libtorch's watchdog notices, at the latest when the timeout has passed, and ends
+//! the process with a message and exit code 1. The device waits until then: nothing is computed with what never came.
 
 use std::ffi::{CString, c_char, c_int};
 use std::net::IpAddr;
 use std::time::Duration;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::c10d::{self, CGroup};
+use super::nccl;
 use super::store::{Store, milliseconds};
+use crate::device::{self, CudaState};
 use crate::error::{Error, Result};
 use crate::shim::checked;
 
@@ -23,7 +30,8 @@ pub enum ReduceOp {
 }
 
 /// The ranks of a run. Every rank calls the same collectives in the same order, whatever its data; a call returns when
-/// this rank's part is done, or with an error when a peer is gone or the group's timeout has passed.
+/// this rank's part is done (on a CUDA device: queued), or with an error when a peer is gone or the group's timeout has
+/// passed.
 #[derive(Debug)]
 pub struct ProcessGroup {
     rank: usize,
@@ -42,8 +50,11 @@ impl Drop for ProcessGroup {
 }
 
 impl ProcessGroup {
+    /// A process on its own, for those who want a reference to it.
+    pub const SINGLE: &'static Self = &Self::single();
+
     /// A process on its own: every collective is the identity.
-    pub fn single() -> Self {
+    pub const fn single() -> Self {
         Self { rank: 0, world_size: 1, raw: std::ptr::null_mut() }
     }
 
@@ -59,7 +70,39 @@ impl ProcessGroup {
             c10d::specforge_group_gloo(store.raw(), rank, world_size, text.as_ptr(), timeout, &raw mut raw, error, size)
         })
         .map_err(|error| failed(rank, "meeting the other ranks", &error))?;
-        Ok(Self { rank, world_size, raw })
+        let group = Self { rank, world_size, raw };
+        // Others may still be connecting, and a rank that has nothing to do and leaves now would spoil that for all.
+        group.barrier()?;
+        Ok(group)
+    }
+
+    /// From now on NCCL carries tensors of `device`, which is CUDA and this rank's alone. All ranks must call it; `store`
+    /// is the group's. A collective that takes longer than `timeout` ends the process.
+    pub fn add_nccl(&mut self, store: &Store, device: Device, timeout: Duration) -> Result<()> {
+        let unusable = |reason: &str| Error::Failed(format!("NCCL's process group cannot be used: {reason}"));
+        let nccl = nccl::opened().map_err(unusable)?;
+        let count = match device::cuda() {
+            CudaState::Usable(count) => *count,
+            CudaState::Unusable(reason) => return Err(unusable(&format!("CUDA is not usable: {reason}"))),
+        };
+        let index = match device {
+            Device::Cuda(index) if index < count => index as c_int,
+            other => {
+                let name = device::name(other);
+                return Err(unusable(&format!("expected one of {count} CUDA devices, numbered from 0, got {name}")));
+            }
+        };
+        if self.raw.is_null() {
+            return Err(unusable("a process on its own has no group to add it to"));
+        }
+        // NCCL waits for its peers without a limit, so first all of them have to be here.
+        self.barrier()?;
+        // SAFETY: a live group and a live store, as the pointers that the library expects.
+        checked(|error, size| unsafe {
+            let (group, store) = (c10d::specforge_group_inner(self.raw), c10d::specforge_store_inner(store.raw()));
+            (nccl.add)(group, store, index, milliseconds(timeout), error, size)
+        })
+        .map_err(|error| failed(self.rank, "meeting the other ranks over NCCL", &error))
     }
 
     /// This process's number, from 0.
@@ -141,7 +184,7 @@ impl ProcessGroup {
         let length = length.int64_value(&[]);
         let buffer = match self.rank == root {
             true => Tensor::from_slice(bytes),
-            false => Tensor::f_zeros([length], (Kind::Uint8, tch::Device::Cpu))?,
+            false => Tensor::f_zeros([length], (Kind::Uint8, Device::Cpu))?,
         };
         if length > 0 {
             self.broadcast(&buffer, root)?;
@@ -183,8 +226,6 @@ pub(super) fn failed(rank: usize, operation: &'static str, error: &Error) -> Err
 pub(crate) mod tests {
     use std::net::{Ipv4Addr, TcpListener};
     use std::thread;
-
-    use tch::Device;
 
     use super::*;
 

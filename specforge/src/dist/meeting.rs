@@ -12,6 +12,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
+use tch::Device;
 
 use super::group::ProcessGroup;
 use super::placement::Placement;
@@ -172,12 +173,17 @@ impl Meeting {
         error
     }
 
-    /// The process group of all ranks over host memory. `timeout` is how long a collective may take. Everybody must be
-    /// ready for it: [`Meeting::wait_for_all`] first.
-    pub fn group(&self, timeout: Duration) -> Result<ProcessGroup> {
+    /// The process group of all ranks: host memory through Gloo, and that of `device` through NCCL where it is a CUDA
+    /// device. `timeout` is how long a collective may take. Everybody must be ready for it: [`Meeting::wait_for_all`]
+    /// first.
+    pub fn group(&self, device: Device, timeout: Duration) -> Result<ProcessGroup> {
         let Placement { rank, world_size, .. } = self.placement;
         let store = self.store.prefixed("gloo")?;
-        ProcessGroup::gloo(&store, rank, world_size, self.own_address()?, timeout)
+        let mut group = ProcessGroup::gloo(&store, rank, world_size, self.own_address()?, timeout)?;
+        if device.is_cuda() {
+            group.add_nccl(&self.store.prefixed("nccl")?, device, timeout)?;
+        }
+        Ok(group)
     }
 
     /// The store, for what else the ranks have to agree on before they have a group.
@@ -357,7 +363,7 @@ mod tests {
             }
             meeting.wait_for_all("the data")?;
             meeting.wait_for_all("the draft")?;
-            let group = meeting.group(Duration::from_millis(500))?;
+            let group = meeting.group(Device::Cpu, Duration::from_millis(500))?;
             let sum = Tensor::from_slice(&[group.rank() as f64]);
             group.all_reduce(&sum, ReduceOp::Sum)?;
             // Nobody leaves before the others are done.
@@ -389,7 +395,7 @@ mod tests {
     fn the_first_rank_says_why_before_its_store_goes() {
         let errors = meet(2, |meeting| {
             meeting.wait_for_all("the data").unwrap();
-            let group = meeting.group(TIMEOUT).unwrap();
+            let group = meeting.group(Device::Cpu, TIMEOUT).unwrap();
             match meeting.placement().rank {
                 0 => meeting.report(Error::Failed("the disk is full".to_owned())),
                 _ => {

@@ -18,11 +18,13 @@ pub mod attention;
 pub mod ceilings;
 pub mod operations;
 pub mod parity;
+pub mod process_group;
 pub mod programs;
 pub mod training;
 
 pub use ceilings::{CeilingSizes, Ceilings};
 pub use parity::Comparison;
+pub use process_group::ProcessGroupCheck;
 pub use training::{TrainingRun, TrainingSetup};
 
 /// What a check found.
@@ -44,6 +46,8 @@ pub struct GpuCheck {
     pub passed: bool,
     /// The device against the CPU.
     pub parity: Vec<Comparison>,
+    /// Ranks of a run on the device.
+    pub process_group: ProcessGroupCheck,
     /// The device at its best.
     pub ceilings: Ceilings,
     /// Training speed.
@@ -60,6 +64,8 @@ pub fn run(device: Device, quick: bool, say: &dyn Fn(&str)) -> Result<GpuCheck> 
     };
     say("parity: target, attention, loss, optimizer, checkpoint and sampling against the CPU");
     let parity = parity::check(device)?;
+    say("process group: collectives, reducer and training as one of the ranks of a run");
+    let process_group = process_group::check(device)?;
     say("ceilings: matrix products and copies");
     let sizes = if quick { CeilingSizes::QUICK } else { CeilingSizes::FULL };
     let ceilings = ceilings::measure(device, sizes)?;
@@ -75,8 +81,9 @@ pub fn run(device: Device, quick: bool, say: &dyn Fn(&str)) -> Result<GpuCheck> 
             CudaState::Unusable(reason) => format!("not usable: {reason}"),
         },
         quick,
-        passed: parity.iter().all(|row| row.passed),
+        passed: parity.iter().chain(&process_group.checks).all(|row| row.passed),
         parity,
+        process_group,
         ceilings,
         training,
     })
@@ -103,27 +110,37 @@ impl fmt::Display for GpuCheck {
              ({float32_size} squared), copy {} TB/s",
             tera(copy_bandwidth)
         )?;
-        self.write_parity(out)?;
+        write_comparisons(out, "parity with the CPU in float32", &self.parity)?;
+        let title = format!("process group of one rank: {}", self.process_group.backend);
+        write_comparisons(out, &title, &self.process_group.checks)?;
         self.write_training(out)
     }
 }
 
+/// Number of checks, which failed, and a table of all.
+fn write_comparisons(out: &mut fmt::Formatter<'_>, title: &str, rows: &[Comparison]) -> fmt::Result {
+    if rows.is_empty() {
+        return writeln!(out, "\n{title}");
+    }
+    let verdict = match rows.iter().filter(|row| !row.passed).count() {
+        0 => "all passed".to_owned(),
+        failed => format!("{failed} FAILED"),
+    };
+    writeln!(out, "\n{title}: {} checks, {verdict}", rows.len())?;
+    let width = rows.iter().map(|row| row.check.len()).max().unwrap_or(0);
+    writeln!(out, "{:<width$}  {:<8}  {:>8}  {:>8}", "check", "type", "error", "limit")?;
+    for row in rows {
+        let mark = if row.passed { "" } else { "  FAILED" };
+        let Comparison { check, kind, error, limit, .. } = row;
+        writeln!(out, "{check:<width$}  {kind:<8}  {error:>8.1e}  {limit:>8.1e}{mark}")?;
+    }
+    Ok(())
+}
+
 impl GpuCheck {
-    fn write_parity(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let failed = self.parity.iter().filter(|row| !row.passed).count();
-        let verdict = match failed {
-            0 => "all passed".to_owned(),
-            _ => format!("{failed} FAILED"),
-        };
-        writeln!(out, "\nparity with the CPU in float32: {} checks, {verdict}", self.parity.len())?;
-        let width = self.parity.iter().map(|row| row.check.len()).max().unwrap_or(0);
-        writeln!(out, "{:<width$}  {:<8}  {:>8}  {:>8}", "check", "type", "error", "limit")?;
-        for row in &self.parity {
-            let mark = if row.passed { "" } else { "  FAILED" };
-            let Comparison { check, kind, error, limit, .. } = row;
-            writeln!(out, "{check:<width$}  {kind:<8}  {error:>8.1e}  {limit:>8.1e}{mark}")?;
-        }
-        Ok(())
+    /// Everything that was compared.
+    pub fn comparisons(&self) -> impl Iterator<Item = &Comparison> {
+        self.parity.iter().chain(&self.process_group.checks)
     }
 
     fn write_training(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -30,7 +30,7 @@ pub struct Comparison {
 }
 
 impl Comparison {
-    fn new(check: String, kind: Kind, error: f64, limit: f64) -> Self {
+    pub(super) fn new(check: String, kind: Kind, error: f64, limit: f64) -> Self {
         let kind = if kind == Kind::BFloat16 { "bfloat16" } else { "float32" };
         Self { check, kind, error, limit, passed: error <= limit }
     }
@@ -118,7 +118,8 @@ fn worst(errors: impl Iterator<Item = f64>, whole: bool) -> f64 {
     errors.fold(start, |worst: f64, error| if worst.is_nan() || error.is_nan() { f64::NAN } else { worst.max(error) })
 }
 
-fn largest_difference(got: &Tensor, want: &Tensor) -> f64 {
+/// As a share of the largest value.
+pub(super) fn largest_difference(got: &Tensor, want: &Tensor) -> f64 {
     let largest = want.abs().max().double_value(&[]).max(f64::MIN_POSITIVE);
     (got - want).abs().max().double_value(&[]) / largest
 }
