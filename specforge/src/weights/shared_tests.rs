@@ -159,7 +159,7 @@ fn memory_of(count: usize, folder: &Path) -> i64 {
     let mut answers = |word: &str| -> Vec<f64> {
         let answer = processes.iter_mut().map(|(_, input, lines)| {
             let line = lines.map_while(Result::ok).find_map(|line| Some(line.split_once(word)?.1.trim().to_owned()));
-            let number = line.expect("an answer").parse().unwrap();
+            let number: f64 = line.expect("an answer").parse().unwrap();
             (input, number)
         });
         let (inputs, numbers): (Vec<_>, Vec<f64>) = answer.unzip();
@@ -182,9 +182,11 @@ fn processes_together_take_the_memory_of_one() {
     let size = 4 * (3 * 5 + 2500 * 4001) / 1024;
     let own = memory_of(2, folder.path());
     fs::create_dir(folder.path().join("copies")).unwrap();
-    let (alone, shared) = (memory_of(1, folder.path()), memory_of(3, folder.path()));
+    // These make the copy first; the one that does keeps its workspace for a while.
+    let shared = memory_of(3, folder.path());
+    let alone = memory_of(1, folder.path());
     println!("weights of {size} KiB: two processes for themselves {own} KiB; shared: one {alone}, three {shared}");
     assert!(own > 2 * size - size / 4, "{own}");
     assert!((alone - size).abs() < size / 4, "{alone}");
-    assert!((shared - size).abs() < size / 2, "{shared}");
+    assert!(shared > size - size / 4 && shared < 2 * size - size / 4, "{shared}");
 }
