@@ -88,7 +88,10 @@ pub(super) fn target(
     let progress = LazyProgress::new("convert the target", "MiB");
     let copies = SharedCopies {
         folder: &config.data.cache_dir,
-        progress: &|done, total| progress.set(done >> 20, total >> 20),
+        progress: &|done, total| match done < total {
+            true => progress.set(done >> 20, total >> 20),
+            false => progress.finish("done"),
+        },
         note: &|line| note(line),
     };
     let loading = Loading { kind, device, copies: (local_world_size > 1).then_some(copies) };
