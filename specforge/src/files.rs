@@ -9,6 +9,13 @@ use serde::Serialize;
 
 use crate::error::{Error, Result};
 
+mod once;
+
+pub use once::{Maker, open_or_make};
+
+/// How the names of unfinished files begin.
+const PARTIAL_PREFIX: &str = ".partial-";
+
 /// Writes a file through `body`. On any error the old file, if there was one, stays as it was.
 pub fn write_file(path: &Path, body: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
     write_through(path, |temporary| {
@@ -20,10 +27,15 @@ pub fn write_file(path: &Path, body: impl FnOnce(&mut dyn Write) -> std::io::Res
 
 /// Writes a file through `body`, which is given the temporary path to write to.
 pub fn write_through(path: &Path, body: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    write_through_as(path, PARTIAL_PREFIX, body)
+}
+
+/// The same with a temporary name that begins with `prefix`.
+fn write_through_as(path: &Path, prefix: &str, body: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let parent = parent_of(path);
     create_dir_all(parent)?;
     let temporary = tempfile::Builder::new()
-        .prefix(".partial-")
+        .prefix(prefix)
         .tempfile_in(parent)
         .map_err(Error::io("create a file in", parent))?
         .into_temp_path();
@@ -50,7 +62,7 @@ impl StagedFile {
         let parent = parent_of(target);
         create_dir_all(parent)?;
         let file = tempfile::Builder::new()
-            .prefix(".partial-")
+            .prefix(PARTIAL_PREFIX)
             .tempfile_in(parent)
             .map_err(Error::io("create a file in", parent))?;
         Ok(Self { writer: BufWriter::with_capacity(1 << 20, file), target: target.to_path_buf() })
@@ -99,7 +111,7 @@ impl StagedDir {
         let parent = parent_of(target);
         create_dir_all(parent)?;
         let staging = tempfile::Builder::new()
-            .prefix(".partial-")
+            .prefix(PARTIAL_PREFIX)
             .tempdir_in(parent)
             .map_err(Error::io("create a folder in", parent))?;
         Ok(Self { staging, target: target.to_path_buf() })

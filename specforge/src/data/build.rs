@@ -13,7 +13,7 @@ use super::reader::{Record, SourceFile};
 use super::tokenizer::{ChatTokenizer, hex};
 use super::{DataConfig, TooLong};
 use crate::error::{Error, Result};
-use crate::files;
+use crate::files::{self, Maker};
 
 /// Records that are tokenised between two writes.
 const CHUNK: usize = 1024;
@@ -70,8 +70,8 @@ struct Tokenised {
 }
 
 impl TokenCache {
-    /// Opens the cache of these files, tokenizer and settings, or makes it first. `progress` is told how many records
-    /// are done, and of how many.
+    /// Opens the cache of these files, tokenizer and settings, or makes it first. Of several processes one makes it, and
+    /// the others wait as long as that takes. `progress` is told how many records are done, and of how many.
     pub fn build_or_open(
         paths: &[PathBuf],
         tokenizer: &ChatTokenizer,
@@ -86,24 +86,35 @@ impl TokenCache {
         let key = cache_key(&sources, tokenizer, config);
         let cache_path = config.cache_dir.join(format!("{}.tokens", &hex(&key)[..24]));
         let mut note = None;
-        if cache_path.is_file() {
+        let reopen = || {
+            if !cache_path.is_file() {
+                return Ok(None);
+            }
             match TokenCache::open(&cache_path, &key) {
                 Ok((cache, mut report)) => {
                     check_share(&report, paths, config)?;
                     report.from_cache = true;
-                    return Ok((cache, report));
+                    Ok(Some((cache, report)))
                 }
-                Err(problem) => note = Some(format!("{}: {problem}; built again", cache_path.display())),
+                Err(problem) => {
+                    note = Some(format!("{}: {problem}; built again", cache_path.display()));
+                    Ok(None)
+                }
             }
-        }
-        files::write_through(&cache_path, |temporary| {
-            let mut writer = CacheWriter::create(temporary, &cache_path, key)?;
-            let report = tokenise(&sources, tokenizer, config, &mut writer, progress)?;
-            writer.finish(&report)
-        })?;
-        let (cache, mut report) =
-            TokenCache::open(&cache_path, &key).map_err(|problem| Error::bad_file(&cache_path, problem))?;
-        report.note = note;
+        };
+        let make = |maker: &Maker<'_>| {
+            maker.write(|temporary| {
+                let mut writer = CacheWriter::create(temporary, &cache_path, key)?;
+                let progress = |done, total| maker.report(done, total);
+                let report = tokenise(&sources, tokenizer, config, &mut writer, &progress)?;
+                writer.finish(&report)
+            })?;
+            TokenCache::open(&cache_path, &key).map_err(|problem| Error::bad_file(&cache_path, problem))
+        };
+        // Whether the data is good enough is everybody's own wish.
+        let terms = format!("max_bad_share {}", config.max_bad_share);
+        let (cache, mut report) = files::open_or_make(&cache_path, &terms, progress, reopen, make)?;
+        report.note = note.filter(|_| !report.from_cache);
         Ok((cache, report))
     }
 }

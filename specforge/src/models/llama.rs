@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use super::{Dimensions, ForwardInput, ForwardOutput, LayerShape, LogitRows, TargetModel, TargetTables};
+use super::{Dimensions, ForwardInput, ForwardOutput, LayerShape, Loading, LogitRows, TargetModel, TargetTables};
 use crate::error::{Error, Result};
 use crate::nn::rope::RopeTables;
 use crate::nn::{
@@ -329,10 +329,13 @@ pub struct LlamaTarget {
 }
 
 /// Loads a model folder.
-pub fn load(path: &Path, kind: Kind, device: Device) -> Result<Box<dyn TargetModel>> {
+pub fn load(path: &Path, loading: &Loading<'_>) -> Result<Box<dyn TargetModel>> {
     let config = LlamaConfig::read(&path.join("config.json"))?;
     let weights = WeightsFolder::open(path)?;
-    Ok(Box::new(LlamaTarget::from_weights(config, &weights, kind, device)?))
+    config.check_tensors(&weights)?;
+    let names: Vec<String> = config.tensors().into_iter().map(|(name, _)| name).collect();
+    let weights = loading.arrange(weights, &names);
+    Ok(Box::new(LlamaTarget::from_weights(config, &weights, loading.kind, loading.device)?))
 }
 
 /// Sizes of the model of a folder.
@@ -342,16 +345,19 @@ pub fn read_dimensions(path: &Path) -> Result<Dimensions> {
 }
 
 /// Loads embedding and head of a model folder.
-pub fn load_tables(path: &Path, kind: Kind, device: Device) -> Result<TargetTables> {
+pub fn load_tables(path: &Path, loading: &Loading<'_>) -> Result<TargetTables> {
     let config = LlamaConfig::read(&path.join("config.json"))?;
     let weights = WeightsFolder::open(path)?;
     config.check_tensors(&weights)?;
     let dimensions = read_dimensions(path)?;
-    let embedding = weights.load(EMBEDDING, kind, device)?;
-    let head = match config.tie_word_embeddings {
-        true => embedding.shallow_clone(),
-        false => weights.load(HEAD, kind, device)?,
-    };
+    let mut names = vec![EMBEDDING.to_owned()];
+    if !config.tie_word_embeddings {
+        names.push(HEAD.to_owned());
+    }
+    let weights = loading.arrange(weights, &names);
+    let load = |name| weights.load(name, loading.kind, loading.device);
+    let embedding = load(EMBEDDING)?;
+    let head = if config.tie_word_embeddings { embedding.shallow_clone() } else { load(HEAD)? };
     Ok(TargetTables { dimensions, embedding, head })
 }
 

@@ -9,6 +9,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::nn::{AttentionMask, KvCache, RopeConfig, RopeScaling};
+use crate::weights::{SharedCopies, WeightsFolder};
 
 pub mod identity;
 pub mod llama;
@@ -147,8 +148,8 @@ impl TargetTables {
 struct Family {
     model_type: &'static str,
     read_dimensions: fn(&Path) -> Result<Dimensions>,
-    load: fn(&Path, Kind, Device) -> Result<Box<dyn TargetModel>>,
-    load_tables: fn(&Path, Kind, Device) -> Result<TargetTables>,
+    load: fn(&Path, &Loading<'_>) -> Result<Box<dyn TargetModel>>,
+    load_tables: fn(&Path, &Loading<'_>) -> Result<TargetTables>,
     /// Names of the tensors behind [`TargetTables`]; a tied head is not there.
     table_names: &'static [&'static str],
 }
@@ -167,14 +168,45 @@ struct ModelType {
     model_type: String,
 }
 
+/// How the weights of a model are loaded.
+#[derive(Debug, Clone, Copy)]
+pub struct Loading<'a> {
+    /// Element type of the weights.
+    pub kind: Kind,
+    /// Where they go.
+    pub device: Device,
+    /// Where the processes of this machine keep what they share of weights on the CPU, if there are several.
+    pub copies: Option<SharedCopies<'a>>,
+}
+
+impl Loading<'_> {
+    /// Where the tensors of these names are best loaded from.
+    fn arrange(&self, weights: WeightsFolder, names: &[String]) -> WeightsFolder {
+        match &self.copies {
+            Some(copies) if self.device == Device::Cpu => copies.of(weights, names, self.kind),
+            _ => weights,
+        }
+    }
+}
+
 /// Loads the model of a Hugging Face folder.
 pub fn load_target(path: &Path, kind: Kind, device: Device) -> Result<Box<dyn TargetModel>> {
-    (family(path)?.load)(path, kind, device)
+    load_target_with(path, &Loading { kind, device, copies: None })
+}
+
+/// Loads the model of a Hugging Face folder, perhaps together with the other processes of this machine.
+pub fn load_target_with(path: &Path, loading: &Loading<'_>) -> Result<Box<dyn TargetModel>> {
+    (family(path)?.load)(path, loading)
 }
 
 /// Loads embedding and head of a Hugging Face folder. The layers must be in its files and are not read.
 pub fn load_tables(path: &Path, kind: Kind, device: Device) -> Result<TargetTables> {
-    (family(path)?.load_tables)(path, kind, device)
+    load_tables_with(path, &Loading { kind, device, copies: None })
+}
+
+/// As [`load_tables`], perhaps together with the other processes of this machine.
+pub fn load_tables_with(path: &Path, loading: &Loading<'_>) -> Result<TargetTables> {
+    (family(path)?.load_tables)(path, loading)
 }
 
 /// Sizes of the model of a Hugging Face folder, from config.json alone.

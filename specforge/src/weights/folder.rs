@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -38,6 +39,8 @@ struct Entry {
 pub struct WeightsFolder {
     path: PathBuf,
     files: Vec<Arc<Mmap>>,
+    /// Length and time of the last change of each file, in bytes and nanoseconds.
+    stamps: Vec<(u64, i128)>,
     entries: BTreeMap<String, Entry>,
 }
 
@@ -84,10 +87,12 @@ impl WeightsFolder {
     }
 
     fn open_files(path: &Path, paths: &[PathBuf]) -> Result<Self> {
-        let mut files = Vec::new();
+        let (mut files, mut stamps) = (Vec::new(), Vec::new());
         let mut entries = BTreeMap::new();
         for (index, file_path) in paths.iter().enumerate() {
             let file = File::open(file_path).map_err(Error::io("open", file_path))?;
+            let stamp = file.metadata().map_err(Error::io("look at", file_path))?;
+            stamps.push((stamp.len(), i128::from(stamp.mtime()) * 1_000_000_000 + i128::from(stamp.mtime_nsec())));
             // SAFETY: weights are read-only inputs; replacing a file under a running program is not supported.
             let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", file_path))?;
             let (header_length, metadata) = SafeTensors::read_metadata(&map).map_err(|error| {
@@ -114,12 +119,17 @@ impl WeightsFolder {
             }
             files.push(Arc::new(map));
         }
-        Ok(Self { path: path.to_path_buf(), files, entries })
+        Ok(Self { path: path.to_path_buf(), files, stamps, entries })
     }
 
     /// The folder or file that was opened.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Length and time of the last change of each file, in bytes and nanoseconds.
+    pub fn stamps(&self) -> &[(u64, i128)] {
+        &self.stamps
     }
 
     /// Names of all tensors, sorted.
@@ -168,38 +178,69 @@ impl WeightsFolder {
         if mismatch.is_empty() { Ok(()) } else { Err(Error::Tensors { path: self.path.clone(), mismatch }) }
     }
 
+    /// Whether a tensor on the CPU shares the mapped pages: those of this type that do not lie askew.
+    pub fn shares_pages(&self, name: &str, kind: Kind) -> bool {
+        self.entries.get(name).is_some_and(|entry| self.is_usable(entry, kind))
+    }
+
+    fn is_usable(&self, entry: &Entry, kind: Kind) -> bool {
+        entry.start < entry.end && kind == entry.kind && self.is_aligned(entry)
+    }
+
+    fn is_aligned(&self, entry: &Entry) -> bool {
+        let address = self.files[entry.file].as_ptr() as usize + entry.start;
+        address.is_multiple_of(entry.kind.elt_size_in_bytes())
+    }
+
+    fn entry(&self, name: &str) -> Result<&Entry> {
+        self.entries.get(name).ok_or_else(|| {
+            let mismatch = TensorMismatch { missing: vec![name.to_owned()], ..TensorMismatch::default() };
+            Error::Tensors { path: self.path.clone(), mismatch }
+        })
+    }
+
     /// Loads one tensor. On the CPU and in the stored element type the result shares the mapped pages, which stay
     /// mapped for the life of the process and must not be written to.
     pub fn load(&self, name: &str, kind: Kind, device: Device) -> Result<Tensor> {
-        let entry = self.entries.get(name).ok_or_else(|| {
-            let mismatch = TensorMismatch { missing: vec![name.to_owned()], ..TensorMismatch::default() };
-            Error::Tensors { path: self.path.clone(), mismatch }
-        })?;
-        let map = &self.files[entry.file];
-        let bytes = &map[entry.start..entry.end];
-        let size = entry.kind.elt_size_in_bytes();
-        let aligned = (bytes.as_ptr() as usize).is_multiple_of(size);
-        if aligned && !bytes.is_empty() && device == Device::Cpu && kind == entry.kind {
+        let entry = self.entry(name)?;
+        if device == Device::Cpu && self.is_usable(entry, kind) {
+            let map = &self.files[entry.file];
             leak_map(map);
             // SAFETY: safetensors checked the size, the address is aligned, and `leak_map` keeps the bytes mapped.
-            return unsafe { tensor_over(bytes, &entry.shape, kind) };
+            return unsafe { tensor_over(&map[entry.start..entry.end], &entry.shape, kind) };
         }
         let loaded = Tensor::f_empty(&entry.shape, (kind, device))?;
         let flat = loaded.f_view([-1])?;
-        for (index, piece) in bytes.chunks(PIECE_BYTES).enumerate() {
-            let (first, length) = (index * PIECE_BYTES, (piece.len() / size) as i64);
-            let source = if aligned {
-                // SAFETY: as above; this tensor does not outlive the loop, which the map does.
+        let mut first = 0;
+        self.read_pieces(name, |piece| {
+            let length = piece.numel() as i64;
+            flat.f_narrow(0, first, length)?.f_copy_(piece)?;
+            first += length;
+            Ok(())
+        })?;
+        Ok(loaded)
+    }
+
+    /// Gives the elements of one tensor as stored, piece by piece, and gives the pages back to the system.
+    pub(super) fn read_pieces(&self, name: &str, mut body: impl FnMut(&Tensor) -> Result<()>) -> Result<()> {
+        let entry = self.entry(name)?;
+        let map = &self.files[entry.file];
+        let is_aligned = self.is_aligned(entry);
+        for (index, piece) in map[entry.start..entry.end].chunks(PIECE_BYTES).enumerate() {
+            let length = (piece.len() / entry.kind.elt_size_in_bytes()) as i64;
+            let source = if is_aligned {
+                // SAFETY: the address is aligned; this tensor does not outlive the loop, which the map does.
                 unsafe { tensor_over(piece, &[length], entry.kind)? }
             } else {
                 Tensor::f_from_data_size(piece, &[length], entry.kind)?
             };
-            flat.f_narrow(0, (first / size) as i64, length)?.f_copy_(&source)?;
+            body(&source)?;
             // The pages were only read: the system may drop them now and read them again if somebody asks.
+            let start = entry.start + index * PIECE_BYTES;
             // SAFETY: the map is file-backed and read-only, so no content can be lost.
-            let _ = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, entry.start + first, piece.len()) };
+            let _ = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, piece.len()) };
         }
-        Ok(loaded)
+        Ok(())
     }
 }
 

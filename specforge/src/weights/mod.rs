@@ -2,7 +2,9 @@
 
 pub mod folder;
 pub mod gguf;
+pub mod shared;
 pub mod writer;
 
 pub use folder::WeightsFolder;
+pub use shared::SharedCopies;
 pub use writer::{write_bytes, write_tensors};

@@ -13,8 +13,9 @@ use crate::draft;
 use crate::draft::vocabulary::{Corpus, Vocabulary, VocabularyKeys};
 use crate::error::{Error, Result};
 use crate::features::{FeatureSource, OnlineFeatures, RememberedFeatures, StoredFeatures};
-use crate::models::{self, TargetIdentity, TargetTables};
+use crate::models::{self, Loading, TargetIdentity, TargetTables};
 use crate::plan;
+use crate::weights::SharedCopies;
 
 /// The draft's own vocabulary, where the configuration asks for one.
 pub(super) fn vocabulary(
@@ -75,23 +76,39 @@ pub(super) struct Target {
     pub(super) model: Option<Rc<dyn models::TargetModel>>,
 }
 
-/// Loads the target. With a store, the layers are loaded only to decode with.
-pub(super) fn target(config: &RunConfig, device: Device, tokenizer: &ChatTokenizer) -> Result<Target> {
+/// Loads the target. With a store, the layers are loaded only to decode with. On the CPU, the `local_world_size`
+/// processes of this machine share the weights.
+pub(super) fn target(
+    config: &RunConfig,
+    device: Device,
+    local_world_size: usize,
+    tokenizer: &ChatTokenizer,
+) -> Result<Target> {
     let (path, kind) = (&config.target.path, config.target.dtype.kind());
+    let progress = LazyProgress::new("convert the target", "MiB");
+    let copies = SharedCopies {
+        folder: &config.data.cache_dir,
+        progress: &|done, total| match done < total {
+            true => progress.set(done >> 20, total >> 20),
+            false => progress.finish("done"),
+        },
+        note: &|line| note(line),
+    };
+    let loading = Loading { kind, device, copies: (local_world_size > 1).then_some(copies) };
     note(format!("loading {} on {}", path.display(), device::name(device)));
     if let Some(folder) = &config.target.feature_store {
         let decodes = config.eval.every > 0;
         let model: Option<Rc<dyn models::TargetModel>> =
-            if decodes { Some(models::load_target(path, kind, device)?.into()) } else { None };
+            if decodes { Some(models::load_target_with(path, &loading)?.into()) } else { None };
         let tables = match &model {
             Some(model) => TargetTables::of(model.as_ref()),
-            None => models::load_tables(path, kind, device)?,
+            None => models::load_tables_with(path, &loading)?,
         };
         let identity = TargetIdentity::read(path)?;
         let stored = StoredFeatures::open(folder, &identity, &tables, tokenizer.fingerprint(), &check_progress())?;
         return Ok(Target { tables, source: Source::Stored(Box::new(stored)), model });
     }
-    let model: Rc<dyn models::TargetModel> = models::load_target(path, kind, device)?.into();
+    let model: Rc<dyn models::TargetModel> = models::load_target_with(path, &loading)?.into();
     let tables = TargetTables::of(model.as_ref());
     let online = OnlineFeatures::new(Rc::clone(&model));
     let source = match config.target.keep_hidden_states {

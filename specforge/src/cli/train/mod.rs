@@ -113,7 +113,8 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, output
 
     // Target and draft.
     let kind = config.target.dtype.kind();
-    let Target { tables, source, model } = inputs::target(config, device, &tokenizer)?;
+    let local_world_size = placement.map_or(1, |placement| placement.local_world_size);
+    let Target { tables, source, model } = inputs::target(config, device, local_world_size, &tokenizer)?;
     let dimensions = tables.dimensions;
     inputs::fits_vocabulary(&tokenizer, dimensions.vocab_size, &config.target.path)?;
     for cache in [Some(&train_cache), eval_cache.as_ref()].into_iter().flatten() {
