@@ -172,7 +172,9 @@ fn train(config: &LlamaConfig, section: &Value, device: Device, group: Option<&P
     let source = OnlineFeatures::new(Rc::clone(&target));
     let parameters = draft.parameters().iter();
     let slots = parameters.map(|parameter| ParameterSlot::new(&parameter.name, parameter.value.shallow_clone()));
-    let mut optimizer = AdamW::new(slots.collect(), &OptimConfig::default())?;
+    // AdamW's usual epsilon gives a gradient that is nothing but rounding a whole step of its own.
+    let optim = OptimConfig { epsilon: 1e-2, ..OptimConfig::default() };
+    let mut optimizer = AdamW::new(slots.collect(), &optim)?;
     let mut gradients = programs::zero_gradients(draft.as_ref())?;
     let mut reducer = group.map(|group| Reducer::new(group, &gradients, BUCKET_BYTES)).transpose()?;
     let (rank, world) = group.map_or((0, 1), |group| (group.rank(), group.world_size()));
@@ -187,7 +189,7 @@ fn train(config: &LlamaConfig, section: &Value, device: Device, group: Option<&P
             reducer.finish(&mut gradients)?;
             group.all_reduce(&tally.objective, ReduceOp::Sum)?;
         }
-        optimizer.step(&gradients, 1e-4, Some(1.0), &tally.objective)?;
+        optimizer.step(&gradients, 1e-2, Some(1.0), &tally.objective)?;
     }
     let values: Vec<Tensor> = optimizer.slots().map(|slot| slot.value.shallow_clone()).collect();
     programs::all_on_host(&values)
