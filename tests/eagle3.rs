@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use serde_json::{Value, json};
 use specforge::data::PackedBatch;
 use specforge::draft::eagle3::{Eagle3, Eagle3Config, Eagle3Shape};
-use specforge::draft::{DraftContext, DraftModel, Parameter, Tally};
+use specforge::draft::{DraftContext, DraftModel, Gradients, Parameter, Tally};
 use specforge::features::FeatureBatch;
 use specforge::models::{Dimensions, LayerShape};
 use specforge::nn::{Rope, RopeConfig, RopeScaling, noise};
@@ -271,7 +271,7 @@ fn sparse(draft: &Eagle3, batch: &PackedBatch, hidden: &[Tensor]) -> (Tally, Vec
     let zeros = |parameter: &Parameter| parameter.value.zeros_like().detach();
     let mut gradients: Vec<Tensor> = draft.parameters().iter().map(zeros).collect();
     let features = FeatureBatch { batch, hidden: hidden.iter().map(Tensor::shallow_clone).collect() };
-    let tally = draft.accumulate(&features, &draft.count_rows(batch), &mut gradients).unwrap();
+    let tally = draft.accumulate(&features, &draft.count_rows(batch), &mut Gradients::new(&mut gradients)).unwrap();
     (tally, gradients)
 }
 
@@ -296,10 +296,9 @@ fn check_once(name: &str, section: &Value, marks: &[String], seed: u64) -> i64 {
     let (draft, config) = world.draft(section, 1 + seed as usize % 40);
     let (tally, gradients) = sparse(&draft, &batch, &hidden);
     let (objective, want) = dense(&draft, &config, &world, &batch, &hidden);
-    // The objective is reported in float32.
-    let difference = largest_difference(&tally.objective.to_kind(Kind::Double), &objective);
+    let difference = largest_difference(&tally.objective, &objective);
     assert!(
-        difference < 1e-6 * (1.0 + objective.double_value(&[]).abs()),
+        difference < 1e-12 * (1.0 + objective.double_value(&[]).abs()),
         "{name}, {marks:?}: loss off by {difference:e}"
     );
     for (parameter, (got, want)) in draft.parameters().iter().zip(gradients.iter().zip(&want)) {

@@ -17,6 +17,7 @@ mod goldens;
 mod gpu_check;
 mod layers;
 mod medusa;
+mod parallel;
 mod resume;
 mod smollm2_decoding;
 mod store;

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use serde_json::json;
 use specforge::data::PackedBatch;
 use specforge::draft::medusa::{Medusa, MedusaConfig};
-use specforge::draft::{DraftContext, DraftModel, Tally};
+use specforge::draft::{DraftContext, DraftModel, Gradients, Tally};
 use specforge::features::{FeatureSource, OnlineFeatures};
 use specforge::models::{LlamaConfig, LlamaTarget, TargetModel};
 use specforge::nn::noise;
@@ -57,7 +57,7 @@ impl Setup {
             .iter()
             .map(|batch| {
                 let features = self.source.features(batch, &self.draft.capture()).unwrap();
-                self.draft.accumulate(&features, counts, &mut gradients).unwrap()
+                self.draft.accumulate(&features, counts, &mut Gradients::new(&mut gradients)).unwrap()
             })
             .collect();
         (gradients, tallies)

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use specforge::data::PackedBatch;
 use specforge::draft::medusa::{Medusa, MedusaConfig};
 use specforge::draft::supervision::{MaskAlignment, trained_rows};
-use specforge::draft::{DraftContext, DraftModel, Tally};
+use specforge::draft::{DraftContext, DraftModel, Gradients, Tally};
 use specforge::export::medusa::read;
 use specforge::features::{FeatureBatch, FeatureSource, OnlineFeatures};
 use specforge::models::{LlamaConfig, LlamaTarget, TargetModel};
@@ -358,7 +358,7 @@ fn gradients_equal_a_full_vocabulary_cut_to_the_map() {
         let counts = draft.count_rows(&batch);
         let zeros = |value: &Tensor| value.zeros_like().detach().set_requires_grad(false);
         let mut gradients: Vec<Tensor> = draft.parameters().iter().map(|parameter| zeros(&parameter.value)).collect();
-        let tally: Tally = draft.accumulate(&features, &counts, &mut gradients).unwrap();
+        let tally: Tally = draft.accumulate(&features, &counts, &mut Gradients::new(&mut gradients)).unwrap();
 
         let ids = Tensor::from_slice(map.target_ids());
         let outside = Tensor::from_slice(&map.t2d()).logical_not(); // [V]
@@ -420,7 +420,8 @@ fn a_map_of_all_tokens_changes_nothing() {
         let features = source.features(&batch, &draft.capture()).unwrap();
         let zeros = |value: &Tensor| value.zeros_like().detach().set_requires_grad(false);
         let mut gradients: Vec<Tensor> = draft.parameters().iter().map(|parameter| zeros(&parameter.value)).collect();
-        let tally = draft.accumulate(&features, &draft.count_rows(&batch), &mut gradients).unwrap();
+        let tally =
+            draft.accumulate(&features, &draft.count_rows(&batch), &mut Gradients::new(&mut gradients)).unwrap();
         gradients.push(tally.sums);
         gradients
     };

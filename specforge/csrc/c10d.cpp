@@ -15,6 +15,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -195,7 +196,8 @@ int specforge_store_add(const specforge_store *store, const char *key, std::int6
 
 // ---- process group --------------------------------------------------------------------------------------------------
 
-// A group over Gloo, for tensors in host memory. `address` is the local address that peers can reach.
+// A group over Gloo, for tensors in host memory. `address` is the local address that peers can reach; GLOO_SOCKET_IFNAME
+// names an interface instead.
 int specforge_group_gloo(const specforge_store *store, int rank, int world_size, const char *address,
                          std::int64_t timeout_ms, specforge_group **output, char *error, std::size_t error_size) {
   return guarded(
@@ -203,7 +205,10 @@ int specforge_group_gloo(const specforge_store *store, int rank, int world_size,
         using c10d::ProcessGroup;
         using c10d::ProcessGroupGloo;
         auto options = ProcessGroupGloo::Options::create_default(milliseconds(timeout_ms));
-        options->devices = {ProcessGroupGloo::createDeviceForHostname(address)};
+        const char *interface = std::getenv("GLOO_SOCKET_IFNAME");
+        options->devices = {interface != nullptr && *interface != '\0'
+                                ? ProcessGroupGloo::createDeviceForInterface(interface)
+                                : ProcessGroupGloo::createDeviceForHostname(address)};
         auto backend = c10::make_intrusive<ProcessGroupGloo>(store->store, rank, world_size, options);
         auto group = c10::make_intrusive<ProcessGroup>(store->store, rank, world_size);
         group->setBackend(c10::DeviceType::CPU, ProcessGroup::BackendType::GLOO, backend);

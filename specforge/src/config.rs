@@ -8,6 +8,7 @@ use tch::Kind;
 
 use crate::checkpoint::RetentionConfig;
 use crate::data::DataConfig;
+use crate::dist::ParallelConfig;
 use crate::draft;
 use crate::draft::vocabulary::VocabularyKeys;
 use crate::error::{Error, Result};
@@ -38,6 +39,9 @@ pub struct RunConfig {
     /// Decoding of held-out prompts on the way.
     #[serde(default)]
     pub eval: EvalConfig,
+    /// Several processes that train together.
+    #[serde(default)]
+    pub parallel: ParallelConfig,
 }
 
 /// The `target` section.
@@ -133,6 +137,7 @@ impl RunConfig {
         config.train.validate()?;
         config.optim.validate()?;
         config.eval.validate()?;
+        config.parallel.validate()?;
         Ok(config)
     }
 }

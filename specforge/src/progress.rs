@@ -3,6 +3,7 @@
 //! Everything goes to stderr, so stdout stays for results.
 
 use std::io::{IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,19 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 /// Times a second that a bar is drawn, at most.
 const DRAWS_PER_SECOND: u8 = 10;
+
+/// Whether this process says nothing about what it does.
+static SILENT: AtomicBool = AtomicBool::new(false);
+
+/// From now on this process shows no progress: of several that work on one thing, one speaks.
+pub fn silence() {
+    SILENT.store(true, Ordering::Relaxed);
+}
+
+/// Whether [`silence`] was called.
+pub fn is_silent() -> bool {
+    SILENT.load(Ordering::Relaxed)
+}
 
 /// Progress of one piece of work.
 pub struct Progress {
@@ -27,6 +41,7 @@ pub struct Progress {
 enum Output {
     Bar(ProgressBar),
     Lines(Mutex<Lines>),
+    Nothing,
 }
 
 struct Lines {
@@ -50,6 +65,9 @@ impl Progress {
 
     /// Starts with `done` units done by an earlier process.
     pub fn resumed(label: &str, total: u64, unit: &str, done: u64) -> Self {
+        if is_silent() {
+            return Self::with_output(label, total, unit, done, Output::Nothing);
+        }
         if !std::io::stderr().is_terminal() {
             return Self::with_lines(label, total, unit, done, Box::new(std::io::stderr()), LINE_INTERVAL);
         }
@@ -95,6 +113,7 @@ impl Progress {
                     lines.write(&self.line(done, self.started.elapsed(), message));
                 }
             }
+            Output::Nothing => {}
         }
     }
 
@@ -107,6 +126,7 @@ impl Progress {
                 let line = self.line(lines.done, self.started.elapsed(), message);
                 lines.write(&line);
             }
+            Output::Nothing => {}
         }
     }
 
@@ -114,7 +134,7 @@ impl Progress {
     pub fn println(&self, text: &str) {
         match &self.output {
             Output::Bar(bar) => bar.println(text),
-            Output::Lines(_) => self.say(text),
+            Output::Lines(_) | Output::Nothing => self.say(text),
         }
     }
 

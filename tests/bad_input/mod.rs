@@ -16,7 +16,7 @@ mod export;
 mod import;
 mod models;
 mod regen;
-mod resources;
+pub(crate) mod resources;
 mod train;
 
 /// One way to go wrong.

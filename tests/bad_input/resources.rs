@@ -11,7 +11,7 @@ use super::train::resume;
 use crate::fixture::{Workspace, contents, json_of, litter, output_of, specforge, stderr_of};
 
 /// A command under a limit that bash's `ulimit` sets, in the same environment. One that hangs is killed.
-fn limited(limit: &str, inner: &Command) -> Command {
+pub(crate) fn limited(limit: &str, inner: &Command) -> Command {
     let mut command = Command::new("bash");
     // A file beyond its limit then fails to be written instead of raising a signal.
     let script = format!("trap '' XFSZ; ulimit {limit}; exec timeout -s KILL 60 \"$@\"");

@@ -9,7 +9,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 use specforge::data::PackedBatch;
 use specforge::draft::eagle3::{Eagle3, Eagle3Config};
-use specforge::draft::{DraftContext, DraftModel, Parameter, Tally};
+use specforge::draft::{DraftContext, DraftModel, Gradients, Parameter, Tally};
 use specforge::features::FeatureBatch;
 use specforge::models::Dimensions;
 use specforge::vocab::VocabMap;
@@ -44,7 +44,8 @@ impl Case {
         let zeros = |parameter: &Parameter| parameter.value.zeros_like().detach();
         let mut gradients: Vec<Tensor> = self.draft.parameters().iter().map(zeros).collect();
         let counts = self.draft.count_rows(&self.batch);
-        let tally = self.draft.accumulate(&self.features(), &counts, &mut gradients).map_err(text)?;
+        let tally =
+            self.draft.accumulate(&self.features(), &counts, &mut Gradients::new(&mut gradients)).map_err(text)?;
         Ok((tally, gradients))
     }
 

@@ -10,7 +10,7 @@ use serde_json::json;
 use specforge::data::PackedBatch;
 use specforge::draft::loss::{Projection, cross_entropy};
 use specforge::draft::medusa::{Medusa, MedusaConfig};
-use specforge::draft::{DraftContext, DraftModel};
+use specforge::draft::{DraftContext, DraftModel, Gradients};
 use specforge::features::FeatureBatch;
 use specforge::models::Dimensions;
 use specforge::weights::WeightsFolder;
@@ -78,7 +78,8 @@ pub fn check(path: &Path) -> Result<String, String> {
     let counts = draft.count_rows(&batch);
     let zeros = |parameter: &specforge::draft::Parameter| parameter.value.zeros_like().detach();
     let mut gradients: Vec<Tensor> = draft.parameters().iter().map(zeros).collect();
-    let tally = draft.accumulate(&features, &counts, &mut gradients).map_err(|error| error.to_string())?;
+    let tally =
+        draft.accumulate(&features, &counts, &mut Gradients::new(&mut gradients)).map_err(|error| error.to_string())?;
     near("medusa1_loss", &tally.objective, &get("l.medusa1_loss")?.squeeze())?;
     let per_head = get("l.medusa1_per_head")?;
     for head in 0..num_heads {

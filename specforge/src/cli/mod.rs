@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
-use crate::progress::Progress;
+use crate::progress::{self, Progress};
 
 mod bench;
 mod bench_train;
@@ -129,6 +129,9 @@ impl Output {
 
 /// One line of progress on stderr.
 fn note(text: impl AsRef<str>) {
+    if progress::is_silent() {
+        return;
+    }
     let _ = writeln!(std::io::stderr(), "{}", text.as_ref());
 }
 

@@ -50,8 +50,11 @@ impl Drop for ProcessGroup {
 }
 
 impl ProcessGroup {
+    /// A process on its own, for those who want a reference to it.
+    pub const SINGLE: &'static Self = &Self::single();
+
     /// A process on its own: every collective is the identity.
-    pub fn single() -> Self {
+    pub const fn single() -> Self {
         Self { rank: 0, world_size: 1, raw: std::ptr::null_mut() }
     }
 
@@ -67,7 +70,10 @@ impl ProcessGroup {
             c10d::specforge_group_gloo(store.raw(), rank, world_size, text.as_ptr(), timeout, &raw mut raw, error, size)
         })
         .map_err(|error| failed(rank, "meeting the other ranks", &error))?;
-        Ok(Self { rank, world_size, raw })
+        let group = Self { rank, world_size, raw };
+        // Others may still be connecting, and a rank that has nothing to do and leaves now would spoil that for all.
+        group.barrier()?;
+        Ok(group)
     }
 
     /// From now on NCCL carries tensors of `device`, which is CUDA and this rank's alone. All ranks must call it; `store`

@@ -10,11 +10,17 @@
 //! asks how many processes there are in order to be correct.
 
 mod c10d;
+pub mod config;
 pub mod group;
+pub mod meeting;
 pub mod nccl;
+pub mod placement;
 pub mod reducer;
 pub mod store;
 
+pub use config::ParallelConfig;
 pub use group::{ProcessGroup, ReduceOp};
+pub use meeting::Meeting;
+pub use placement::Placement;
 pub use reducer::{BucketTime, Reducer};
 pub use store::Store;

@@ -23,7 +23,7 @@ use tch::{Kind, Tensor};
 
 use super::loss::{self, Projection, RowLosses};
 use super::supervision::{MaskAlignment, TrainedRows, trained_rows};
-use super::{Algorithm, DraftContext, DraftModel, DraftSize, Parameter, Tally, vocabulary};
+use super::{Algorithm, DraftContext, DraftModel, DraftSize, Gradients, Parameter, Tally, vocabulary};
 use crate::data::PackedBatch;
 use crate::device;
 use crate::error::{Error, Result};
@@ -248,7 +248,7 @@ impl Medusa {
         &self,
         features: &FeatureBatch<'_>,
         global_counts: &[f64],
-        mut gradients: Option<&mut [Tensor]>,
+        mut gradients: Option<&mut Gradients<'_>>,
     ) -> Result<Tally> {
         let hidden = &features.hidden[0]; // [T, H]
         let device = hidden.device();
@@ -282,7 +282,7 @@ impl Medusa {
             let count = |hits: &Tensor| hits.sum(Kind::Double);
             sums.extend([losses.sum.shallow_clone(), count(&losses.top1), count(&losses.top5), count(&hits)]);
         }
-        Ok(Tally { objective: objective.to_kind(Kind::Float), sums: Tensor::stack(&sums, 0), counts })
+        Ok(Tally { objective, sums: Tensor::stack(&sums, 0), counts })
     }
 
     /// Loss and gradients of one head.
@@ -292,24 +292,27 @@ impl Medusa {
         input: &Tensor,
         labels: &Tensor,
         scale: f64,
-        gradients: &mut [Tensor],
+        gradients: &mut Gradients<'_>,
     ) -> Result<RowLosses> {
         let count = self.parameters_per_head();
         let first = head * count;
-        let blocks = count / 2 * 2;
+        let (projection, last) = (first + count / 2 * 2, first + count);
         let output = self.backbone(head, input); // [R, H], with a graph
-        let own = self.head_parameters(head).1;
-        let (block_gradients, projection_gradients) = gradients[first..first + count].split_at_mut(blocks);
-        let mut projection =
-            Projection { weight: own.unwrap_or(&self.head), gradient: projection_gradients.first_mut() };
-        let losses = loss::cross_entropy(&output.detach(), labels, &mut projection, Some(scale), self.rows_per_chunk)?;
+        let (weight, gradient) = match self.head_parameters(head).1 {
+            Some(own) => (own, Some(gradients.total(projection))),
+            None => (&self.head, None),
+        };
+        let mut scored = Projection { weight, gradient };
+        let losses = loss::cross_entropy(&output.detach(), labels, &mut scored, Some(scale), self.rows_per_chunk)?;
+        (projection..last).try_for_each(|index| gradients.complete(index))?;
         if let Some(slope) = losses.input_gradient.as_ref().filter(|slope| slope.numel() > 0) {
             // The chunked gradient enters the graph of the blocks through this product.
             let surrogate = (&output * slope).sum(Kind::Float);
-            let inputs: Vec<&Tensor> = self.parameters[first..first + blocks].iter().map(|p| &p.value).collect();
+            let inputs: Vec<&Tensor> = self.parameters[first..projection].iter().map(|p| &p.value).collect();
             let fresh = Tensor::f_run_backward(&[surrogate], &inputs, false, false)?;
-            block_gradients.iter_mut().zip(fresh).for_each(|(total, gradient)| *total += gradient);
+            (first..).zip(fresh).for_each(|(index, gradient)| *gradients.total(index) += gradient);
         }
+        (first..projection).try_for_each(|index| gradients.complete(index))?;
         Ok(losses)
     }
 }
@@ -348,7 +351,7 @@ impl DraftModel for Medusa {
         &self,
         features: &FeatureBatch<'_>,
         global_counts: &[f64],
-        gradients: &mut [Tensor],
+        gradients: &mut Gradients<'_>,
     ) -> Result<Tally> {
         self.run(features, global_counts, Some(gradients))
     }

@@ -14,10 +14,13 @@ use crate::vocab::VocabMap;
 
 pub mod distillation;
 pub mod eagle3;
+pub mod gradients;
 pub mod loss;
 pub mod medusa;
 pub mod supervision;
 pub mod vocabulary;
+
+pub use gradients::Gradients;
 
 /// A trainable tensor. Order of creation is the order everywhere: optimizer, checkpoint, reduction.
 #[derive(Debug)]
@@ -33,7 +36,7 @@ pub struct Parameter {
 /// Sums over the rows of a batch, kept on the device; averages are taken once, over global counts.
 #[derive(Debug)]
 pub struct Tally {
-    /// This batch's share of the objective: a float32 scalar, already divided by the global counts.
+    /// This batch's share of the objective: a float64 scalar, already divided by the global counts.
     pub objective: Tensor,
     /// `[M]` float64, in the order of [`DraftModel::metrics`].
     pub sums: Tensor,
@@ -53,12 +56,17 @@ pub trait DraftModel {
     fn metrics(&self) -> Vec<String>;
     /// Figures derived from the averages of [`DraftModel::metrics`], the selection metric among them.
     fn summary(&self, averages: &[f64]) -> Vec<(String, f64)>;
-    /// Trained rows of each loss term. Looks at the host side of the batch alone, so that global counts are known
-    /// before anything is computed.
+    /// Trained rows of each loss term: those of several documents are the sum of each one's. Looks at the host side of the
+    /// batch alone, so that global counts are known before anything is computed.
     fn count_rows(&self, batch: &PackedBatch) -> Vec<f64>;
-    /// Adds this batch's gradients (float32, in parameter order) for an objective divided by `global_counts`.
-    fn accumulate(&self, features: &FeatureBatch<'_>, global_counts: &[f64], gradients: &mut [Tensor])
-    -> Result<Tally>;
+    /// Adds this batch's gradients (in parameter order; see [`Gradients::zeros`] for their types) for an objective
+    /// divided by `global_counts`, and announces each one as soon as it is complete.
+    fn accumulate(
+        &self,
+        features: &FeatureBatch<'_>,
+        global_counts: &[f64],
+        gradients: &mut Gradients<'_>,
+    ) -> Result<Tally>;
     /// Objective and metrics without gradients.
     fn evaluate(&self, features: &FeatureBatch<'_>, global_counts: &[f64]) -> Result<Tally>;
     /// What a checkpoint must hold to rebuild this draft without the training configuration.

@@ -13,7 +13,8 @@ use tch::{Device, Kind, Tensor};
 use super::bench::{parse_sizes, peak_memory_bytes};
 use crate::data::PackedBatch;
 use crate::device;
-use crate::draft::{self, DraftContext, DraftModel};
+use crate::dist::ProcessGroup;
+use crate::draft::{self, DraftContext, DraftModel, Gradients};
 use crate::error::{Error, Result};
 use crate::features::FeatureBatch;
 use crate::models::Dimensions;
@@ -186,7 +187,7 @@ fn made_up(shape: BatchShape, supervised: f64, vocab_size: i64) -> PackedBatch {
 struct Session<'a> {
     draft: &'a dyn DraftModel,
     features: &'a FeatureBatch<'a>,
-    optimizer: AdamW,
+    optimizer: AdamW<'static>,
     gradients: Vec<Tensor>,
     counts: Vec<f64>,
     loss: f64,
@@ -198,10 +199,8 @@ impl<'a> Session<'a> {
             let group = if parameter.decay { Group::Decay } else { Group::NoDecay };
             ParameterSlot { group, ..ParameterSlot::new(&parameter.name, parameter.value.shallow_clone()) }
         });
-        let optimizer = AdamW::new(slots.collect(), &OptimConfig::default())?;
-        let zeros = |value: &Tensor| Tensor::f_zeros(value.size(), (Kind::Float, value.device()));
-        let gradients =
-            draft.parameters().iter().map(|parameter| Ok(zeros(&parameter.value)?)).collect::<Result<_>>()?;
+        let optimizer = AdamW::new(slots.collect(), &OptimConfig::default(), ProcessGroup::SINGLE, false)?;
+        let gradients = Gradients::zeros(draft.parameters())?;
         let counts = draft.count_rows(features.batch);
         Ok(Self { draft, features, optimizer, gradients, counts, loss: f64::NAN })
     }
@@ -211,7 +210,7 @@ impl<'a> Session<'a> {
         let device = self.gradients[0].device();
         let start = Instant::now();
         self.gradients.iter_mut().for_each(|gradient| drop(gradient.zero_()));
-        let tally = self.draft.accumulate(self.features, &self.counts, &mut self.gradients)?;
+        let tally = self.draft.accumulate(self.features, &self.counts, &mut Gradients::new(&mut self.gradients))?;
         device::synchronize(device);
         let worked = start.elapsed().as_secs_f64();
         self.optimizer.step(&self.gradients, 1e-4, Some(1.0), &tally.objective)?;

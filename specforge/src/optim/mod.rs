@@ -1,11 +1,18 @@
-//! The optimizer: AdamW on float32 masters, learning-rate schedules, and their configuration.
+//! The optimizer: AdamW on float32 masters, alone or cut over ranks, learning-rate schedules, and their configuration.
 
 pub mod adamw;
 pub mod config;
+mod cut;
 pub mod norm;
+pub mod parameter;
 pub mod schedule;
+mod state;
 
-pub use adamw::{AdamW, Group, NonFinite, ParameterSlot, StepReport};
+#[cfg(test)]
+mod across_ranks;
+
+pub use adamw::{AdamW, NonFinite, StepReport};
 pub use config::OptimConfig;
 pub use norm::global_norm;
+pub use parameter::{Group, ParameterSlot};
 pub use schedule::{ScheduleConfig, ScheduleKind};

@@ -7,7 +7,8 @@ use crate::error::Result;
 /// libtorch's CPU kernel sums squares in float32; beyond a few hundred of them it loses digits (0.8 % at ten million).
 const NORM_BLOCK: i64 = 512;
 
-/// Root of the sum of all squares: float32 scalar. Blocks are reduced in float32, the numbers that remain in float64.
+/// Root of the sum of all squares: scalar, float64 if a gradient is and else float32. Blocks are reduced in the gradient's
+/// own type, the numbers that remain in float64.
 pub fn global_norm(gradients: &[Tensor]) -> Result<Tensor> {
     let mut norms = Vec::new();
     for gradient in gradients {
@@ -21,8 +22,10 @@ pub fn global_norm(gradients: &[Tensor]) -> Result<Tensor> {
             }
         }
     }
+    let double = gradients.iter().any(|gradient| gradient.kind() == Kind::Double);
+    let kind = if double { Kind::Double } else { Kind::Float };
     let squares = Tensor::f_cat(&norms, 0)?.f_to_kind(Kind::Double)?.f_square()?;
-    Ok(squares.f_sum(Kind::Double)?.f_sqrt()?.f_to_kind(Kind::Float)?)
+    Ok(squares.f_sum(Kind::Double)?.f_sqrt()?.f_to_kind(kind)?)
 }
 
 #[cfg(test)]

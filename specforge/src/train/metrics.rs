@@ -2,7 +2,9 @@
 
 use tch::{Kind, Tensor};
 
+use crate::dist::{ProcessGroup, ReduceOp};
 use crate::draft::{DraftModel, Tally};
+use crate::error::Result;
 
 /// Running sums of a draft's metrics.
 #[derive(Debug, Default)]
@@ -31,19 +33,32 @@ impl Window {
         self.steps += 1;
     }
 
-    /// Reads the averages from the device and starts a new window: `loss`, every metric, and derived figures.
-    /// A metric without a row in the window is left out.
-    pub fn take(&mut self, draft: &dyn DraftModel) -> Vec<(String, f64)> {
+    /// Optimizer steps since the window began.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// Reads the averages over all ranks from the device and starts a new window: `loss`, every metric, and derived
+    /// figures. A metric without a row in the window is left out. Every rank must call this, whatever it has added.
+    pub fn take(&mut self, draft: &dyn DraftModel, group: &ProcessGroup) -> Result<Vec<(String, f64)>> {
         let window = std::mem::take(self);
-        let (Some(sums), Some(objective)) = (window.sums, window.objective) else {
-            return Vec::new();
-        };
-        let sums: Vec<f64> = Vec::try_from(sums.to_kind(Kind::Double)).expect("sums are one axis of float64");
-        let averages: Vec<f64> = sums.iter().zip(&window.counts).map(|(sum, count)| sum / count.max(1.0)).collect();
-        let mut values = vec![("loss".to_owned(), objective.double_value(&[]) / window.steps.max(1) as f64)];
-        let named = draft.metrics().into_iter().zip(&averages).zip(&window.counts);
+        let names = draft.metrics();
+        let device = draft.parameters()[0].value.device();
+        let zeros = |shape: &[i64]| Tensor::f_zeros(shape, (Kind::Double, device));
+        let sums = window.sums.map_or_else(|| zeros(&[names.len() as i64]), Ok)?;
+        let objective = window.objective.map_or_else(|| zeros(&[]), Ok)?;
+        let on_device = Tensor::f_cat(&[objective.f_view([1])?, sums], 0)?.f_to_kind(Kind::Double)?; // [1 + M]
+        group.all_reduce(&on_device, ReduceOp::Sum)?;
+        let mut counts = window.counts;
+        counts.resize(names.len(), 0.0);
+        let counts = Tensor::from_slice(&counts);
+        group.all_reduce(&counts, ReduceOp::Sum)?;
+        let (sums, counts) = (Vec::<f64>::try_from(on_device)?, Vec::<f64>::try_from(counts)?);
+        let averages: Vec<f64> = sums[1..].iter().zip(&counts).map(|(sum, count)| sum / count.max(1.0)).collect();
+        let mut values = vec![("loss".to_owned(), sums[0] / window.steps.max(1) as f64)];
+        let named = names.into_iter().zip(&averages).zip(&counts);
         values.extend(named.filter(|(_, count)| **count > 0.0).map(|((name, average), _)| (name, *average)));
         values.extend(draft.summary(&averages));
-        values
+        Ok(values)
     }
 }

@@ -1,5 +1,8 @@
 //! The one training loop. No algorithm has a name here: a draft gives gradients and metrics, a feature source gives
 //! hidden states, and this room owns time: steps, accumulation, logging, evaluation, saving, stopping.
+//!
+//! Several processes run the same loop on the same global batches, each on its share of the documents. Losses, metrics and
+//! gradients are sums over all of them divided by global counts, so the update does not depend on how many there are.
 
 use std::path::PathBuf;
 
@@ -7,14 +10,22 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
+pub mod agreement;
 pub mod continuation;
+pub mod gradient_sums;
 pub mod metrics;
 pub mod order;
+pub mod parts;
 pub mod trainer;
 
+#[cfg(test)]
+mod one_writer;
+
 pub use continuation::same_learning_rates;
+pub use gradient_sums::GradientSums;
 pub use order::DataOrder;
-pub use trainer::{TrainReport, Trainer, TrainerParts};
+pub use parts::{Provenance, Split, TrainerParts, Writer};
+pub use trainer::{TrainReport, Trainer};
 
 /// The `train` section of a configuration.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -1,84 +1,26 @@
 //! The loop: order, step, log, evaluate, save, stop.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use serde::Serialize;
-use serde_json::Value;
 use tch::{Kind, Tensor};
 
+use super::DataOrder;
+use super::agreement;
+use super::gradient_sums::GradientSums;
 use super::metrics::Window;
 use super::order::GlobalBatch;
-use super::{DataOrder, TrainConfig};
-use crate::checkpoint::{Checkpoint, CheckpointStore, Manifest, Versions};
-use crate::data::{self, PackedBatch, TokenCache};
+use super::parts::{TrainerParts, Writer, commonest_token_share};
+use crate::checkpoint::{Checkpoint, Manifest};
+use crate::data::PackedBatch;
+use crate::dist::ReduceOp;
 use crate::draft::DraftModel;
 use crate::error::{Error, Result};
-use crate::features::FeatureSource;
-use crate::optim::{AdamW, Group, OptimConfig, ParameterSlot};
+use crate::optim::{AdamW, Group, ParameterSlot};
 use crate::progress::Progress;
-use crate::tracking::Tracker;
-
-/// Documents of one split.
-pub struct Split<'a> {
-    /// The tokens.
-    pub cache: &'a TokenCache,
-    /// Which documents of the cache belong to the split.
-    pub documents: Vec<usize>,
-}
-
-impl Split<'_> {
-    fn lengths(&self) -> Vec<usize> {
-        self.documents.iter().map(|&document| self.cache.document(document).tokens.len()).collect()
-    }
-
-    fn batch(&self, indices: &[usize]) -> PackedBatch {
-        let documents: Vec<usize> = indices.iter().map(|&index| self.documents[index]).collect();
-        data::assemble(self.cache, &documents)
-    }
-}
-
-/// What a checkpoint records about the run beside its numbers.
-#[derive(Debug, Clone)]
-pub struct Provenance {
-    /// The resolved configuration.
-    pub configuration: Value,
-    /// Versions of program and libraries.
-    pub versions: Versions,
-    /// Content hashes of the data.
-    pub data_hashes: BTreeMap<String, String>,
-}
-
-/// Everything the loop works with.
-pub struct TrainerParts<'a> {
-    /// `train` section.
-    pub config: &'a TrainConfig,
-    /// `optim` section.
-    pub optim: &'a OptimConfig,
-    /// The draft to train.
-    pub draft: &'a dyn DraftModel,
-    /// Where hidden states come from.
-    pub source: &'a dyn FeatureSource,
-    /// Training documents.
-    pub train: Split<'a>,
-    /// Held-out documents.
-    pub eval: Split<'a>,
-    /// Where checkpoints go.
-    pub store: CheckpointStore,
-    /// Where metrics go.
-    pub tracker: Tracker,
-    /// What checkpoints record about the run.
-    pub provenance: Provenance,
-    /// Decodes with the draft as it is now, every so many steps; not at all at 0.
-    pub decoding: (u64, Decoding<'a>),
-    /// Number of the signal that asked the run to stop; 0 for none.
-    pub stop: &'a AtomicI32,
-}
-
-/// Measures the draft by decoding with it.
-pub type Decoding<'a> = &'a dyn Fn(&dyn DraftModel) -> Result<BTreeMap<String, f64>>;
 
 /// What a run did.
 #[derive(Debug, Clone, Serialize)]
@@ -87,7 +29,7 @@ pub struct TrainReport {
     pub steps: u64,
     /// Steps the configuration asks for.
     pub total_steps: u64,
-    /// Tokens that passed through the draft in this part.
+    /// Tokens that passed through the draft in this part, on all ranks.
     pub tokens: u64,
     /// Wall time of this part.
     pub seconds: f64,
@@ -97,7 +39,7 @@ pub struct TrainReport {
     pub end: BTreeMap<String, f64>,
     /// Share of held-out supervised tokens that are the commonest supervised token of the training split.
     pub commonest_token_share: f64,
-    /// Newest checkpoint.
+    /// Newest checkpoint; empty on a rank that writes none.
     pub checkpoint: PathBuf,
     /// Signal that ended the run early.
     pub stopped_by: Option<i32>,
@@ -117,8 +59,8 @@ struct Position {
 pub struct Trainer<'a> {
     parts: TrainerParts<'a>,
     order: DataOrder,
-    optimizer: AdamW,
-    gradients: Vec<Tensor>,
+    optimizer: AdamW<'a>,
+    gradients: GradientSums<'a>,
     /// Of the last step, on the device.
     gradient_norm: Tensor,
     position: Position,
@@ -135,11 +77,13 @@ pub struct Trainer<'a> {
 const NAMES_SHOWN: usize = 6;
 
 impl<'a> Trainer<'a> {
-    /// Prepares a run, from a checkpoint or from the draft's initial values.
+    /// Prepares a run, from a checkpoint or from the draft's initial values. Every rank of the group must call this; the
+    /// first alone reads a checkpoint, and what it starts with is what every rank starts with.
     pub fn new(parts: TrainerParts<'a>, resume: Option<&Checkpoint>) -> Result<Self> {
-        let config = parts.config;
+        let (config, group) = (parts.config, parts.group);
         config.validate()?;
         parts.optim.validate()?;
+        parts.parallel.validate()?;
         let order = config.order(parts.train.lengths())?;
         let total_steps = config.total_steps(&order)?;
         if total_steps == 0 {
@@ -148,7 +92,8 @@ impl<'a> Trainer<'a> {
         parts.optim.schedule.check_length(total_steps)?;
         let horizon = parts.optim.schedule.horizon(total_steps);
         let parameters = parts.draft.parameters();
-        let mut position = Position::default();
+        agreement::same_run(group, &parts.provenance, parameters)?;
+        let mut start = [0; 4];
         if let Some(checkpoint) = resume {
             for parameter in parameters {
                 let _guard = tch::no_grad_guard();
@@ -157,18 +102,20 @@ impl<'a> Trainer<'a> {
                 parameter.value.shallow_clone().f_copy_(&saved)?;
             }
             let Manifest { step, epoch, position: batch, tokens_seen: tokens, .. } = checkpoint.manifest;
-            position = Position { step, epoch, batch, tokens };
+            start = [step, epoch, batch, tokens];
         }
+        let [step, epoch, batch, tokens] = agreement::numbers(group, start)?;
+        let position = Position { step, epoch, batch, tokens };
+        agreement::parameters(group, parameters)?;
         let slots = parameters.iter().map(|parameter| {
             let group = if parameter.decay { Group::Decay } else { Group::NoDecay };
             ParameterSlot { group, ..ParameterSlot::new(&parameter.name, parameter.value.shallow_clone()) }
         });
-        let mut optimizer = AdamW::new(slots.collect(), parts.optim)?;
-        if let Some(checkpoint) = resume {
-            optimizer.load_state(&checkpoint.optimizer)?;
+        let mut optimizer = AdamW::new(slots.collect(), parts.optim, group, parts.parallel.shard_optimizer)?;
+        if step > 0 {
+            optimizer.load_state(resume.map(|checkpoint| &checkpoint.optimizer))?;
         }
-        let zeros = |value: &Tensor| value.f_zeros_like().and_then(|zeros| zeros.f_detach()?.f_to_kind(Kind::Float));
-        let gradients = parameters.iter().map(|parameter| Ok(zeros(&parameter.value)?)).collect::<Result<Vec<_>>>()?;
+        let gradients = GradientSums::new(parameters, group, parts.parallel)?;
         let gradient_norm = Tensor::from(0f32);
         let first_step = position.step;
         Ok(Self {
@@ -199,23 +146,25 @@ impl<'a> Trainer<'a> {
             }
             self.log_evaluation(&report.start)?;
         }
-        let progress = Progress::resumed("train", self.total_steps, "steps", first_step);
+        let progress =
+            self.parts.writer.is_some().then(|| Progress::resumed("train", self.total_steps, "steps", first_step));
         let mut window = Window::default();
         let mut saved_at = (first_step > 0).then_some(first_step);
         'run: while self.position.step < self.total_steps {
             let batches = self.order.epoch(self.position.epoch)?;
             for batch in batches.iter().skip(self.position.batch as usize) {
-                self.step(batch, &mut window)?;
+                report.stopped_by = self.step(batch, &mut window)?;
                 let step = self.position.step;
                 let tokens_per_second = (self.position.tokens - first_tokens) as f64 / started.elapsed().as_secs_f64();
-                progress.set(step, &format!("{tokens_per_second:.0} tokens/s"));
+                if let Some(progress) = &progress {
+                    progress.set(step, &format!("{tokens_per_second:.0} tokens/s"));
+                }
                 let due = |every: u64| every > 0 && step.is_multiple_of(every);
                 let last = step == self.total_steps;
-                report.stopped_by = Some(self.parts.stop.load(Ordering::Relaxed)).filter(|&signal| signal != 0);
                 let ends = last || report.stopped_by.is_some();
                 if due(config.log_every) || ends {
                     self.check_finite()?;
-                    self.log(&mut window, tokens_per_second, &progress)?;
+                    self.log(&mut window, tokens_per_second, progress.as_ref())?;
                 }
                 // Metrics of an evaluation at an earlier step say nothing about these weights.
                 let mut measured = BTreeMap::new();
@@ -230,7 +179,9 @@ impl<'a> Trainer<'a> {
                 }
                 if !measured.is_empty() {
                     self.log_evaluation(&measured)?;
-                    progress.println(&eval_line(step, &measured));
+                    if let Some(progress) = &progress {
+                        progress.println(&eval_line(step, &measured));
+                    }
                     report.end.clone_from(&measured);
                 }
                 // What was decoded with is kept, so that the best can be found again.
@@ -253,45 +204,57 @@ impl<'a> Trainer<'a> {
                 report.end.extend(decoding(self.parts.draft)?);
             }
         }
-        if let Some(step) = saved_at.filter(|_| report.checkpoint.as_os_str().is_empty()) {
-            report.checkpoint = self.parts.store.folder_of(step);
+        if let (Some(step), Some(Writer { store, .. }), true) =
+            (saved_at, &self.parts.writer, report.checkpoint.as_os_str().is_empty())
+        {
+            report.checkpoint = store.folder_of(step);
         }
-        let left = report.stopped_by.map_or("done", |_| "stopped, everything is saved");
-        progress.finish(left);
+        if let Some(progress) = progress {
+            progress.finish(report.stopped_by.map_or("done", |_| "stopped, everything is saved"));
+        }
         report.steps = self.position.step;
         report.tokens = self.position.tokens - first_tokens;
         report.seconds = started.elapsed().as_secs_f64();
         Ok(report)
     }
 
-    /// One optimizer step on one global batch.
-    fn step(&mut self, batch: &GlobalBatch, window: &mut Window) -> Result<()> {
-        let draft = self.parts.draft;
+    /// One optimizer step on one global batch. Returns the signal that asked a rank to stop, the same on every rank.
+    fn step(&mut self, batch: &GlobalBatch, window: &mut Window) -> Result<Option<i32>> {
+        let (draft, group) = (self.parts.draft, self.parts.group);
         let step = self.position.step + 1;
-        let micro: Vec<PackedBatch> = batch.iter().map(|documents| self.parts.train.batch(documents)).collect();
-        // Counts of the whole global batch first: every micro-batch then contributes its exact share.
-        let counts = total_counts(draft, &micro);
-        self.gradients.iter_mut().for_each(|gradient| drop(gradient.zero_()));
-        let device = self.gradients[0].device();
-        let mut objective = Tensor::zeros([], (Kind::Float, device));
-        for part in &micro {
-            let features = self.parts.source.features(part, &draft.capture())?;
-            let tally = draft.accumulate(&features, &counts, &mut self.gradients)?;
+        // Counts of the whole global batch, on every rank: each micro-batch then contributes its exact share.
+        let whole = self.parts.train.batch(batch);
+        let counts = draft.count_rows(&whole);
+        let own = self.order.micro_batches(batch, group.rank(), group.world_size());
+        self.gradients.start()?;
+        let device = self.gradients.totals()[0].device();
+        let mut objective = Tensor::f_zeros([], (Kind::Double, device))?;
+        for (index, documents) in own.iter().enumerate() {
+            let part = self.parts.train.batch(documents);
+            let features = self.parts.source.features(&part, &draft.capture())?;
+            let is_last = index + 1 == own.len();
+            let tally = self.gradients.add(is_last, |gradients| draft.accumulate(&features, &counts, gradients))?;
             objective += &tally.objective;
             window.add(&tally);
-            self.position.tokens += part.ids.len() as u64;
         }
+        self.gradients.finish()?;
+        group.all_reduce(&objective, ReduceOp::Sum)?;
         window.end_step();
         let optim = self.parts.optim;
         // The schedule counts finished steps: the first update uses its value at 0.
         let rate = optim.schedule.learning_rate(optim.learning_rate, self.position.step, self.horizon);
-        let report = self.optimizer.step(&self.gradients, rate, optim.max_gradient_norm, &objective)?;
+        let report = self.optimizer.step(self.gradients.totals(), rate, optim.max_gradient_norm, &objective)?;
         self.gradient_norm = report.gradient_norm;
-        self.unchecked.push((step, micro.into_iter().flat_map(|part| part.documents).collect()));
+        self.position.tokens += whole.ids.len() as u64;
+        self.unchecked.push((step, whole.documents));
         self.position.step = step;
         self.position.batch += 1;
+        let signal = agreement::signal(group, self.parts.stop.load(Ordering::Relaxed))?;
         // Reading the flag costs a wait for a GPU and nothing on a CPU.
-        if device.is_cuda() { Ok(()) } else { self.check_finite() }
+        if !device.is_cuda() {
+            self.check_finite()?;
+        }
+        Ok(Some(signal).filter(|&signal| signal != 0))
     }
 
     /// Stops the run if a step since the last check met NaN or infinity. Parameters are then those before that step.
@@ -310,26 +273,30 @@ impl<'a> Trainer<'a> {
         Err(Error::NonFinite { step, what: bad.what.to_owned(), batch })
     }
 
-    fn log(&mut self, window: &mut Window, tokens_per_second: f64, progress: &Progress) -> Result<()> {
+    fn log(&mut self, window: &mut Window, tokens_per_second: f64, progress: Option<&Progress>) -> Result<()> {
         let step = self.position.step;
         let optim = self.parts.optim;
-        let mut values = window.take(self.parts.draft);
+        let steps = window.steps();
+        let mut values = window.take(self.parts.draft, self.parts.group)?;
         values.push(("gradient_norm".to_owned(), self.gradient_norm.double_value(&[])));
         let rate = optim.schedule.learning_rate(optim.learning_rate, step - 1, self.horizon);
         values.push(("learning_rate".to_owned(), rate));
         values.push(("tokens_per_second".to_owned(), tokens_per_second));
         values.push(("tokens".to_owned(), self.position.tokens as f64));
+        if let Some(waited) = self.gradients.take_waited() {
+            values.push(("communication_seconds".to_owned(), waited.as_secs_f64() / steps.max(1) as f64));
+        }
         let find = |name: &str| values.iter().find(|(key, _)| key == name).map_or(f64::NAN, |(_, value)| *value);
         let chosen = self.parts.draft.algorithm().selection_metric;
-        progress.println(&format!("step {step}: loss {:.4}, {chosen} {:.3}", find("loss"), find(chosen)));
-        let prefixed: Vec<(String, f64)> =
-            values.into_iter().map(|(name, value)| (format!("train/{name}"), value)).collect();
-        self.parts.tracker.log(step, &prefixed)
+        if let Some(progress) = progress {
+            progress.println(&format!("step {step}: loss {:.4}, {chosen} {:.3}", find("loss"), find(chosen)));
+        }
+        self.write_metrics("train", values)
     }
 
-    /// Metrics on the held-out documents.
+    /// Metrics on the held-out documents, whose micro-batches the ranks take in turn.
     fn evaluate(&self) -> Result<BTreeMap<String, f64>> {
-        let (draft, eval) = (self.parts.draft, &self.parts.eval);
+        let (draft, eval, group) = (self.parts.draft, &self.parts.eval, self.parts.group);
         if eval.documents.is_empty() {
             return Ok(BTreeMap::new());
         }
@@ -338,23 +305,36 @@ impl<'a> Trainer<'a> {
         let parts: Vec<PackedBatch> = order.in_order().iter().map(|documents| eval.batch(documents)).collect();
         let counts = total_counts(draft, &parts);
         let mut window = Window::default();
-        for part in &parts {
+        for part in parts.iter().skip(group.rank()).step_by(group.world_size()) {
             let features = self.parts.source.features(part, &draft.capture())?;
             window.add(&draft.evaluate(&features, &counts)?);
         }
-        Ok(window.take(draft).into_iter().collect())
+        Ok(window.take(draft, group)?.into_iter().collect())
     }
 
     fn log_evaluation(&mut self, values: &BTreeMap<String, f64>) -> Result<()> {
         if values.is_empty() {
             return Ok(()); // nothing is held out
         }
-        let prefixed: Vec<(String, f64)> =
-            values.iter().map(|(name, value)| (format!("eval/{name}"), *value)).collect();
-        self.parts.tracker.log(self.position.step, &prefixed)
+        self.write_metrics("eval", values.clone())
     }
 
+    /// Writes the metrics of this step under a prefix, on the rank that writes.
+    fn write_metrics(&mut self, prefix: &str, values: impl IntoIterator<Item = (String, f64)>) -> Result<()> {
+        let Some(Writer { tracker, .. }) = &mut self.parts.writer else {
+            return Ok(());
+        };
+        let prefixed: Vec<(String, f64)> =
+            values.into_iter().map(|(name, value)| (format!("{prefix}/{name}"), value)).collect();
+        tracker.log(self.position.step, &prefixed)
+    }
+
+    /// Writes a checkpoint, on the rank that writes. Every rank must call this.
     fn save(&mut self, metrics: BTreeMap<String, f64>) -> Result<PathBuf> {
+        let optimizer = self.optimizer.state()?;
+        let Some(Writer { store, tracker }) = &mut self.parts.writer else {
+            return Ok(PathBuf::new());
+        };
         let provenance = self.parts.provenance.clone();
         let manifest = Manifest {
             step: self.position.step,
@@ -372,8 +352,8 @@ impl<'a> Trainer<'a> {
         let parameters = parameters.map(|parameter| (parameter.name.clone(), parameter.value.detach()));
         // Tensors that are not trained follow; resuming looks parameters up by name.
         let model: Vec<(String, Tensor)> = parameters.chain(self.parts.draft.buffers()).collect();
-        self.parts.tracker.flush()?;
-        Ok(self.parts.store.save(manifest, &model, &self.optimizer.state())?.path)
+        tracker.flush()?;
+        Ok(store.save(manifest, &model, &optimizer)?.path)
     }
 
     fn empty_report(&self) -> TrainReport {
@@ -399,24 +379,6 @@ fn total_counts(draft: &dyn DraftModel, parts: &[PackedBatch]) -> Vec<f64> {
         total.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
     }
     total
-}
-
-/// How often a guesser is right that always says the training split's commonest supervised token.
-fn commonest_token_share(train: &Split<'_>, eval: &Split<'_>) -> f64 {
-    let counts = |split: &Split<'_>| {
-        let mut counts: HashMap<u32, u64> = HashMap::new();
-        for &index in &split.documents {
-            let document = split.cache.document(index);
-            let supervised = document.tokens.iter().zip(document.supervised).filter(|(_, mark)| **mark != 0);
-            supervised.for_each(|(&token, _)| *counts.entry(token).or_default() += 1);
-        }
-        counts
-    };
-    let (train, eval) = (counts(train), counts(eval));
-    // Equal counts: the lower id, so that the figure never depends on hashing.
-    let commonest = train.iter().max_by_key(|(token, count)| (**count, std::cmp::Reverse(**token)));
-    let seen = commonest.and_then(|(token, _)| eval.get(token)).copied().unwrap_or(0);
-    seen as f64 / eval.values().sum::<u64>().max(1) as f64
 }
 
 /// One line for people: the loss and the derived figures. Those of single parts are in the log.

@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use serde_json::{Value, json};
+use specforge::dist::ProcessGroup;
 use specforge::draft::DraftModel;
 use specforge::optim::{AdamW, Group, OptimConfig, ParameterSlot};
 use tch::{Kind, Tensor};
@@ -81,7 +82,7 @@ fn check_optimizer(golden: &Golden, want: &Value) -> Result<(), String> {
         ParameterSlot { group: Group::NoDecay, ..ParameterSlot::new(&parameter.name, parameter.value.shallow_clone()) }
     });
     let config = OptimConfig { max_gradient_norm: Some(0.5), ..OptimConfig::default() };
-    let mut optimizer = AdamW::new(slots.collect(), &config).map_err(text)?;
+    let mut optimizer = AdamW::new(slots.collect(), &config, ProcessGroup::SINGLE, false).map_err(text)?;
     let (rates, norms, losses) = (numbers(&want["lr"]), numbers(&want["grad_norm"]), numbers(&want["loss"]));
     for (step, rate) in rates.iter().enumerate() {
         let (tally, gradients) = case.accumulate()?;

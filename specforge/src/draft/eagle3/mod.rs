@@ -18,7 +18,7 @@ use tch::{Device, Kind, Tensor};
 use super::distillation::{self, DistillationLoss, DraftVocabulary, Objective, Order, RowOutcomes, Teacher, Weighting};
 use super::loss::Projection;
 use super::supervision::{self, MaskAlignment};
-use super::{Algorithm, DraftContext, DraftModel, DraftSize, Parameter, Tally, vocabulary};
+use super::{Algorithm, DraftContext, DraftModel, DraftSize, Gradients, Parameter, Tally, vocabulary};
 use crate::data::PackedBatch;
 use crate::error::{Error, Result};
 use crate::features::FeatureBatch;
@@ -131,7 +131,7 @@ impl Eagle3 {
         &self,
         features: &FeatureBatch<'_>,
         global_counts: &[f64],
-        gradients: Option<&mut [Tensor]>,
+        gradients: Option<&mut Gradients<'_>>,
     ) -> Result<Tally> {
         let (last, captured) = features.hidden.split_last().ok_or_else(|| Error::Failed("no features".to_owned()))?;
         let plan = self.plan(features.batch, last.device())?;
@@ -158,17 +158,18 @@ impl Eagle3 {
             Some(gradients) => {
                 let weighting = Weighting { weights: &weights, parity: self.parity(&rows, &order, &teacher, &plan)? };
                 // The head is the last parameter; its gradient is made with the loss.
-                let (head, body) =
-                    gradients.split_last_mut().ok_or_else(|| Error::Failed("no gradients".to_owned()))?;
-                let mut projection = Projection { weight: self.network.head(), gradient: Some(head) };
+                let head = self.parameters.len() - 1;
+                let mut projection = Projection { weight: self.network.head(), gradient: Some(gradients.total(head)) };
                 let objective = self.objective();
                 let outcomes =
                     distillation::distill(&rows, &order, &teacher, &mut projection, objective, Some(&weighting))?;
+                gradients.complete(head)?;
                 drop(rows);
                 shim::trim_heap();
                 if let Some(slopes) = outcomes.input_gradient.as_ref().filter(|slopes| slopes.numel() > 0) {
-                    self.backward(&plan, captured, pass, slopes, body)?;
+                    self.backward(&plan, captured, pass, slopes, gradients)?;
                 }
+                (0..head).try_for_each(|index| gradients.complete(index))?;
                 outcomes
             }
             None => self.values(&rows, &order, &teacher)?,
@@ -193,21 +194,22 @@ impl Eagle3 {
         captured: &[Tensor],
         pass: Pass,
         slopes: &Tensor,
-        totals: &mut [Tensor],
+        gradients: &mut Gradients<'_>,
     ) -> Result<()> {
         let counts: Vec<i64> = plan.steps.iter().map(|step| step.teachers.len() as i64).collect();
         let slopes = slopes.split_with_sizes(&counts, 0); // [M, H] each
-        let inputs: Vec<&Tensor> = self.parameters[..totals.len()].iter().map(|parameter| &parameter.value).collect();
+        let body = &self.parameters[..self.parameters.len() - 1];
+        let inputs: Vec<&Tensor> = body.iter().map(|parameter| &parameter.value).collect();
         if let Some(tape) = pass.tape {
-            return tape.backward(&self.network, plan, captured, &slopes, &inputs, totals);
+            return tape.backward(&self.network, plan, captured, &slopes, &inputs, gradients);
         }
         // The chunked gradient enters the graph of the network through these products.
         let products = pass.rows.iter().zip(&slopes).map(|(rows, slope)| (rows * slope).sum(slope.kind()));
         let surrogate: Tensor = products.sum();
         let fresh = Tensor::f_run_backward(&[surrogate], &inputs, false, false)?;
         // A norm that no step reads has no gradient.
-        for (total, gradient) in totals.iter_mut().zip(fresh).filter(|(_, fresh)| fresh.defined()) {
-            *total += gradient;
+        for (index, gradient) in fresh.into_iter().enumerate().filter(|(_, fresh)| fresh.defined()) {
+            *gradients.total(index) += gradient;
         }
         Ok(())
     }
@@ -290,7 +292,7 @@ impl Eagle3 {
         let missing = METRICS.len() * self.config.ttt_steps - sums.len();
         sums.extend((0..missing).map(|_| Tensor::zeros([], (Kind::Double, last.device()))));
         counts.resize(sums.len(), 0.0);
-        let objective = outcomes.objective.to_kind(Kind::Float);
+        let objective = outcomes.objective.shallow_clone();
         Tally { objective, sums: Tensor::stack(&sums, 0), counts }
     }
 }
@@ -330,7 +332,7 @@ impl DraftModel for Eagle3 {
         &self,
         features: &FeatureBatch<'_>,
         global_counts: &[f64],
-        gradients: &mut [Tensor],
+        gradients: &mut Gradients<'_>,
     ) -> Result<Tally> {
         self.run(features, global_counts, Some(gradients))
     }

@@ -11,6 +11,7 @@ use tch::Tensor;
 
 use super::layers::{LayerKeys, Network, no_own_keys};
 use super::steps::Steps;
+use crate::draft::Gradients;
 use crate::error::Result;
 use crate::shim;
 
@@ -46,7 +47,7 @@ impl Tape {
         Ok((tape, rows))
     }
 
-    /// Adds the gradients of `parameters` to `totals`, given those of each step's trained rows, `slopes`.
+    /// Adds the gradients of `parameters`, the first of the draft's, to `gradients`, given those of each step's trained rows, `slopes`.
     pub fn backward(
         mut self,
         network: &Network,
@@ -54,7 +55,7 @@ impl Tape {
         captured: &[Tensor],
         slopes: &[Tensor],
         parameters: &[&Tensor],
-        totals: &mut [Tensor],
+        gradients: &mut Gradients<'_>,
     ) -> Result<()> {
         let shared = leaves(&self.shared);
         let mut of_shared: Vec<Tensor> = flat(&shared).iter().map(|keys| keys.zeros_like()).collect();
@@ -89,8 +90,8 @@ impl Tape {
             let mut fresh = Tensor::f_run_backward(&[surrogate], &wanted, false, false)?;
             let mut of_inputs = fresh.split_off(parameters.len());
             // A step does not read every parameter, and step 1 finds no own keys.
-            for (total, gradient) in totals.iter_mut().zip(fresh).filter(|(_, fresh)| fresh.defined()) {
-                *total += gradient;
+            for (index, gradient) in fresh.into_iter().enumerate().filter(|(_, fresh)| fresh.defined()) {
+                *gradients.total(index) += gradient;
             }
             let later = of_inputs.split_off(inputs.len() - of_shared.len());
             for (total, gradient) in of_shared.iter_mut().zip(later) {

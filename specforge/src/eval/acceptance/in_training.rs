@@ -6,11 +6,13 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
+use tch::Tensor;
 
 use crate::data::TokenCache;
 use crate::decode::engine::{Engine, EngineOptions};
 use crate::decode::event::Silent;
 use crate::decode::{Policy, Request, drafter};
+use crate::dist::{ProcessGroup, ReduceOp};
 use crate::draft::DraftModel;
 use crate::error::{Error, Result};
 use crate::models::TargetModel;
@@ -63,13 +65,15 @@ pub fn prompts(config: &EvalConfig, cache: &TokenCache, documents: &[usize], con
     documents.iter().filter_map(prompt).take(config.prompts).collect()
 }
 
-/// Decodes the prompts greedily with the draft of this moment.
+/// Decodes the prompts greedily with the draft of this moment. The ranks of `group` take them in turn; every rank must
+/// call this, with the same prompts, and gets the figures of all.
 pub fn measure(
     config: &EvalConfig,
     draft: &dyn DraftModel,
     target: &dyn TargetModel,
     prompts: &[Vec<u32>],
     stop_tokens: &[u32],
+    group: &ProcessGroup,
 ) -> Result<BTreeMap<String, f64>> {
     let policy = Policy::Keyed { seed: 0 };
     let sampling = drafter::DraftSampling::for_policy(policy, 0.0);
@@ -81,26 +85,32 @@ pub fn measure(
         max_rows: config.batch,
     };
     let mut engine = Engine::new(target, opened.drafter, options)?;
-    for (tag, prompt) in (0..).zip(prompts) {
+    for (tag, prompt) in (0..).zip(prompts).skip(group.rank()).step_by(group.world_size()) {
         engine.submit(Request { tag, prompt: prompt.clone(), max_new_tokens: config.max_new_tokens, key: tag })?;
     }
-    let (mut rounds, mut tokens) = (0usize, 0usize);
+    let (mut rounds, mut tokens) = (0i64, 0i64);
     // By depth: verifications whose tree is that deep, and those that accepted that many guesses.
-    let mut depths: Vec<[usize; 2]> = Vec::new();
+    let mut depths: Vec<[i64; 2]> = Vec::new();
     for left in engine.run(&mut Silent)? {
         for round in left.decoded?.rounds {
             rounds += 1;
-            tokens += round.tokens;
+            tokens += round.tokens as i64;
             depths.resize(depths.len().max(round.depth), [0, 0]);
             for (depth, [tried, hit]) in (1..=round.depth).zip(depths.iter_mut()) {
                 *tried += 1;
-                *hit += usize::from(round.accepted >= depth);
+                *hit += i64::from(round.accepted >= depth);
             }
         }
     }
-    let mut values = BTreeMap::from([(METRIC.to_owned(), tokens as f64 / rounds.max(1) as f64)]);
-    for (depth, [tried, hit]) in (1..).zip(depths) {
-        values.insert(format!("depth{depth}/accepted"), hit as f64 / tried.max(1) as f64);
+    let deepest = Tensor::from_slice(&[depths.len() as i64]);
+    group.all_reduce(&deepest, ReduceOp::Max)?;
+    depths.resize(deepest.int64_value(&[0]) as usize, [0, 0]);
+    let counts = Tensor::from_slice(&[&[rounds, tokens], depths.as_flattened()].concat());
+    group.all_reduce(&counts, ReduceOp::Sum)?;
+    let counts = Vec::<i64>::try_from(counts)?;
+    let mut values = BTreeMap::from([(METRIC.to_owned(), counts[1] as f64 / counts[0].max(1) as f64)]);
+    for (depth, pair) in (1..).zip(counts[2..].chunks(2)) {
+        values.insert(format!("depth{depth}/accepted"), pair[1] as f64 / pair[0].max(1) as f64);
     }
     Ok(values)
 }

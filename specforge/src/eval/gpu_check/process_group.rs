@@ -14,11 +14,12 @@ use tch::{Device, Kind, Tensor};
 use super::parity::Comparison;
 use super::programs::{self, Place};
 use crate::data::PackedBatch;
-use crate::dist::{ProcessGroup, ReduceOp, Reducer, Store, nccl};
+use crate::dist::{ParallelConfig, ProcessGroup, ReduceOp, Reducer, Store, nccl};
 use crate::error::{Error, Result};
 use crate::features::{FeatureSource, OnlineFeatures};
 use crate::models::{LlamaConfig, TargetModel};
 use crate::optim::{AdamW, OptimConfig, ParameterSlot};
+use crate::train::GradientSums;
 
 /// What came of it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -70,8 +71,8 @@ fn check_with(group: &ProcessGroup, device: Device) -> Result<Vec<Comparison>> {
     checks.push(exact("barrier", f64::from(u8::from(group.barrier().is_err()))));
     let (_, config) = programs::targets()?.swap_remove(0);
     for (label, _, section) in programs::drafts().into_iter().step_by(2) {
-        let alone = train(&config, &section, device, None)?;
-        let together = train(&config, &section, device, Some(group))?;
+        let alone = train(&config, &section, device, ProcessGroup::SINGLE)?;
+        let together = train(&config, &section, device, group)?;
         let pairs = together.iter().zip(&alone);
         let error = pairs.map(|(got, want)| super::parity::largest_difference(got, want)).fold(0.0, worse);
         checks.push(Comparison::new(format!("{label}: training"), Kind::Float, error, TRAINING_LIMIT));
@@ -164,8 +165,8 @@ fn share(vocabulary: i64, step: u64, rank: usize, world: usize) -> PackedBatch {
     batch
 }
 
-/// The draft's values after some steps, on the host: of this process alone, or as one of the ranks of a group.
-fn train(config: &LlamaConfig, section: &Value, device: Device, group: Option<&ProcessGroup>) -> Result<Vec<Tensor>> {
+/// The draft's values after some steps as one of the ranks of a group, on the host.
+fn train(config: &LlamaConfig, section: &Value, device: Device, group: &ProcessGroup) -> Result<Vec<Tensor>> {
     let weights = &programs::random_weights;
     let target: Rc<dyn TargetModel> = Rc::new(programs::build(config, weights, Place { device, kind: Kind::Float })?);
     let draft = programs::build_draft(section, target.as_ref(), weights)?;
@@ -174,22 +175,18 @@ fn train(config: &LlamaConfig, section: &Value, device: Device, group: Option<&P
     let slots = parameters.map(|parameter| ParameterSlot::new(&parameter.name, parameter.value.shallow_clone()));
     // AdamW's usual epsilon gives a gradient that is nothing but rounding a whole step of its own.
     let optim = OptimConfig { epsilon: 1e-2, ..OptimConfig::default() };
-    let mut optimizer = AdamW::new(slots.collect(), &optim)?;
-    let mut gradients = programs::zero_gradients(draft.as_ref())?;
-    let mut reducer = group.map(|group| Reducer::new(group, &gradients, BUCKET_BYTES)).transpose()?;
-    let (rank, world) = group.map_or((0, 1), |group| (group.rank(), group.world_size()));
+    let mut optimizer = AdamW::new(slots.collect(), &optim, group, true)?;
+    let parallel = ParallelConfig { bucket_mib: 1, ..ParallelConfig::default() };
+    let mut gradients = GradientSums::new(draft.parameters(), group, &parallel)?;
     for step in 0..3 {
         let counts = draft.count_rows(&share(config.vocab_size, step, 0, 1));
-        let batch = share(config.vocab_size, step, rank, world);
+        let batch = share(config.vocab_size, step, group.rank(), group.world_size());
         let features = source.features(&batch, &draft.capture())?;
-        gradients.iter_mut().for_each(|gradient| drop(gradient.zero_()));
-        let tally = draft.accumulate(&features, &counts, &mut gradients)?;
-        if let (Some(group), Some(reducer)) = (group, &mut reducer) {
-            reducer.prepare()?;
-            reducer.finish(&mut gradients)?;
-            group.all_reduce(&tally.objective, ReduceOp::Sum)?;
-        }
-        optimizer.step(&gradients, 1e-2, Some(1.0), &tally.objective)?;
+        gradients.start()?;
+        let tally = gradients.add(true, |gradients| draft.accumulate(&features, &counts, gradients))?;
+        gradients.finish()?;
+        group.all_reduce(&tally.objective, ReduceOp::Sum)?;
+        optimizer.step(gradients.totals(), 1e-2, Some(1.0), &tally.objective)?;
     }
     let values: Vec<Tensor> = optimizer.slots().map(|slot| slot.value.shallow_clone()).collect();
     programs::all_on_host(&values)

@@ -8,7 +8,8 @@ use tch::{Device, Kind, Tensor};
 
 use crate::checkpoint::{self, CheckpointStore, Manifest, RetentionConfig};
 use crate::data::PackedBatch;
-use crate::draft::{self, DraftContext, DraftModel};
+use crate::dist::ProcessGroup;
+use crate::draft::{self, DraftContext, DraftModel, Gradients};
 use crate::error::{Error, Result};
 use crate::eval::bench_train::spread_vocabulary;
 use crate::features::{FeatureSource, OnlineFeatures};
@@ -195,8 +196,8 @@ pub fn loss(config: &LlamaConfig, section: &Value, weights: Weights<'_>, place: 
     let source = OnlineFeatures::new(Rc::clone(&target));
     let features = source.features(&batch, &draft.capture())?;
     let counts = draft.count_rows(&batch);
-    let mut gradients = zero_gradients(draft.as_ref())?;
-    let tally = draft.accumulate(&features, &counts, &mut gradients)?;
+    let mut gradients = Gradients::zeros(draft.parameters())?;
+    let tally = draft.accumulate(&features, &counts, &mut Gradients::new(&mut gradients))?;
     let named = draft.metrics().into_iter().zip(0..);
     let (losses, hits): (Vec<_>, Vec<_>) = named.partition(|(name, _)| name.ends_with("/loss"));
     let pick = |chosen: &[(String, i64)]| chosen.iter().map(|(_, index)| tally.sums.get(*index)).collect::<Vec<_>>();
@@ -236,12 +237,6 @@ pub(super) fn build_draft(
     Ok(draft)
 }
 
-/// float32 zeros for every parameter.
-pub fn zero_gradients(draft: &dyn DraftModel) -> Result<Vec<Tensor>> {
-    let zeros = |value: &Tensor| Tensor::f_zeros(value.size(), (Kind::Float, value.device()));
-    draft.parameters().iter().map(|parameter| Ok(zeros(&parameter.value)?)).collect()
-}
-
 const SHAPES: [(&str, &[i64]); 3] = [("a.weight", &[33, 17]), ("a.bias", &[33]), ("b.weight", &[5, 129])];
 
 fn slots(weights: Weights<'_>, place: Place) -> Result<Vec<ParameterSlot>> {
@@ -266,14 +261,14 @@ pub fn optimizer(weights: Weights<'_>, place: Place) -> Result<Results> {
     let optimizer = stepped(weights, place)?;
     let values: Vec<Tensor> = optimizer.slots().map(|slot| slot.value.shallow_clone()).collect();
     // Masters exist for 16-bit values only, so the state is compared by part and not as a whole.
-    let moments = optimizer.state().into_iter().filter(|(name, _)| name.contains("moment"));
+    let moments = optimizer.state()?.into_iter().filter(|(name, _)| name.contains("moment"));
     let moments: Vec<Tensor> = moments.map(|(_, tensor)| tensor).collect();
     Ok(vec![("values".to_owned(), all_on_host(&values)?), ("moments".to_owned(), all_on_host(&moments)?)])
 }
 
-fn stepped(weights: Weights<'_>, place: Place) -> Result<AdamW> {
+fn stepped(weights: Weights<'_>, place: Place) -> Result<AdamW<'static>> {
     let config = OptimConfig { weight_decay: 0.1, ..OptimConfig::default() };
-    let mut optimizer = AdamW::new(slots(weights, place)?, &config)?;
+    let mut optimizer = AdamW::new(slots(weights, place)?, &config, ProcessGroup::SINGLE, false)?;
     let loss = Tensor::from(1.5f32).to_device(place.device);
     for step in 0..2 {
         optimizer.step(&noise_gradients(step, place.device), 1e-2, Some(1.0), &loss)?;
@@ -284,9 +279,9 @@ fn stepped(weights: Weights<'_>, place: Place) -> Result<AdamW> {
 /// How many tensors a step with NaN in it changed, and one more if the step was not reported.
 pub fn nan_guard(weights: Weights<'_>, place: Place) -> Result<usize> {
     let mut optimizer = stepped(weights, place)?;
-    let snapshot = |optimizer: &AdamW| -> Result<Vec<Vec<u8>>> {
+    let snapshot = |optimizer: &AdamW<'_>| -> Result<Vec<Vec<u8>>> {
         let values = optimizer.slots().map(|slot| slot.value.shallow_clone());
-        let tensors = values.chain(optimizer.state().into_iter().map(|(_, tensor)| tensor));
+        let tensors = values.chain(optimizer.state()?.into_iter().map(|(_, tensor)| tensor));
         tensors.map(|tensor| bytes(&tensor)).collect()
     };
     let before = snapshot(&optimizer)?;
@@ -306,7 +301,7 @@ pub fn checkpoint(weights: Weights<'_>, place: Place) -> Result<usize> {
     let folder = tempfile::tempdir().map_err(Error::io("create a folder in", std::env::temp_dir()))?;
     let store = CheckpointStore::open(folder.path(), RetentionConfig::default())?;
     let model: Vec<(String, Tensor)> = optimizer.slots().map(|slot| (slot.name.clone(), slot.value.detach())).collect();
-    let state = optimizer.state();
+    let state = optimizer.state()?;
     let saved = store.save(Manifest { step: 2, ..Manifest::default() }, &model, &state)?;
     let read = checkpoint::read(&saved.path)?;
     let mut different = 0;
@@ -317,9 +312,10 @@ pub fn checkpoint(weights: Weights<'_>, place: Place) -> Result<usize> {
         }
     }
     // The state goes on where it was left, on the CPU as well.
-    let mut resumed = AdamW::new(slots(weights, Place { device: Device::Cpu, ..place })?, &OptimConfig::default())?;
-    resumed.load_state(&read.optimizer)?;
-    for ((_, got), (_, want)) in resumed.state().iter().zip(&state) {
+    let slots_on_host = slots(weights, Place { device: Device::Cpu, ..place })?;
+    let mut resumed = AdamW::new(slots_on_host, &OptimConfig::default(), ProcessGroup::SINGLE, false)?;
+    resumed.load_state(Some(&read.optimizer))?;
+    for ((_, got), (_, want)) in resumed.state()?.iter().zip(&state) {
         different += usize::from(bytes(got)? != bytes(want)?);
     }
     Ok(different)

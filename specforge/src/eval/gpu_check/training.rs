@@ -15,11 +15,12 @@ use super::operations::{self, Operations};
 use super::programs;
 use crate::data::PackedBatch;
 use crate::device;
+use crate::dist::ProcessGroup;
 use crate::draft::distillation::positions_per_chunk;
 use crate::draft::eagle3::Eagle3Config;
 use crate::draft::loss::chunk_rows;
 use crate::draft::medusa::{HeadProjection, MedusaConfig};
-use crate::draft::{self, DraftContext, DraftModel};
+use crate::draft::{self, DraftContext, DraftModel, Gradients};
 use crate::error::{Error, Result};
 use crate::eval::bench_train::spread_vocabulary;
 use crate::features::{FeatureSource, OnlineFeatures};
@@ -275,7 +276,7 @@ fn guarded<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
 struct Session<'a> {
     source: OnlineFeatures,
     draft: Box<dyn DraftModel>,
-    optimizer: AdamW,
+    optimizer: AdamW<'static>,
     gradients: Vec<Tensor>,
     batches: &'a [PackedBatch],
     device: Device,
@@ -312,8 +313,8 @@ impl<'a> Session<'a> {
             let group = if parameter.decay { Group::Decay } else { Group::NoDecay };
             ParameterSlot { group, ..ParameterSlot::new(&parameter.name, parameter.value.shallow_clone()) }
         });
-        let optimizer = AdamW::new(slots.collect(), &OptimConfig::default())?;
-        let gradients = programs::zero_gradients(draft.as_ref())?;
+        let optimizer = AdamW::new(slots.collect(), &OptimConfig::default(), ProcessGroup::SINGLE, false)?;
+        let gradients = Gradients::zeros(draft.parameters())?;
         let source = OnlineFeatures::new(Rc::clone(target));
         Ok(Self { source, draft, optimizer, gradients, batches, device, taken: 0 })
     }
@@ -334,7 +335,7 @@ impl<'a> Session<'a> {
         lap();
         self.gradients.iter_mut().for_each(|gradient| drop(gradient.zero_()));
         let counts = self.draft.count_rows(batch);
-        let tally = self.draft.accumulate(&features, &counts, &mut self.gradients)?;
+        let tally = self.draft.accumulate(&features, &counts, &mut Gradients::new(&mut self.gradients))?;
         lap();
         self.optimizer.step(&self.gradients, 1e-4, Some(1.0), &tally.objective)?;
         lap();

@@ -1,0 +1,153 @@
+//! What a training run is made of: tokens, the draft's vocabulary, the target.
+
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use tch::Device;
+
+use super::super::{LazyProgress, note};
+use crate::config::RunConfig;
+use crate::data::{BuildReport, ChatTokenizer, TokenCache};
+use crate::device;
+use crate::draft;
+use crate::draft::vocabulary::{Corpus, Vocabulary, VocabularyKeys};
+use crate::error::{Error, Result};
+use crate::features::{FeatureSource, OnlineFeatures, RememberedFeatures, StoredFeatures};
+use crate::models::{self, TargetIdentity, TargetTables};
+use crate::plan;
+
+/// The draft's own vocabulary, where the configuration asks for one.
+pub(super) fn vocabulary(
+    config: &RunConfig,
+    tokenizer: &ChatTokenizer,
+    cache: &TokenCache,
+    documents: &[usize],
+) -> Result<Option<Vocabulary>> {
+    if VocabularyKeys::read(&config.draft)? == VocabularyKeys::default() {
+        return Ok(None);
+    }
+    let target_size = plan::target_config(config)?.vocab_size;
+    fits_vocabulary(tokenizer, target_size, &config.target.path)?;
+    let corpus = Corpus { cache, documents, tokenizer, target_size };
+    let vocabulary = draft::vocabulary::prepare(&config.draft, &corpus)?;
+    if let Some(Vocabulary { file, coverage, warnings, .. }) = &vocabulary {
+        warnings.iter().for_each(|warning| note(format!("warning: {warning}")));
+        let (draft, share) = (file.map.draft_size(), 100.0 * coverage);
+        note(format!("draft vocabulary: {draft} of {target_size} tokens, {share:.2} % of the supervised ones"));
+    }
+    Ok(vocabulary)
+}
+
+/// Refuses a tokenizer with more tokens than the model.
+pub(in crate::cli) fn fits_vocabulary(tokenizer: &ChatTokenizer, target_size: i64, model: &Path) -> Result<()> {
+    match tokenizer.vocab_size() as i64 {
+        known if known > target_size => {
+            Err(Error::bad_file(model, format!("the tokenizer has {known} tokens, the model {target_size}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Where hidden states come from.
+pub(super) enum Source {
+    Online(OnlineFeatures),
+    Remembered(RememberedFeatures<OnlineFeatures>),
+    Stored(Box<StoredFeatures>),
+}
+
+impl Source {
+    pub(super) fn as_dyn(&self) -> &dyn FeatureSource {
+        match self {
+            Source::Online(source) => source,
+            Source::Remembered(source) => source,
+            Source::Stored(source) => source.as_ref(),
+        }
+    }
+}
+
+/// What a run has of its target.
+pub(super) struct Target {
+    /// What the draft takes from it.
+    pub(super) tables: TargetTables,
+    /// Where its hidden states come from.
+    pub(super) source: Source,
+    /// The target itself, where it was loaded.
+    pub(super) model: Option<Rc<dyn models::TargetModel>>,
+}
+
+/// Loads the target. With a store, the layers are loaded only to decode with.
+pub(super) fn target(config: &RunConfig, device: Device, tokenizer: &ChatTokenizer) -> Result<Target> {
+    let (path, kind) = (&config.target.path, config.target.dtype.kind());
+    note(format!("loading {} on {}", path.display(), device::name(device)));
+    if let Some(folder) = &config.target.feature_store {
+        let decodes = config.eval.every > 0;
+        let model: Option<Rc<dyn models::TargetModel>> =
+            if decodes { Some(models::load_target(path, kind, device)?.into()) } else { None };
+        let tables = match &model {
+            Some(model) => TargetTables::of(model.as_ref()),
+            None => models::load_tables(path, kind, device)?,
+        };
+        let identity = TargetIdentity::read(path)?;
+        let stored = StoredFeatures::open(folder, &identity, &tables, tokenizer.fingerprint(), &check_progress())?;
+        return Ok(Target { tables, source: Source::Stored(Box::new(stored)), model });
+    }
+    let model: Rc<dyn models::TargetModel> = models::load_target(path, kind, device)?.into();
+    let tables = TargetTables::of(model.as_ref());
+    let online = OnlineFeatures::new(Rc::clone(&model));
+    let source = match config.target.keep_hidden_states {
+        true => Source::Remembered(RememberedFeatures::new(online)),
+        false => Source::Online(online),
+    };
+    Ok(Target { tables, source, model: Some(model) })
+}
+
+/// Says how much of a large store is checked.
+pub(in crate::cli) fn check_progress() -> impl Fn(u64, u64) + Sync {
+    /// Smaller stores are checked before anybody asks.
+    const WORTH_SAYING: u64 = 4 << 30;
+    let progress = std::sync::OnceLock::new();
+    move |done, total| {
+        if total > WORTH_SAYING {
+            let unit = "MiB";
+            let bar = progress.get_or_init(|| crate::progress::Progress::new("check the store", total >> 20, unit));
+            bar.set(done >> 20, "");
+        }
+    }
+}
+
+/// Opens or builds the token cache of some files and says what was dropped.
+pub(in crate::cli) fn tokens(config: &RunConfig, files: &[PathBuf], tokenizer: &ChatTokenizer) -> Result<TokenCache> {
+    let progress = LazyProgress::new("tokenise", "conversations");
+    let report = |done, total| progress.set(done, total);
+    let (cache, report) = TokenCache::build_or_open(files, tokenizer, &config.data, &report)?;
+    progress.finish(&data_line(&cache, &report));
+    report.note.iter().for_each(|line| note(format!("warning: {line}")));
+    report.rejected.iter().for_each(|line| note(format!("warning: skipped {line}")));
+    Ok(cache)
+}
+
+/// Tokens of the longest document.
+pub(super) fn longest(cache: &TokenCache) -> i64 {
+    (0..cache.len()).map(|index| cache.length(index)).max().unwrap_or(0) as i64
+}
+
+/// Refuses documents that are longer than what the target was made for.
+pub(in crate::cli) fn fits_context(cache: &TokenCache, context: i64) -> Result<()> {
+    let longest = longest(cache);
+    if longest <= context {
+        return Ok(());
+    }
+    let problem = format!("a document has {longest} tokens, the target reads at most {context}");
+    Err(Error::config("data.max_length", problem).with_hint(format!("set data.max_length to {context} or less")))
+}
+
+fn data_line(cache: &TokenCache, report: &BuildReport) -> String {
+    let supervised = 100.0 * cache.supervised_tokens() as f64 / cache.total_tokens().max(1) as f64;
+    format!(
+        "{} documents, {} tokens, {supervised:.1} % supervised, {} without supervision dropped{}",
+        cache.len(),
+        cache.total_tokens(),
+        report.without_supervision,
+        if report.from_cache { " (from the cache)" } else { "" }
+    )
+}

@@ -1,0 +1,247 @@
+//! `specforge train`
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde_json::{Value, json};
+use tch::Device;
+
+use super::{Output, note, record, signals};
+use crate::checkpoint::Versions;
+use crate::config::RunConfig;
+use crate::data::{self, TokenCache};
+use crate::device;
+use crate::dist::{Meeting, Placement, ProcessGroup};
+use crate::draft::{self, DraftContext, DraftModel};
+use crate::error::{Error, Result};
+use crate::eval::acceptance::in_training;
+use crate::export;
+use crate::files;
+use crate::plan::Plan;
+use crate::progress;
+use crate::tracking::Tracker;
+use crate::train::{self, Provenance, Split, Trainer, TrainerParts, Writer};
+
+mod folder;
+mod inputs;
+mod report;
+
+use folder::{Resume, RunFolder};
+use inputs::{Source, Target};
+pub(super) use inputs::{check_progress, fits_context, fits_vocabulary, tokens};
+
+#[derive(Debug, Args)]
+pub(super) struct TrainArgs {
+    /// Configuration file.
+    #[arg(long)]
+    config: PathBuf,
+    /// Override one value, as `section.key=value`. May be given several times.
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Print parameters, memory, tokens, steps and disk, and stop. Loads no weights.
+    #[arg(long)]
+    plan: bool,
+    /// Go on from the newest checkpoint of the output folder.
+    #[arg(long)]
+    resume: bool,
+    /// auto, cpu, cuda or cuda:N.
+    #[arg(long, default_value = "auto")]
+    device: String,
+}
+
+pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
+    let config = RunConfig::load(&args.config, &args.set)?;
+    if args.plan {
+        let plan = Plan::new(&config)?;
+        output.result(&plan, || plan.to_string());
+        return Ok(());
+    }
+    let Some(placement) = Placement::from_environment()? else {
+        return train(args, &config, None, output);
+    };
+    if placement.rank > 0 {
+        progress::silence(); // rank 0 speaks for all
+    }
+    let meeting = Meeting::join(placement, config.parallel.timeout(), &|line| note(line))?;
+    train(args, &config, Some(&meeting), output).map_err(|error| meeting.report(error))
+}
+
+/// Trains as one of the ranks that meet, or alone.
+fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, output: &Output) -> Result<()> {
+    let placement = meeting.map(Meeting::placement);
+    let is_first = placement.is_none_or(|placement| placement.rank == 0);
+    let device = choose_device(&args.device, placement)?;
+    let stop = signals::watch()?;
+    let algorithm = draft::algorithm(&config.draft)?;
+    let resolved = json!(config);
+    // One rank reads and writes the run's folder; what the others need of it comes from there.
+    let folder = match is_first {
+        true => Some(RunFolder::open(config, &resolved, algorithm, Resume::wanted(args.resume, placement))?),
+        false => None,
+    };
+    let checkpoint = folder.as_ref().and_then(|folder| folder.checkpoint.as_ref());
+
+    // Data: tokens first, so that mistakes in it show before any weight is loaded.
+    config.data.check()?;
+    let tokenizer = config.data.tokenizer(&config.target.path)?;
+    let train_cache = inputs::tokens(config, &config.data.train, &tokenizer)?;
+    let eval_cache = match config.data.eval.is_empty() {
+        true => None,
+        false => Some(inputs::tokens(config, &config.data.eval, &tokenizer)?),
+    };
+    let mut data_hashes = BTreeMap::from([("train".to_owned(), train_cache.content_hash().to_owned())]);
+    if let Some(cache) = &eval_cache {
+        data_hashes.insert("eval".to_owned(), cache.content_hash().to_owned());
+    }
+    let all = |cache: &TokenCache| (0..cache.len()).collect::<Vec<_>>();
+    let (train_documents, eval_documents) = match &eval_cache {
+        Some(cache) => (all(&train_cache), all(cache)),
+        None => data::split(&train_cache, config.data.eval_fraction),
+    };
+    let vocabulary = inputs::vocabulary(config, &tokenizer, &train_cache, &train_documents)?;
+    if let Some(vocabulary) = &vocabulary {
+        data_hashes.insert("vocabulary".to_owned(), vocabulary.file.map.hash());
+    }
+    // Before anything in the output folder is touched.
+    if let Some(checkpoint) = checkpoint {
+        checkpoint.same_data(&data_hashes)?;
+        let manifest = &checkpoint.manifest;
+        let order = config.train.order(train_documents.iter().map(|&index| train_cache.length(index)).collect())?;
+        train::same_learning_rates(&manifest.configuration, &config.train, &config.optim, &order, manifest.step)?;
+    }
+
+    // Target and draft.
+    let kind = config.target.dtype.kind();
+    let Target { tables, source, model } = inputs::target(config, device, &tokenizer)?;
+    let dimensions = tables.dimensions;
+    inputs::fits_vocabulary(&tokenizer, dimensions.vocab_size, &config.target.path)?;
+    for cache in [Some(&train_cache), eval_cache.as_ref()].into_iter().flatten() {
+        inputs::fits_context(cache, dimensions.max_position_embeddings)?;
+    }
+    let context = DraftContext {
+        target: dimensions,
+        embedding: &tables.embedding,
+        head: &tables.head,
+        vocabulary: vocabulary.as_ref().map(|vocabulary| &vocabulary.file.map),
+        kind,
+        device,
+        seed: config.train.seed,
+        chunk_bytes: config.train.chunk_mib << 20,
+    };
+    let section = draft::vocabulary::with_size(&config.draft, dimensions.vocab_size)?;
+    let draft = (algorithm.build)(&section, &context)?;
+    // A resumed run has its values from the checkpoint, and other ranks have theirs from the first.
+    if let (true, None, Some(from)) = (is_first, checkpoint, config.draft.get("init_from").and_then(Value::as_str)) {
+        let notes = export::eagle3::start_from(Path::new(from), draft.as_ref(), context.vocabulary)?;
+        notes.iter().for_each(|line| note(format!("{from}: {line}")));
+        note(format!("starting from the draft in {from}"));
+    }
+    for cache in [Some(&train_cache), eval_cache.as_ref()].into_iter().flatten() {
+        draft.check_length(inputs::longest(cache))?;
+    }
+    draft.contract().iter().for_each(|line| note(format!("contract: {line}")));
+    if let Source::Stored(stored) = &source {
+        let eval = (eval_cache.as_ref().unwrap_or(&train_cache), eval_documents.as_slice());
+        stored.require(&draft.capture(), &[(&train_cache, &train_documents), eval])?;
+    }
+
+    let held_out = eval_cache.as_ref().unwrap_or(&train_cache);
+    let prompts = in_training::prompts(&config.eval, held_out, &eval_documents, dimensions.max_position_embeddings);
+    // Everything that takes its time is done: from here on, ranks wait for each other in collectives.
+    let group = match meeting {
+        Some(meeting) => {
+            meeting.wait_for_all("getting ready")?;
+            meeting.group(device, config.parallel.timeout())?
+        }
+        None => ProcessGroup::single(),
+    };
+    let stop_tokens = tokenizer.eos_token_ids();
+    let decoding = |draft: &dyn DraftModel| match &model {
+        Some(model) => in_training::measure(&config.eval, draft, model.as_ref(), &prompts, stop_tokens, &group),
+        None => Ok(BTreeMap::new()),
+    };
+    if config.eval.every > 0 {
+        if prompts.is_empty() {
+            let problem = "there are no held-out documents with a prompt to decode";
+            return Err(Error::config("eval.every", problem)
+                .with_hint("set data.eval_fraction or data.eval, or eval.every to 0"));
+        }
+        // A tree that cannot be used is found before the first step.
+        decoding(draft.as_ref())?;
+    }
+    let out = &config.train.output_dir;
+    let (writer, checkpoint) = match folder {
+        Some(RunFolder { store, checkpoint }) => {
+            let tracker = Tracker::open(out, checkpoint.as_ref().map(|checkpoint| checkpoint.manifest.step))?;
+            (Some(Writer { store, tracker }), checkpoint)
+        }
+        None => (None, None),
+    };
+    let parts = TrainerParts {
+        config: &config.train,
+        optim: &config.optim,
+        parallel: &config.parallel,
+        group: &group,
+        draft: draft.as_ref(),
+        source: source.as_dyn(),
+        train: Split { cache: &train_cache, documents: train_documents },
+        eval: Split { cache: eval_cache.as_ref().unwrap_or(&train_cache), documents: eval_documents },
+        writer,
+        decoding: (config.eval.every, &decoding),
+        provenance: Provenance { configuration: resolved.clone(), versions: Versions::current(), data_hashes },
+        stop: &stop.number,
+    };
+    let trainer = Trainer::new(parts, checkpoint.as_ref())?;
+    // Nothing can be refused any more.
+    if is_first {
+        if let Some(made) = vocabulary.as_ref().filter(|vocabulary| vocabulary.made) {
+            made.file.write(&out.join(VOCABULARY_FILE))?;
+        }
+        files::write_json(&out.join("config.json"), &resolved)?;
+        record::write(&out.join(record::FILE_NAME), &resolved)?;
+    }
+    let report = trainer.run()?;
+    if is_first {
+        files::write_json(&out.join("report.json"), &report)?;
+        output.result(&report, || report::text(&report));
+    }
+    Ok(())
+}
+
+/// The device of this rank: of several on a machine, each takes the CUDA device of its own number.
+fn choose_device(name: &str, placement: Option<&Placement>) -> Result<Device> {
+    let Some(placement) = placement.filter(|placement| placement.local_world_size > 1) else {
+        return device::choose(name);
+    };
+    let (local, count) = (placement.local_rank, placement.local_world_size);
+    match (name, device::choose(name)?) {
+        ("auto" | "cuda", Device::Cuda(_)) => device::choose(&format!("cuda:{local}")),
+        (_, Device::Cuda(_)) => Err(Error::Usage(format!(
+            "--device {name}: {count} processes of this machine would share it; expected cuda, which gives each its own"
+        ))),
+        (_, device) => Ok(device),
+    }
+}
+
+/// The map that a run chose itself, in its output folder.
+const VOCABULARY_FILE: &str = "vocab.safetensors";
+
+/// Keys that may differ between a run and its continuation: they change how long and how often, never an update. The
+/// first three decide learning rates too, which are compared by themselves.
+const RESUMABLE: &[&str] = &[
+    "train.epochs",
+    "train.max_steps",
+    "optim.schedule.total_steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.micro_batch_tokens",
+    "train.output_dir",
+    "checkpoint",
+    "eval",
+    "parallel",
+    "data.cache_dir",
+    // The map's hash is compared instead: where the file lies changes nothing.
+    "draft.vocab_map",
+];

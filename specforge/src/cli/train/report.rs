@@ -1,0 +1,53 @@
+//! What a training run says at its end.
+
+use std::collections::BTreeMap;
+
+use super::super::signals;
+use crate::train::TrainReport;
+
+pub(super) fn text(report: &TrainReport) -> String {
+    let mut lines = Vec::new();
+    if let Some(signal) = report.stopped_by {
+        lines.push(format!("stopped by {} after step {}; continue with --resume", signals::name(signal), report.steps));
+    }
+    if !report.end.is_empty() {
+        lines.extend(held_out(report));
+        lines.push(format!("always guessing the commonest token: {:.4}", report.commonest_token_share));
+    }
+    let rate = report.tokens as f64 / report.seconds.max(1e-9);
+    lines.push(format!(
+        "{} of {} steps, {} tokens, {rate:.0} tokens/s",
+        report.steps, report.total_steps, report.tokens
+    ));
+    lines.push(format!("checkpoint: {}", report.checkpoint.display()));
+    lines.join("\n")
+}
+
+/// Held-out figures before and after: single ones a line each, those of a part of the draft (`step1/accuracy`) as a table.
+fn held_out(report: &TrainReport) -> Vec<String> {
+    let before = |name: &str| report.start.get(name).map_or("-".to_owned(), |value| format!("{value:.4}"));
+    let single = report.end.iter().filter(|(name, _)| !name.contains('/'));
+    let width = single.clone().map(|(name, _)| name.len()).max().unwrap_or(0);
+    let mut lines = vec![format!("{:<width$}  {:>9}  {:>9}", "held out", "untrained", "trained")];
+    lines.extend(single.map(|(name, end)| format!("{name:<width$}  {:>9}  {end:>9.4}", before(name))));
+    let parts = || report.end.iter().filter_map(|(name, end)| Some((name.split_once('/')?, end)));
+    let mut columns: Vec<&str> = parts().map(|((_, column), _)| column).collect();
+    columns.sort_unstable();
+    columns.dedup();
+    let mut rows: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    for ((row, column), end) in parts() {
+        let cells = rows.entry(row).or_insert_with(|| vec!["-".to_owned(); columns.len()]);
+        if let Ok(place) = columns.binary_search(&column) {
+            cells[place] = format!("{} -> {end:.4}", before(&format!("{row}/{column}")));
+        }
+    }
+    let line = |name: &str, cells: &[String]| {
+        let cells: String = cells.iter().map(|cell| format!("  {cell:>18}")).collect();
+        format!("{name:<8}{cells}")
+    };
+    if !rows.is_empty() {
+        lines.push(line("", &columns.iter().map(|&column| column.to_owned()).collect::<Vec<_>>()));
+    }
+    lines.extend(rows.iter().map(|(row, cells)| line(row, cells)));
+    lines
+}

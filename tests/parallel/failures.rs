@@ -1,0 +1,243 @@
+//! What goes wrong while several processes train: ranks that are killed, disks that are full, signals. The last
+//! checkpoint stays whole, nothing runs on, and going on ends in the very bytes of the run that nobody disturbed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use specforge::nn::noise;
+
+use super::{PATIENCE, launch_command, medusa};
+use crate::fixture::{Workspace, json_of, litter, output_of, stderr_of};
+
+const STEPS: u64 = 40;
+
+/// A run of two ranks with a checkpoint every fifth step, and steps long enough to be hit.
+fn workspace() -> Workspace {
+    let mut workspace = Workspace::with_model(&json!({"vocab_size": 2000, "hidden_size": 64}));
+    workspace.configuration["draft"] = medusa();
+    workspace.set("train.max_steps", STEPS).set("train.save_every", 5);
+    workspace
+}
+
+/// Children of a process that are alive.
+fn children(pid: u32) -> Vec<u32> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    text.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
+}
+
+fn is_alive(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(')').next().is_some_and(|rest| !rest.is_empty() && !rest.trim_start().starts_with('Z'))
+}
+
+fn signal(pid: u32, name: &str) {
+    // It may be gone already.
+    let _ = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).stderr(Stdio::null()).status().unwrap();
+}
+
+/// Waits until `reached`; false where the process ends before.
+fn wait_for(child: &mut Child, reached: impl Fn() -> bool) -> bool {
+    let started = Instant::now();
+    while !reached() {
+        assert!(started.elapsed() < PATIENCE, "the run hangs");
+        if child.try_wait().unwrap().is_some() {
+            return false;
+        }
+        sleep(Duration::from_millis(1));
+    }
+    true
+}
+
+/// The last step in the log; 0 if there is none.
+fn logged_step(run: &Path) -> u64 {
+    let text = fs::read_to_string(run.join("metrics.jsonl")).unwrap_or_default();
+    let last = text.lines().next_back().and_then(|line| serde_json::from_str::<Value>(line).ok());
+    last.and_then(|row| row["step"].as_u64()).unwrap_or(0)
+}
+
+fn has_checkpoint(run: &Path) -> bool {
+    let names = fs::read_dir(run).map(|entries| entries.flatten().map(|entry| entry.file_name()).collect::<Vec<_>>());
+    names.unwrap_or_default().iter().any(|name| name.to_string_lossy().starts_with("step-"))
+}
+
+/// The last checkpoint is that of the reference to the byte.
+#[track_caller]
+fn assert_same_bytes(run: &Path, reference: &Path) {
+    for name in ["model.safetensors", "optimizer.safetensors"] {
+        let read = |run: &Path| fs::read(run.join(format!("step-{STEPS:08}")).join(name)).unwrap();
+        assert!(read(run) == read(reference), "{name} differs");
+    }
+    assert_eq!(litter(run), Vec::<PathBuf>::new());
+}
+
+/// Kills a rank that is chosen by `random`, or the launcher itself, and watches everything end.
+fn kill_one(child: &mut Child, ranks: &[u32], random: u64) {
+    let victim = match random % 5 {
+        0 => child.id(), // the launcher
+        other => ranks[other as usize % ranks.len()],
+    };
+    signal(victim, "KILL");
+    let killed = Instant::now();
+    wait_for(child, || false);
+    assert!(killed.elapsed() < Duration::from_secs(15), "the launcher took {:?} to end", killed.elapsed());
+    assert!(!child.wait().unwrap().success());
+    let gone = || ranks.iter().all(|&rank| !is_alive(rank));
+    while !gone() {
+        assert!(killed.elapsed() < Duration::from_secs(15), "a rank outlives its launcher");
+        sleep(Duration::from_millis(5));
+    }
+}
+
+/// Kills a run of two ranks again and again, at any moment, and lets it go on each time.
+fn kills_change_nothing(kills: u64, seed: u64) {
+    let workspace = workspace();
+    json_of(&mut launch_command(&workspace, 2, "undisturbed", &[]));
+    let run = workspace.path("killed");
+    for kill in 0..kills {
+        let random = |stream: u64| noise::keyed_bits(seed, stream, kill, 0);
+        if logged_step(&run) + 8 >= STEPS {
+            fs::remove_dir_all(&run).unwrap(); // too little is left to be hit: begin anew
+        }
+        let resume: &[&str] = if has_checkpoint(&run) { &["--resume"] } else { &[] };
+        let mut command = launch_command(&workspace, 2, "killed", resume);
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let pid = child.id();
+        assert!(wait_for(&mut child, || children(pid).len() == 2), "the launcher ended before its ranks started");
+        let ranks = children(pid);
+        // While the ranks start and meet, or after some steps and a bit.
+        let steps = random(1) % 8;
+        let goal = if steps == 0 { 0 } else { logged_step(&run) + steps };
+        assert!(wait_for(&mut child, || logged_step(&run) >= goal), "the run ended before it was killed");
+        sleep(Duration::from_micros(random(2) % if steps == 0 { 1_500_000 } else { 60_000 }));
+        kill_one(&mut child, &ranks, random(3));
+        println!("kill {kill} of {}: after step {}", if random(3) % 5 == 0 { "the launcher" } else { "a rank" }, goal);
+    }
+    let resume: &[&str] = if has_checkpoint(&run) { &["--resume"] } else { &[] };
+    json_of(&mut launch_command(&workspace, 2, "killed", resume));
+    assert_same_bytes(&run, &workspace.path("undisturbed"));
+}
+
+#[test]
+fn kills_of_any_rank_at_any_moment_change_nothing() {
+    kills_change_nothing(4, u64::from(std::process::id()));
+}
+
+/// The soak test: thirty kills.
+#[test]
+#[ignore = "takes minutes; scripts/test --long runs it"]
+fn thirty_kills_change_nothing() {
+    kills_change_nothing(30, u64::from(std::process::id()));
+}
+
+/// Ranks are killed under a launcher that starts them again by itself.
+fn restarts_change_nothing(kills: usize) {
+    let workspace = workspace();
+    json_of(&mut launch_command(&workspace, 2, "undisturbed", &[]));
+    let run = workspace.path("killed");
+    let restarts = kills.to_string();
+    let launcher = ["--nproc-per-node", "2", "--max-restarts", &restarts];
+    let mut command = super::launched(&workspace, &launcher, "killed", &["--set", "train.save_every=1"]);
+    let mut child = command.stderr(Stdio::null()).spawn().unwrap();
+    let pid = child.id();
+    let mut before: Vec<u32> = Vec::new();
+    for kill in 0..kills {
+        let fresh = || {
+            let ranks = children(pid);
+            ranks.len() == 2 && ranks.iter().all(|rank| !before.contains(rank))
+        };
+        assert!(wait_for(&mut child, fresh), "the launcher gave up at kill {kill}");
+        let ranks = children(pid);
+        let goal = logged_step(&run) + 1;
+        assert!(wait_for(&mut child, || logged_step(&run) >= goal), "the run ended before kill {kill}");
+        signal(ranks[kill % 2], "KILL");
+        before = ranks;
+    }
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success());
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["steps"], STEPS);
+    assert_same_bytes(&run, &workspace.path("undisturbed"));
+}
+
+#[test]
+fn a_launcher_restarts_what_was_killed() {
+    restarts_change_nothing(3);
+}
+
+#[test]
+#[ignore = "takes minutes; scripts/test --long runs it"]
+fn thirty_restarts_change_nothing() {
+    restarts_change_nothing(30);
+}
+
+/// One signal to the launcher, and all ranks stop after the same step with everything saved.
+#[test]
+fn a_polite_signal_saves_and_ends_well() {
+    let workspace = workspace();
+    json_of(&mut launch_command(&workspace, 2, "undisturbed", &[]));
+    for (name, number) in [("TERM", 15), ("INT", 2)] {
+        let run = workspace.path(name);
+        let mut child = launch_command(&workspace, 2, name, &[]).stderr(Stdio::null()).spawn().unwrap();
+        assert!(wait_for(&mut child, || logged_step(&run) >= 7), "the run ended before it was asked to");
+        signal(child.id(), name);
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(0));
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let steps = report["steps"].as_u64().unwrap();
+        assert_eq!(report["stopped_by"], number);
+        assert!((7..STEPS).contains(&steps), "{steps}");
+        json_of(&mut launch_command(&workspace, 2, name, &["--resume"]));
+        assert_same_bytes(&run, &workspace.path("undisturbed"));
+    }
+}
+
+/// A signal that reaches one rank alone, as a scheduler may send it, stops all of them after one step.
+#[test]
+fn a_signal_to_one_rank_stops_all() {
+    let workspace = workspace();
+    let run = workspace.path("run");
+    let mut child = launch_command(&workspace, 2, "run", &[]).stderr(Stdio::null()).spawn().unwrap();
+    let pid = child.id();
+    assert!(wait_for(&mut child, || logged_step(&run) >= 7), "the run ended before it was asked to");
+    let ranks = children(pid);
+    signal(ranks[1], "TERM");
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["stopped_by"], 15);
+    assert!(report["steps"].as_u64().unwrap() < STEPS);
+}
+
+/// The disk fills while rank 0 saves: all ranks end, the message is that of the disk, the older checkpoint stays.
+#[test]
+fn a_full_disk_ends_all_ranks_and_keeps_the_last_checkpoint() {
+    let workspace = workspace();
+    let run = workspace.path("run");
+    json_of(&mut launch_command(
+        &workspace,
+        2,
+        "run",
+        &["--set", "train.max_steps=5", "--set", "optim.schedule.total_steps=40"],
+    ));
+    let checkpoint = run.join("step-00000005");
+    let before = crate::fixture::contents(&checkpoint);
+    let size = fs::metadata(checkpoint.join("optimizer.safetensors")).unwrap().len();
+    let resume = ["--resume", "--set", "optim.schedule.total_steps=40"];
+    let output = output_of(&mut crate::bad_input::resources::limited(
+        &format!("-f {}", (size / 2) >> 10),
+        &launch_command(&workspace, 2, "run", &resume),
+    ));
+    let message = stderr_of(&output);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.contains("cannot write") && message.contains("File too large"), "{message}");
+    let last = message.lines().rev().find(|line| line.starts_with("error: ")).unwrap();
+    assert!(last.contains("rank 0") && last.contains("File too large"), "{message}");
+    assert!(crate::fixture::contents(&checkpoint) == before, "the older checkpoint changed");
+    assert_eq!(litter(&run), Vec::<PathBuf>::new());
+    let report = json_of(&mut launch_command(&workspace, 2, "run", &resume));
+    assert_eq!(report["steps"], STEPS);
+}
