@@ -60,9 +60,10 @@ fn open(path: &Path) -> Result<Nccl, String> {
         let build = CStr::from_ptr(build()).to_string_lossy().into_owned();
         let wanted = format!("specforge {}, libtorch {}, ", env!("CARGO_PKG_VERSION"), shim::libtorch_version());
         if !build.starts_with(&wanted) {
-            return Err(problem(&format!(
-                "it was built for {build}; this program needs {wanted}NCCL: build both anew"
-            )));
+            let path = path.display();
+            return Err(format!(
+                "{path} was built for {build}; expected {wanted}...: put the two of one build together"
+            ));
         }
         let add = *library.get::<AddNccl>(b"specforge_group_add_nccl").map_err(loading_failure)?;
         std::mem::forget(library); // kept for the life of the process
