@@ -57,8 +57,13 @@ fn open_cuda() -> Result<(), String> {
     }
     // SAFETY: libtorch's own library; its initialisers register the CUDA backend and nothing else.
     let opened = unsafe { Library::open(Some(&library), RTLD_NOW | RTLD_GLOBAL) };
-    std::mem::forget(opened.map_err(|error| error.to_string())?); // kept for the life of the process
+    std::mem::forget(opened.map_err(loading_failure)?); // kept for the life of the process
     Ok(())
+}
+
+/// What the system said about a library that it could not open, or a symbol that it could not find.
+pub(crate) fn loading_failure(error: libloading::Error) -> String {
+    std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 /// The NCCL version that libtorch's process groups would use, or why there is none.
@@ -68,9 +73,9 @@ pub fn nccl() -> Result<String, String> {
     }
     // SAFETY: a C function that writes one int.
     unsafe {
-        let library = Library::open(Some("libnccl.so.2"), RTLD_NOW).map_err(|error| error.to_string())?;
+        let library = Library::open(Some("libnccl.so.2"), RTLD_NOW).map_err(loading_failure)?;
         let version: libloading::os::unix::Symbol<unsafe extern "C" fn(*mut i32) -> i32> =
-            library.get(b"ncclGetVersion").map_err(|error| error.to_string())?;
+            library.get(b"ncclGetVersion").map_err(loading_failure)?;
         let mut number = 0;
         if version(&mut number) != 0 {
             return Err("ncclGetVersion failed".to_owned());
@@ -110,7 +115,7 @@ const CAPABILITY_MINOR: i32 = 76;
 
 fn ask_driver(index: usize) -> Result<CudaDevice, String> {
     type Function<'a, F> = libloading::os::unix::Symbol<F>;
-    let text = |error: libloading::Error| error.to_string();
+    let text = loading_failure;
     let answered = |name: &str, code: i32| if code == 0 { Ok(()) } else { Err(format!("{name} gave {code}")) };
     // SAFETY: signatures are those of cuda.h; every pointer is to a local that outlives its call, and the name's buffer
     // has the length that is passed.
@@ -224,6 +229,13 @@ mod tests {
             let device = describe(0).unwrap();
             assert!(device.memory_bytes > 1 << 30 && device.multiprocessors > 0 && !device.name.is_empty());
         }
+    }
+
+    #[test]
+    fn a_library_that_does_not_open_is_named() {
+        // SAFETY: there is no such library.
+        let error = unsafe { Library::open(Some("libspecforge_absent.so"), RTLD_NOW) }.unwrap_err();
+        assert!(loading_failure(error).contains("libspecforge_absent.so"));
     }
 
     #[test]

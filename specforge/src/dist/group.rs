@@ -257,6 +257,13 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn nccl_that_cannot_be_used_says_so() {
+        let store = Store::host("127.0.0.1", TcpListener::bind((LOOPBACK, 0)).unwrap(), TIMEOUT).unwrap();
+        let error = ProcessGroup::single().add_nccl(&store, Device::Cpu, TIMEOUT).unwrap_err().to_string();
+        assert!(error.starts_with("NCCL's process group cannot be used: "), "{error}");
+    }
+
+    #[test]
     fn collectives_do_what_their_names_say() {
         for world_size in [1, 2, 3] {
             let all = on_ranks(world_size, |group| {

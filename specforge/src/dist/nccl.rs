@@ -11,7 +11,7 @@ use std::sync::OnceLock;
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW, Symbol};
 
 use super::c10d::{AddNccl, NcclBuild};
-use crate::device;
+use crate::device::{self, loading_failure};
 use crate::shim;
 
 /// File name of the library.
@@ -53,19 +53,19 @@ fn find() -> Result<PathBuf, String> {
 
 fn open(path: &Path) -> Result<Nccl, String> {
     device::cuda_library().map_err(str::to_owned)?;
-    let problem = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
     // SAFETY: our own library, without initialisers of its own; the signatures are those of csrc/nccl.cpp.
     unsafe {
-        let library = Library::open(Some(path), RTLD_NOW | RTLD_LOCAL).map_err(|error| problem(&error))?;
-        let build: Symbol<NcclBuild> = library.get(b"specforge_nccl_build").map_err(|error| problem(&error))?;
+        let library = Library::open(Some(path), RTLD_NOW | RTLD_LOCAL).map_err(loading_failure)?;
+        let build: Symbol<NcclBuild> = library.get(b"specforge_nccl_build").map_err(loading_failure)?;
         let build = CStr::from_ptr(build()).to_string_lossy().into_owned();
         let wanted = format!("specforge {}, libtorch {}, ", env!("CARGO_PKG_VERSION"), shim::libtorch_version());
         if !build.starts_with(&wanted) {
-            return Err(problem(&format!(
-                "it was built for {build}; this program needs {wanted}NCCL: build both anew"
-            )));
+            let path = path.display();
+            return Err(format!(
+                "{path} was built for {build}; expected {wanted}...: put the two of one build together"
+            ));
         }
-        let add = *library.get::<AddNccl>(b"specforge_group_add_nccl").map_err(|error| problem(&error))?;
+        let add = *library.get::<AddNccl>(b"specforge_group_add_nccl").map_err(loading_failure)?;
         std::mem::forget(library); // kept for the life of the process
         Ok(Nccl { add, description: format!("{} ({build})", path.display()) })
     }

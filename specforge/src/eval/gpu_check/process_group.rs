@@ -173,7 +173,10 @@ fn train(config: &LlamaConfig, section: &Value, device: Device, group: &ProcessG
     let source = OnlineFeatures::new(Rc::clone(&target));
     let parameters = draft.parameters().iter();
     let slots = parameters.map(|parameter| ParameterSlot::new(&parameter.name, parameter.value.shallow_clone()));
-    let mut optimizer = AdamW::new(slots.collect(), &OptimConfig::default(), group, true)?;
+    // AdamW's usual epsilon gives a gradient that is nothing but rounding a whole step of its own, and hides a factor
+    // that all gradients share. Clipping would hide one too.
+    let optim = OptimConfig { epsilon: 1e-2, ..OptimConfig::default() };
+    let mut optimizer = AdamW::new(slots.collect(), &optim, group, true)?;
     let parallel = ParallelConfig { bucket_mib: 1, ..ParallelConfig::default() };
     let mut gradients = GradientSums::new(draft.parameters(), group, &parallel)?;
     for step in 0..3 {
@@ -184,7 +187,7 @@ fn train(config: &LlamaConfig, section: &Value, device: Device, group: &ProcessG
         let tally = gradients.add(true, |gradients| draft.accumulate(&features, &counts, gradients))?;
         gradients.finish()?;
         group.all_reduce(&tally.objective, ReduceOp::Sum)?;
-        optimizer.step(gradients.totals(), 1e-4, Some(1.0), &tally.objective)?;
+        optimizer.step(gradients.totals(), 1e-2, None, &tally.objective)?;
     }
     let values: Vec<Tensor> = optimizer.slots().map(|slot| slot.value.shallow_clone()).collect();
     programs::all_on_host(&values)
