@@ -6,7 +6,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{PATIENCE, assert_same_run, eagle3, launched, workspace};
 use crate::fixture::Workspace;
@@ -110,11 +110,11 @@ fn two_nodes_train_as_one_and_a_cut_cable_costs_nothing_that_was_saved() {
     // A long run whose cable is cut: both nodes notice and end, and what was saved is good for the rest.
     workspace.set("train.eval_every", 0);
     workspace.set("train.max_steps", 100_000).set("train.save_every", 10);
-    workspace.set("optim.schedule.total_steps", 100_000);
-    let running = nodes.launch(&workspace, "cut", &["--set", "parallel.timeout_seconds=4"]);
+    workspace.set("optim.schedule", json!({"kind": "constant", "warmup_steps": 3}));
+    let mut running = nodes.launch(&workspace, "cut", &["--set", "parallel.timeout_seconds=4"]);
     let saved = workspace.path("cut/step-00000010");
     let started = Instant::now();
-    while !saved.exists() {
+    while !saved.exists() && running.iter_mut().all(|node| node.try_wait().unwrap().is_none()) {
         assert!(started.elapsed() < PATIENCE, "nothing is saved");
         sleep(Duration::from_millis(20));
     }
