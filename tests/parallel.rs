@@ -148,8 +148,8 @@ fn eagle3_makes_the_same_updates_at_any_world_size() {
 #[test]
 fn spreading_the_optimizer_and_idle_ranks_change_nothing() {
     let mut workspace = workspace(eagle3());
-    // Batches of one to three documents for five ranks.
-    workspace.set("train.batch_tokens", 64).set("train.micro_batch_tokens", 64);
+    // Batches of two to four documents for five ranks.
+    workspace.set("train.batch_tokens", 128).set("train.micro_batch_tokens", 64);
     workspace.train("alone", &[]);
     for shard in ["true", "false"] {
         let run = format!("five-{shard}");
