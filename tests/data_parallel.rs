@@ -153,6 +153,7 @@ impl World {
                     configuration: configuration.clone(),
                     versions: Versions::current(),
                     data_hashes,
+                    target: Vec::new(),
                 },
                 stop: &AtomicI32::new(stop),
             };

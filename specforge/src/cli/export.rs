@@ -48,7 +48,7 @@ pub(super) fn run(args: &ExportArgs, output: &Output) -> Result<()> {
             };
             let report = export::export(&source, &args.format, out, args.engine)?;
             let configuration = json!({"checkpoint": checkpoint.path, "step": manifest.step, "format": args.format});
-            record::write(&out.join(record::FILE_NAME), &configuration)?;
+            record::write(&out.join(record::FILE_NAME), &configuration, 1)?;
             report
         }
         _ => return Err(Error::Usage("export: name --checkpoint and --out, or --check".to_owned())),

@@ -32,7 +32,7 @@ pub(super) fn run(args: &ImportArgs, output: &Output) -> Result<()> {
     })?;
     progress.finish("");
     let configuration = json!({"source": args.source, "dtype": args.dtype.to_string()});
-    record::write(&args.out.join(record::FILE_NAME), &configuration)?;
+    record::write(&args.out.join(record::FILE_NAME), &configuration, 1)?;
     output.result(&report, || {
         let types: Vec<String> = report.ggml_types.iter().map(|(name, count)| format!("{count} {name}")).collect();
         format!(

@@ -16,11 +16,12 @@ pub(super) const FILE_NAME: &str = "specforge.json";
 struct Record<'a> {
     command_line: Vec<String>,
     versions: Versions,
+    world_size: usize,
     configuration: &'a Value,
 }
 
-/// Writes the record.
-pub(super) fn write(path: &Path, configuration: &Value) -> Result<()> {
+/// Writes the record of a run of `world_size` processes.
+pub(super) fn write(path: &Path, configuration: &Value, world_size: usize) -> Result<()> {
     let command_line = std::env::args().collect();
-    files::write_json(path, &Record { command_line, versions: Versions::current(), configuration })
+    files::write_json(path, &Record { command_line, versions: Versions::current(), world_size, configuration })
 }

@@ -55,6 +55,10 @@ impl Orders {
             ("TORCHELASTIC_RESTART_COUNT", self.attempt.to_string()),
             ("TORCHELASTIC_MAX_RESTARTS", self.max_restarts.to_string()),
         ];
+        if std::env::var_os("TORCH_CPP_LOG_LEVEL").is_none() {
+            // libtorch warns of every address that has no name.
+            variables.push(("TORCH_CPP_LOG_LEVEL", "ERROR".to_owned()));
+        }
         if std::env::var_os("OMP_NUM_THREADS").is_none() {
             let cores = thread::available_parallelism().map_or(1, usize::from);
             variables.push(("OMP_NUM_THREADS", (cores / self.local_world_size).max(1).to_string()));

@@ -33,6 +33,11 @@ pub struct TargetIdentity {
 }
 
 impl TargetIdentity {
+    /// What identifies the model, without where it lies.
+    pub fn digests(self) -> Vec<String> {
+        vec![self.config, self.tensors, self.samples, self.tables]
+    }
+
     /// Reads a model folder.
     pub fn read(path: &Path) -> Result<Self> {
         let family = family(path)?;

@@ -62,6 +62,7 @@ fn fingerprint(provenance: &Provenance, parameters: &[Parameter]) -> BTreeMap<St
     for (name, hash) in &provenance.data_hashes {
         values.insert(format!("3 digest of the data, {name}"), hash.clone());
     }
+    values.insert("3 digest of the target".to_owned(), provenance.target.join(" "));
     for (index, Parameter { name, value, .. }) in parameters.iter().enumerate() {
         values.insert(format!("4 parameter {index:04}"), format!("{name} {:?} {:?}", value.kind(), value.size()));
     }
@@ -122,9 +123,10 @@ mod tests {
     use crate::checkpoint::Versions;
     use crate::dist::group::tests::on_ranks;
 
-    fn provenance(configuration: Value, hash: &str) -> Provenance {
+    fn provenance(configuration: Value, hash: &str, target: &str) -> Provenance {
         let data_hashes = BTreeMap::from([("train".to_owned(), hash.to_owned())]);
-        Provenance { configuration, versions: Versions::current(), data_hashes }
+        let target = vec![target.to_owned()];
+        Provenance { configuration, versions: Versions::current(), data_hashes, target }
     }
 
     fn configuration(rate: f64, place: usize) -> Value {
@@ -144,16 +146,18 @@ mod tests {
                 same_run(group, &provenance, &parameters).map_err(|error| error.to_string())
             })
         };
-        let equal = start(|rank| (provenance(configuration(0.1, rank), "x"), draft(&[2, 3])));
+        let equal = start(|rank| (provenance(configuration(0.1, rank), "x", "t"), draft(&[2, 3])));
         assert!(equal.iter().all(Result::is_ok), "places may differ: {equal:?}");
         let refused = [
-            start(|rank| (provenance(configuration([0.1, 0.1, 0.2][rank], rank), "x"), draft(&[2, 3]))),
-            start(|rank| (provenance(configuration(0.1, rank), ["x", "x", "y"][rank]), draft(&[2, 3]))),
-            start(|rank| (provenance(configuration(0.1, rank), "x"), draft(&[2, [3, 3, 4][rank]]))),
+            start(|rank| (provenance(configuration([0.1, 0.1, 0.2][rank], rank), "x", "t"), draft(&[2, 3]))),
+            start(|rank| (provenance(configuration(0.1, rank), ["x", "x", "y"][rank], "t"), draft(&[2, 3]))),
+            start(|rank| (provenance(configuration(0.1, rank), "x", ["t", "t", "u"][rank]), draft(&[2, 3]))),
+            start(|rank| (provenance(configuration(0.1, rank), "x", "t"), draft(&[2, [3, 3, 4][rank]]))),
         ];
         let words = [
             ["optim.learning_rate", "expected 0.1, got 0.2"],
             ["digest of the data, train", "expected x, got y"],
+            ["digest of the target", "expected t, got u"],
             ["parameter 0000", "got a.weight Float [2, 4]"],
         ];
         for (answers, words) in refused.iter().zip(words) {

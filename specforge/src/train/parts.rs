@@ -43,6 +43,8 @@ pub struct Provenance {
     pub versions: Versions,
     /// Content hashes of the data.
     pub data_hashes: BTreeMap<String, String>,
+    /// What identifies the target's files: the ranks compare it, checkpoints do not record it.
+    pub target: Vec<String>,
 }
 
 /// Where a run leaves what it does.

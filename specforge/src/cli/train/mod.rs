@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::eval::acceptance::in_training;
 use crate::export;
 use crate::files;
+use crate::models::TargetIdentity;
 use crate::plan::Plan;
 use crate::progress;
 use crate::tracking::Tracker;
@@ -190,7 +191,14 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, output
         eval: Split { cache: eval_cache.as_ref().unwrap_or(&train_cache), documents: eval_documents },
         writer,
         decoding: (config.eval.every, &decoding),
-        provenance: Provenance { configuration: resolved.clone(), versions: Versions::current(), data_hashes },
+        provenance: Provenance {
+            configuration: resolved.clone(),
+            versions: Versions::current(),
+            data_hashes,
+            // Read where there is somebody to compare it with.
+            target: meeting
+                .map_or(Ok(Vec::new()), |_| TargetIdentity::read(&config.target.path).map(TargetIdentity::digests))?,
+        },
         stop: &stop.number,
     };
     let trainer = Trainer::new(parts, checkpoint.as_ref())?;
@@ -200,7 +208,7 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, output
             made.file.write(&out.join(VOCABULARY_FILE))?;
         }
         files::write_json(&out.join("config.json"), &resolved)?;
-        record::write(&out.join(record::FILE_NAME), &resolved)?;
+        record::write(&out.join(record::FILE_NAME), &resolved, group.world_size())?;
     }
     let report = trainer.run()?;
     if is_first {
