@@ -11,6 +11,6 @@ cd "$(dirname "$0")/.."
 config=${CONFIG:-configs/llama3-8B-eagle3.json}
 
 [ -e .libtorch/complete ] || scripts/setup --cuda --no-model
-cargo build
+cargo build --features cuda
 target/debug/specforge capture --config "$config" --set target.path="$MODEL" --set "data.train=[\"$DATA\"]" \
   --out "$STORE" --dtype "${DTYPE:-bfloat16}"

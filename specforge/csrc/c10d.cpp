@@ -279,8 +279,10 @@ int specforge_group_reduce_scatter(const specforge_group *group, const at::Tenso
       error, error_size);
 }
 
+// Over host memory, and by the backend itself: the group's own barrier passes it a tensor that is one for the whole
+// process, and groups of several threads would free it twice.
 int specforge_group_barrier(const specforge_group *group, char *error, std::size_t error_size) {
-  return guarded([&] { finish(group->group->barrier()); }, error, error_size);
+  return guarded([&] { finish(group->group->getBackend(c10::DeviceType::CPU)->barrier()); }, error, error_size);
 }
 
 // ---- reducer: sums gradients over the ranks in buckets, while others are still being computed --------------------------
