@@ -1,51 +1,20 @@
 //! `specforge launch` with the real program: mistakes are said once, results stay results, and no process outlives its
 //! launcher. The same under torchrun, where there is one.
 
-use std::fs;
 use std::path::PathBuf;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use crate::fixture::{Workspace, output_of, specforge, stderr_of};
-
-/// No wait in this file is longer.
-const PATIENCE: Duration = Duration::from_secs(60);
+use crate::processes::{PATIENCE, children, end_of, is_alive, signal};
 
 fn launch(arguments: &[&str]) -> Command {
     let mut command = specforge(&["launch"]);
     command.args(arguments);
     command
-}
-
-/// The end of a command that must come to one.
-fn end_of(child: Child) -> Output {
-    let (pid, started) = (child.id(), Instant::now());
-    let waiting = std::thread::spawn(move || child.wait_with_output().unwrap());
-    while !waiting.is_finished() {
-        if started.elapsed() > PATIENCE {
-            signal(pid, "KILL");
-            panic!("the command hangs");
-        }
-        sleep(Duration::from_millis(10));
-    }
-    waiting.join().unwrap()
-}
-
-fn signal(pid: u32, name: &str) {
-    Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).status().unwrap();
-}
-
-fn children(pid: u32) -> Vec<u32> {
-    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    text.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
-}
-
-fn is_alive(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit(')').next().is_some_and(|rest| !rest.is_empty() && !rest.trim_start().starts_with('Z'))
 }
 
 fn until(what: &str, reached: impl Fn() -> bool) {

@@ -20,6 +20,7 @@ mod launch;
 mod layers;
 mod medusa;
 mod parallel;
+mod processes;
 mod resume;
 mod shared_data;
 mod smollm2_decoding;

@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -14,9 +13,6 @@ use crate::fixture::{Workspace, json_of, largest_difference, specforge, tensors_
 mod failures;
 mod launchers;
 mod two_nodes;
-
-/// No wait in these files is longer.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A run of a few steps whose documents have many lengths.
 fn workspace(draft: Value) -> Workspace {

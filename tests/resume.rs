@@ -3,18 +3,17 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::Command;
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::Value;
 use specforge::nn::noise;
 
 use crate::fixture::{Workspace, contents, json_of, litter, output_of, specforge, stderr_of};
+use crate::processes::{logged_step, wait_for};
 
 const STEPS: u64 = 40;
-/// No wait in this file is longer.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A run of 40 steps with 20 between checkpoints, evaluated now and then.
 fn workspace(vocabulary: i64, hidden: i64) -> Workspace {
@@ -40,13 +39,6 @@ fn newest_step(run: &Path) -> u64 {
     names.filter_map(|name| name.strip_prefix("step-")?.parse().ok()).max().unwrap_or(0)
 }
 
-/// The last step in the log; 0 if there is none.
-fn logged_step(run: &Path) -> u64 {
-    let text = fs::read_to_string(run.join("metrics.jsonl")).unwrap_or_default();
-    let last = text.lines().next_back().and_then(|line| serde_json::from_str::<Value>(line).ok());
-    last.and_then(|row| row["step"].as_u64()).unwrap_or(0)
-}
-
 /// Whether a checkpoint is being written right now.
 fn is_saving(run: &Path) -> bool {
     let entries = fs::read_dir(run).map(|entries| entries.flatten().collect::<Vec<_>>()).unwrap_or_default();
@@ -54,19 +46,6 @@ fn is_saving(run: &Path) -> bool {
         entry.file_name().to_string_lossy().starts_with(".partial-")
             && entry.file_type().is_ok_and(|kind| kind.is_dir())
     })
-}
-
-/// Looks every so often until `reached`; false if the process ended before.
-fn wait_for(child: &mut Child, reached: impl Fn() -> bool) -> bool {
-    let started = Instant::now();
-    while !reached() {
-        assert!(started.elapsed() < PATIENCE, "the run hangs");
-        if child.try_wait().unwrap().is_some() {
-            return false;
-        }
-        sleep(Duration::from_micros(200));
-    }
-    true
 }
 
 /// The logged lines of a run without what depends on the clock.

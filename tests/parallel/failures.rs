@@ -3,15 +3,16 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use specforge::nn::noise;
 
-use super::{PATIENCE, launch_command, medusa};
+use super::{launch_command, medusa};
 use crate::fixture::{Workspace, json_of, litter, output_of, stderr_of};
+use crate::processes::{children, is_alive, logged_step, signal, wait_for};
 
 const STEPS: u64 = 40;
 
@@ -21,42 +22,6 @@ fn workspace() -> Workspace {
     workspace.configuration["draft"] = medusa();
     workspace.set("train.max_steps", STEPS).set("train.save_every", 5);
     workspace
-}
-
-/// Children of a process that are alive.
-fn children(pid: u32) -> Vec<u32> {
-    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-    text.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
-}
-
-fn is_alive(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit(')').next().is_some_and(|rest| !rest.is_empty() && !rest.trim_start().starts_with('Z'))
-}
-
-fn signal(pid: u32, name: &str) {
-    // It may be gone already.
-    let _ = Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).stderr(Stdio::null()).status().unwrap();
-}
-
-/// Waits until `reached`; false where the process ends before.
-fn wait_for(child: &mut Child, reached: impl Fn() -> bool) -> bool {
-    let started = Instant::now();
-    while !reached() {
-        assert!(started.elapsed() < PATIENCE, "the run hangs");
-        if child.try_wait().unwrap().is_some() {
-            return false;
-        }
-        sleep(Duration::from_millis(1));
-    }
-    true
-}
-
-/// The last step in the log; 0 if there is none.
-fn logged_step(run: &Path) -> u64 {
-    let text = fs::read_to_string(run.join("metrics.jsonl")).unwrap_or_default();
-    let last = text.lines().next_back().and_then(|line| serde_json::from_str::<Value>(line).ok());
-    last.and_then(|row| row["step"].as_u64()).unwrap_or(0)
 }
 
 fn has_checkpoint(run: &Path) -> bool {

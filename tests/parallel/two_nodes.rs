@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::{PATIENCE, assert_same_run, eagle3, launched, workspace};
+use super::{assert_same_run, eagle3, launched, workspace};
 use crate::fixture::Workspace;
+use crate::processes::{PATIENCE, end_of};
 
 /// Two namespaces that see each other at 10.77.0.1 and 10.77.0.2, and nothing else. They vanish with the value.
 struct Nodes {
@@ -77,16 +78,7 @@ impl Drop for Nodes {
 /// Exit code, stdout and stderr of both nodes, which must end.
 fn ends(nodes: [Child; 2]) -> [(Option<i32>, String, String); 2] {
     nodes.map(|child| {
-        let (pid, started) = (child.id(), Instant::now());
-        let waiting = std::thread::spawn(move || child.wait_with_output().unwrap());
-        while !waiting.is_finished() {
-            if started.elapsed() > PATIENCE {
-                let _ = Command::new("kill").args(["-KILL", &pid.to_string()]).status();
-                panic!("a node hangs");
-            }
-            sleep(Duration::from_millis(20));
-        }
-        let output = waiting.join().unwrap();
+        let output = end_of(child);
         let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
         (output.status.code(), text(output.stdout), text(output.stderr))
     })
