@@ -12,13 +12,14 @@ use std::sync::{Mutex, PoisonError};
 use clap::Parser;
 use specforge::cli::Cli;
 use specforge::error::Error;
-use specforge::launch;
+use specforge::{launch, memory};
 
 /// Where the latest panic happened, as FILE:LINE. The panic itself, which may cross threads, does not carry it. Some are
 /// caught and no mistake, so the first need not be the one that ends the program.
 static PANICKED_AT: Mutex<String> = Mutex::new(String::new());
 
 fn main() -> ExitCode {
+    memory::keep_freed();
     let with_backtrace = take_backtrace_wish();
     let cli = Cli::parse();
     // libtorch's operators panic where they fail (out of memory, say): such a panic is reported like any other error.

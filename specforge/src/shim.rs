@@ -209,21 +209,6 @@ pub fn exact_float32_products() -> Result<()> {
     checked(|error, error_size| unsafe { specforge_exact_float32_products(error, error_size) })
 }
 
-#[cfg(target_env = "gnu")]
-unsafe extern "C" {
-    fn malloc_trim(pad: usize) -> c_int;
-}
-
-/// Gives free pages inside the heap back to the system. Between two phases that take pieces of different sizes, the gaps
-/// of the first would otherwise stay beside the pieces of the second.
-pub fn trim_heap() {
-    #[cfg(target_env = "gnu")]
-    // SAFETY: glibc's function has no preconditions.
-    unsafe {
-        malloc_trim(0);
-    }
-}
-
 /// The libtorch this program was built for, such as `2.11.0`.
 pub fn libtorch_version() -> String {
     // SAFETY: the shim returns a string literal.

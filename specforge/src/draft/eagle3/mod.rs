@@ -24,7 +24,6 @@ use crate::error::{Error, Result};
 use crate::features::FeatureBatch;
 use crate::models::Dimensions;
 use crate::nn::noise;
-use crate::shim;
 
 mod cached;
 pub mod config;
@@ -146,7 +145,6 @@ impl Eagle3 {
             true => Tensor::f_zeros([0, self.shape.hidden_size], (self.parameters[0].value.kind(), last.device()))?,
             false => Tensor::cat(&pass.rows, 0).detach(), // [M, H]
         };
-        shim::trim_heap();
         // Where a document ends, the references compare with the prediction from nothing: logits of zero.
         let past_the_end = Tensor::zeros([1, last.size()[1]], (last.kind(), last.device()));
         let states = Tensor::cat(&[last, &past_the_end], 0).to_kind(self.target_head.kind()); // [T + 1, TH]
@@ -165,7 +163,6 @@ impl Eagle3 {
                     distillation::distill(&rows, &order, &teacher, &mut projection, objective, Some(&weighting))?;
                 gradients.complete(head)?;
                 drop(rows);
-                shim::trim_heap();
                 if let Some(slopes) = outcomes.input_gradient.as_ref().filter(|slopes| slopes.numel() > 0) {
                     self.backward(&plan, captured, pass, slopes, gradients)?;
                 }

@@ -13,7 +13,6 @@ use super::layers::{LayerKeys, Network, no_own_keys};
 use super::steps::Steps;
 use crate::draft::Gradients;
 use crate::error::Result;
-use crate::shim;
 
 /// What a forward pass leaves for the backward pass. Nothing here has a graph.
 #[derive(Debug)]
@@ -62,7 +61,6 @@ impl Tape {
         // Gradients of a step's output and of its rows' own keys, from the step after it.
         let mut of_outputs: Vec<Tensor> = Vec::new();
         for (k, step) in plan.steps.iter().enumerate().rev() {
-            shim::trim_heap();
             self.outputs.truncate(k);
             self.own.truncate(k);
             let (inputs, outputs, rows) = if k == 0 {
