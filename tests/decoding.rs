@@ -206,8 +206,13 @@ fn real_acceptance_is_measured_while_training_and_the_best_is_kept() {
 
 #[test]
 fn what_cannot_be_decoded_is_refused_in_words() {
-    let workspace = Workspace::new();
+    let mut workspace = Workspace::new();
     write_model(&workspace.path("wider"), &json!({"hidden_size": 64}));
+    workspace.set("train.max_steps", 1);
+    workspace.train("run", &[]);
+    let [run, empty] = ["run", "empty"].map(|name| workspace.path(name));
+    fs::write(run.join("step-00000001/model.safetensors"), "cut").unwrap();
+    fs::create_dir(&empty).unwrap();
     let data = workspace.path("bench.jsonl");
     questions(&data);
     let refused = |command: &str, arguments: &[&str], expected: &str| {
@@ -220,6 +225,9 @@ fn what_cannot_be_decoded_is_refused_in_words() {
     let prompt = ["--prompt", "x"];
     let generate = |arguments: &[&str], expected: &str| refused("generate", &[&prompt, arguments].concat(), expected);
     generate(&["--draft", "nowhere"], "nowhere: is not a folder");
+    generate(&["--draft", run.to_str().unwrap()], "run: holds no whole checkpoint; ");
+    generate(&["--draft", run.to_str().unwrap()], "step-00000001: damaged checkpoint passed over");
+    generate(&["--draft", empty.to_str().unwrap()], "empty: holds no whole checkpoint");
     generate(&["--tree", "chain:3"], "there is no --draft");
     generate(&["--draft", "prompt-lookup", "--tree", "binary"], "--tree: expected");
     generate(&["--temperature", "-1"], "temperature: expected 0 or more");

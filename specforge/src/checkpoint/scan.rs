@@ -91,7 +91,10 @@ pub fn find(path: &Path) -> Result<Checkpoint> {
     let scan = scan(path)?;
     match scan.latest() {
         Some(found) => read(&found.path),
-        None => Err(Error::bad_file(path, "holds no whole checkpoint")
-            .with_hint("name a step-... folder or the train.output_dir of a run")),
+        None => {
+            let problems: String = scan.warnings.iter().map(|warning| format!("; {warning}")).collect();
+            Err(Error::bad_file(path, format!("holds no whole checkpoint{problems}"))
+                .with_hint("name a step-... folder or the train.output_dir of a run"))
+        }
     }
 }

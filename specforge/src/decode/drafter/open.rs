@@ -86,14 +86,23 @@ fn from_folder<'a>(
         return Err(Error::bad_file(folder, "is not a folder")
             .with_hint(format!("name an exported draft, a run's output folder, a model folder, or {PROMPT_LOOKUP}")));
     }
-    // A run's own folder holds a config.json too: that of the run.
-    if let Ok(found) = checkpoint::find(folder) {
-        return trained(&found.manifest.draft, &found.tensors()?, tree, target, sampling)
-            .map_err(|error| of_folder(&found.path, error));
+    let not_a_checkpoint = match checkpoint::find(folder) {
+        Ok(found) => {
+            return trained(&found.manifest.draft, &found.tensors()?, tree, target, sampling)
+                .map_err(|error| of_folder(&found.path, error));
+        }
+        Err(error) => error,
+    };
+    if !config_path.exists() {
+        return Err(not_a_checkpoint);
     }
     let text = std::fs::read_to_string(&config_path).map_err(Error::io("read", &config_path))?;
     let config: Value = serde_json::from_str(&text)
         .map_err(|error| Error::bad_file(&config_path, format!("not valid JSON: {error}")))?;
+    // A run's own folder holds a config.json too: that of the run.
+    if config.get("train").is_some() {
+        return Err(not_a_checkpoint);
+    }
     let formats = |list: &[export::Format]| list.iter().any(|format| (format.recognise)(&config));
     if formats(&[export::medusa::ORIGINAL, export::medusa::VLLM]) {
         return medusa(MedusaHeads::read(folder, target)?, tree, sampling);
