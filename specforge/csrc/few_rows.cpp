@@ -113,6 +113,8 @@ int specforge_few_rows_linear(const at::Tensor *input, const at::Tensor *weight,
       [&] {
         const std::int64_t out = weight->size(0), width = weight->size(1), live = input->numel() / width;
         TORCH_CHECK(input->size(-1) == width, "expected rows of ", width, " numbers, got ", input->sizes());
+        for (const at::Tensor *tensor : {input, weight})
+          TORCH_CHECK(tensor->is_contiguous() && tensor->is_cpu(), "expected contiguous numbers on the CPU");
         const bool eight = live <= Eight::rows;
         const std::int64_t lanes = eight ? Eight::rows : Sixteen::rows, block = eight ? Eight::block : Sixteen::block;
         const std::int64_t groups = (live + lanes - 1) / lanes;

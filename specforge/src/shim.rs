@@ -1,4 +1,4 @@
-//! The C++ shim (`csrc/shim.cpp`) from Rust: what libtorch can do and tch does not offer.
+//! The C++ shim (`csrc/shim.cpp`, `csrc/few_rows.cpp`) from Rust: what libtorch can do and tch does not offer.
 //!
 //! Every unsafe call into the shim is here. Its functions catch C++ exceptions and hand their text back.
 
@@ -56,6 +56,22 @@ unsafe extern "C" {
         error: *mut c_char,
         error_size: usize,
     ) -> c_int;
+    fn specforge_onednn_linear(
+        input: *const C_tensor,
+        weight: *const C_tensor,
+        bias: *const C_tensor,
+        output: *mut *mut C_tensor,
+        error: *mut c_char,
+        error_size: usize,
+    ) -> c_int;
+    fn specforge_few_rows_linear(
+        input: *const C_tensor,
+        weight: *const C_tensor,
+        output: *mut *mut C_tensor,
+        error: *mut c_char,
+        error_size: usize,
+    ) -> c_int;
+    fn specforge_few_rows_pay() -> c_int;
     fn specforge_exact_float32_products(error: *mut c_char, error_size: usize) -> c_int;
     fn specforge_libtorch_version() -> *const c_char;
     fn specforge_libtorch_build() -> *const c_char;
@@ -192,6 +208,29 @@ pub fn merged_attention(
             error_size,
         )
     })
+}
+
+/// `input [.., in]` times the transpose of `weight [out, in]`, plus `bias [out]`, by oneDNN on the CPU; without gradients.
+pub fn onednn_linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let bias = bias.map_or(std::ptr::null(), |bias| bias.as_ptr());
+    // SAFETY: live tensors, or none where the shim takes none; libtorch checks types, shapes and devices.
+    made(|output, error, error_size| unsafe {
+        specforge_onednn_linear(input.as_ptr(), weight.as_ptr(), bias, output, error, error_size)
+    })
+}
+
+/// The same for a few rows, without a bias (`csrc/few_rows.cpp`). Both have to be contiguous float32 on the CPU.
+pub fn few_rows_linear(input: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    // SAFETY: two live tensors; the shim checks their layout.
+    made(|output, error, error_size| unsafe {
+        specforge_few_rows_linear(input.as_ptr(), weight.as_ptr(), output, error, error_size)
+    })
+}
+
+/// Whether this processor has the vectors that make [`few_rows_linear`] worth it.
+pub fn few_rows_pay() -> bool {
+    // SAFETY: looks at the processor alone.
+    unsafe { specforge_few_rows_pay() != 0 }
 }
 
 /// `input [R, in]` times the transpose of `weight [out, in]`, with gradients. float32 on the CPU is multiplied by oneDNN

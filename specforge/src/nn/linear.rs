@@ -1,28 +1,9 @@
 //! `y = x W^T + b`.
 
-use std::ffi::{c_char, c_int};
-
 use tch::{Device, Kind, Tensor};
-use torch_sys::C_tensor;
 
-unsafe extern "C" {
-    fn specforge_onednn_linear(
-        input: *const C_tensor,
-        weight: *const C_tensor,
-        bias: *const C_tensor,
-        output: *mut *mut C_tensor,
-        error: *mut c_char,
-        error_size: usize,
-    ) -> c_int;
-    fn specforge_few_rows_linear(
-        input: *const C_tensor,
-        weight: *const C_tensor,
-        output: *mut *mut C_tensor,
-        error: *mut c_char,
-        error_size: usize,
-    ) -> c_int;
-    fn specforge_few_rows_pay() -> c_int;
-}
+use crate::error::Result;
+use crate::shim;
 
 /// A linear layer in PyTorch's layout.
 #[derive(Debug)]
@@ -54,47 +35,19 @@ pub fn linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor 
     }
     // Two groups of rows read a weight of many outputs twice, and there oneDNN does not rearrange it.
     let few = (2..=16).contains(&rows) || ((17..=32).contains(&rows) && out <= 8 * width);
-    if few && weight.is_contiguous() && few_rows_pay() {
-        let product = few_rows_linear(&input.contiguous(), weight);
+    if few && weight.is_contiguous() && shim::few_rows_pay() {
+        let product = made(shim::few_rows_linear(&input.contiguous(), weight));
         return match bias {
             Some(bias) => product + bias,
             None => product,
         };
     }
-    onednn_linear(input, weight, bias)
+    made(shim::onednn_linear(input, weight, bias))
 }
 
-fn few_rows_pay() -> bool {
-    // SAFETY: looks at the processor alone.
-    unsafe { specforge_few_rows_pay() != 0 }
-}
-
-fn few_rows_linear(input: &Tensor, weight: &Tensor) -> Tensor {
-    made_by_the_shim(|output, text, size| {
-        // SAFETY: the tensors outlive the call, are contiguous float32 on the CPU, and `text` has `size` bytes.
-        unsafe { specforge_few_rows_linear(input.as_ptr(), weight.as_ptr(), output, text, size) }
-    })
-}
-
-fn onednn_linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
-    let bias = bias.map_or(std::ptr::null(), |bias| bias.as_ptr());
-    made_by_the_shim(|output, text, size| {
-        // SAFETY: the tensors outlive the call, and `text` has `size` bytes.
-        unsafe { specforge_onednn_linear(input.as_ptr(), weight.as_ptr(), bias, output, text, size) }
-    })
-}
-
-/// The tensor that a function of the shim hands over.
-fn made_by_the_shim(call: impl FnOnce(*mut *mut C_tensor, *mut c_char, usize) -> c_int) -> Tensor {
-    let mut output = std::ptr::null_mut();
-    let mut error = [0u8; 1024];
-    if call(&mut output, error.as_mut_ptr().cast(), error.len()) != 0 {
-        let text = error.split(|&byte| byte == 0).next().unwrap_or_default();
-        // Shapes that do not fit are a mistake in the program, as everywhere in libtorch's own operators.
-        panic!("linear: {}", String::from_utf8_lossy(text));
-    }
-    // SAFETY: the shim made this tensor and handed it over.
-    unsafe { Tensor::from_ptr(output) }
+/// The product. Shapes that do not fit are a mistake in the program, as everywhere in libtorch's own operators.
+fn made(product: Result<Tensor>) -> Tensor {
+    product.unwrap_or_else(|error| panic!("linear: {error}"))
 }
 
 #[cfg(test)]
