@@ -85,6 +85,6 @@ fn the_largest_model_that_is_accepted_can_be_planned() {
         "train": {"batch_tokens": i32::MAX, "micro_batch_tokens": i32::MAX, "chunk_mib": i32::MAX, "epochs": u64::MAX},
         "checkpoint": {"keep_last": u64::MAX},
     });
-    let plan = Plan::new(&RunConfig::from_value(&value).unwrap()).unwrap();
+    let plan = Plan::new(&RunConfig::from_value(&value).unwrap(), 2).unwrap();
     assert!(plan.memory.total > 1 << 60 && plan.steps == Some(u64::MAX), "{plan:?}");
 }

@@ -100,6 +100,26 @@ fn results_of_the_first_rank_are_results() {
     assert!(text.lines().count() > 2 && text.lines().all(|line| line.starts_with("[rank 0] ")), "{text}");
 }
 
+/// The plan is printed once, and says what one of the ranks takes: a share of the optimizer's state, more of gradients.
+#[test]
+fn a_plan_is_one_ranks() {
+    let workspace = Workspace::new();
+    let config = workspace.config();
+    let plan = |ranks: &str, more: &[&str]| {
+        let train = ["train", "--plan", "--config", config.to_str().unwrap()];
+        let output = output_of(&mut launch(&[&["--json", "--nproc-per-node", ranks], &train[..], more].concat()));
+        serde_json::from_slice::<Value>(&output.stdout).unwrap()
+    };
+    let (one, three) = (plan("1", &[]), plan("3", &[]));
+    assert_eq!((&one["world_size"], &three["world_size"]), (&Value::from(1), &Value::from(3)));
+    let bytes = |plan: &Value, key: &str| plan["memory"][key].as_u64().unwrap();
+    assert_eq!(bytes(&three, "optimizer"), bytes(&one, "optimizer").div_ceil(3));
+    assert_eq!(bytes(&three, "gradients"), 2 * bytes(&one, "gradients"));
+    assert_eq!((&three["checkpoint_bytes"], &three["steps"]), (&one["checkpoint_bytes"], &one["steps"]));
+    let whole = plan("3", &["--set", "parallel.shard_optimizer=false"]);
+    assert_eq!(bytes(&whole, "optimizer"), bytes(&one, "optimizer"));
+}
+
 #[test]
 fn no_process_outlives_a_launcher_that_is_killed() {
     let workspace = Workspace::new();

@@ -287,13 +287,15 @@ int specforge_group_barrier(const specforge_group *group, char *error, std::size
 
 // ---- reducer: sums gradients over the ranks in buckets, while others are still being computed --------------------------
 
-// `leaves` stand for the parameters: one for each gradient, of its shape and type, whose `.grad` is reduced.
+// `leaves` stand for the parameters: one for each gradient, of its shape and type, whose `.grad` is reduced. Their own
+// values are a single zero each, seen many times: nobody reads them.
 int specforge_reducer_new(const specforge_group *group, at::Tensor *const *values, std::int64_t count,
                           std::int64_t bucket_bytes, specforge_reducer **output, char *error, std::size_t error_size) {
   return guarded(
       [&] {
         auto made = std::make_unique<specforge_reducer>();
-        for (const auto &value : gather(values, count)) made->leaves.push_back(value.detach().requires_grad_(true));
+        for (const auto &value : gather(values, count))
+          made->leaves.push_back(at::zeros({}, value.options()).expand(value.sizes()).requires_grad_(true));
         const auto bytes = static_cast<std::size_t>(bucket_bytes);
         auto buckets = std::get<0>(c10d::compute_bucket_assignment_by_size(made->leaves, {bytes}));
         made->timeline = std::make_shared<Timeline>();

@@ -21,6 +21,8 @@ const BYTES_PER_TOKEN: f64 = 4.0;
 pub struct Plan {
     /// Algorithm of the draft.
     pub algorithm: String,
+    /// Processes that share the work.
+    pub world_size: u64,
     /// Parameters of the target; frozen.
     pub target_parameters: u64,
     /// Tokens of the target.
@@ -29,7 +31,7 @@ pub struct Plan {
     pub draft_vocabulary: u64,
     /// Parameters that the optimizer changes.
     pub trainable_parameters: u64,
-    /// Peak memory by what needs it, in bytes.
+    /// Peak memory of a process by what needs it, in bytes.
     pub memory: Memory,
     /// Training data.
     pub data: DataPlan,
@@ -45,7 +47,7 @@ pub struct Plan {
     pub operations_per_token: u64,
 }
 
-/// Peak memory in bytes.
+/// Peak memory of one process in bytes.
 #[derive(Debug, Clone, Serialize)]
 pub struct Memory {
     /// Target weights.
@@ -54,7 +56,7 @@ pub struct Memory {
     pub draft: u64,
     /// float32 masters and moments.
     pub optimizer: u64,
-    /// float32 gradients.
+    /// float32 gradients, and among several processes the buckets in which they are summed.
     pub gradients: u64,
     /// Hidden states kept for later epochs.
     pub hidden_states: u64,
@@ -76,8 +78,9 @@ pub struct DataPlan {
 }
 
 impl Plan {
-    /// Plans a run.
-    pub fn new(config: &RunConfig) -> Result<Self> {
+    /// Plans a run of `world_size` processes.
+    pub fn new(config: &RunConfig, world_size: usize) -> Result<Self> {
+        let world_size = world_size.max(1) as u64;
         let target = target_config(config)?;
         let dimensions = target_dimensions(config)?;
         let algorithm = draft::algorithm(&config.draft)?;
@@ -89,9 +92,14 @@ impl Plan {
         let width = config.target.dtype.kind().elt_size_in_bytes() as u64;
         let masters = if config.target.dtype == Dtype::Float32 { 0 } else { 4 };
         let (data, steps) = data_plan(config)?;
-        let optimizer = size.trainable * (8 + masters);
+        let whole_optimizer = size.trainable * (8 + masters);
+        let optimizer = match config.parallel.shard_optimizer {
+            true => whole_optimizer.div_ceil(world_size),
+            false => whole_optimizer,
+        };
+        let gradients = size.trainable * if world_size > 1 { 8 } else { 4 };
         let activations = activations(config, &target, size.captured, width);
-        let kept_tokens = data.tokens.filter(|_| config.target.keep_hidden_states).unwrap_or(0);
+        let kept_tokens = data.tokens.filter(|_| config.target.keep_hidden_states).unwrap_or(0).div_ceil(world_size);
         let hidden_states = kept_tokens * size.captured * target.hidden_size as u64 * width;
         // The embedding is a look-up; the target's head is not run for training.
         let embedding = (target.vocab_size * target.hidden_size) as u64;
@@ -105,18 +113,19 @@ impl Plan {
             target: loaded_parameters * width,
             draft: (size.trainable + size.frozen) * width,
             optimizer,
-            gradients: size.trainable * 4,
+            gradients,
             hidden_states,
             activations,
-            total: weights + optimizer + size.trainable * 4 + hidden_states + activations,
+            total: weights + optimizer + gradients + hidden_states + activations,
         };
-        let checkpoint_bytes = size.trainable * width + optimizer;
+        let checkpoint_bytes = size.trainable * width + whole_optimizer;
         let kept = (config.checkpoint.keep_last as u64).saturating_add(2);
         let operations_per_token = 2 * (run_parameters + size.row_multiply_adds);
         let is_there = |folder: &&std::path::PathBuf| folder.join(MANIFEST_FILE).exists();
         let store = offline.filter(is_there).map(|folder| StoreManifest::read(folder)).transpose()?;
         Ok(Self {
             algorithm: algorithm.name.to_owned(),
+            world_size,
             target_parameters,
             target_vocabulary: dimensions.vocab_size as u64,
             draft_vocabulary,
@@ -196,12 +205,16 @@ impl fmt::Display for Plan {
             true => format!("{} tokens, all of the target's", self.target_vocabulary),
             false => format!("{} of the target's {} tokens", self.draft_vocabulary, self.target_vocabulary),
         };
+        let each = match self.world_size {
+            1 => String::new(),
+            ranks => format!(", of each of {ranks} ranks"),
+        };
         let mut rows = vec![
             ("algorithm", self.algorithm.clone()),
             ("target", format!("{} parameters, frozen", self.target_parameters)),
             ("trainable", format!("{} parameters", self.trainable_parameters)),
             ("vocabulary", vocabulary),
-            ("memory", format!("{} at the peak", size(memory.total))),
+            ("memory", format!("{} at the peak{each}", size(memory.total))),
             ("  target", size(memory.target)),
             ("  draft", size(memory.draft)),
             ("  gradients", size(memory.gradients)),

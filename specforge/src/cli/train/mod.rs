@@ -53,12 +53,15 @@ pub(super) struct TrainArgs {
 
 pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
     let config = RunConfig::load(&args.config, &args.set)?;
+    let placement = Placement::from_environment()?;
     if args.plan {
-        let plan = Plan::new(&config)?;
-        output.result(&plan, || plan.to_string());
+        let plan = Plan::new(&config, placement.as_ref().map_or(1, |placement| placement.world_size))?;
+        if placement.is_none_or(|placement| placement.rank == 0) {
+            output.result(&plan, || plan.to_string());
+        }
         return Ok(());
     }
-    let Some(placement) = Placement::from_environment()? else {
+    let Some(placement) = placement else {
         return train(args, &config, None, output);
     };
     if placement.rank > 0 {
