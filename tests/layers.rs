@@ -1,6 +1,7 @@
-//! Arrows between rooms run down: a file uses only layers below its own. `lib.rs` is the drawing, this holds it.
+//! Arrows between rooms run down: a file uses only layers below its own. `lib.rs` is the drawing, this holds it. Inside a
+//! room, no two files use each other, not even by way of a third.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -85,6 +86,82 @@ fn an_upward_arrow_is_found() {
         .unwrap();
     let layers = BTreeMap::from([("error".to_owned(), 0), ("low".to_owned(), 1), ("high".to_owned(), 2)]);
     assert_eq!(upward_arrows(folder.path(), &layers), ["low/inner.rs (L1) uses high (L2)"]);
+}
+
+/// First names behind every `super::` of a file, its tests left out: `super::{a::B, c}` gives `a` and `c`.
+fn siblings_used(text: &str) -> BTreeSet<String> {
+    let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+    let code: String = code.lines().map(|line| line.split("//").next().unwrap_or_default()).collect();
+    let first_name = |path: &str| -> String {
+        path.trim().chars().take_while(|letter| letter.is_alphanumeric() || *letter == '_').collect()
+    };
+    let mut names = BTreeSet::new();
+    for rest in code.split("super::").skip(1) {
+        let Some(list) = rest.strip_prefix('{') else {
+            names.insert(first_name(rest));
+            continue;
+        };
+        let (mut depth, mut part) = (1, String::new());
+        for letter in list.chars() {
+            match letter {
+                '{' => depth += 1,
+                '}' => depth -= 1,
+                _ => {}
+            }
+            match letter {
+                ',' if depth == 1 => drop(names.insert(first_name(&std::mem::take(&mut part)))),
+                _ if depth == 0 => break,
+                _ => part.push(letter),
+            }
+        }
+        names.insert(first_name(&part));
+    }
+    names
+}
+
+/// Files of one folder that can be reached from themselves.
+fn circles(folder: &Path) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let mut folders = BTreeSet::from([folder.to_path_buf()]);
+    folders.extend(rust_files(folder).iter().filter_map(|path| Some(path.parent()?.to_path_buf())));
+    for folder in folders {
+        let mut arrows: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+        for path in fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()) {
+            let name = path.file_stem().unwrap().to_string_lossy().into_owned();
+            if path.extension().is_some_and(|extension| extension == "rs") && name != "mod" {
+                arrows.insert(name, siblings_used(&fs::read_to_string(&path).unwrap()));
+            }
+        }
+        for start in arrows.keys() {
+            let (mut reached, mut open) = (BTreeSet::new(), vec![start]);
+            while let Some(file) = open.pop() {
+                open.extend(arrows.get(file).into_iter().flatten().filter(|next| reached.insert(*next)));
+            }
+            if reached.contains(start) {
+                wrong.push(format!("{}/{start}.rs", folder.display()));
+            }
+        }
+    }
+    wrong
+}
+
+#[test]
+fn files_of_a_room_do_not_use_each_other_in_circles() {
+    let wrong = circles(&source_folder());
+    assert!(wrong.is_empty(), "files that reach themselves through `super::`:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn a_circle_is_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
+    write("a.rs", "use super::{Thing,\n b::{C, D},\n};\n#[cfg(test)]\nmod tests { use super::a; }");
+    write("b.rs", "fn f() { super::c::g() }");
+    write("c.rs", "// super::a\nuse super::d;");
+    write("d.rs", "");
+    assert_eq!(circles(folder.path()), Vec::<String>::new());
+    write("d.rs", "use super::a::E;");
+    assert_eq!(circles(folder.path()).len(), 4);
 }
 
 #[test]

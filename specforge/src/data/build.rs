@@ -3,13 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::cache::{CacheWriter, TokenCache, VERSION};
 use super::conversation::{self, Rejections, Sample, parse_sample, record_name};
 use super::loss_mask::{Method, Rendered, Span, SpanEnd, render_supervised, token_mask};
 use super::reader::{Record, SourceFile};
+use super::report::BuildReport;
 use super::tokenizer::{ChatTokenizer, hex};
 use super::{DataConfig, TooLong};
 use crate::error::{Error, Result};
@@ -19,37 +19,6 @@ use crate::files::{self, Maker};
 const CHUNK: usize = 1024;
 /// More reasons than these are counted, not kept.
 const REASONS_KEPT: usize = 100;
-
-/// What was read, what was left out and why.
-#[derive(Serialize, Deserialize, Debug, Clone, Default, PartialEq)]
-pub struct BuildReport {
-    /// Records read.
-    pub conversations: usize,
-    /// Documents made of them.
-    pub documents: usize,
-    /// Tokens of all documents.
-    pub tokens: u64,
-    /// Trained tokens of all documents.
-    pub supervised_tokens: u64,
-    /// Records that could not be used.
-    pub rejected_count: usize,
-    /// The first hundred of them, with file, line and reason.
-    pub rejected: Vec<String>,
-    /// Conversations and documents left out because nothing in them is trained.
-    pub without_supervision: usize,
-    /// Documents cut to `max_length`.
-    pub truncated: usize,
-    /// Documents left out because they are longer than `max_length`.
-    pub too_long: usize,
-    /// Conversations that became one document per turn, because the template rewrites history.
-    pub fanned_out: usize,
-    /// Conversations whose template rewrites history and marks itself what is generated.
-    pub by_generation_blocks: usize,
-    /// Whether nothing had to be tokenised.
-    pub from_cache: bool,
-    /// Why a cache that was there could not be used.
-    pub note: Option<String>,
-}
 
 /// What became of one record.
 #[derive(Debug, Default)]

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use memmap2::Mmap;
 use sha2::{Digest, Sha256};
 
-use super::build::BuildReport;
+use super::report::BuildReport;
 use super::tokenizer::hex;
 use crate::error::{Error, Result};
 

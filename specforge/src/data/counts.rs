@@ -40,8 +40,8 @@ fn beyond(document: &str, token: u32, vocab_size: usize) -> Error {
 mod tests {
     use std::time::Instant;
 
-    use super::super::build::BuildReport;
     use super::super::cache::CacheWriter;
+    use super::super::report::BuildReport;
     use super::*;
 
     /// A cache of documents of one length, with tokens from `token` and every third one not trained.

@@ -23,15 +23,16 @@ pub mod loss_mask;
 pub mod pack;
 mod python;
 pub mod reader;
+pub mod report;
 pub mod stats;
 pub mod text_stream;
 pub mod tokenizer;
 
-pub use build::BuildReport;
 pub use cache::{Document, TokenCache, split};
 pub use conversation::{Conversation, Message, Rejections, Sample};
 pub use counts::supervised_counts;
 pub use pack::{PackedBatch, assemble, pack};
+pub use report::BuildReport;
 pub use stats::{Statistics, document_runs, document_text, mask_runs};
 pub use text_stream::TextStream;
 pub use tokenizer::ChatTokenizer;

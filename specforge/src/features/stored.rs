@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
-use super::store::{Store, manifest, probe};
+use super::store::{Store, manifest, verify};
 use super::{FeatureBatch, FeatureSource};
 use crate::data::{PackedBatch, TokenCache};
 use crate::error::{Error, Result};
@@ -56,7 +56,7 @@ impl StoredFeatures {
                 .with_hint("capture a store of this target, or correct target.path and target.feature_store"));
         }
         let store = Store::open(folder, progress)?;
-        probe::verify(&store, &tables.head)?;
+        verify::verify(&store, &tables.head)?;
         let (kind, device) = (tables.head.kind(), tables.head.device());
         Ok(Self { folder: folder.to_path_buf(), store, kind, device })
     }

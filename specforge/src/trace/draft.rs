@@ -1,7 +1,8 @@
 //! The draft's part of a comparison: behind the same text the same draft guesses the same.
 
-use super::compare::{Kind, Run, Side};
+use super::compare::Run;
 use super::file::{RequestTrace, RoundRecord, Settings};
+use super::finding::{Kind, Side};
 use super::metrics::Real;
 use crate::error::Result;
 

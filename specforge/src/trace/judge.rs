@@ -6,8 +6,8 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::compare::Kind as Name;
 use super::file::RoundRecord;
+use super::finding::Kind as Name;
 use crate::decode::drafter::{Context, Drafter, Joining};
 use crate::decode::policy::Proposal;
 use crate::error::{Error, Result};

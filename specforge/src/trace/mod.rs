@@ -2,20 +2,22 @@
 //! without a cache says which of them is wrong.
 //!
 //! - `file` is the format and its reader, `recorder` its writer, an engine's listener; `metrics` how rows are compared.
-//! - `structure` finds what is wrong inside one trace, `compare` and `draft` align two, `judge` asks the target,
+//! - `finding` names what can be wrong; `structure` finds it inside one trace, `compare` and `draft` align two, `judge` asks the target,
 //!   `text` is the readable report.
 
 pub mod compare;
 mod draft;
 pub mod file;
+pub mod finding;
 pub mod judge;
 pub mod metrics;
 pub mod recorder;
 pub mod structure;
 pub mod text;
 
-pub use compare::{Comparison, Finding, Kind, Side, Verdict, compare};
+pub use compare::{Comparison, Verdict, compare};
 pub use file::{Header, ModelName, Settings, Trace};
+pub use finding::{Finding, Kind, Side};
 pub use judge::Judge;
 pub use recorder::Recorder;
 

@@ -2,8 +2,8 @@
 
 use std::collections::HashSet;
 
-use super::compare::{Finding, Kind, Side};
 use super::file::{RequestTrace, RoundRecord, Settings, TokenRecord, Trace};
+use super::finding::{Finding, Kind, Side};
 use crate::decode::Finish;
 use crate::decode::event::Source;
 use crate::decode::policy::{Policy, keyed_choice};

@@ -2,7 +2,8 @@
 
 use std::fmt::Write;
 
-use super::compare::{Choice, Comparison, Divergence, Side};
+use super::compare::{Choice, Comparison, Divergence};
+use super::finding::Side;
 use super::metrics::Real;
 
 /// Findings written out; the JSON has all.

@@ -84,6 +84,18 @@ impl Layout {
     }
 }
 
+/// The name in training of a tensor in a file. SGLang also accepts the older names of the captured layers' norms.
+fn trained_name(stored: &str) -> String {
+    let aliases = [
+        ("layers.0.", "midlayer."),
+        ("aux_norm_low.", "fc_norm.0."),
+        ("aux_norm_mid.", "fc_norm.1."),
+        ("aux_norm_high.", "fc_norm.2."),
+    ];
+    let renamed = aliases.iter().find_map(|(old, new)| Some(format!("{new}{}", stored.strip_prefix(old)?)));
+    renamed.unwrap_or_else(|| stored.to_owned())
+}
+
 fn layout(config: &Value) -> Option<Layout> {
     let kind = config.get("speculators_model_type");
     if kind.is_some_and(|kind| kind == "eagle3") {

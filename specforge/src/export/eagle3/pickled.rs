@@ -11,8 +11,7 @@ use candle_core::DType;
 use candle_core::pickle::PthTensors;
 use tch::{Kind, Tensor};
 
-use super::read::trained_name;
-use super::{D2T, T2D};
+use super::{D2T, T2D, trained_name};
 use crate::draft::eagle3::Eagle3Shape;
 use crate::error::{Error, Result};
 use crate::vocab::VocabFile;

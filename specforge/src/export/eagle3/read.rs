@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
 use super::config::{self, Keys};
-use super::{CONFIG_FILE, D2T, Layout, T2D, WEIGHTS_FILE, layout, pickled, twin_norm};
+use super::{CONFIG_FILE, D2T, Layout, T2D, WEIGHTS_FILE, layout, pickled, trained_name, twin_norm};
 use crate::draft::eagle3::Eagle3Shape;
 use crate::error::{Error, Result, TensorMismatch};
 use crate::vocab::VocabMap;
@@ -115,18 +115,6 @@ fn weights(path: &Path, shape: &Eagle3Shape) -> Result<(PathBuf, BTreeMap<String
         stored.push(name.to_owned());
     }
     Ok((weights_path, tensors, stored))
-}
-
-/// The name in training of a tensor in a file. SGLang also accepts the older names of the captured layers' norms.
-pub(super) fn trained_name(stored: &str) -> String {
-    let aliases = [
-        ("layers.0.", "midlayer."),
-        ("aux_norm_low.", "fc_norm.0."),
-        ("aux_norm_mid.", "fc_norm.1."),
-        ("aux_norm_high.", "fc_norm.2."),
-    ];
-    let renamed = aliases.iter().find_map(|(old, new)| Some(format!("{new}{}", stored.strip_prefix(old)?)));
-    renamed.unwrap_or_else(|| stored.to_owned())
 }
 
 /// Every tensor of the shape is there and no other, but for those that may be.

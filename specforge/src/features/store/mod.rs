@@ -13,7 +13,8 @@
 //! times the target's head. Files are ordinary safetensors, so that any engine can write a store and Python can read one.
 //!
 //! `element` and `float8` say how a number is stored, `manifest` what `store.json` says, `shard` writes and maps one
-//! file, `probe` proves that states belong to a head, `reader` opens a whole store, `capture` fills one.
+//! file, `probe` notes what a head says of some rows, `reader` opens a whole store, `verify` asks a head about it,
+//! `capture` fills one.
 //!
 //! Shape legend: `T` tokens of a shard, `D` its documents, `P` its probes, `L` captured layers, `H` hidden size, `V`
 //! vocabulary.
@@ -25,6 +26,7 @@ pub mod manifest;
 pub mod probe;
 pub mod reader;
 pub mod shard;
+pub mod verify;
 
 pub use capture::{Capture, CaptureReport, Overview};
 pub use element::Element;

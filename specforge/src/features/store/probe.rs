@@ -1,37 +1,22 @@
 //! Probes: what the target's head says about some stored states, noted when they were captured and asked again before
-//! they are trained on.
+//! they are trained on (`verify`).
 //!
 //! A checksum proves that bytes are those that were written. It does not prove that the right ones were: states of
 //! another layer, of another model or of the row beside train a draft just as quietly. So a shard notes, for rows spread
 //! over its documents, the norm of every captured state as it is stored, and what the head said of the final state before
 //! it was encoded: its best token, the log-sum-exp of its logits, and its loss on the token that really follows.
 //!
-//! Norms must come out as they were. How far logits may be off is known: a number in bfloat16 or float8 differs by a relative error that is spread
-//! evenly, independent of the others. A logit `h . w` then differs by noise of deviation `error * sqrt(sum h^2 w^2)`,
-//! and neither log-sum-exp nor loss by more than the largest of those. Six deviations are allowed.
-//!
 //! Shape legend: see [`super`].
 
 use tch::{Kind, Tensor};
 
-use super::element::Element;
-use super::reader::Store;
 use crate::device;
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// Rows that are probed in one shard.
 pub const PROBES_PER_SHARD: usize = 32;
 /// Rows of the head that are widened to float32 at once.
 const HEAD_CHUNK: i64 = 8192;
-/// Probes that are asked in one pass over the head.
-const PROBES_PER_PASS: usize = 1024;
-/// Deviations of rounding noise that are allowed.
-const DEVIATIONS: f64 = 6.0;
-/// Relative difference of logits that devices and thread counts cause.
-const SLACK: f64 = 1e-3;
-/// Relative difference of norms: they are made in float64 from the very numbers that are stored, and noted in float32.
-const NORM_SLACK: f64 = 1e-6;
-
 /// Figures of some rows.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Probes {
@@ -95,17 +80,17 @@ pub fn rows(offsets: &[i64]) -> Vec<usize> {
 }
 
 /// What a head says about states.
-struct Answers {
-    top1: Vec<i64>,
-    margin: Vec<f64>,
-    log_sum_exp: Vec<f64>,
-    next_loss: Vec<f64>,
+pub(super) struct Answers {
+    pub(super) top1: Vec<i64>,
+    pub(super) margin: Vec<f64>,
+    pub(super) log_sum_exp: Vec<f64>,
+    pub(super) next_loss: Vec<f64>,
     /// `sqrt(sum h^2 w^2)`, the largest over the vocabulary; empty where it was not asked for.
-    spread: Vec<f64>,
+    pub(super) spread: Vec<f64>,
 }
 
 /// Logits of `states [P, H]` in float32, a chunk of the vocabulary at a time.
-fn ask(states: &Tensor, next: &[i64], head: &Tensor, spread: bool) -> Result<Answers> {
+pub(super) fn ask(states: &Tensor, next: &[i64], head: &Tensor, spread: bool) -> Result<Answers> {
     let _guard = tch::no_grad_guard();
     let states = states.f_to_device(head.device())?.f_to_kind(Kind::Float)?; // [P, H]
     let vocabulary = head.size()[0];
@@ -144,107 +129,14 @@ fn ask(states: &Tensor, next: &[i64], head: &Tensor, spread: bool) -> Result<Ans
     })
 }
 
-fn doubles(tensor: &Tensor) -> Result<Vec<f64>> {
+pub(super) fn doubles(tensor: &Tensor) -> Result<Vec<f64>> {
     Ok(Vec::try_from(tensor.f_to_kind(Kind::Double)?)?)
 }
 
 /// Norms of states `[P, H]`: `[P]` float32 on the CPU.
-fn norms(states: &Tensor) -> Result<Tensor> {
+pub(super) fn norms(states: &Tensor) -> Result<Tensor> {
     let states = states.f_to_device(tch::Device::Cpu)?.f_to_kind(Kind::Double)?;
     Ok(states.f_square()?.f_sum_dim_intlist([1].as_slice(), false, Kind::Double)?.f_sqrt()?.f_to_kind(Kind::Float)?)
-}
-
-/// Largest relative error of a head's numbers in this element type, against the type it was probed in.
-fn head_error(kind: Kind) -> f64 {
-    match kind {
-        Kind::BFloat16 => Element::Bfloat16.relative_error(),
-        Kind::Half => 1.0 / 2048.0,
-        _ => 0.0,
-    }
-}
-
-/// Asks a head about the probes of every shard, and refuses a store whose states are not its own.
-pub fn verify(store: &Store, head: &Tensor) -> Result<()> {
-    let element = store.manifest().element;
-    // An even spread from -e to e has the deviation e / sqrt(3).
-    let error = element.relative_error().hypot(head_error(head.kind())) / 3f64.sqrt();
-    let layers = store.manifest().layers.len();
-    let held = store.shards();
-    let probes: Vec<(usize, usize)> = (0..held.len())
-        .flat_map(|shard| (0..held[shard].probes().rows.len()).map(move |probe| (shard, probe)))
-        .collect();
-    for pass in probes.chunks(PROBES_PER_PASS) {
-        let row = |&(shard, probe): &(usize, usize)| held[shard].probes().rows[probe] as usize;
-        let next: Vec<i64> = pass.iter().map(|place| held[place.0].next_token(row(place))).collect();
-        let rows: Vec<_> = pass.iter().map(|place| (place.0, row(place)..row(place) + 1)).collect();
-        let states = (0..layers).map(|layer| store.gather(layer, &rows)).collect::<Result<Vec<_>>>()?; // [P, H]
-        let norms: Vec<Vec<f64>> = states.iter().map(|states| doubles(&norms(states)?)).collect::<Result<_>>()?;
-        let answers = ask(&states[layers - 1], &next, head, error > 0.0)?;
-        for (index, &(shard, probe)) in pass.iter().enumerate() {
-            let noise = DEVIATIONS * error * answers.spread.get(index).copied().unwrap_or(0.0);
-            let norms: Vec<f64> = norms.iter().map(|norms| norms[index]).collect();
-            let now = Now {
-                norms,
-                top1: answers.top1[index],
-                log_sum_exp: answers.log_sum_exp[index],
-                next_loss: answers.next_loss[index],
-                noise,
-            };
-            if let Some(difference) = difference(held[shard].probes(), probe, &store.manifest().layers, &now) {
-                let row = row(&(shard, probe));
-                let document = held[shard].document_of(row);
-                let place = row - held[shard].rows_of(document).start;
-                let problem = format!(
-                    "row {place} of document {document} (row {row} of the file): {difference}; these are not the \
-                     hidden states that this target computes"
-                );
-                return Err(Error::bad_file(held[shard].path(), problem)
-                    .with_hint("capture again, into another folder, from the target that is trained for"));
-            }
-        }
-    }
-    Ok(())
-}
-
-/// What one probe gives now.
-struct Now {
-    norms: Vec<f64>,
-    top1: i64,
-    log_sum_exp: f64,
-    next_loss: f64,
-    /// By how much rounding may have moved a logit.
-    noise: f64,
-}
-
-/// The first figure of a probe that is further off than it may be: name, expected and got.
-fn difference(probes: &Probes, probe: usize, layers: &[usize], now: &Now) -> Option<String> {
-    for ((layer, got), want) in layers.iter().zip(&now.norms).zip(&probes.norms[probe * layers.len()..]) {
-        let want = f64::from(*want);
-        if !within(*got, want, want * NORM_SLACK) {
-            return Some(format!("norm of hidden state {layer}: expected {want:.5}, got {got:.5}"));
-        }
-    }
-    let bound = |size: f64| now.noise + SLACK * size.abs().max(1.0);
-    let (want, got) = (f64::from(probes.log_sum_exp[probe]), now.log_sum_exp);
-    let sum_bound = bound(want);
-    if !within(got, want, sum_bound) {
-        return Some(format!("log-sum-exp of its logits (bound {sum_bound:.2e}): expected {want:.4}, got {got:.4}"));
-    }
-    // Two logits took part.
-    let (want, got) = (f64::from(probes.next_loss[probe]), now.next_loss);
-    let loss_bound = 2.0 * bound(want).max(sum_bound);
-    if !within(got, want, loss_bound) {
-        let what = format!("loss on the token that follows (bound {loss_bound:.2e})");
-        return Some(format!("{what}: expected {want:.4}, got {got:.4}"));
-    }
-    let clear = f64::from(probes.margin[probe]) > 2.0 * sum_bound;
-    let (want, got) = (probes.top1[probe], now.top1);
-    (clear && got != want).then(|| format!("likeliest token: expected {want}, got {got}"))
-}
-
-/// NaN is not within any bound.
-fn within(got: f64, want: f64, bound: f64) -> bool {
-    (got - want).abs() <= bound
 }
 
 #[cfg(test)]

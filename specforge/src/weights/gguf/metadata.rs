@@ -126,3 +126,8 @@ fn shown(value: &Value) -> String {
         },
     }
 }
+
+/// A float32 as the decimal its author meant: 1e-5, not 9.999999747378752e-6.
+pub(super) fn six_digits(number: f64) -> f64 {
+    format!("{number:.5e}").parse().unwrap_or(number)
+}

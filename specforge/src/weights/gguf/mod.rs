@@ -8,6 +8,7 @@
 //! Reference: `docs/gguf.md` of ggml, and llama.cpp's `convert_hf_to_gguf.py`, whose steps this undoes.
 
 mod config;
+mod dimensions;
 mod ggml_types;
 mod header;
 mod metadata;
@@ -32,7 +33,8 @@ use candle_core::quantized::gguf_file::Content;
 use safetensors::tensor::Dtype;
 use serde::Serialize;
 
-use self::config::{Dimensions, Shape, SpecialIds};
+use self::config::{Shape, SpecialIds};
+use self::dimensions::Dimensions;
 use self::metadata::Metadata;
 use self::source::Source;
 use self::tensors::Plans;

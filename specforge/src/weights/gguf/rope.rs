@@ -5,8 +5,8 @@
 
 use serde_json::{Value, json};
 
-use super::config::{Dimensions, six_digits};
-use super::metadata::Metadata;
+use super::dimensions::Dimensions;
+use super::metadata::{Metadata, six_digits};
 use crate::error::Result;
 
 /// Original context, low and high frequency factor of every published Llama 3.

@@ -19,7 +19,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use safetensors::tensor::{Dtype, View};
 
-use super::config::Dimensions;
+use super::dimensions::Dimensions;
 use super::metadata::Metadata;
 use super::{ImportDtype, ggml_types};
 use crate::error::{Error, Result, TensorMismatch};

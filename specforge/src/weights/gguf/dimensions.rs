@@ -1,0 +1,137 @@
+//! Sizes of a network of the Llama family from GGUF metadata.
+//!
+//! Whatever would change the network and has no place in a Hugging Face Llama configuration is refused, not dropped.
+
+use candle_core::quantized::gguf_file::Value as GgufValue;
+
+use super::metadata::Metadata;
+use crate::error::Result;
+
+/// What the tensors are checked against.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Dimensions {
+    pub(super) layers: usize,
+    pub(super) hidden: usize,
+    pub(super) intermediate: usize,
+    pub(super) heads: usize,
+    pub(super) groups: usize,
+    pub(super) head_dim: usize,
+    pub(super) vocab: usize,
+    pub(super) context: usize,
+}
+
+/// Keys that change what the network computes in a way this family does not have, and the value that changes nothing.
+const FOREIGN: [(&str, Neutral); 11] = [
+    ("expert_count", Neutral::Number(0.0)),
+    ("expert_used_count", Neutral::Number(0.0)),
+    ("attention.sliding_window", Neutral::Number(0.0)),
+    ("attention.clamp_kqv", Neutral::Number(0.0)),
+    ("attention.max_alibi_bias", Neutral::Number(0.0)),
+    ("attention.scale", Neutral::Number(0.0)),
+    ("logit_scale", Neutral::Number(1.0)),
+    ("embedding_scale", Neutral::Number(1.0)),
+    ("residual_scale", Neutral::Number(1.0)),
+    ("use_parallel_residual", Neutral::Flag(false)),
+    ("attention.causal", Neutral::Flag(true)),
+];
+
+#[derive(Debug, Clone, Copy)]
+enum Neutral {
+    Number(f64),
+    Flag(bool),
+}
+
+impl Dimensions {
+    /// Reads and checks the sizes.
+    pub(super) fn read(metadata: &Metadata) -> Result<Self> {
+        let architecture = metadata.need("general.architecture", Metadata::text)?;
+        if architecture != "llama" {
+            return Err(metadata
+                .bad(format!("expected the architecture `llama`, got `{architecture}`"))
+                .with_hint("only models of the Llama family can be imported from GGUF"));
+        }
+        for (name, neutral) in FOREIGN {
+            refuse_unless_neutral(metadata, &format!("llama.{name}"), neutral)?;
+        }
+        let hidden = size(metadata, "embedding_length")?;
+        let heads = size(metadata, "attention.head_count")?;
+        let groups = optional_size(metadata, "attention.head_count_kv")?.unwrap_or(heads);
+        if !heads.is_multiple_of(groups) {
+            let problem = format!("`llama.attention.head_count_kv`: expected a divisor of {heads}, got {groups}");
+            return Err(metadata.bad(problem));
+        }
+        let head_dim = head_dim(metadata, hidden, heads)?;
+        let tokens = metadata.need("tokenizer.ggml.tokens", Metadata::texts)?.len();
+        let vocab = optional_size(metadata, "vocab_size")?.unwrap_or(tokens);
+        if tokens != vocab {
+            return Err(metadata.bad(format!("`llama.vocab_size` is {vocab}, but the tokenizer has {tokens} tokens")));
+        }
+        Ok(Self {
+            layers: size(metadata, "block_count")?,
+            hidden,
+            intermediate: size(metadata, "feed_forward_length")?,
+            heads,
+            groups,
+            head_dim,
+            vocab,
+            context: size(metadata, "context_length")?,
+        })
+    }
+}
+
+/// Width of a head. The rotary turns all of it, or the file is refused.
+fn head_dim(metadata: &Metadata, hidden: usize, heads: usize) -> Result<usize> {
+    let rotated = optional_size(metadata, "rope.dimension_count")?;
+    let keys = optional_size(metadata, "attention.key_length")?;
+    let head_dim = match keys.or(rotated) {
+        Some(head_dim) => head_dim,
+        None if hidden.is_multiple_of(heads) => hidden / heads,
+        None => {
+            let problem = format!("`llama.attention.head_count`: expected a divisor of {hidden}, got {heads}");
+            return Err(metadata.bad(problem));
+        }
+    };
+    let values = optional_size(metadata, "attention.value_length")?;
+    for (key, other) in [("rope.dimension_count", rotated), ("attention.value_length", values)] {
+        if let Some(other) = other.filter(|&other| other != head_dim) {
+            return Err(metadata.bad(format!("`llama.{key}`: expected {head_dim}, the width of a head, got {other}")));
+        }
+    }
+    if !head_dim.is_multiple_of(2) {
+        return Err(metadata.bad(format!("expected heads of an even width, got {head_dim}")));
+    }
+    Ok(head_dim)
+}
+
+fn size(metadata: &Metadata, name: &str) -> Result<usize> {
+    let key = format!("llama.{name}");
+    metadata.need(&key, |metadata, _| optional_size(metadata, name))
+}
+
+/// A positive size, small enough that no product of two overflows.
+fn optional_size(metadata: &Metadata, name: &str) -> Result<Option<usize>> {
+    let key = format!("llama.{name}");
+    if let Some(GgufValue::Array(_)) = metadata.get(&key) {
+        return Err(metadata.bad(format!("`{key}`: layers of different sizes are not supported")));
+    }
+    match metadata.whole(&key)? {
+        Some(size) if size == 0 || size > i32::MAX as u64 => {
+            Err(metadata.bad(format!("`{key}`: expected a size from 1 to {}, got {size}", i32::MAX)))
+        }
+        size => Ok(size.map(|size| size as usize)),
+    }
+}
+
+fn refuse_unless_neutral(metadata: &Metadata, key: &str, neutral: Neutral) -> Result<()> {
+    let (got, same) = match neutral {
+        Neutral::Number(neutral) => match metadata.number(key)? {
+            Some(number) => (number.to_string(), number == neutral),
+            None => return Ok(()),
+        },
+        Neutral::Flag(neutral) => match metadata.flag(key)? {
+            Some(flag) => (flag.to_string(), flag == neutral),
+            None => return Ok(()),
+        },
+    };
+    if same { Ok(()) } else { Err(metadata.bad(format!("`{key}` = {got} is not supported"))) }
+}
