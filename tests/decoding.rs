@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::fixture::{Workspace, json_of, output_of, specforge, stderr_of, write_model};
 
 /// A model, and drafts of every kind for it, by the name of their folders.
-fn workspace() -> Workspace {
+pub fn workspace() -> Workspace {
     let mut workspace = Workspace::new();
     workspace.set("train.max_steps", 30);
     workspace.train("medusa", &[]);
@@ -99,7 +99,7 @@ fn text_alone_goes_to_stdout_and_a_conversation_is_held_on_stdin() {
     assert!(text.starts_with(&format!("{}\n", json["text"].as_str().unwrap())) && text.len() > 14, "{text}");
 }
 
-fn questions(path: &Path) {
+pub fn questions(path: &Path) {
     let lines = [
         json!({"question_id": 1, "category": "verse", "turns": ["the river runs over seven stones", "and why"]}),
         json!({"question_id": 2, "category": "prose", "turns": ["a cold bird sings at noon"]}),

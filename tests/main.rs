@@ -21,6 +21,7 @@ mod layers;
 mod medusa;
 mod parallel;
 mod processes;
+mod rehearsal;
 mod resume;
 mod shared_data;
 mod smollm2_decoding;

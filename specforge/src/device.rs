@@ -164,16 +164,23 @@ pub fn synchronize(device: Device) {
     }
 }
 
-/// Numbers of the host as an int64 tensor on a device, without waiting for what the device is doing: a copy from
-/// ordinary host memory would wait for it, one from page-locked memory takes its turn.
+/// Numbers of the host as an int64 tensor on a device, without waiting for what the device is doing.
 pub fn upload(values: &[i64], device: Device) -> Result<Tensor> {
-    let host = Tensor::from_slice(values);
-    if device == Device::Cpu || values.is_empty() {
-        return Ok(host.f_to_device(device)?);
+    Ok(page_locked(&Tensor::from_slice(values), device).f_to_device_(device, Kind::Int64, true, false)?)
+}
+
+/// A tensor of the host on a device, without waiting for what the device is doing. Panics as tch's operators do.
+pub fn send(host: &Tensor, device: Device) -> Tensor {
+    page_locked(host, device).to_device_(device, host.kind(), true, false)
+}
+
+/// A copy from ordinary host memory waits for the device, one from page-locked memory takes its turn.
+fn page_locked(host: &Tensor, device: Device) -> Tensor {
+    if device == Device::Cpu || host.numel() == 0 {
+        return host.shallow_clone();
     }
     // A machine that gives out no page-locked memory pays with the wait.
-    let locked = host.f_internal_pin_memory(device).unwrap_or(host);
-    Ok(locked.f_to_device_(device, Kind::Int64, true, false)?)
+    host.f_internal_pin_memory(device).unwrap_or_else(|_| host.shallow_clone())
 }
 
 /// The folder libtorch_cpu.so was loaded from.

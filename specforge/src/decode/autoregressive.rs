@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
+use crate::device;
 use crate::error::{Error, Result};
 use crate::models::{ForwardInput, LogitRows, TargetModel};
 use crate::nn::sampling::Sampling;
@@ -238,9 +239,9 @@ impl<'a> Generator<'a> {
             line.iter_mut().zip(&request.prompt).for_each(|(slot, &id)| *slot = i64::from(id));
         }
         let last: Vec<i64> = (0..count).zip(&lengths).map(|(row, length)| row * longest + length - 1).collect();
-        let ids = Tensor::from_slice(&padded).view([count, longest]).to_device(device); // [B, T]
+        let ids = device::send(&Tensor::from_slice(&padded).view([count, longest]), device); // [B, T]
         let positions = Tensor::arange(longest, (Kind::Int64, device)).expand([count, longest], false); // [B, T]
-        let last = Tensor::from_slice(&last).to_device(device); // [B]
+        let last = device::send(&Tensor::from_slice(&last), device); // [B]
         let mut cache = self.target.new_cache(count, longest);
         let logits = forward(self.target, &ids, &positions, LogitRows::Rows(&last), &mut cache)?; // [B, V]
         cache.advance(&lengths);
@@ -318,7 +319,7 @@ impl<'a> Generator<'a> {
             return Ok(());
         };
         let device = self.target.device();
-        let column = |values: &[i64]| Tensor::from_slice(values).unsqueeze(1).to_device(device);
+        let column = |values: &[i64]| device::send(&Tensor::from_slice(values).unsqueeze(1), device);
         let last: Vec<i64> = self.rows.iter().map(|row| i64::from(row.tokens.last().copied().unwrap_or(0))).collect();
         let (ids, positions) = (column(&last), column(cache.lengths())); // [B, 1]
         let logits = forward(self.target, &ids, &positions, LogitRows::All, cache)?; // [B, V]

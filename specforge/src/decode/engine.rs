@@ -12,12 +12,13 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use tch::{Device, Tensor};
+use tch::Tensor;
 
 use super::autoregressive::{self, Finish, Request};
 use super::drafter::{Context, Drafter, Joining, Progress, last};
 use super::event::{Committed, Listener, Round, Source, Started};
 use super::policy::{self, Limits, Policy, Proposal, Verdict};
+use crate::device;
 use crate::error::{Error, Result};
 use crate::models::{ForwardInput, ForwardOutput, LogitRows, TargetModel};
 use crate::nn::{AttentionMask, KvCache, Processors};
@@ -187,30 +188,31 @@ impl<'a> Engine<'a> {
     pub fn step(&mut self, listener: &mut dyn Listener) -> Result<Vec<Left>> {
         let _guard = tch::no_grad_guard();
         let mut left = Vec::new();
-        let start = self.now();
-        self.admit(listener, &mut left)?;
-        self.clock.prefill += self.now() - start;
+        let start = Instant::now();
+        if self.admit(listener, &mut left)? {
+            self.clock.prefill += self.done() - start;
+        }
         if self.rows.is_empty() {
             return Ok(left);
         }
-        let start = self.now();
+        let start = Instant::now();
         let (draft, verify) = self.round(listener, &mut left)?;
         self.clock.draft += draft;
         self.clock.verify += verify;
-        self.clock.overhead += (self.now() - start).saturating_sub(draft + verify);
+        self.clock.overhead += start.elapsed().saturating_sub(draft + verify);
         Ok(left)
     }
 
-    /// The time, once the device has done what it was told.
-    fn now(&self) -> Instant {
-        if let Device::Cuda(index) = self.target.device() {
-            tch::Cuda::synchronize(index as i64);
-        }
+    /// The time, once the device has done what it was told. It is asked at the ends of what the models do, and nowhere
+    /// else: each time costs a GPU the work that could have been waiting for it.
+    fn done(&self) -> Instant {
+        device::synchronize(self.target.device());
         Instant::now()
     }
 
-    /// Prefills waiting requests until every place is taken.
-    fn admit(&mut self, listener: &mut dyn Listener, left: &mut Vec<Left>) -> Result<()> {
+    /// Prefills waiting requests until every place is taken. Whether there were any.
+    fn admit(&mut self, listener: &mut dyn Listener, left: &mut Vec<Left>) -> Result<bool> {
+        let waited = self.queue.len();
         while self.rows.len() < self.options.max_rows.max(1) && !self.queue.is_empty() {
             let free = (self.options.max_rows.max(1) - self.rows.len()).min(self.queue.len());
             let mut requests: Vec<Request> = self.queue.drain(..free).collect();
@@ -221,7 +223,7 @@ impl<'a> Engine<'a> {
                 requests = rest;
             }
         }
-        Ok(())
+        Ok(self.queue.len() < waited)
     }
 
     /// Runs a group of prompts and chooses their first tokens.
@@ -237,7 +239,7 @@ impl<'a> Engine<'a> {
         let positions: Vec<i64> = (0..count).flat_map(|_| 0..longest as i64).collect();
         let ends: Vec<i64> =
             lengths.iter().enumerate().map(|(row, length)| (row * longest + length - 1) as i64).collect();
-        let ends = Tensor::from_slice(&ends).to_device(self.target.device()); // [B]
+        let ends = device::upload(&ends, self.target.device())?; // [B]
         let mut cache = self.target.new_cache(count as i64, longest as i64);
         let logits = LogitRows::Rows(&ends);
         let output = self.forward((&ids, &positions), (count, longest), &AttentionMask::Causal, logits, &mut cache)?;
@@ -317,9 +319,9 @@ impl<'a> Engine<'a> {
     /// One round of every row. Returns the time of drafting and of the target's pass.
     fn round(&mut self, listener: &mut dyn Listener, left: &mut Vec<Left>) -> Result<(Duration, Duration)> {
         // 1. Guess.
-        let start = self.now();
+        let start = Instant::now();
         let proposals = self.propose()?;
-        let mut draft = self.now() - start;
+        let mut draft = self.done() - start;
         let lengths = self.cache_lengths();
         for (index, row) in self.rows.iter().enumerate() {
             let draft_cache = self.drafter.cache_lengths().get(index).copied().unwrap_or(0);
@@ -334,10 +336,10 @@ impl<'a> Engine<'a> {
             })?;
         }
         // 2. One pass of the target over all trees.
-        let start = self.now();
+        let start = Instant::now();
         let nodes = proposals.iter().map(|proposal| proposal.tree.len()).max().unwrap_or(1);
         let output = self.run_trees(&proposals, nodes)?;
-        let verify = self.now() - start;
+        let verify = self.done() - start;
         // 3. Decide, and tell.
         let greedy = greedy_choices(&self.options.processors, &output)?;
         let verdicts = self.decide(&proposals, nodes, &output, greedy.as_deref(), listener)?;
@@ -394,18 +396,18 @@ impl<'a> Engine<'a> {
             }
         }
         if !survivors.is_empty() {
-            let start = self.now();
+            let start = Instant::now();
             let progress: Vec<Progress<'_>> = survivors
                 .iter()
                 .zip(&self.rows)
                 .map(|(&(index, new), row)| {
-                    let path = Tensor::from_slice(&features[index]).to_device(self.target.device());
+                    let path = device::send(&Tensor::from_slice(&features[index]), self.target.device());
                     let path = |layer: &Tensor| layer.flatten(0, 1).index_select(0, &path); // [new, H]
                     Progress { tokens: &row.tokens, new, features: output.hidden.iter().map(path).collect() }
                 })
                 .collect();
             self.drafter.commit(&progress)?;
-            draft += self.now() - start;
+            draft += self.done() - start;
         }
         Ok((draft, verify))
     }
@@ -456,7 +458,7 @@ impl<'a> Engine<'a> {
             1 => AttentionMask::Causal,
             _ => {
                 let trees: Vec<&TokenTree> = proposals.iter().map(|proposal| &proposal.tree).collect();
-                AttentionMask::Visible(visible(&trees, nodes, &lengths).to_device(self.target.device()))
+                AttentionMask::Visible(device::send(&visible(&trees, nodes, &lengths), self.target.device()))
             }
         };
         #[cfg(test)]
@@ -477,7 +479,8 @@ impl<'a> Engine<'a> {
         cache: &mut KvCache,
     ) -> Result<ForwardOutput> {
         let device = self.target.device();
-        let shaped = |values: &[i64]| Tensor::from_slice(values).view([rows as i64, tokens as i64]).to_device(device); // [B, T]
+        let shaped =
+            |values: &[i64]| device::send(&Tensor::from_slice(values).view([rows as i64, tokens as i64]), device); // [B, T]
         let (ids, positions) = (shaped(ids), shaped(positions));
         let capture = self.drafter.capture();
         let input = ForwardInput { ids: &ids, positions: &positions, mask, capture: &capture, logits };

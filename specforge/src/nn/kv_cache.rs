@@ -9,6 +9,8 @@
 
 use tch::{Device, Kind, Tensor};
 
+use crate::device;
+
 /// One layer's keys and values, each `[B, G, capacity, D]`.
 #[derive(Debug)]
 struct Layer {
@@ -98,7 +100,7 @@ impl KvCache {
         }
         let ragged = self.lengths.iter().any(|&length| length != self.lengths[0]);
         let slots = ragged.then(|| {
-            let first = Tensor::from_slice(&self.lengths).to_device(self.device()).view([-1, 1, 1, 1]);
+            let first = device::send(&Tensor::from_slice(&self.lengths), self.device()).view([-1, 1, 1, 1]);
             first + Tensor::arange(tokens, (Kind::Int64, self.device())).view([1, 1, -1, 1]) // [B, 1, T, 1]
         });
         self.pass = Some(Pass { tokens, slots });
@@ -156,7 +158,7 @@ impl KvCache {
                 .flat_map(|(row, base)| (0..most).map(move |index| (row, base, index)))
                 .map(|(row, base, index)| base + slot(row, index))
                 .collect();
-            Tensor::from_slice(&slots).view([-1, 1, most, 1]).to_device(self.device()) // [B, 1, K, 1]
+            device::send(&Tensor::from_slice(&slots).view([-1, 1, most, 1]), self.device()) // [B, 1, K, 1]
         };
         // Places that a shorter list lacks move onto themselves.
         let from = slots(&|row, index| row.get(index as usize).copied().unwrap_or(index));
@@ -241,7 +243,7 @@ impl KvCache {
         let (Some(first), Some(last)) = (spans().map(|span| *span.0).min(), spans().map(|span| *span.1).max()) else {
             return;
         };
-        let column = |values: &[i64]| Tensor::from_slice(values).to_device(self.device()).view([-1, 1, 1, 1]);
+        let column = |values: &[i64]| device::send(&Tensor::from_slice(values), self.device()).view([-1, 1, 1, 1]);
         let slot = Tensor::arange_start(first, last, (Kind::Int64, self.device())).view([1, 1, -1, 1]);
         let erased = slot.ge_tensor(&column(from)).logical_and(&slot.lt_tensor(&column(to))); // [B, 1, n, 1]
         for layer in &self.layers {
@@ -254,7 +256,7 @@ impl KvCache {
     /// Keeps the rows named, in that order.
     pub fn select_rows(&mut self, rows: &[i64]) {
         self.pass = None;
-        let index = Tensor::from_slice(rows).to_device(self.device());
+        let index = device::send(&Tensor::from_slice(rows), self.device());
         for layer in &mut self.layers {
             layer.key = layer.key.index_select(0, &index);
             layer.value = layer.value.index_select(0, &index);

@@ -2,6 +2,8 @@
 
 use tch::{Device, Kind, Tensor};
 
+use crate::device;
+
 /// The mask of a forward pass, as the caller thinks of it.
 #[derive(Debug)]
 pub enum AttentionMask {
@@ -57,7 +59,7 @@ fn causal(past: &[i64], tokens: i64, device: Device) -> PreparedMask {
     }
     let slots = Tensor::arange(longest + tokens, (Kind::Int64, device)); // [S]
     let queries = Tensor::arange(tokens, (Kind::Int64, device)).view([1, 1, tokens, 1]);
-    let lengths = Tensor::from_slice(past).to_device(device).view([-1, 1, 1, 1]);
+    let lengths = device::send(&Tensor::from_slice(past), device).view([-1, 1, 1, 1]);
     PreparedMask::Dense(slots.le_tensor(&(queries + lengths))) // [B, 1, T, S]
 }
 
@@ -75,7 +77,7 @@ fn documents(lengths: &[i64], device: Device) -> PreparedMask {
 fn same_document_and_causal(lengths: &[i64], device: Device) -> Tensor {
     let document: Vec<i64> =
         lengths.iter().enumerate().flat_map(|(index, &length)| vec![index as i64; length as usize]).collect();
-    let document = Tensor::from_slice(&document).to_device(device); // [T]
+    let document = device::send(&Tensor::from_slice(&document), device); // [T]
     let same = document.unsqueeze(1).eq_tensor(&document.unsqueeze(0)); // [T, T]
     same.tril(0).unsqueeze(0).unsqueeze(0) // [1, 1, T, T]
 }

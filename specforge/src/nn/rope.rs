@@ -4,6 +4,8 @@
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
+use crate::device;
+
 /// How frequencies are stretched for contexts longer than the model was pretrained on.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub enum RopeScaling {
@@ -111,7 +113,7 @@ impl Rope {
         let length = length.to_kind(Kind::Float).clamp_min(pretrained);
         let growth: Tensor = length * factor / pretrained - (factor - 1.0);
         let theta: Tensor = growth.pow_tensor_scalar(dim / (dim - 2.0)) * self.config.theta;
-        theta.pow(&exponents(self.config.head_dim).to_device(positions.device())).reciprocal() // [B, 1, D / 2]
+        theta.pow(&device::send(&exponents(self.config.head_dim), positions.device())).reciprocal() // [B, 1, D / 2]
     }
 }
 

@@ -5,6 +5,7 @@
 
 use tch::{Device, Tensor};
 
+use crate::device;
 use crate::error::Result;
 use crate::nn::AttentionMask;
 
@@ -91,13 +92,12 @@ impl Branches {
         self.levels.push(level);
         self.taken += width as i64;
         let shape = [frontier.len() as i64, width as i64];
-        let shaped =
-            |values: &[i64]| Ok::<_, crate::error::Error>(Tensor::from_slice(values).view(shape).f_to_device(device)?);
-        let mask = Tensor::from_slice(&mask).view([shape[0], shape[1], slots as i64]).f_to_device(device)?;
+        let shaped = |values: &[i64]| device::send(&Tensor::from_slice(values).view(shape), device);
+        let mask = device::send(&Tensor::from_slice(&mask).view([shape[0], shape[1], slots as i64]), device);
         Ok(Level {
-            ids: shaped(&ids)?,
-            positions: shaped(&positions)?,
-            parents: shaped(&parents)?,
+            ids: shaped(&ids),
+            positions: shaped(&positions),
+            parents: shaped(&parents),
             mask: AttentionMask::Visible(mask),
             width: width as i64,
         })

@@ -14,8 +14,9 @@
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use super::{Branch, Context, DraftSampling, last};
+use super::{Branch, Context, DraftSampling, last, to_host};
 use crate::decode::policy::Proposal;
+use crate::device;
 use crate::error::{Error, Result};
 use crate::nn::noise;
 use crate::nn::processors::softmax;
@@ -208,7 +209,7 @@ impl Level {
             let noise = rows
                 .iter()
                 .map(|row| names.noise(seed.wrapping_add(row.key), domain, (row.tokens.len() + depth - 1) as u64));
-            Tensor::stack(&noise.collect::<Vec<_>>(), 0).unsqueeze(1).to_device(logits.device()) // [B, 1, DV]
+            device::send(&Tensor::stack(&noise.collect::<Vec<_>>(), 0).unsqueeze(1), logits.device()) // [B, 1, DV]
         };
         let (ranked, scored) = match sampling {
             DraftSampling::Greedy => (logits.shallow_clone(), logits),
@@ -225,10 +226,10 @@ impl Level {
         let (_, ids) = ranked.topk(count, -1, true, true); // [B, T, k]
         let total = scored.logsumexp([-1i64].as_slice(), true); // [B, T, 1]
         let scores = scored.gather(-1, &ids, false) - total;
-        let flat = |tensor: &Tensor| tensor.to_device(Device::Cpu).flatten(0, -1);
+        let (scores, ids) = to_host(&scores, &ids)?;
         Ok(Self {
-            scores: Vec::try_from(flat(&scores.to_kind(Kind::Double)))?,
-            ids: Vec::try_from(flat(&ids))?,
+            scores,
+            ids,
             count: count as usize,
             drawn_from: matches!(sampling, DraftSampling::Drawn { .. })
                 .then(|| scored.to_device(Device::Cpu).flatten(0, 1)),

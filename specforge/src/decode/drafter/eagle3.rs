@@ -15,6 +15,7 @@ use super::branches::Branches;
 use super::dynamic_tree::{DynamicTree, Expand, Names, grow};
 use super::{Branch, Context, DraftSampling, Drafter, Joining, Progress};
 use crate::decode::policy::Proposal;
+use crate::device;
 use crate::draft::eagle3::Eagle3Shape;
 use crate::draft::eagle3::layers::Network;
 use crate::draft::{DraftModel, Parameter, vocabulary};
@@ -171,7 +172,7 @@ impl Eagle3Drafter {
             ids.extend((0..most).map(|place| i64::from(tokens.get(place).copied().unwrap_or(0))));
             positions.extend((0..most as i64).map(|place| length + place));
         }
-        let shaped = |values: &[i64]| Tensor::from_slice(values).view([-1, most as i64]).to_device(device);
+        let shaped = |values: &[i64]| device::send(&Tensor::from_slice(values).view([-1, most as i64]), device);
         // Padding is on the right: causal order hides it, and the cache does not keep it.
         let hidden = self.network.forward_cached(
             &features,
@@ -182,7 +183,7 @@ impl Eagle3Drafter {
         )?; // [B, T, H]
         cache.advance(&counts);
         let ends: Vec<i64> = counts.iter().zip(0..).map(|(count, row)| row * most as i64 + count - 1).collect();
-        Ok(hidden.flatten(0, 1).index_select(0, &Tensor::from_slice(&ends).to_device(device))) // [B, H]
+        Ok(hidden.flatten(0, 1).index_select(0, &device::upload(&ends, device)?)) // [B, H]
     }
 }
 
@@ -241,7 +242,7 @@ impl Drafter for Eagle3Drafter {
         let kept: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
         self.rows = self.rows.take().filter(|_| !kept.is_empty()).map(|mut running| {
             running.cache.select_rows(&kept);
-            let index = Tensor::from_slice(&kept).to_device(running.last.device());
+            let index = device::send(&Tensor::from_slice(&kept), running.last.device());
             Rows { last: running.last.index_select(0, &index), cache: running.cache }
         });
     }

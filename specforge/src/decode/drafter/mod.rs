@@ -7,7 +7,7 @@
 //! target has run on it: of `n` committed tokens, the first `n - 1`.
 
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use super::policy::{Policy, Proposal};
 use crate::error::{Error, Result};
@@ -159,6 +159,15 @@ impl Drafter for Plain {
 /// The last committed token, the root of the next tree.
 pub(crate) fn last(tokens: &[u32]) -> u32 {
     tokens.last().copied().unwrap_or_default()
+}
+
+/// Scores and ids of equal shape, flat and on the host: one copy from the device, which is waited for once. An id below
+/// 2^53 is exact as a float64.
+fn to_host(scores: &Tensor, ids: &Tensor) -> Result<(Vec<f64>, Vec<i64>)> {
+    let both = Tensor::f_stack(&[scores, ids].map(|tensor| tensor.to_kind(Kind::Double)), 0)?; // [2, ..]
+    let mut scores = Vec::<f64>::try_from(both.reshape([-1]))?;
+    let ids = scores.split_off(scores.len() / 2).into_iter().map(|id| id as i64).collect();
+    Ok((scores, ids))
 }
 
 #[cfg(test)]

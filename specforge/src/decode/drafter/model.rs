@@ -13,6 +13,7 @@ use super::dynamic_tree::{DynamicTree, Expand, Names, grow};
 use super::{Branch, Context, DraftSampling, Drafter, Joining, Progress};
 use crate::data::ChatTokenizer;
 use crate::decode::policy::Proposal;
+use crate::device;
 use crate::error::{Error, Result};
 use crate::models::{Dimensions, ForwardInput, LogitRows, TargetModel};
 use crate::nn::{AttentionMask, KvCache};
@@ -85,10 +86,10 @@ fn run(model: &dyn TargetModel, cache: &mut KvCache, tokens: &[&[u32]], wanted: 
         ids.extend((0..most as usize).map(|place| i64::from(tokens.get(place).copied().unwrap_or(0))));
         positions.extend((0..most).map(|place| length + place));
     }
-    let shaped = |values: &[i64], device: Device| Tensor::from_slice(values).view([-1, most]).to_device(device);
+    let shaped = |values: &[i64], device: Device| device::send(&Tensor::from_slice(values).view([-1, most]), device);
     let (ids, positions) = (shaped(&ids, device), shaped(&positions, device)); // [B, T]
     let ends: Vec<i64> = counts.iter().zip(0..).map(|(count, row)| row * most + count - 1).collect();
-    let ends = Tensor::from_slice(&ends).to_device(device);
+    let ends = device::upload(&ends, device)?;
     let logits = if wanted { LogitRows::Rows(&ends) } else { LogitRows::None };
     // Padding is on the right: causal order hides it, and the cache does not keep it.
     let input = ForwardInput { ids: &ids, positions: &positions, mask: &AttentionMask::Causal, capture: &[], logits };

@@ -9,10 +9,22 @@ use crate::nn::Processors;
 use crate::nn::processors::argmax;
 use crate::tree::TokenTree;
 
+/// In place of a token, where a row holds NaN.
+const NO_NUMBERS: i64 = -1;
+
 /// The most likely token of every row, where that is what is chosen: `[R]`, one copy from the device.
 pub(super) fn greedy_choices(processors: &Processors, output: &ForwardOutput) -> Result<Option<Vec<i64>>> {
     let logits = output.logits.as_ref().filter(|_| processors.leaves_the_greedy_choice());
-    logits.map(|logits| Ok(Vec::try_from(logits.argmax(-1, false))?)).transpose()
+    let choose = |logits: &Tensor| {
+        let (best, tokens) = logits.max_dim(-1, false); // [R] each
+        // NaN counts as the largest.
+        Ok(Vec::try_from(tokens.masked_fill(&best.isnan(), NO_NUMBERS))?)
+    };
+    logits.map(choose).transpose()
+}
+
+fn no_numbers() -> Error {
+    Error::Failed("the target's logits for this prompt are not numbers".to_owned())
 }
 
 /// Rows of one request in a pass.
@@ -54,7 +66,7 @@ impl Rows for TargetRows<'_> {
         let mut row: Vec<f64> = Vec::try_from(self.raw(node).to_device(Device::Cpu).to_kind(Kind::Double))?;
         // Minus infinity rules a token out; NaN says that the target is broken, and so does a row of nothing else.
         if row.iter().any(|logit| logit.is_nan()) {
-            return Err(Error::Failed("the target's logits for this prompt are not numbers".to_owned()));
+            return Err(no_numbers());
         }
         let guessed = self.tree.map_or(&[][..], TokenTree::tokens);
         let first = 1;
@@ -72,14 +84,8 @@ impl Rows for TargetRows<'_> {
     fn greedy(&mut self, path: &[usize]) -> Result<u32> {
         let node = path.last().copied().unwrap_or(0);
         match self.greedy {
-            Some(choices) => {
-                let token = choices[node];
-                // libtorch's argmax takes NaN for the largest value.
-                if self.raw(node).double_value(&[token]).is_nan() {
-                    return Err(Error::Failed("the target's logits for this prompt are not numbers".to_owned()));
-                }
-                Ok(token as u32)
-            }
+            Some(choices) if choices[node] == NO_NUMBERS => Err(no_numbers()),
+            Some(choices) => Ok(choices[node] as u32),
             None => Ok(argmax(&self.row(path)?) as u32),
         }
     }

@@ -5,7 +5,7 @@ use super::super::event::Silent;
 use super::super::tiny;
 use super::*;
 use crate::nn::noise::keyed_stream;
-use tch::Kind;
+use tch::{Device, Kind};
 
 /// Guesses what it was told the target will choose, right or wrong as the dice fall, in a tree of a given shape.
 struct Oracle {

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
 
-use super::super::DraftSampling;
+use super::super::{DraftSampling, to_host};
 use crate::draft::medusa::{HeadProjection, MedusaConfig};
 use crate::draft::vocabulary;
 use crate::error::{Error, Result};
@@ -188,8 +188,7 @@ impl MedusaHeads {
         let count = (count as i64).min(logits.size()[2]);
         let (values, ids) = logits.f_topk(count, -1, true, true)?; // [K, B, C]
         let values = values - logits.logsumexp([-1i64].as_slice(), true);
-        let values = Vec::<f64>::try_from(values.to_kind(Kind::Double).reshape([-1]).to_device(Device::Cpu))?;
-        let ids = Vec::<i64>::try_from(ids.reshape([-1]).to_device(Device::Cpu))?;
+        let (values, ids) = to_host(&values, &ids)?;
         let count = count as usize;
         let guesses = |row: usize, head: usize| {
             let at = (head * rows + row) * count;

@@ -1,0 +1,564 @@
+// A stand-in for libtorch's CUDA half, for machines without a GPU: it calls itself CUDA and computes on the CPU.
+//
+// Placed beside libtorch_cpu.so as libtorch_cuda.so, it is opened by the unchanged program, whose `--device cuda` then
+// goes every way that it goes on a GPU. What shows up here instead of there: tensors of the CPU among those of the device,
+// memory of the device that is read as if it were the host's, operators that CUDA does not have, and how often the host
+// waits for the device. What cannot show up: the limits of real kernels, their rounding, and time.
+//
+// Every operator goes through one fallback. It refuses tensors of two devices, as CUDA's kernels do, shows the CPU's
+// kernel the device's memory, and hands its results back as tensors of the device. An address of the device is one that
+// nothing is behind: the numbers lie elsewhere, and who reads it as the host's memory is ended by the system.
+//
+// REHEARSAL_COUNTS names a file for what was counted: kernels by operator, copies, and waits of the host.
+
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/native/DispatchStub.h>
+#include <ATen/native/Resize.h>
+#include <ATen/native/transformers/attention.h>
+#include <ATen/native/transformers/sdp_utils_cpp.h>
+#include <ATen/ops/_reshape_alias_native.h>
+#include <ATen/ops/as_strided_native.h>
+#include <ATen/ops/set_native.h>
+#include <ATen/ops/unfold_native.h>
+#include <ATen/ops/view_native.h>
+#include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <sys/mman.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <fstream>
+#include <map>
+#include <mutex>
+#include <set>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace rehearsal {
+
+using at::Tensor;
+using torch::jit::Stack;
+
+// ---- what is counted ------------------------------------------------------------------------------------------------
+
+struct Counts {
+  std::mutex lock;
+  std::map<std::string, long> kernels, waits;
+  long to_device = 0, to_host = 0, to_device_bytes = 0, to_host_bytes = 0;
+
+  void kernel(const std::string &name) {
+    const std::lock_guard<std::mutex> guard(lock);
+    kernels[name]++;
+  }
+  // The host stands still until the device has done all that was asked of it.
+  void wait(const std::string &why) {
+    const std::lock_guard<std::mutex> guard(lock);
+    waits[why]++;
+  }
+  ~Counts() {
+    const char *path = std::getenv("REHEARSAL_COUNTS");
+    if (path == nullptr) return;
+    std::ofstream file(path);
+    const auto list = [&](const std::map<std::string, long> &counts) {
+      const char *comma = "";
+      for (const auto &[name, count] : counts) file << comma << '"' << name << "\": " << count, comma = ", ";
+    };
+    file << "{\"waits\": {", list(waits), file << "}, \"to_device\": " << to_device << ", \"to_host\": " << to_host;
+    file << ", \"to_device_bytes\": " << to_device_bytes << ", \"to_host_bytes\": " << to_host_bytes << ", \"kernels\": {";
+    list(kernels), file << "}}\n";
+  }
+};
+
+Counts counts;
+
+// ---- memory ---------------------------------------------------------------------------------------------------------
+
+struct Piece {
+  void *address;  // the device's; reserved, with nothing behind it
+  void *numbers;
+  std::size_t bytes;
+};
+
+struct Memory final : c10::DeviceAllocator {
+  c10::CachingDeviceAllocator::DeviceStats stats;
+  std::mutex lock;
+
+  static Memory &get() {
+    static auto *memory = new Memory;  // outlives every tensor
+    return *memory;
+  }
+  void count(std::int64_t bytes) {
+    const std::lock_guard<std::mutex> guard(lock);
+    auto &all = stats.allocated_bytes[static_cast<std::size_t>(c10::CachingAllocator::StatType::AGGREGATE)];
+    all.current += bytes;
+    all.peak = std::max(all.peak, all.current);
+  }
+  static void release(void *context) {
+    auto *piece = static_cast<Piece *>(context);
+    munmap(piece->address, piece->bytes);
+    std::free(piece->numbers);
+    get().count(-static_cast<std::int64_t>(piece->bytes));
+    delete piece;
+  }
+  c10::DataPtr allocate(std::size_t wanted) override {
+    const c10::Device device(c10::DeviceType::CUDA, 0);
+    if (wanted == 0) return {nullptr, device};
+    const std::size_t bytes = (wanted + 4095) / 4096 * 4096;
+    void *address = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *numbers = std::aligned_alloc(4096, bytes);
+    TORCH_CHECK(address != MAP_FAILED && numbers != nullptr, "CUDA out of memory. Tried to allocate ", wanted, " bytes.");
+    count(static_cast<std::int64_t>(bytes));
+    return {address, new Piece{address, numbers, bytes}, &release, device};
+  }
+  // Where the numbers of a storage of the device are.
+  static void *numbers(const c10::StorageImpl *storage) {
+    const auto &data = storage->data_ptr();
+    if (data.get() == nullptr) return nullptr;
+    TORCH_CHECK(data.get_deleter() == &release, "rehearsal: memory that the device did not give out");
+    return static_cast<Piece *>(data.get_context())->numbers;
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  void copy_data(void *, const void *, std::size_t) const override { TORCH_CHECK(false, "rehearsal: copy_data"); }
+  bool initialized() override { return true; }
+  void emptyCache(c10::MempoolId_t) override {}
+  void recordStream(const c10::DataPtr &, c10::Stream) override {}
+  c10::CachingDeviceAllocator::DeviceStats getDeviceStats(c10::DeviceIndex) override { return stats; }
+  void resetAccumulatedStats(c10::DeviceIndex) override {}
+  void resetPeakStats(c10::DeviceIndex) override {
+    const std::lock_guard<std::mutex> guard(lock);
+    auto &all = stats.allocated_bytes[static_cast<std::size_t>(c10::CachingAllocator::StatType::AGGREGATE)];
+    all.peak = all.current;
+  }
+};
+
+// Page-locked memory of the host: ordinary memory that is remembered.
+struct Pinned final : c10::Allocator {
+  static std::set<void *> &pieces() {
+    static auto *pieces = new std::set<void *>;
+    return *pieces;
+  }
+  static std::mutex &lock() {
+    static auto *lock = new std::mutex;
+    return *lock;
+  }
+  static void release(void *memory) {
+    const std::lock_guard<std::mutex> guard(lock());
+    pieces().erase(memory);
+    std::free(memory);
+  }
+  c10::DataPtr allocate(std::size_t bytes) override {
+    void *memory = std::aligned_alloc(64, (bytes + 64) / 64 * 64);
+    const std::lock_guard<std::mutex> guard(lock());
+    pieces().insert(memory);
+    return {memory, memory, &release, c10::Device(c10::DeviceType::CPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
+  void copy_data(void *to, const void *from, std::size_t bytes) const override { default_copy_data(to, from, bytes); }
+};
+
+bool is_pinned(const Tensor &tensor) {
+  const std::lock_guard<std::mutex> guard(Pinned::lock());
+  return Pinned::pieces().count(tensor.storage().mutable_data()) > 0;
+}
+
+// ---- views between the two ------------------------------------------------------------------------------------------
+
+// Tensors of the CPU over the same memory as tensors of the device, for one call: those that share memory share it here.
+class HostViews {
+ public:
+  Tensor of(const Tensor &tensor) {
+    auto *storage = tensor.storage().unsafeGetStorageImpl();
+    auto found = storages_.find(storage);
+    if (found == storages_.end()) {
+      c10::DataPtr data(Memory::numbers(storage), c10::Device(c10::DeviceType::CPU));
+      c10::Storage seen(c10::Storage::use_byte_size_t(), storage->nbytes(), std::move(data), c10::GetCPUAllocator(), true);
+      found = storages_.emplace(storage, seen).first;
+    }
+    auto view = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(found->second), c10::DispatchKeySet(c10::DispatchKey::CPU),
+                                                         tensor.dtype());
+    view.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
+    seen_.emplace_back(tensor, view);
+    return view;
+  }
+
+  // The tensor of the device that a kernel's result is: one of those that were shown, or a new one.
+  Tensor result(const Tensor &host, const std::string &name) {
+    if (!host.defined()) return host;
+    for (const auto &[tensor, view] : seen_)
+      if (view.is_same(host)) return tensor;
+    for (const auto &[storage, seen] : storages_)
+      TORCH_CHECK(seen.unsafeGetStorageImpl() != host.storage().unsafeGetStorageImpl() || host.numel() == 0,
+                  "rehearsal: ", name, " is a view of its argument and has no kernel here");
+    return on_device(host);
+  }
+
+  // Results that the kernel made larger or smaller than what was shown.
+  void resized() {
+    for (auto &[tensor, view] : seen_) {
+      if (view.sizes() == tensor.sizes()) continue;
+      const auto made = on_device(view);
+      tensor.unsafeGetTensorImpl()->set_storage_keep_dtype(made.storage());
+      tensor.unsafeGetTensorImpl()->set_sizes_and_strides(made.sizes(), made.strides(), made.storage_offset());
+    }
+  }
+
+  static Tensor empty(at::IntArrayRef sizes, at::IntArrayRef strides, caffe2::TypeMeta type) {
+    const auto bytes = at::detail::computeStorageNbytes(sizes, strides, type.itemsize());
+    c10::Storage storage(c10::Storage::use_byte_size_t(), bytes, Memory::get().allocate(bytes), &Memory::get(), true);
+    auto made =
+        at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CUDA), type);
+    made.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, strides);
+    return made;
+  }
+
+  static Tensor on_device(const Tensor &host) {
+    auto made = empty(host.sizes(), host.strides(), host.dtype());
+    HostViews views;
+    views.of(made).copy_(host);
+    return made;
+  }
+
+ private:
+  std::unordered_map<c10::StorageImpl *, c10::Storage> storages_;
+  std::vector<std::pair<Tensor, Tensor>> seen_;
+};
+
+bool is_on_device(const Tensor &tensor) { return tensor.defined() && tensor.is_cuda(); }
+
+// ---- the fallback of every operator -----------------------------------------------------------------------------------
+
+// Where CUDA takes a tensor of the CPU: as a number, and as indices, which it copies.
+bool may_be_of_the_host(const Tensor &tensor, const std::string &name) {
+  if (tensor.dim() == 0) return true;
+  if (name.rfind("aten::index.", 0) == 0 || name.rfind("aten::_index_put_impl_", 0) == 0) {
+    counts.wait("indices of the host");
+    return true;
+  }
+  return false;
+}
+
+// The size of what these give depends on numbers of the device.
+bool waits(const std::string &name) {
+  for (const char *one : {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::bincount",
+                          "aten::unique_consecutive", "aten::equal", "aten::is_nonzero"})
+    if (name.rfind(one, 0) == 0) return true;
+  return false;
+}
+
+void fallback(const c10::OperatorHandle &operation, Stack *stack) {
+  const auto name = c10::toString(operation.operator_name());
+  const auto &schema = operation.schema();
+  const auto first = stack->size() - schema.arguments().size();
+  counts.kernel(name);
+  HostViews views;
+  const auto shown = [&](const Tensor &tensor) {
+    if (is_on_device(tensor)) return views.of(tensor);
+    TORCH_CHECK(!tensor.defined() || may_be_of_the_host(tensor, name),
+                "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! (", name,
+                ", a tensor of sizes ", tensor.sizes(), " is on the CPU)");
+    return tensor;
+  };
+  for (std::size_t index = first; index < stack->size(); index++) {
+    auto &argument = (*stack)[index];
+    if (argument.isTensor()) {
+      argument = shown(argument.toTensor());
+    } else if (argument.isTensorList()) {
+      c10::List<Tensor> list;
+      for (const Tensor &tensor : argument.toTensorVector()) list.push_back(shown(tensor));
+      argument = list;
+    } else if (argument.isOptionalTensorList()) {
+      c10::List<std::optional<Tensor>> list;
+      for (const std::optional<Tensor> &tensor : argument.toOptionalTensorList().vec())
+        list.push_back(tensor && tensor->defined() ? std::optional<Tensor>(shown(*tensor)) : tensor);
+      argument = list;
+    } else if (argument.isDevice()) {
+      argument = c10::Device(c10::DeviceType::CPU);
+    }
+  }
+  const at::AutoDispatchBelowADInplaceOrView below;
+  operation.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
+  views.resized();
+  bool is_number = waits(name);
+  for (auto &result : *stack) {
+    if (result.isTensor()) {
+      result = views.result(result.toTensor(), name);
+    } else if (result.isTensorList()) {
+      c10::List<Tensor> list;
+      for (const Tensor &tensor : result.toTensorVector()) list.push_back(views.result(tensor, name));
+      result = list;
+    } else {
+      is_number |= result.isScalar() || result.isBool();
+    }
+  }
+  if (is_number) counts.wait(name);
+}
+
+// ---- operators with a kernel of their own -----------------------------------------------------------------------------
+
+Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, std::optional<at::ScalarType> type,
+                     std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
+  return HostViews::empty(sizes, strides, c10::scalarTypeToTypeMeta(type.value_or(at::kFloat)));
+}
+
+Tensor empty(at::IntArrayRef sizes, std::optional<at::ScalarType> type, std::optional<at::Layout> layout,
+             std::optional<at::Device> device, std::optional<bool> pinned, std::optional<at::MemoryFormat>) {
+  TORCH_CHECK(!pinned.value_or(false), "Only dense CPU tensors can be pinned");
+  return empty_strided(sizes, c10::contiguous_strides(sizes), type, layout, device, pinned);
+}
+
+Tensor &copy_(Tensor &self, const Tensor &source, bool non_blocking) {
+  HostViews views;
+  const auto bytes = static_cast<long>(self.numel() * self.element_size());
+  if (self.is_cuda() && source.is_cuda()) {
+    counts.kernel("aten::copy_");
+  } else {
+    const bool to_device = self.is_cuda();
+    const auto &host = to_device ? source : self;
+    {
+      const std::lock_guard<std::mutex> guard(counts.lock);
+      (to_device ? counts.to_device : counts.to_host)++;
+      (to_device ? counts.to_device_bytes : counts.to_host_bytes) += bytes;
+    }
+    if (self.numel() > 0 && !(non_blocking && is_pinned(host)))
+      counts.wait(to_device ? "copy to the device" : "copy to the host");
+  }
+  const auto seen = [&](const Tensor &tensor) { return tensor.is_cuda() ? views.of(tensor) : tensor; };
+  seen(self).copy_(seen(source));
+  return self;
+}
+
+at::Scalar local_scalar_dense(const Tensor &self) {
+  counts.wait("a number read");
+  HostViews views;
+  return views.of(self).item();
+}
+
+const Tensor &resize_(const Tensor &self, at::IntArrayRef sizes, std::optional<at::MemoryFormat>) {
+  if (self.sizes() == sizes) return self;
+  const auto bytes = at::detail::computeStorageNbytesContiguous(sizes, self.element_size(), self.storage_offset());
+  auto *storage = self.storage().unsafeGetStorageImpl();
+  if (bytes > storage->nbytes()) {
+    auto larger = Memory::get().allocate(bytes);
+    if (storage->nbytes() > 0) std::memcpy(static_cast<Piece *>(larger.get_context())->numbers, Memory::numbers(storage), storage->nbytes());
+    storage->set_data_ptr_noswap(std::move(larger));
+    storage->set_nbytes(bytes);
+  }
+  self.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+  return self;
+}
+
+// Attention as CUDA's memory-efficient kernel takes it, written out. q [B, N, T, D], k and v [B, N, S, D].
+struct Weights {
+  Tensor scores, log_sum;  // [B, N, T, S], [B, N, T]
+};
+
+Weights weights_of(const Tensor &query, const Tensor &key, const std::optional<Tensor> &bias, bool causal, double scale) {
+  TORCH_CHECK(query.size(1) == key.size(1), "efficient attention: ", query.size(1), " heads of queries, ", key.size(1),
+              " of keys");
+  const auto wide = query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  auto scores = at::matmul(query.to(wide), key.to(wide).transpose(-2, -1)) * scale;
+  if (bias && bias->defined()) scores = scores + bias->to(wide);
+  if (causal) {
+    const auto visible = at::ones({query.size(2), key.size(2)}, at::kBool).tril();
+    scores = scores.masked_fill(visible.logical_not(), -std::numeric_limits<double>::infinity());
+  }
+  return {scores, scores.logsumexp(-1)};
+}
+
+double scale_of(const Tensor &query, std::optional<double> scale) {
+  return scale.value_or(1.0 / std::sqrt(static_cast<double>(query.size(-1))));
+}
+
+// What the real kernel asks of its arguments.
+void check_attention(const Tensor &query, const Tensor &key, const Tensor &value, const std::optional<Tensor> &bias) {
+  for (const Tensor *tensor : {&query, &key, &value}) {
+    TORCH_CHECK(tensor->is_cuda() && tensor->dim() == 4, "efficient attention: expected four dimensions on the device");
+    TORCH_CHECK(tensor->stride(-1) == 1, "efficient attention: the last dimension must be contiguous");
+    TORCH_CHECK(tensor->scalar_type() == at::kFloat || tensor->scalar_type() == at::kHalf ||
+                    tensor->scalar_type() == at::kBFloat16,
+                "efficient attention: expected float32, float16 or bfloat16, got ", tensor->scalar_type());
+  }
+  if (!bias || !bias->defined()) return;
+  TORCH_CHECK(bias->is_cuda() && bias->scalar_type() == query.scalar_type(), "efficient attention: the bias has type ",
+              bias->scalar_type());
+  for (int dim = 0; dim < 3; dim++)
+    TORCH_CHECK(bias->size(dim) == 1 || bias->stride(dim) % (16 / bias->element_size()) == 0,
+                "(*bias): last dimension must be aligned to 16 bytes");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> efficient_attention(const Tensor &query, const Tensor &key, const Tensor &value,
+                                                               const std::optional<Tensor> &bias, bool with_log_sum,
+                                                               double dropout, bool causal, std::optional<double> scale) {
+  counts.kernel("aten::_scaled_dot_product_efficient_attention");
+  check_attention(query, key, value, bias);
+  HostViews views;
+  const auto seen_bias = bias && bias->defined() ? std::optional<Tensor>(views.of(*bias)) : std::nullopt;
+  const auto [scores, log_sum] = weights_of(views.of(query), views.of(key), seen_bias, causal, scale_of(query, scale));
+  const auto weights = (scores - log_sum.unsqueeze(-1)).exp();
+  const auto output = at::matmul(weights, views.of(value).to(weights.scalar_type())).to(query.scalar_type());
+  // The kernel pads its rows to a multiple of 32.
+  const auto rows = log_sum.size(2), padded = (rows + 31) / 32 * 32;
+  auto sums = at::zeros({log_sum.size(0), log_sum.size(1), with_log_sum ? padded : 0}, at::kFloat);
+  if (with_log_sum) sums.narrow(2, 0, rows).copy_(log_sum);
+  const auto none = HostViews::on_device(at::zeros({}, at::kLong));
+  return {HostViews::on_device(output), HostViews::on_device(sums), none, none};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> efficient_attention_backward(
+    const Tensor &slope, const Tensor &query, const Tensor &key, const Tensor &value, const Tensor &bias,
+    const Tensor &output, const Tensor &log_sum, const Tensor &, const Tensor &, double, std::array<bool, 4>, bool causal,
+    std::optional<double> scale) {
+  counts.kernel("aten::_scaled_dot_product_efficient_attention_backward");
+  check_attention(query, key, value, bias);
+  TORCH_CHECK(log_sum.size(2) % 32 == 0, "efficient attention: log-sum-exp of ", log_sum.size(2), " rows is not padded");
+  HostViews views;
+  const auto q = views.of(query), k = views.of(key), v = views.of(value), s = views.of(slope), o = views.of(output);
+  const auto seen_bias = bias.defined() ? std::optional<Tensor>(views.of(bias)) : std::nullopt;
+  const auto factor = scale_of(query, scale);
+  const auto scores = weights_of(q, k, seen_bias, causal, factor).scores;
+  const auto wide = scores.scalar_type();
+  const auto weights = (scores - views.of(log_sum).narrow(2, 0, q.size(2)).unsqueeze(-1).to(wide)).exp();
+  const auto common = (s.to(wide) * o.to(wide)).sum(-1, true);
+  const auto of_scores = weights * (at::matmul(s.to(wide), v.to(wide).transpose(-2, -1)) - common);
+  const auto narrow = [&](const Tensor &tensor) { return HostViews::on_device(tensor.to(query.scalar_type())); };
+  return {narrow(at::matmul(of_scores, k.to(wide)) * factor), narrow(at::matmul(of_scores.transpose(-2, -1), q.to(wide)) * factor),
+          narrow(at::matmul(weights.transpose(-2, -1), s.to(wide))), Tensor()};
+}
+
+// Products of 16-bit factors that are added up and kept in float32.
+Tensor wide_product(const Tensor &left, const Tensor &right, at::ScalarType type) {
+  TORCH_CHECK(left.is_cuda() && right.is_cuda(), "Expected all tensors to be on the same device (mm.dtype)");
+  TORCH_CHECK(left.scalar_type() == right.scalar_type() &&
+                  (type == left.scalar_type() ||
+                   (type == at::kFloat && (left.scalar_type() == at::kHalf || left.scalar_type() == at::kBFloat16))),
+              "out_dtype must be the same as input dtype or fp32 for fp16/bf16 inputs");
+  HostViews views;
+  return at::mm(views.of(left).to(type), views.of(right).to(type));
+}
+
+Tensor mm_dtype(const Tensor &left, const Tensor &right, at::ScalarType type) {
+  counts.kernel("aten::mm.dtype");
+  return HostViews::on_device(wide_product(left, right, type));
+}
+
+Tensor &addmm_dtype_out(const Tensor &self, const Tensor &left, const Tensor &right, at::ScalarType type,
+                        const at::Scalar &beta, const at::Scalar &alpha, Tensor &out) {
+  counts.kernel("aten::addmm.dtype_out");
+  HostViews views;
+  views.of(out).copy_(views.of(self) * beta + wide_product(left, right, type) * alpha);
+  return out;
+}
+
+std::int64_t choose_attention(const Tensor &query, const Tensor &, const Tensor &, const std::optional<Tensor> &, double,
+                              bool, std::optional<double>, bool) {
+  const bool narrow = query.scalar_type() != at::kDouble;
+  return static_cast<std::int64_t>(narrow ? sdp::SDPBackend::efficient_attention : sdp::SDPBackend::math);
+}
+
+TORCH_LIBRARY_IMPL(_, CUDA, library) {
+  library.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>());
+}
+
+TORCH_LIBRARY_IMPL(aten, CUDA, library) {
+  library.impl("empty.memory_format", TORCH_FN(empty));
+  library.impl("empty_strided", TORCH_FN(empty_strided));
+  library.impl("copy_", TORCH_FN(copy_));
+  library.impl("_local_scalar_dense", TORCH_FN(local_scalar_dense));
+  library.impl("resize_", TORCH_FN(resize_));
+  library.impl("as_strided", TORCH_FN(at::native::as_strided_tensorimpl));
+  library.impl("view", TORCH_FN(at::native::view));
+  library.impl("_reshape_alias", TORCH_FN(at::native::_reshape_alias));
+  library.impl("unfold", TORCH_FN(at::native::unfold));
+  library.impl("set_.source_Storage_storage_offset", TORCH_FN(at::native::set_storage_cpu_));
+  library.impl("_scaled_dot_product_efficient_attention", TORCH_FN(efficient_attention));
+  library.impl("_scaled_dot_product_efficient_attention_backward", TORCH_FN(efficient_attention_backward));
+  library.impl("mm.dtype", TORCH_FN(mm_dtype));
+  library.impl("addmm.dtype_out", TORCH_FN(addmm_dtype_out));
+}
+
+// ---- what libtorch asks of its CUDA half ------------------------------------------------------------------------------
+
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+  static constexpr c10::DeviceType static_type = c10::DeviceType::CUDA;
+  c10::Device one() const { return {c10::DeviceType::CUDA, 0}; }
+  c10::DeviceType type() const override { return static_type; }
+  c10::Device exchangeDevice(c10::Device) const override { return one(); }
+  c10::Device getDevice() const override { return one(); }
+  void setDevice(c10::Device device) const override {
+    TORCH_CHECK(device.index() <= 0, "CUDA error: invalid device ordinal");
+  }
+  void uncheckedSetDevice(c10::Device) const noexcept override {}
+  c10::Stream stream() const { return c10::Stream(c10::Stream::DEFAULT, one()); }
+  c10::Stream getStream(c10::Device) const override { return stream(); }
+  c10::Stream getDefaultStream(c10::Device) const override { return stream(); }
+  c10::Stream getNewStream(c10::Device, int) const override { return stream(); }
+  c10::Stream getStreamFromGlobalPool(c10::Device, bool) const override { return stream(); }
+  c10::Stream exchangeStream(c10::Stream) const override { return stream(); }
+  void destroyEvent(void *, const c10::DeviceIndex) const noexcept override {}
+  void record(void **, const c10::Stream &, const c10::DeviceIndex, const c10::EventFlag) const override {}
+  void block(void *, const c10::Stream &) const override {}
+  bool queryEvent(void *) const override { return true; }
+  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+  bool queryStream(const c10::Stream &) const override { return true; }
+  void synchronizeStream(const c10::Stream &) const override { counts.wait("a stream"); }
+  void synchronizeEvent(void *) const override {}
+  void synchronizeDevice(const c10::DeviceIndex) const override { counts.wait("synchronize"); }
+  void recordDataPtrOnStream(const c10::DataPtr &, const c10::Stream &) const override {}
+};
+C10_REGISTER_GUARD_IMPL(CUDA, Guard)
+
+const struct Register {
+  Register() {
+    c10::SetAllocator(c10::DeviceType::CUDA, &Memory::get(), /*priority=*/100);
+    at::native::_fused_sdp_choice_stub.set_cuda_dispatch_ptr(&choose_attention);
+  }
+} registered;
+
+}  // namespace rehearsal
+
+namespace at {
+
+// libtorch looks this name up.
+struct CUDAHooks final : CUDAHooksInterface {
+  explicit CUDAHooks(CUDAHooksArgs) {}
+  void init() const override {}
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasCUDA() const override { return true; }
+  bool hasCUDART() const override { return true; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  DeviceIndex deviceCount() const override { return 1; }
+  int getNumGPUs() const override { return 1; }
+  DeviceIndex current_device() const override { return 0; }
+  DeviceIndex getCurrentDevice() const override { return 0; }
+  void setCurrentDevice(DeviceIndex) const override {}
+  DeviceIndex exchangeDevice(DeviceIndex) const override { return 0; }
+  DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
+  bool isPinnedPtr(const void *data) const override {
+    const std::lock_guard<std::mutex> guard(rehearsal::Pinned::lock());
+    return rehearsal::Pinned::pieces().count(const_cast<void *>(data)) > 0;
+  }
+  // Seeded with the others; kernels that draw take the CPU's own.
+  const Generator &getDefaultGenerator(DeviceIndex) const override {
+    static const auto generator = detail::createCPUGenerator();
+    return generator;
+  }
+  Allocator *getPinnedMemoryAllocator() const override {
+    static auto *pinned = new rehearsal::Pinned;
+    return pinned;
+  }
+  Allocator *getCUDADeviceAllocator() const override { return &rehearsal::Memory::get(); }
+  Device getDeviceFromPtr(void *) const override { return {DeviceType::CUDA, 0}; }
+  void deviceSynchronize(DeviceIndex) const override { rehearsal::counts.wait("synchronize"); }
+  std::string showConfig() const override { return "rehearsal of CUDA on the CPU"; }
+};
+REGISTER_CUDA_HOOKS(CUDAHooks)
+
+}  // namespace at
