@@ -1,23 +1,22 @@
 // A stand-in for libtorch's CUDA half, for machines without a GPU: it calls itself CUDA and computes on the CPU.
 //
 // Placed beside libtorch_cpu.so as libtorch_cuda.so, it is opened by the unchanged program, whose `--device cuda` then
-// goes every way that it goes on a GPU. What shows up here instead of there: tensors of the CPU among those of the device,
-// memory of the device that is read as if it were the host's, operators that CUDA does not have, and how often the host
-// waits for the device. What cannot show up: the limits of real kernels, their rounding, and time.
+// goes every way that it goes on a GPU. What shows up here instead of there: tensors of the CPU among those of the
+// device, memory of the device that is read as if it were the host's, and how often the host waits for the device. What
+// cannot show up: the limits of real kernels, their rounding, and time.
 //
 // Every operator goes through one fallback. It refuses tensors of two devices, as CUDA's kernels do, shows the CPU's
 // kernel the device's memory, and hands its results back as tensors of the device. An address of the device is one that
 // nothing is behind: the numbers lie elsewhere, and who reads it as the host's memory is ended by the system.
 //
-// REHEARSAL_COUNTS names a file for what was counted: kernels by operator, copies, and waits of the host.
+// REHEARSAL_COUNTS names a file for what was counted: kernels by operator, and waits of the host by their reason.
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/native/DispatchStub.h>
-#include <ATen/native/Resize.h>
 #include <ATen/native/transformers/attention.h>
 #include <ATen/native/transformers/sdp_utils_cpp.h>
 #include <ATen/ops/_reshape_alias_native.h>
@@ -31,7 +30,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <fstream>
 #include <map>
@@ -51,7 +49,6 @@ using torch::jit::Stack;
 struct Counts {
   std::mutex lock;
   std::map<std::string, long> kernels, waits;
-  long to_device = 0, to_host = 0, to_device_bytes = 0, to_host_bytes = 0;
 
   void kernel(const std::string &name) {
     const std::lock_guard<std::mutex> guard(lock);
@@ -70,8 +67,7 @@ struct Counts {
       const char *comma = "";
       for (const auto &[name, count] : counts) file << comma << '"' << name << "\": " << count, comma = ", ";
     };
-    file << "{\"waits\": {", list(waits), file << "}, \"to_device\": " << to_device << ", \"to_host\": " << to_host;
-    file << ", \"to_device_bytes\": " << to_device_bytes << ", \"to_host_bytes\": " << to_host_bytes << ", \"kernels\": {";
+    file << "{\"waits\": {", list(waits), file << "}, \"kernels\": {";
     list(kernels), file << "}}\n";
   }
 };
@@ -113,7 +109,8 @@ struct Memory final : c10::DeviceAllocator {
     const std::size_t bytes = (wanted + 4095) / 4096 * 4096;
     void *address = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     void *numbers = std::aligned_alloc(4096, bytes);
-    TORCH_CHECK(address != MAP_FAILED && numbers != nullptr, "CUDA out of memory. Tried to allocate ", wanted, " bytes.");
+    const bool there = address != MAP_FAILED && numbers != nullptr;
+    TORCH_CHECK(there, "CUDA out of memory. Tried to allocate ", wanted, " bytes.");
     count(static_cast<std::int64_t>(bytes));
     return {address, new Piece{address, numbers, bytes}, &release, device};
   }
@@ -170,7 +167,7 @@ bool is_pinned(const Tensor &tensor) {
 
 // ---- views between the two ------------------------------------------------------------------------------------------
 
-// Tensors of the CPU over the same memory as tensors of the device, for one call: those that share memory share it here.
+// Tensors of the CPU over the numbers of tensors of the device, for one call: those that share memory share it here.
 class HostViews {
  public:
   Tensor of(const Tensor &tensor) {
@@ -178,11 +175,12 @@ class HostViews {
     auto found = storages_.find(storage);
     if (found == storages_.end()) {
       c10::DataPtr data(Memory::numbers(storage), c10::Device(c10::DeviceType::CPU));
-      c10::Storage seen(c10::Storage::use_byte_size_t(), storage->nbytes(), std::move(data), c10::GetCPUAllocator(), true);
+      const auto bytes = storage->nbytes();
+      c10::Storage seen(c10::Storage::use_byte_size_t(), bytes, std::move(data), c10::GetCPUAllocator(), true);
       found = storages_.emplace(storage, seen).first;
     }
-    auto view = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(found->second), c10::DispatchKeySet(c10::DispatchKey::CPU),
-                                                         tensor.dtype());
+    const c10::DispatchKeySet keys(c10::DispatchKey::CPU);
+    auto view = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(found->second), keys, tensor.dtype());
     view.unsafeGetTensorImpl()->set_sizes_and_strides(tensor.sizes(), tensor.strides(), tensor.storage_offset());
     seen_.emplace_back(tensor, view);
     return view;
@@ -232,7 +230,7 @@ class HostViews {
 
 bool is_on_device(const Tensor &tensor) { return tensor.defined() && tensor.is_cuda(); }
 
-// ---- the fallback of every operator -----------------------------------------------------------------------------------
+// ---- the fallback of every operator ---------------------------------------------------------------------------------
 
 // Where CUDA takes a tensor of the CPU: as a number, and as indices, which it copies.
 bool may_be_of_the_host(const Tensor &tensor, const std::string &name) {
@@ -246,8 +244,8 @@ bool may_be_of_the_host(const Tensor &tensor, const std::string &name) {
 
 // The size of what these give depends on numbers of the device.
 bool waits(const std::string &name) {
-  for (const char *one : {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim", "aten::bincount",
-                          "aten::unique_consecutive", "aten::equal", "aten::is_nonzero"})
+  for (const char *one : {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim",
+                          "aten::unique_consecutive", "aten::bincount", "aten::equal", "aten::is_nonzero"})
     if (name.rfind(one, 0) == 0) return true;
   return false;
 }
@@ -261,8 +259,8 @@ void fallback(const c10::OperatorHandle &operation, Stack *stack) {
   const auto shown = [&](const Tensor &tensor) {
     if (is_on_device(tensor)) return views.of(tensor);
     TORCH_CHECK(!tensor.defined() || may_be_of_the_host(tensor, name),
-                "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! (", name,
-                ", a tensor of sizes ", tensor.sizes(), " is on the CPU)");
+                "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! (",
+                name, ", a tensor of sizes ", tensor.sizes(), " is on the CPU)");
     return tensor;
   };
   for (std::size_t index = first; index < stack->size(); index++) {
@@ -300,7 +298,7 @@ void fallback(const c10::OperatorHandle &operation, Stack *stack) {
   if (is_number) counts.wait(name);
 }
 
-// ---- operators with a kernel of their own -----------------------------------------------------------------------------
+// ---- operators with a kernel of their own ---------------------------------------------------------------------------
 
 Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, std::optional<at::ScalarType> type,
                      std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
@@ -315,17 +313,11 @@ Tensor empty(at::IntArrayRef sizes, std::optional<at::ScalarType> type, std::opt
 
 Tensor &copy_(Tensor &self, const Tensor &source, bool non_blocking) {
   HostViews views;
-  const auto bytes = static_cast<long>(self.numel() * self.element_size());
   if (self.is_cuda() && source.is_cuda()) {
     counts.kernel("aten::copy_");
   } else {
     const bool to_device = self.is_cuda();
     const auto &host = to_device ? source : self;
-    {
-      const std::lock_guard<std::mutex> guard(counts.lock);
-      (to_device ? counts.to_device : counts.to_host)++;
-      (to_device ? counts.to_device_bytes : counts.to_host_bytes) += bytes;
-    }
     if (self.numel() > 0 && !(non_blocking && is_pinned(host)))
       counts.wait(to_device ? "copy to the device" : "copy to the host");
   }
@@ -346,7 +338,8 @@ const Tensor &resize_(const Tensor &self, at::IntArrayRef sizes, std::optional<a
   auto *storage = self.storage().unsafeGetStorageImpl();
   if (bytes > storage->nbytes()) {
     auto larger = Memory::get().allocate(bytes);
-    if (storage->nbytes() > 0) std::memcpy(static_cast<Piece *>(larger.get_context())->numbers, Memory::numbers(storage), storage->nbytes());
+    if (storage->nbytes() > 0)
+      std::memcpy(static_cast<Piece *>(larger.get_context())->numbers, Memory::numbers(storage), storage->nbytes());
     storage->set_data_ptr_noswap(std::move(larger));
     storage->set_nbytes(bytes);
   }
@@ -359,7 +352,8 @@ struct Weights {
   Tensor scores, log_sum;  // [B, N, T, S], [B, N, T]
 };
 
-Weights weights_of(const Tensor &query, const Tensor &key, const std::optional<Tensor> &bias, bool causal, double scale) {
+Weights weights_of(const Tensor &query, const Tensor &key, const std::optional<Tensor> &bias, bool causal,
+                   double scale) {
   TORCH_CHECK(query.size(1) == key.size(1), "efficient attention: ", query.size(1), " heads of queries, ", key.size(1),
               " of keys");
   const auto wide = query.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -393,9 +387,10 @@ void check_attention(const Tensor &query, const Tensor &key, const Tensor &value
                 "(*bias): last dimension must be aligned to 16 bytes");
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> efficient_attention(const Tensor &query, const Tensor &key, const Tensor &value,
-                                                               const std::optional<Tensor> &bias, bool with_log_sum,
-                                                               double dropout, bool causal, std::optional<double> scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> efficient_attention(const Tensor &query, const Tensor &key,
+                                                               const Tensor &value, const std::optional<Tensor> &bias,
+                                                               bool with_log_sum, double dropout, bool causal,
+                                                               std::optional<double> scale) {
   counts.kernel("aten::_scaled_dot_product_efficient_attention");
   check_attention(query, key, value, bias);
   HostViews views;
@@ -411,13 +406,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> efficient_attention(const Tensor &que
   return {HostViews::on_device(output), HostViews::on_device(sums), none, none};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> efficient_attention_backward(
-    const Tensor &slope, const Tensor &query, const Tensor &key, const Tensor &value, const Tensor &bias,
-    const Tensor &output, const Tensor &log_sum, const Tensor &, const Tensor &, double, std::array<bool, 4>, bool causal,
-    std::optional<double> scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> efficient_attention_backward(const Tensor &slope, const Tensor &query,
+                                                                        const Tensor &key, const Tensor &value,
+                                                                        const Tensor &bias, const Tensor &output,
+                                                                        const Tensor &log_sum, const Tensor &,
+                                                                        const Tensor &, double, std::array<bool, 4>,
+                                                                        bool causal, std::optional<double> scale) {
   counts.kernel("aten::_scaled_dot_product_efficient_attention_backward");
   check_attention(query, key, value, bias);
-  TORCH_CHECK(log_sum.size(2) % 32 == 0, "efficient attention: log-sum-exp of ", log_sum.size(2), " rows is not padded");
+  TORCH_CHECK(log_sum.size(2) % 32 == 0, "efficient attention: log-sum-exp of ", log_sum.size(2),
+              " rows is not padded");
   HostViews views;
   const auto q = views.of(query), k = views.of(key), v = views.of(value), s = views.of(slope), o = views.of(output);
   const auto seen_bias = bias.defined() ? std::optional<Tensor>(views.of(bias)) : std::nullopt;
@@ -428,7 +426,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> efficient_attention_backward(
   const auto common = (s.to(wide) * o.to(wide)).sum(-1, true);
   const auto of_scores = weights * (at::matmul(s.to(wide), v.to(wide).transpose(-2, -1)) - common);
   const auto narrow = [&](const Tensor &tensor) { return HostViews::on_device(tensor.to(query.scalar_type())); };
-  return {narrow(at::matmul(of_scores, k.to(wide)) * factor), narrow(at::matmul(of_scores.transpose(-2, -1), q.to(wide)) * factor),
+  return {narrow(at::matmul(of_scores, k.to(wide)) * factor),
+          narrow(at::matmul(of_scores.transpose(-2, -1), q.to(wide)) * factor),
           narrow(at::matmul(weights.transpose(-2, -1), s.to(wide))), Tensor()};
 }
 
@@ -456,15 +455,13 @@ Tensor &addmm_dtype_out(const Tensor &self, const Tensor &left, const Tensor &ri
   return out;
 }
 
-std::int64_t choose_attention(const Tensor &query, const Tensor &, const Tensor &, const std::optional<Tensor> &, double,
-                              bool, std::optional<double>, bool) {
+std::int64_t choose_attention(const Tensor &query, const Tensor &, const Tensor &, const std::optional<Tensor> &,
+                              double, bool, std::optional<double>, bool) {
   const bool narrow = query.scalar_type() != at::kDouble;
   return static_cast<std::int64_t>(narrow ? sdp::SDPBackend::efficient_attention : sdp::SDPBackend::math);
 }
 
-TORCH_LIBRARY_IMPL(_, CUDA, library) {
-  library.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>());
-}
+TORCH_LIBRARY_IMPL(_, CUDA, library) { library.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }
 
 TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("empty.memory_format", TORCH_FN(empty));
@@ -483,7 +480,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("addmm.dtype_out", TORCH_FN(addmm_dtype_out));
 }
 
-// ---- what libtorch asks of its CUDA half ------------------------------------------------------------------------------
+// ---- what libtorch asks of its CUDA half ----------------------------------------------------------------------------
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   static constexpr c10::DeviceType static_type = c10::DeviceType::CUDA;
