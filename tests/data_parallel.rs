@@ -25,7 +25,7 @@ use crate::fixture::{Workspace, json_of, specforge};
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 /// A rank that waits longer for a peer fails.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(600);
 
 /// Runs `body` on `ranks` ranks, a thread each; on a process without a group where that is 0.
 fn on_ranks<T: Send>(ranks: usize, body: impl Fn(&ProcessGroup) -> T + Sync) -> Vec<T> {

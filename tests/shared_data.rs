@@ -11,9 +11,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::fixture::{conversations, specforge, stderr_of, write_model};
-
-/// No wait in this file is longer.
-const PATIENCE: Duration = Duration::from_secs(120);
+use crate::processes::PATIENCE;
 
 /// A folder with a model and conversations, where the cache will be too.
 fn folder_with(lines: &str) -> TempDir {

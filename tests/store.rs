@@ -14,13 +14,12 @@ use tch::{Device, Kind};
 
 use crate::fixture::{Workspace, contents, conversations, json_of, litter, model_config, model_tensors, output_of};
 use crate::fixture::{specforge, stderr_of, write_model};
+use crate::processes::PATIENCE;
 
 mod eagle3;
 mod tampered;
 
 const ELEMENTS: [&str; 3] = ["float32", "bfloat16", "float8"];
-/// No wait in this file is longer.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 fn capture_command(workspace: &Workspace, out: &str, arguments: &[&str]) -> Command {
     let mut command = specforge(&["capture", "--json", "--device", "cpu", "--config"]);

@@ -8,6 +8,7 @@ use specforge::weights;
 
 use crate::fixture::{Workspace, contents, conversations, json_of, largest_difference, model_config, model_tensors};
 use crate::fixture::{litter, output_of, stderr_of, tensors_of};
+use crate::processes::PATIENCE;
 
 #[test]
 fn weights_do_not_depend_on_the_micro_batch_size() {
@@ -77,7 +78,7 @@ fn memory_does_not_grow_with_rows_times_vocabulary() {
     let status = format!("/proc/{}/status", child.id());
     let (mut peak, started) = (0, Instant::now());
     while child.try_wait().unwrap().is_none() {
-        assert!(started.elapsed() < Duration::from_secs(120), "the run hangs");
+        assert!(started.elapsed() < PATIENCE, "the run hangs");
         let text = fs::read_to_string(&status).unwrap_or_default();
         let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
         let kibibytes = line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse::<u64>().ok());

@@ -5,6 +5,7 @@
 use std::any::Any;
 use std::backtrace::Backtrace;
 use std::env;
+use std::ffi::{c_char, c_int};
 use std::panic::{self, PanicHookInfo};
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
@@ -12,11 +13,16 @@ use std::sync::{Mutex, PoisonError};
 use clap::Parser;
 use specforge::cli::Cli;
 use specforge::error::Error;
-use specforge::{launch, memory};
+use specforge::{launch, memory, threads};
 
 /// Where the latest panic happened, as FILE:LINE. The panic itself, which may cross threads, does not carry it. Some are
 /// caught and no mistake, so the first need not be the one that ends the program.
 static PANICKED_AT: Mutex<String> = Mutex::new(String::new());
+
+/// Called by the loader before libgomp reads how its threads shall wait.
+#[used]
+#[unsafe(link_section = ".preinit_array")]
+static BEFORE_LIBRARIES: unsafe extern "C" fn(c_int, *const *const c_char, *const *const c_char) = threads::sleep_soon;
 
 fn main() -> ExitCode {
     memory::keep_freed();

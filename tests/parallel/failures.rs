@@ -12,7 +12,7 @@ use specforge::nn::noise;
 
 use super::{launch_command, medusa};
 use crate::fixture::{Workspace, json_of, litter, output_of, stderr_of};
-use crate::processes::{children, is_alive, logged_step, signal, wait_for};
+use crate::processes::{PATIENCE, children, is_alive, logged_step, signal, wait_for};
 
 const STEPS: u64 = 40;
 
@@ -49,11 +49,11 @@ fn kill_one(child: &mut Child, ranks: &[u32], random: u64) -> bool {
     signal(victim, "KILL");
     let killed = Instant::now();
     wait_for(child, || false);
-    assert!(killed.elapsed() < Duration::from_secs(15), "the launcher took {:?} to end", killed.elapsed());
+    assert!(killed.elapsed() < PATIENCE, "the launcher took {:?} to end", killed.elapsed());
     let hit = !child.wait().unwrap().success();
     let gone = || ranks.iter().all(|&rank| !is_alive(rank));
     while !gone() {
-        assert!(killed.elapsed() < Duration::from_secs(15), "a rank outlives its launcher");
+        assert!(killed.elapsed() < PATIENCE, "a rank outlives its launcher");
         sleep(Duration::from_millis(5));
     }
     hit

@@ -9,6 +9,7 @@ use crate::device::{self, CudaState};
 use crate::dist::nccl;
 use crate::error::Result;
 use crate::shim;
+use crate::threads;
 
 #[derive(Serialize)]
 struct Report {
@@ -16,6 +17,7 @@ struct Report {
     libtorch_folder: String,
     blas: String,
     cpu_threads: i32,
+    idle_threads: String,
     devices: Vec<String>,
     cuda: String,
     nccl: String,
@@ -38,6 +40,7 @@ pub(super) fn run(output: &Output) -> Result<()> {
             .map_or_else(|| "unknown".to_owned(), |path| path.display().to_string()),
         blas: blas(&build),
         cpu_threads: tch::get_num_threads(),
+        idle_threads: threads::waiting(),
         devices,
         cuda,
         nccl: match device::nccl() {
@@ -57,7 +60,7 @@ pub(super) fn run(output: &Output) -> Result<()> {
             ("specforge", text("specforge")),
             ("libtorch", format!("{} in {}", text("libtorch"), report.libtorch_folder)),
             ("devices", report.devices.join(", ")),
-            ("threads", report.cpu_threads.to_string()),
+            ("threads", format!("{}, which {} when idle", report.cpu_threads, report.idle_threads)),
             ("blas", report.blas.clone()),
             ("cuda", report.cuda.clone()),
             ("nccl", report.nccl.clone()),

@@ -229,7 +229,8 @@ pub(crate) mod tests {
 
     use super::*;
 
-    const TIMEOUT: Duration = Duration::from_secs(20);
+    /// Far longer than anything takes, on a busy machine too.
+    pub(crate) const TIMEOUT: Duration = Duration::from_secs(240);
     const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
     /// Runs `body` on `world_size` ranks, a thread each, and returns what they returned in order of rank.

@@ -316,12 +316,10 @@ mod tests {
     use super::super::group::ReduceOp;
     use super::*;
 
-    const QUICK: Rhythm = Rhythm {
-        beat: Duration::from_millis(30),
-        silence: Duration::from_millis(600),
-        farewell: Duration::from_millis(300),
-    };
-    const TIMEOUT: Duration = Duration::from_secs(10);
+    /// Short enough for a test, long enough for threads that wait for a core beside other work.
+    const QUICK: Rhythm =
+        Rhythm { beat: Duration::from_millis(30), silence: Duration::from_secs(4), farewell: Duration::from_secs(2) };
+    const TIMEOUT: Duration = Duration::from_secs(120);
 
     fn free_port() -> u16 {
         TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port()
@@ -357,13 +355,14 @@ mod tests {
     /// A rank that takes far longer than any limit of this test's collectives, and than what counts as silence.
     #[test]
     fn slow_work_meets_no_limit() {
+        const COLLECTIVE: Duration = Duration::from_secs(3);
         let sums = meet(3, |meeting| {
             if meeting.placement().rank == 1 {
-                thread::sleep(QUICK.silence * 2);
+                thread::sleep(QUICK.silence + 2 * COLLECTIVE);
             }
             meeting.wait_for_all("the data")?;
             meeting.wait_for_all("the draft")?;
-            let group = meeting.group(Device::Cpu, Duration::from_millis(500))?;
+            let group = meeting.group(Device::Cpu, COLLECTIVE)?;
             let sum = Tensor::from_slice(&[group.rank() as f64]);
             group.all_reduce(&sum, ReduceOp::Sum)?;
             // Nobody leaves before the others are done.

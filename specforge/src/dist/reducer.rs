@@ -165,23 +165,30 @@ mod tests {
         }
     }
 
-    /// A bucket is back before the last gradient is even announced.
+    /// A bucket is back before the last gradient is even announced. How long its sum takes is the machine's affair, so the
+    /// rest of the backward pass takes longer and longer; a sum that waits for the end is never there before.
     #[test]
     fn a_bucket_is_summed_while_later_gradients_are_computed() {
-        let all = on_ranks(2, |group| {
+        let overlaps = |rest: u64| {
+            let all = times_of_two_ranks(Duration::from_millis(rest));
+            assert!(all.iter().all(|times| times.len() == 3));
+            all.iter().all(|times| times[0].launched < times[0].finished && times[0].finished < times[1].launched)
+        };
+        assert!([200, 1000, 5000, 20_000].into_iter().any(overlaps));
+    }
+
+    /// When the buckets of each rank were sent and were back, with so much work behind the first gradient.
+    fn times_of_two_ranks(rest: Duration) -> Vec<Vec<BucketTime>> {
+        on_ranks(2, |group| {
             let mut gradients: Vec<Tensor> = (0..3).map(|index| gradient(group.rank(), 0, index)).collect();
             let mut reducer = Reducer::new(group, &gradients, 8000).unwrap();
             for _ in 0..2 {
                 reducer.prepare().unwrap();
                 reducer.ready(0, &gradients[0]).unwrap();
-                thread::sleep(Duration::from_millis(300)); // the rest of the backward pass
+                thread::sleep(rest);
                 reducer.finish(&mut gradients).unwrap();
             }
             reducer.times().unwrap()
-        });
-        for times in all {
-            assert_eq!(times.len(), 3);
-            assert!(times[0].launched < times[0].finished && times[0].finished < times[1].launched, "{times:?}");
-        }
+        })
     }
 }

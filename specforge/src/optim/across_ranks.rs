@@ -7,7 +7,7 @@ use tch::{Kind, Tensor};
 
 use super::{AdamW, NonFinite, OptimConfig, ParameterSlot};
 use crate::dist::ProcessGroup;
-use crate::dist::group::tests::on_ranks;
+use crate::dist::group::tests::{TIMEOUT, on_ranks};
 use crate::error::Error;
 use crate::nn::noise;
 use crate::weights::{WeightsFolder, write_tensors, writer::host_bytes};
@@ -24,8 +24,8 @@ const SHAPES: [(&str, &[i64], f64); 7] = [
     ("scale", &[], 1.0),
 ];
 const KINDS: [Kind; 3] = [Kind::Float, Kind::BFloat16, Kind::Double];
-/// Twenty seconds pass before a rank gives up on its peers.
-const SOON: Duration = Duration::from_secs(10);
+/// A rank gives up on its peers after twice that.
+const SOON: Duration = Duration::from_secs(TIMEOUT.as_secs() / 2);
 
 /// As [`on_ranks`]; no rank hangs up before the others are done, or even have met.
 fn together<T: Send>(world_size: usize, body: impl Fn(&ProcessGroup) -> T + Sync) -> Vec<T> {
