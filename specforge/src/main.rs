@@ -8,11 +8,12 @@ use std::env;
 use std::panic::{self, PanicHookInfo};
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
+use std::thread;
 
 use clap::Parser;
 use specforge::cli::Cli;
 use specforge::error::Error;
-use specforge::{launch, memory};
+use specforge::{files, launch, memory};
 
 /// Where the latest panic happened, as FILE:LINE. The panic itself, which may cross threads, does not carry it. Some are
 /// caught and no mistake, so the first need not be the one that ends the program.
@@ -30,6 +31,10 @@ fn main() -> ExitCode {
     let Err(error) = outcome else {
         return ExitCode::SUCCESS;
     };
+    // A signal ends this process just now, and whatever failed did because of that.
+    while files::is_abandoned() {
+        thread::park();
+    }
     eprintln!("error: {error}");
     if let Some(hint) = error.hint() {
         eprintln!("hint: {hint}");

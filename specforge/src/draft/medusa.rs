@@ -37,6 +37,7 @@ pub const ALGORITHM: Algorithm = Algorithm {
     name: "medusa",
     summary: "several heads on the target's last hidden state (Cai et al. 2024)",
     selection_metric: "simulated_acceptance_length",
+    figures,
     resolve: |section| Ok(json!(MedusaConfig::read(section)?)),
     size: |section, target| {
         let draft_vocabulary = vocabulary::draft_size(section, target.vocab_size)?;
@@ -320,6 +321,15 @@ impl Medusa {
 /// Averages kept for every head.
 const METRICS: [&str; 4] = ["loss", "top1", "top5", "chain"];
 
+fn figures(section: &Value) -> Result<Vec<String>> {
+    Ok(ALGORITHM.figures_with(metric_names(&MedusaConfig::read(section)?)))
+}
+
+fn metric_names(config: &MedusaConfig) -> Vec<String> {
+    let heads = 1..=config.num_heads;
+    heads.flat_map(|head| METRICS.map(|metric| format!("head{head}/{metric}"))).collect()
+}
+
 impl DraftModel for Medusa {
     fn algorithm(&self) -> &'static Algorithm {
         &ALGORITHM
@@ -334,8 +344,7 @@ impl DraftModel for Medusa {
     }
 
     fn metrics(&self) -> Vec<String> {
-        let heads = 1..=self.config.num_heads;
-        heads.flat_map(|head| METRICS.map(|metric| format!("head{head}/{metric}"))).collect()
+        metric_names(&self.config)
     }
 
     fn summary(&self, averages: &[f64]) -> Vec<(String, f64)> {

@@ -41,6 +41,7 @@ pub const ALGORITHM: Algorithm = Algorithm {
     name: "eagle3",
     summary: "one layer on three of the target's hidden states, trained on its own drafts (Li et al. 2025)",
     selection_metric: "simulated_acceptance_length",
+    figures,
     resolve: |section| Ok(json!(Eagle3Config::read(section)?)),
     size: |section, target| size(&Eagle3Config::read(section)?, target),
     capture: |section, target| Ok(capture(&Eagle3Config::read(section)?.shape(target)?)),
@@ -52,6 +53,15 @@ const DEVIATION: f64 = 0.02;
 
 /// Averages kept for every step.
 const METRICS: [&str; 5] = ["loss", "accuracy", "acceptance", "coverage", "chain"];
+
+fn figures(section: &Value) -> Result<Vec<String>> {
+    Ok(ALGORITHM.figures_with(metric_names(&Eagle3Config::read(section)?)))
+}
+
+fn metric_names(config: &Eagle3Config) -> Vec<String> {
+    let steps = 1..=config.ttt_steps;
+    steps.flat_map(|step| METRICS.map(|metric| format!("step{step}/{metric}"))).collect()
+}
 
 /// An EAGLE-3 draft in training.
 pub struct Eagle3 {
@@ -308,8 +318,7 @@ impl DraftModel for Eagle3 {
     }
 
     fn metrics(&self) -> Vec<String> {
-        let steps = 1..=self.config.ttt_steps;
-        steps.flat_map(|step| METRICS.map(|metric| format!("step{step}/{metric}"))).collect()
+        metric_names(&self.config)
     }
 
     fn summary(&self, averages: &[f64]) -> Vec<(String, f64)> {
