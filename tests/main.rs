@@ -19,6 +19,7 @@ mod gpu_check;
 mod launch;
 mod layers;
 mod medusa;
+mod narrow_gradients;
 mod parallel;
 mod processes;
 mod rehearsal;

@@ -15,6 +15,7 @@ use crate::vocab::VocabMap;
 pub mod distillation;
 pub mod eagle3;
 pub mod gradients;
+mod lift;
 pub mod loss;
 pub mod medusa;
 pub mod supervision;
