@@ -54,6 +54,8 @@ pub struct TrainConfig {
     pub save_every: u64,
     /// Most bytes that one chunk of logits takes.
     pub chunk_mib: usize,
+    /// Whether a GPU has to compute the same bits every time, which takes longer. A CPU does anyway.
+    pub deterministic: bool,
 }
 
 impl Default for TrainConfig {
@@ -69,6 +71,7 @@ impl Default for TrainConfig {
             eval_every: 200,
             save_every: 200,
             chunk_mib: 64,
+            deterministic: false,
         }
     }
 }

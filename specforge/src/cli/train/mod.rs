@@ -21,6 +21,7 @@ use crate::files;
 use crate::models::TargetIdentity;
 use crate::plan::Plan;
 use crate::progress;
+use crate::shim;
 use crate::stop::{Answer, Stop};
 use crate::tracking::Tracker;
 use crate::train::{self, Provenance, Split, Trainer, TrainerParts, Writer};
@@ -63,6 +64,9 @@ pub(super) fn run(args: &TrainArgs, stop: &Stop, output: &Output) -> Result<()> 
         }
         return Ok(());
     }
+    if config.train.deterministic {
+        device::prepare_determinism();
+    }
     let Some(placement) = placement else {
         return train(args, &config, None, stop, output);
     };
@@ -78,6 +82,10 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
     let placement = meeting.map(Meeting::placement);
     let is_first = placement.is_none_or(|placement| placement.rank == 0);
     let device = choose_device(&args.device, placement)?;
+    if config.train.deterministic {
+        device::check_determinism(device)?;
+        shim::deterministic(true)?;
+    }
     let algorithm = draft::algorithm(&config.draft)?;
     let resolved = json!(config);
     // One rank reads and writes the run's folder; what the others need of it comes from there.
