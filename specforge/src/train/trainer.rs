@@ -396,7 +396,7 @@ impl<'a> Trainer<'a> {
 
     /// Stops the run if a step since the last check met NaN or infinity. Parameters are then those before that step.
     fn check_finite(&mut self) -> Result<()> {
-        let Some(bad) = self.optimizer.first_non_finite()? else {
+        let Some(bad) = self.optimizer.non_finite()?.fatal else {
             self.unchecked.clear();
             return Ok(());
         };
