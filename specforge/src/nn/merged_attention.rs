@@ -158,15 +158,19 @@ mod tests {
                 let narrow = |tensor: Tensor| tensor.to_kind(kind).set_requires_grad(true);
                 let options = (Kind::Double, Device::Cpu);
                 let query = Tensor::randn([9, heads, dim], options) * 3.0;
-                // Along the query: one group a head, so that every score is what it should be.
+                // Along the query, so that every score is what it should be, and apart in what is across it.
                 let along = &query / query.square().sum_dim_intlist(-1, true, Kind::Double) * (dim as f64).sqrt();
-                let own_key = Tensor::stack(&scores.map(|score| &along * score), 1); // [R, I, N, D]
+                let own_key = scores.map(|score| {
+                    let random = Tensor::randn([9, heads, dim], options) * 2.0;
+                    let share = (&random * &query).sum_dim_intlist(-1, true, Kind::Double) / (dim as f64).sqrt();
+                    &along * score + random - &along * share
+                });
                 let shared = |size: f64| narrow(Tensor::randn([15, heads, dim], options) * size);
                 let inputs = [
                     narrow(query),
                     shared(0.3),
                     shared(1.0),
-                    narrow(own_key + Tensor::randn([9, 4, heads, dim], options) * 0.02),
+                    narrow(Tensor::stack(&own_key, 1)), // [R, I, N, D]
                     narrow(Tensor::randn([9, 4, heads, dim], options)),
                 ];
                 let slope = Tensor::randn([9, heads, dim], options).to_kind(kind);
