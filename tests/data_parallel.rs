@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
 use std::rc::Rc;
-use std::sync::atomic::AtomicI32;
 use std::thread;
 use std::time::Duration;
 
@@ -17,6 +16,7 @@ use specforge::draft::{self, DraftContext, DraftModel, Parameter};
 use specforge::features::{FeatureBatch, FeatureSource, OnlineFeatures, StoredFeatures};
 use specforge::models::{self, Dimensions, TargetIdentity, TargetTables};
 use specforge::nn::noise;
+use specforge::stop::Stop;
 use specforge::tracking::Tracker;
 use specforge::train::{GradientSums, Provenance, Split, TrainReport, Trainer, TrainerParts, Writer};
 use tch::{Device, Kind, Tensor};
@@ -28,7 +28,7 @@ const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const PATIENCE: Duration = Duration::from_secs(600);
 
 /// Runs `body` on `ranks` ranks, a thread each; on a process without a group where that is 0.
-fn on_ranks<T: Send>(ranks: usize, body: impl Fn(&ProcessGroup) -> T + Sync) -> Vec<T> {
+pub(crate) fn on_ranks<T: Send>(ranks: usize, body: impl Fn(&ProcessGroup) -> T + Sync) -> Vec<T> {
     if ranks == 0 {
         return vec![body(ProcessGroup::SINGLE)];
     }
@@ -136,7 +136,10 @@ impl World {
             train.micro_batch_tokens = cut.micro_batch_tokens.min(train.batch_tokens);
             let parallel = ParallelConfig { shard_optimizer: cut.shard_optimizer, ..ParallelConfig::default() };
             let (train_documents, eval_documents) = split(&self.cache, config.data.eval_fraction);
-            let stop = signal.filter(|(rank, _)| *rank == group.rank()).map_or(0, |(_, number)| number);
+            let stop = Stop::default();
+            if let Some((_, number)) = signal.filter(|(rank, _)| *rank == group.rank()) {
+                stop.ask(number);
+            }
             let data_hashes = BTreeMap::from([("train".to_owned(), self.cache.content_hash().to_owned())]);
             let parts = TrainerParts {
                 config: &train,
@@ -148,18 +151,18 @@ impl World {
                 group,
                 parallel: &parallel,
                 writer: group.is_first().then(writer),
-                decoding: (0, &|_: &dyn DraftModel| Ok(BTreeMap::new())),
+                decoding: (0, &|_: &dyn DraftModel| Ok(None)),
                 provenance: Provenance {
                     configuration: configuration.clone(),
                     versions: Versions::current(),
                     data_hashes,
                     target: Vec::new(),
                 },
-                stop: &AtomicI32::new(stop),
+                stop: &stop,
             };
             let TrainReport { steps, stopped_by, start, end, checkpoint, .. } =
                 Trainer::new(parts, None).unwrap().run().unwrap();
-            assert_eq!(checkpoint.is_dir(), group.is_first());
+            assert_eq!(checkpoint.is_dir(), group.is_first() && steps > 0);
             let values = |parameter: &Parameter| {
                 Vec::try_from(parameter.value.detach().to_kind(Kind::Double).flatten(0, -1)).unwrap()
             };
@@ -264,13 +267,13 @@ fn ranks_without_documents_take_part() {
     }
 }
 
-/// Whichever rank is asked to stop, all do after the same step.
+/// Whichever rank is asked to stop, all do: here before the first step, for which nothing is saved.
 #[test]
 fn a_signal_to_one_rank_stops_all() {
     let world = World::new();
     let cut = Cut { ranks: 3, ..WHOLE };
     let outcomes = world.train("stopped", &world.workspace.configuration, Kind::Float, cut, Some((1, 15)));
-    assert!(outcomes.iter().all(|outcome| outcome.stopped == (1, Some(15))), "{:?}", outcomes[0].stopped);
+    assert!(outcomes.iter().all(|outcome| outcome.stopped == (0, Some(15))), "{:?}", outcomes[0].stopped);
 }
 
 const HIDDEN: i64 = 64;

@@ -38,6 +38,12 @@ fn the_cpu_passes_against_itself_and_the_file_is_what_was_printed() {
             assert!(parity.iter().any(|row| ran(&row)), "{part} in {kind}");
         }
     }
+    let repeated = report["repeat"]["checks"].as_array().unwrap();
+    for draft in ["own projections", "shared projection", "EAGLE-3"] {
+        let ran = |row: &Value| row["check"] == format!("{draft}: training twice") && row["passed"] == true;
+        assert_eq!(repeated.iter().filter(|row| ran(row)).count(), 2, "{draft}: {repeated:?}");
+    }
+    assert!(report["repeat"]["state"].as_str().unwrap().starts_with("cpu"));
     assert_eq!(report["process_group"]["backend"], "Gloo");
     let checks = report["process_group"]["checks"].as_array().unwrap();
     let parts = [

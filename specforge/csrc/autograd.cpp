@@ -128,11 +128,13 @@ class MergedAttention : public torch::autograd::Function<MergedAttention> {
     auto output = at::cat(outputs, 0);    // [R, N, D]
     auto log_sum = at::cat(log_sums, 0);  // [R, N, 1]
     if (own > 0) {
-      const auto scores = own_scores(query, own_key, scale, log_sum.scalar_type());  // [R, N, I]
+      const auto wide = log_sum.scalar_type();
+      const auto scores = own_scores(query, own_key, scale, wide);  // [R, N, I]
       const auto all = at::logaddexp(log_sum, scores.logsumexp(-1, /*keepdim=*/true));
-      const auto weights = (scores - all).exp_().to(query.scalar_type());  // [R, N, I]
-      const auto mixed = at::matmul(weights.view({-1, groups, heads / groups, own}), own_value.transpose(1, 2));
-      output = (output * (log_sum - all).exp_()).to(query.scalar_type()) + mixed.view_as(output);
+      const auto weights = (scores - all).exp_();  // [R, N, I]
+      const auto mixed =
+          at::matmul(weights.view({-1, groups, heads / groups, own}), own_value.to(wide).transpose(1, 2));
+      output = (output * (log_sum - all).exp_() + mixed.view_as(output)).to(query.scalar_type());
       log_sum = all;
     }
     context->save_for_backward({query, key, value, own_key, own_value, output, log_sum});
@@ -178,13 +180,19 @@ class MergedAttention : public torch::autograd::Function<MergedAttention> {
         return tensor.view({-1, groups, heads / groups, tensor.size(-1)});  // [R, G, r, ..]
       };
       const auto wide = log_sum.scalar_type(), kind = query.scalar_type();
+      const auto wide_slope = slope.to(wide);
       const auto weights = (own_scores(query, own_key, scale, wide) - log_sum).exp_();  // [R, N, I]
-      const auto common = (slope * output).sum(-1, /*keepdim=*/true, wide);            // [R, N, 1]
-      const auto of_weights = at::matmul(split(slope), own_value.permute({0, 2, 3, 1})).reshape_as(weights);
-      const auto of_scores = (weights * (of_weights - common) * scale).to(kind);  // [R, N, I]
-      query_slope = query_slope + at::matmul(split(of_scores), own_key.transpose(1, 2)).view_as(query);
-      own_key_slope = at::matmul(split(of_scores).transpose(2, 3), split(query)).transpose(1, 2);  // [R, I, G, D]
-      own_value_slope = at::matmul(split(weights.to(kind)).transpose(2, 3), split(slope)).transpose(1, 2);
+      const auto common = (wide_slope * output).sum(-1, /*keepdim=*/true);              // [R, N, 1]
+      const auto of_weights =
+          at::matmul(split(wide_slope), own_value.to(wide).permute({0, 2, 3, 1})).reshape_as(weights);
+      const auto of_scores = weights * (of_weights - common) * scale;  // [R, N, I]
+      const auto of_query = at::matmul(split(of_scores), own_key.to(wide).transpose(1, 2));
+      query_slope = (query_slope + of_query.view_as(query)).to(kind);
+      const auto own_slope = [&](const at::Tensor &left, const at::Tensor &right) {
+        return at::matmul(split(left).transpose(2, 3), split(right)).transpose(1, 2).to(kind);  // [R, I, G, D]
+      };
+      own_key_slope = own_slope(of_scores, query.to(wide));
+      own_value_slope = own_slope(weights, wide_slope);
     }
     return {query_slope, key_slope, value_slope, own_key_slope, own_value_slope, at::Tensor(), at::Tensor()};
   }
@@ -204,11 +212,13 @@ class MergedAttention : public torch::autograd::Function<MergedAttention> {
     return {(share(left) + share(right)).to(left.output.scalar_type()), all};
   }
 
-  // Scores of each query with its own keys, [R, N, I].
+  // Scores of each query with its own keys, [R, N, I], in float32 at least, as the kernels keep those of shared keys and
+  // decoding keeps all: at a score of 40, one rounding to bfloat16 moves a weight by a tenth. What follows stays wide up to
+  // the one rounding of each result; own keys are few, so that costs next to nothing.
   static at::Tensor own_scores(const at::Tensor &query, const at::Tensor &own_key, double scale, at::ScalarType kind) {
     const auto groups = own_key.size(2), heads = query.size(1);
-    const auto q = query.view({query.size(0), groups, heads / groups, query.size(2)});  // [R, G, r, D]
-    return at::matmul(q, own_key.permute({0, 2, 3, 1})).reshape({query.size(0), heads, -1}).to(kind) * scale;
+    const auto q = query.to(kind).view({query.size(0), groups, heads / groups, query.size(2)});  // [R, G, r, D]
+    return at::matmul(q, own_key.to(kind).permute({0, 2, 3, 1})).reshape({query.size(0), heads, -1}) * scale;
   }
 };
 

@@ -8,7 +8,6 @@
 #include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/linear.h>
-#include <ATen/ops/mm.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <torch/headeronly/version.h>
 
@@ -73,7 +72,8 @@ int specforge_fused_adamw(at::Tensor *const *parameters, at::Tensor *const *grad
 }
 
 // total += scale * left right, in place. A product of 16-bit matrices reaches a float32 total on CUDA in the product's
-// own kernel; on the CPU it is made first and added after.
+// own kernel; on the CPU the factors are widened first. Either way nothing in between has 16 bits: float16 could not hold
+// every sum.
 int specforge_add_product(at::Tensor *total, const at::Tensor *left, const at::Tensor *right, double scale, char *error,
                           std::size_t error_size) {
   return guarded(
@@ -83,7 +83,8 @@ int specforge_add_product(at::Tensor *total, const at::Tensor *left, const at::T
         } else if (total->is_cuda()) {
           at::addmm_out(*total, *total, *left, *right, total->scalar_type(), /*beta=*/1, /*alpha=*/scale);
         } else {
-          total->add_(at::mm(*left, *right), /*alpha=*/scale);
+          const auto kind = total->scalar_type();
+          total->addmm_(left->to(kind), right->to(kind), /*beta=*/1, /*alpha=*/scale);
         }
       },
       error, error_size);
@@ -92,6 +93,12 @@ int specforge_add_product(at::Tensor *total, const at::Tensor *left, const at::T
 // Products of float32 matrices in float32, whatever the environment asks for: no TF32.
 int specforge_exact_float32_products(char *error, std::size_t error_size) {
   return guarded([&] { at::globalContext().setFloat32MatmulPrecision("highest"); }, error, error_size);
+}
+
+// Whether every operator has to give the same bits for the same input, or refuse where it cannot.
+int specforge_deterministic(int wanted, char *error, std::size_t error_size) {
+  return guarded([&] { at::globalContext().setDeterministicAlgorithms(wanted != 0, /*warn_only=*/false); }, error,
+                 error_size);
 }
 
 // The libtorch this was compiled against, such as "2.11.0".

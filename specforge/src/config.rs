@@ -12,7 +12,7 @@ use crate::dist::ParallelConfig;
 use crate::draft;
 use crate::draft::vocabulary::VocabularyKeys;
 use crate::error::{Error, Result};
-use crate::eval::acceptance::in_training::EvalConfig;
+use crate::eval::acceptance::in_training::{self, EvalConfig};
 use crate::optim::OptimConfig;
 use crate::strict;
 use crate::train::TrainConfig;
@@ -138,7 +138,33 @@ impl RunConfig {
         config.optim.validate()?;
         config.eval.validate()?;
         config.parallel.validate()?;
+        config.checkpoint.best_metric = config.best_metric()?;
         Ok(config)
+    }
+
+    /// `checkpoint.best_metric` as checkpoints name it: the log has the same names behind `eval/`. A name that no
+    /// evaluation of this run measures would choose nothing, without a word.
+    fn best_metric(&self) -> Result<Option<String>> {
+        let Some(asked) = &self.checkpoint.best_metric else {
+            return Ok(None);
+        };
+        let name = asked.strip_prefix("eval/").unwrap_or(asked);
+        let refuse = |problem: String| Error::config("checkpoint.best_metric", problem);
+        if self.data.eval.is_empty() && self.data.eval_fraction == 0.0 {
+            let problem = format!("nothing is held out, so `{name}` is never measured");
+            return Err(refuse(problem).with_hint("set data.eval_fraction or data.eval, or best_metric to null"));
+        }
+        let known = (draft::algorithm(&self.draft)?.figures)(&self.draft)?;
+        let decodes = self.eval.every > 0;
+        if known.iter().any(|figure| figure == name) || decodes && in_training::can_measure(name) {
+            return Ok(Some(name.to_owned()));
+        }
+        let decoded = if decodes { format!("{}, depthN/accepted, ", in_training::METRIC) } else { String::new() };
+        let error = refuse(format!("expected one of {decoded}{}, got `{asked}`", known.join(", ")));
+        Err(match in_training::can_measure(name) {
+            true => error.with_hint("it is measured where eval.every is above 0"),
+            false => error,
+        })
     }
 }
 
@@ -188,6 +214,34 @@ mod tests {
         assert_eq!(error, "configuration: `train.output_dri`: unknown key; did you mean `output_dir`?");
         assert!(set(&mut value, "train").is_err());
         assert!(set(&mut value, "train.seed.x=1").is_err() || RunConfig::from_value(&value).is_err());
+    }
+
+    #[test]
+    fn the_best_metric_is_one_that_is_measured() {
+        let read = |changes: &[&str]| {
+            let mut value = minimal();
+            changes.iter().for_each(|change| set(&mut value, change).unwrap());
+            RunConfig::from_value(&value).map(|config| config.checkpoint.best_metric)
+        };
+        let best =
+            |name: &str, more: &[&str]| read(&[&[format!("checkpoint.best_metric={name}").as_str()], more].concat());
+        assert_eq!(read(&[]).unwrap(), None);
+        for name in ["loss", "simulated_acceptance_length", "head1/loss", "head3/chain"] {
+            assert_eq!(best(name, &[]).unwrap().as_deref(), Some(name));
+            assert_eq!(best(&format!("eval/{name}"), &[]).unwrap().as_deref(), Some(name));
+        }
+        for name in ["acceptance_length", "depth1/accepted", "eval/depth12/accepted"] {
+            let error = best(name, &[]).unwrap_err();
+            assert!(error.hint().unwrap().contains("eval.every"), "{error}");
+            assert!(best(name, &["eval.every=5"]).unwrap().is_some());
+        }
+        for name in ["los", "eval/", "train/loss", "head4/loss", "step1/loss", "eval/eval/loss", "depth0/accepted"] {
+            let error = best(name, &["eval.every=5"]).unwrap_err().to_string();
+            assert!(error.contains("checkpoint.best_metric") && error.contains("head2/top5"), "{error}");
+            assert!(error.contains("acceptance_length, depthN/accepted, loss, simulated_acceptance_length"), "{error}");
+        }
+        assert!(best("step7/loss", &["draft.algorithm=eagle3"]).unwrap().is_some());
+        assert!(best("loss", &["data.eval_fraction=0"]).unwrap_err().to_string().contains("nothing is held out"));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! The binary links libtorch_cpu alone. When libtorch_cuda lies beside it, it is opened with its symbols global, and
 //! one binary serves machines with and without a GPU.
 
+use std::env;
 use std::ffi::{CStr, c_char};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -162,6 +163,37 @@ pub fn synchronize(device: Device) {
     if let Device::Cuda(index) = device {
         Cuda::synchronize(index as i64);
     }
+}
+
+/// Where cuBLAS reads, once and when it starts, how much memory it works in.
+const CUBLAS_WORKSPACE: &str = "CUBLAS_WORKSPACE_CONFIG";
+/// The settings with which products that run at once never share that memory: the order of their sums is then fixed.
+const REPEATABLE_WORKSPACES: [&str; 2] = [":4096:8", ":16:8"];
+
+/// Lets cuBLAS compute the same bits every time, unless the environment has a setting of its own. To be called before
+/// anything that starts a thread or opens CUDA.
+pub fn prepare_determinism() {
+    if env::var_os(CUBLAS_WORKSPACE).is_none() {
+        // SAFETY: no other thread runs yet that could read the environment.
+        unsafe { env::set_var(CUBLAS_WORKSPACE, REPEATABLE_WORKSPACES[0]) };
+    }
+}
+
+/// Refuses a setting of the environment with which cuBLAS may give other bits every time. [`prepare_determinism`] comes
+/// first.
+pub fn check_determinism(device: Device) -> Result<()> {
+    let setting = env::var(CUBLAS_WORKSPACE).unwrap_or_default();
+    if matches!(device, Device::Cuda(_)) && !REPEATABLE_WORKSPACES.contains(&setting.as_str()) {
+        let [first, second] = REPEATABLE_WORKSPACES;
+        return Err(Error::config(
+            "train.deterministic",
+            format!(
+                "the environment has {CUBLAS_WORKSPACE}={setting}, with which cuBLAS does not repeat itself to the bit"
+            ),
+        )
+        .with_hint(format!("set it to {first} or {second}, or not at all: {first} is used then")));
+    }
+    Ok(())
 }
 
 /// Numbers of the host as an int64 tensor on a device, without waiting for what the device is doing.

@@ -80,14 +80,6 @@ pub enum Error {
         /// Names of the documents in the batch.
         batch: String,
     },
-    /// The user asked the run to stop, and it did so cleanly.
-    #[error("interrupted by {signal}; everything up to step {step} is saved")]
-    Interrupted {
-        /// SIGINT or SIGTERM.
-        signal: &'static str,
-        /// Last finished optimizer step.
-        step: u64,
-    },
     /// Another process of the run is gone or did not answer in time.
     #[error("rank {rank}: {operation}: {problem}")]
     Peer {
@@ -109,6 +101,8 @@ pub enum Error {
         hint: Option<String>,
         /// Its exit code.
         code: u8,
+        /// The signal that ended it.
+        signal: Option<i32>,
     },
     /// libtorch refused an operation.
     #[error("libtorch: {}", first_line(.0))]

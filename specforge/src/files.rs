@@ -10,8 +10,11 @@ use serde::Serialize;
 use crate::error::{Error, Result};
 
 mod once;
+mod unfinished;
 
 pub use once::{Maker, open_or_make};
+use unfinished::{Unfinished, begun};
+pub use unfinished::{abandon, is_abandoned};
 
 /// How the names of unfinished files begin.
 const PARTIAL_PREFIX: &str = ".partial-";
@@ -34,11 +37,10 @@ pub fn write_through(path: &Path, body: impl FnOnce(&Path) -> Result<()>) -> Res
 fn write_through_as(path: &Path, prefix: &str, body: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let parent = parent_of(path);
     create_dir_all(parent)?;
-    let temporary = tempfile::Builder::new()
-        .prefix(prefix)
-        .tempfile_in(parent)
-        .map_err(Error::io("create a file in", parent))?
-        .into_temp_path();
+    let begin = || tempfile::Builder::new().prefix(prefix).tempfile_in(parent);
+    let (file, _unfinished) =
+        begun(begin, tempfile::NamedTempFile::path).map_err(Error::io("create a file in", parent))?;
+    let temporary = file.into_temp_path();
     body(&temporary)?;
     let mode = PermissionsExt::from_mode(0o644);
     File::open(&temporary)
@@ -54,6 +56,7 @@ fn write_through_as(path: &Path, prefix: &str, body: impl FnOnce(&Path) -> Resul
 pub struct StagedFile {
     writer: BufWriter<tempfile::NamedTempFile>,
     target: PathBuf,
+    _unfinished: Unfinished,
 }
 
 impl StagedFile {
@@ -61,11 +64,10 @@ impl StagedFile {
     pub fn new(target: &Path) -> Result<Self> {
         let parent = parent_of(target);
         create_dir_all(parent)?;
-        let file = tempfile::Builder::new()
-            .prefix(PARTIAL_PREFIX)
-            .tempfile_in(parent)
-            .map_err(Error::io("create a file in", parent))?;
-        Ok(Self { writer: BufWriter::with_capacity(1 << 20, file), target: target.to_path_buf() })
+        let begin = || tempfile::Builder::new().prefix(PARTIAL_PREFIX).tempfile_in(parent);
+        let (file, _unfinished) =
+            begun(begin, tempfile::NamedTempFile::path).map_err(Error::io("create a file in", parent))?;
+        Ok(Self { writer: BufWriter::with_capacity(1 << 20, file), target: target.to_path_buf(), _unfinished })
     }
 
     /// Writes behind what is there.
@@ -103,6 +105,7 @@ pub fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<()> {
 pub struct StagedDir {
     staging: tempfile::TempDir,
     target: PathBuf,
+    _unfinished: Unfinished,
 }
 
 impl StagedDir {
@@ -110,11 +113,10 @@ impl StagedDir {
     pub fn new(target: &Path) -> Result<Self> {
         let parent = parent_of(target);
         create_dir_all(parent)?;
-        let staging = tempfile::Builder::new()
-            .prefix(PARTIAL_PREFIX)
-            .tempdir_in(parent)
-            .map_err(Error::io("create a folder in", parent))?;
-        Ok(Self { staging, target: target.to_path_buf() })
+        let begin = || tempfile::Builder::new().prefix(PARTIAL_PREFIX).tempdir_in(parent);
+        let (staging, _unfinished) =
+            begun(begin, tempfile::TempDir::path).map_err(Error::io("create a folder in", parent))?;
+        Ok(Self { staging, target: target.to_path_buf(), _unfinished })
     }
 
     /// Where to write meanwhile.

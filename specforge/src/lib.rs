@@ -10,6 +10,7 @@ pub mod files;
 pub mod memory;
 pub mod progress;
 pub mod shim;
+pub mod stop;
 pub mod strict;
 pub mod threads;
 // L1: mathematics, files and data, processes; no model names

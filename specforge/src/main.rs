@@ -9,11 +9,12 @@ use std::ffi::{c_char, c_int};
 use std::panic::{self, PanicHookInfo};
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
+use std::thread;
 
 use clap::Parser;
 use specforge::cli::Cli;
 use specforge::error::Error;
-use specforge::{launch, memory, threads};
+use specforge::{files, launch, memory, threads};
 
 /// Where the latest panic happened, as FILE:LINE. The panic itself, which may cross threads, does not carry it. Some are
 /// caught and no mistake, so the first need not be the one that ends the program.
@@ -36,6 +37,10 @@ fn main() -> ExitCode {
     let Err(error) = outcome else {
         return ExitCode::SUCCESS;
     };
+    // A signal ends this process just now, and whatever failed did because of that.
+    while files::is_abandoned() {
+        thread::park();
+    }
     eprintln!("error: {error}");
     if let Some(hint) = error.hint() {
         eprintln!("hint: {hint}");

@@ -1,7 +1,7 @@
 //! `--plan`: what a run will take, from configuration alone. No weight is loaded, and the model need not be there.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde_json::Value;
@@ -37,6 +37,8 @@ pub struct Plan {
     pub data: DataPlan,
     /// Optimizer steps; `None` where the data is not there to be counted.
     pub steps: Option<u64>,
+    /// Evaluations on held-out documents; `None` where nothing is held out, or where the data is not there to be counted.
+    pub evaluation: Option<EvaluationPlan>,
     /// Bytes of one checkpoint.
     pub checkpoint_bytes: u64,
     /// Bytes of all checkpoints kept at once, the one being written included.
@@ -77,6 +79,27 @@ pub struct DataPlan {
     pub estimated: bool,
 }
 
+/// What evaluations on held-out documents take.
+#[derive(Debug, Clone, Serialize)]
+pub struct EvaluationPlan {
+    /// Tokens of one evaluation.
+    pub tokens: u64,
+    /// How many there are: before the first step, every `train.eval_every` steps, and at the end.
+    pub evaluations: u64,
+    /// Their share of the run's floating-point operations, estimated.
+    pub share: f64,
+}
+
+/// The data as far as it is known.
+struct Counted {
+    data: DataPlan,
+    steps: Option<u64>,
+    /// Tokens that are trained on, over all steps.
+    trained_tokens: Option<f64>,
+    /// Tokens of an evaluation.
+    held_out_tokens: Option<u64>,
+}
+
 impl Plan {
     /// Plans a run of `world_size` processes.
     pub fn new(config: &RunConfig, world_size: usize) -> Result<Self> {
@@ -91,7 +114,7 @@ impl Plan {
             target.tensors().iter().map(|(_, shape)| shape.iter().product::<i64>() as u64).sum();
         let width = config.target.dtype.kind().elt_size_in_bytes() as u64;
         let masters = if config.target.dtype == Dtype::Float32 { 0 } else { 4 };
-        let (data, steps) = data_plan(config)?;
+        let counted = data_plan(config)?;
         let whole_optimizer = size.trainable * (8 + masters);
         let optimizer = match config.parallel.shard_optimizer {
             true => whole_optimizer.div_ceil(world_size),
@@ -99,7 +122,8 @@ impl Plan {
         };
         let gradients = size.trainable * if world_size > 1 { 8 } else { 4 };
         let activations = activations(config, &target, size.captured, width);
-        let kept_tokens = data.tokens.filter(|_| config.target.keep_hidden_states).unwrap_or(0).div_ceil(world_size);
+        let kept_tokens =
+            counted.data.tokens.filter(|_| config.target.keep_hidden_states).unwrap_or(0).div_ceil(world_size);
         let hidden_states = kept_tokens * size.captured * target.hidden_size as u64 * width;
         // The embedding is a look-up; the target's head is not run for training.
         let embedding = (target.vocab_size * target.hidden_size) as u64;
@@ -121,6 +145,8 @@ impl Plan {
         let checkpoint_bytes = size.trainable * width + whole_optimizer;
         let kept = (config.checkpoint.keep_last as u64).saturating_add(2);
         let operations_per_token = 2 * (run_parameters + size.row_multiply_adds);
+        let evaluation = evaluation_plan(config, &counted, run_parameters as f64, size.row_multiply_adds as f64);
+        let Counted { data, steps, .. } = counted;
         let is_there = |folder: &&std::path::PathBuf| folder.join(MANIFEST_FILE).exists();
         let store = offline.filter(is_there).map(|folder| StoreManifest::read(folder)).transpose()?;
         Ok(Self {
@@ -133,6 +159,7 @@ impl Plan {
             memory,
             data,
             steps,
+            evaluation,
             checkpoint_bytes,
             disk_bytes: checkpoint_bytes.saturating_mul(kept),
             store_bytes: store.map(|store| store.bytes()),
@@ -166,28 +193,71 @@ pub fn target_config(config: &RunConfig) -> Result<LlamaConfig> {
     LlamaConfig::from_value(value).map_err(|problem| Error::config("target.config", problem))
 }
 
-fn data_plan(config: &RunConfig) -> Result<(DataPlan, Option<u64>)> {
+/// The evaluations of a run whose target has `target` multiply-adds a token, and whose draft has `draft` for a row that is
+/// trained; a third of them are its forward pass.
+fn evaluation_plan(config: &RunConfig, counted: &Counted, target: f64, draft: f64) -> Option<EvaluationPlan> {
+    let tokens = counted.held_out_tokens.filter(|&tokens| tokens > 0)?;
+    let (steps, trained) = (counted.steps.filter(|&steps| steps > 0)?, counted.trained_tokens?);
+    let on_the_way = match config.train.eval_every {
+        0 => 1,
+        every => steps.div_ceil(every),
+    };
+    let evaluations = on_the_way.saturating_add(1);
+    // States that are kept are computed once.
+    let passes = |all: f64, once: f64| if config.target.keep_hidden_states { all.min(once) } else { all };
+    let evaluated = tokens as f64 * evaluations as f64;
+    let evaluating = passes(evaluated, tokens as f64) * target + evaluated * draft / 3.0;
+    let training = passes(trained, counted.data.tokens.unwrap_or(0) as f64) * target + trained * draft;
+    Some(EvaluationPlan { tokens, evaluations, share: evaluating / (evaluating + training) })
+}
+
+fn data_plan(config: &RunConfig) -> Result<Counted> {
     if config.target.path.join("tokenizer.json").is_file() {
         let tokenizer = config.data.tokenizer(&config.target.path)?;
-        let (cache, _) = TokenCache::build_or_open(&config.data.train, &tokenizer, &config.data, &|_, _| {})?;
-        let documents = match config.data.eval.is_empty() {
-            true => data::split(&cache, config.data.eval_fraction).0,
-            false => (0..cache.len()).collect(),
+        let open = |files| Ok::<_, Error>(TokenCache::build_or_open(files, &tokenizer, &config.data, &|_, _| {})?.0);
+        let cache = open(&config.data.train)?;
+        let all = |cache: &TokenCache| (0..cache.len()).collect::<Vec<usize>>();
+        let eval_cache = (!config.data.eval.is_empty()).then(|| open(&config.data.eval)).transpose()?;
+        let (documents, held_out) = match &eval_cache {
+            None => data::split(&cache, config.data.eval_fraction),
+            Some(eval_cache) => (all(&cache), all(eval_cache)),
         };
+        let eval_cache = eval_cache.as_ref().unwrap_or(&cache);
+        let held_out = data::by_content(eval_cache, held_out);
+        let evaluated = data::first_tokens(eval_cache, &held_out, config.eval.max_tokens);
         let lengths: Vec<usize> = documents.iter().map(|&index| cache.document(index).tokens.len()).collect();
         let tokens = lengths.iter().sum::<usize>() as u64;
-        let steps = config.train.total_steps(&config.train.order(lengths)?)?;
+        let order = config.train.order(lengths)?;
+        let steps = config.train.total_steps(&order)?;
         config.optim.schedule.check_length(steps)?;
-        let data = DataPlan { tokens: Some(tokens), supervised: Some(cache.supervised_tokens()), estimated: false };
-        return Ok((data, Some(steps)));
+        let of_epoch = order.epoch(0)?.len().max(1);
+        return Ok(Counted {
+            data: DataPlan { tokens: Some(tokens), supervised: Some(cache.supervised_tokens()), estimated: false },
+            steps: Some(steps),
+            trained_tokens: Some(tokens as f64 * steps as f64 / of_epoch as f64),
+            held_out_tokens: Some(evaluated.iter().map(|&index| eval_cache.length(index) as u64).sum()),
+        });
     }
     let bytes = |path: &Path| std::fs::metadata(path).map(|metadata| metadata.len()).ok();
-    let total: Option<u64> = config.data.train.iter().map(|path| bytes(path)).sum();
-    let tokens = total.map(|bytes| (bytes as f64 / BYTES_PER_TOKEN) as u64);
+    let estimated = |paths: &[PathBuf]| {
+        let total: Option<u64> = paths.iter().map(|path| bytes(path)).sum();
+        total.map(|bytes| (bytes as f64 / BYTES_PER_TOKEN) as u64)
+    };
+    let tokens = estimated(&config.data.train);
     let all =
         tokens.map(|tokens| config.train.epochs.saturating_mul(tokens.div_ceil(config.train.batch_tokens as u64)));
     let steps = all.into_iter().chain(config.train.max_steps).min();
-    Ok((DataPlan { tokens, supervised: None, estimated: true }, steps))
+    let held_out = match config.data.eval.is_empty() {
+        true => tokens.map(|tokens| (tokens as f64 * config.data.eval_fraction) as u64),
+        false => estimated(&config.data.eval),
+    };
+    let most = if config.eval.max_tokens == 0 { u64::MAX } else { config.eval.max_tokens as u64 };
+    Ok(Counted {
+        data: DataPlan { tokens, supervised: None, estimated: true },
+        steps,
+        trained_tokens: steps.map(|steps| steps as f64 * config.train.batch_tokens as f64),
+        held_out_tokens: held_out.map(|tokens| tokens.min(most)),
+    })
 }
 
 impl fmt::Display for Plan {
@@ -223,6 +293,7 @@ impl fmt::Display for Plan {
             ("  activations", format!("{} (estimated)", size(memory.activations))),
             ("tokens", tokens),
             ("steps", self.steps.map_or_else(unknown, |steps| steps.to_string())),
+            ("evaluation", self.evaluation.as_ref().map_or("none, or unknown".to_owned(), EvaluationPlan::to_string)),
             ("checkpoint", format!("{} each, {} on disk", size(self.checkpoint_bytes), size(self.disk_bytes))),
             ("work", format!("{:.2} GFLOP a token", self.operations_per_token as f64 / 1e9)),
         ];
@@ -230,6 +301,13 @@ impl fmt::Display for Plan {
             rows.push(("store", format!("{} of hidden states on disk", size(bytes))));
         }
         rows.iter().try_for_each(|(name, value)| writeln!(formatter, "{name:<13} {value}"))
+    }
+}
+
+impl fmt::Display for EvaluationPlan {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { tokens, evaluations, share } = self;
+        write!(formatter, "{tokens} held-out tokens, {evaluations} times: {:.1} % of the run's work", 100.0 * share)
     }
 }
 

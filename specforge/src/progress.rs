@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle, WeakProgressBar};
 
 /// Time between two plain lines.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
@@ -25,6 +25,22 @@ pub fn silence() {
 /// Whether [`silence`] was called.
 pub fn is_silent() -> bool {
     SILENT.load(Ordering::Relaxed)
+}
+
+/// The bar on the terminal, so that a line of somebody else does not tear it apart.
+static BAR: Mutex<Option<WeakProgressBar>> = Mutex::new(None);
+
+/// Writes a line to stderr, above a bar where there is one; nothing where this process is silent.
+pub fn say(line: &str) {
+    if is_silent() {
+        return;
+    }
+    let bar = BAR.lock().unwrap_or_else(PoisonError::into_inner).as_ref().and_then(WeakProgressBar::upgrade);
+    match bar.filter(|bar| !bar.is_finished()) {
+        Some(bar) => bar.println(line),
+        // A closed stderr must not end the work.
+        None => drop(writeln!(std::io::stderr(), "{line}")),
+    }
 }
 
 /// Progress of one piece of work.
@@ -76,6 +92,7 @@ impl Progress {
         bar.set_prefix(label.to_owned());
         bar.set_position(done);
         bar.reset_eta();
+        *BAR.lock().unwrap_or_else(PoisonError::into_inner) = Some(bar.downgrade());
         Self::with_output(label, total, unit, done, Output::Bar(bar))
     }
 

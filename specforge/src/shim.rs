@@ -73,6 +73,7 @@ unsafe extern "C" {
     ) -> c_int;
     fn specforge_few_rows_pay() -> c_int;
     fn specforge_exact_float32_products(error: *mut c_char, error_size: usize) -> c_int;
+    fn specforge_deterministic(wanted: c_int, error: *mut c_char, error_size: usize) -> c_int;
     fn specforge_libtorch_version() -> *const c_char;
     fn specforge_libtorch_build() -> *const c_char;
     fn specforge_cuda_memory(
@@ -170,7 +171,7 @@ pub fn fused_adamw(
 }
 
 /// `total += scale * left right`, in place; needs a `no_grad` scope. `total` may be float32 where the factors are
-/// narrower: on CUDA no product in between takes memory then, and nothing is rounded to the narrower type.
+/// narrower: nothing is rounded to the narrower type then, and on CUDA no product in between takes memory.
 pub fn add_product(total: &mut Tensor, left: &Tensor, right: &Tensor, scale: f64) -> Result<()> {
     // SAFETY: three live tensors; libtorch checks types, shapes and devices.
     checked(|error, error_size| unsafe {
@@ -246,6 +247,13 @@ pub fn trained_linear(input: &Tensor, weight: &Tensor) -> Result<Tensor> {
 pub fn exact_float32_products() -> Result<()> {
     // SAFETY: the message buffer outlives the call.
     checked(|error, error_size| unsafe { specforge_exact_float32_products(error, error_size) })
+}
+
+/// Whether every operator of the process has to give the same bits for the same input, and to fail where it cannot. The
+/// memory-saving attention, which adds up a gradient in whatever order its blocks finish, then takes one block at a time.
+pub fn deterministic(wanted: bool) -> Result<()> {
+    // SAFETY: the message buffer outlives the call.
+    checked(|error, error_size| unsafe { specforge_deterministic(c_int::from(wanted), error, error_size) })
 }
 
 /// The libtorch this program was built for, such as `2.11.0`.

@@ -165,6 +165,8 @@ fn the_check_of_a_gpu_passes() {
     let report = json_of(command);
     assert_eq!((&report["device"], &report["passed"]), (&json!("cuda:0"), &json!(true)), "{report}");
     assert!(report["parity"].as_array().unwrap().len() > 50);
+    assert_eq!(report["repeat"]["state"], "cuda:0");
+    assert!(report["repeat"]["checks"].as_array().unwrap().len() > 5);
     let drafts = report["training"].as_array().unwrap();
     assert!(
         drafts.len() == 4 && drafts.iter().all(|draft| draft["result"]["peak_bytes"].as_i64() > Some(0)),

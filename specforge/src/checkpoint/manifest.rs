@@ -43,12 +43,51 @@ pub struct Manifest {
     pub versions: Versions,
     /// Digests of the data the run reads, by name.
     pub data_hashes: BTreeMap<String, String>,
-    /// Latest measurements, such as `eval/acceptance_length`. Those that are not finite are left out on saving.
+    /// What was measured at this step, by the names of [`RetentionConfig::best_metric`](super::RetentionConfig), such as
+    /// `acceptance_length`; the log has them behind `eval/`. Empty where nothing was. Those that are not finite are left
+    /// out on saving.
     pub metrics: BTreeMap<String, f64>,
+    /// What was due at this step and was not measured, because the run was asked to stop: whoever goes on does it first.
+    #[serde(default, skip_serializing_if = "Measurements::is_nothing")]
+    pub owed: Measurements,
+    /// Sums since the last log line, one entry for each rank; empty where this step has a line.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub window: Vec<OpenWindow>,
     /// Size and digest of every other file of the folder; filled in when it is saved.
     pub files: BTreeMap<String, FileDigest>,
     /// What rebuilds the draft from its tensors, without the run's configuration.
     pub draft: serde_json::Value,
+}
+
+/// Ways to measure a draft on what is held out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Measurements {
+    /// The draft's metrics on held-out documents.
+    pub evaluation: bool,
+    /// Decoding of held-out prompts.
+    pub decoding: bool,
+}
+
+impl Measurements {
+    /// Whether none is meant.
+    pub fn is_nothing(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+/// A rank's sums between two log lines. What is not finite is `null`, since JSON has no NaN.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OpenWindow {
+    /// Optimizer steps.
+    pub steps: u64,
+    /// Sum of the objective.
+    pub objective: Option<f64>,
+    /// Sum of each metric; none where the rank had no documents.
+    pub sums: Vec<Option<f64>>,
+    /// Rows behind each sum.
+    pub counts: Vec<f64>,
 }
 
 /// What wrote a checkpoint.

@@ -13,7 +13,7 @@ pub mod retention;
 pub mod scan;
 pub mod store;
 
-pub use manifest::{Checkpoint, FileDigest, Manifest, Versions, read};
+pub use manifest::{Checkpoint, FileDigest, Manifest, Measurements, OpenWindow, Versions, read};
 pub use retention::{Direction, RetentionConfig};
 pub use scan::{Found, Scan, find, scan};
 pub use store::{CheckpointStore, Saved};

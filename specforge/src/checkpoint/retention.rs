@@ -40,15 +40,19 @@ impl RetentionConfig {
         let mut best: Option<(&Found, f64)> = None;
         for found in &scan.checkpoints {
             let Some(&value) = found.manifest.metrics.get(metric) else { continue };
-            let better = match (best, self.best_is) {
-                (None, _) => !value.is_nan(),
-                (Some((_, record)), Direction::Higher) => value > record,
-                (Some((_, record)), Direction::Lower) => value < record,
-            };
-            if better {
+            if self.is_better(value, best.map(|(_, record)| record)) {
                 best = Some((found, value));
             }
         }
         best
+    }
+
+    /// Whether a value beats the record, where there is one.
+    pub fn is_better(&self, value: f64, record: Option<f64>) -> bool {
+        match (record, self.best_is) {
+            (None, _) => !value.is_nan(),
+            (Some(record), Direction::Higher) => value > record,
+            (Some(record), Direction::Lower) => value < record,
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! The writer of a folder of checkpoints: saves atomically, deletes old ones after the new one is on disk for good.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
@@ -92,6 +93,15 @@ impl CheckpointStore {
     pub fn best(&self) -> Result<Option<PathBuf>> {
         let scan = self.scan()?;
         Ok(self.retention.best_of(&scan).map(|(found, _)| found.path.clone()))
+    }
+
+    /// Whether a checkpoint with these metrics would be better than every one that is there, by the chosen metric.
+    pub fn is_record(&self, metrics: &BTreeMap<String, f64>) -> Result<bool> {
+        let Some(&value) = self.retention.best_metric.as_ref().and_then(|metric| metrics.get(metric)) else {
+            return Ok(false);
+        };
+        let record = self.retention.best_of(&self.scan()?).map(|(_, record)| record);
+        Ok(value.is_finite() && self.retention.is_better(value, record))
     }
 
     /// Deletes checkpoints of later steps, for a run that goes back to an earlier one and takes another way from
@@ -203,8 +213,6 @@ fn remove_any(path: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use tch::{Device, Kind};
 
     use super::super::manifest::{Versions, read};

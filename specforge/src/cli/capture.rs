@@ -17,6 +17,7 @@ use crate::features::store::{capture, manifest};
 use crate::files;
 use crate::models::{self, Dimensions, TargetIdentity};
 use crate::progress::Progress;
+use crate::stop::{Answer, Stop};
 
 #[derive(Debug, Args)]
 pub(super) struct CaptureArgs {
@@ -55,13 +56,12 @@ struct Report {
     stopped_by: Option<i32>,
 }
 
-pub(super) fn run(args: &CaptureArgs, output: &Output) -> Result<()> {
+pub(super) fn run(args: &CaptureArgs, stop: &Stop, output: &Output) -> Result<()> {
     let config = RunConfig::load(&args.config, &args.set)?;
     let out = args.out.as_ref().or(config.target.feature_store.as_ref()).ok_or_else(|| {
         Error::Usage("--out: name the store's folder here, or as target.feature_store in the configuration".to_owned())
     })?;
     let device = device::choose(&args.device)?;
-    let stop = signals::watch()?;
 
     // Tokens first, so that mistakes in the data show before any weight is loaded.
     config.data.check()?;
@@ -119,10 +119,13 @@ pub(super) fn run(args: &CaptureArgs, output: &Output) -> Result<()> {
         let minutes = left as f64 / rate / 60.0;
         note(format!("time       about {minutes:.1} minutes, at the {rate:.0} tokens/s of the first documents"));
     }
+    stop.set_answer(Answer::Finish(
+        "stopping after this pack; whole shards stay, and the same command goes on from them",
+    ));
     let progress = Progress::resumed("capture", overview.tokens, "tokens", overview.tokens_before);
-    let report = capture.run(&source, target.head(), pack_tokens, &stop.arrived, &|done| progress.set(done, ""))?;
+    let report = capture.run(&source, target.head(), pack_tokens, stop.arrived(), &|done| progress.set(done, ""))?;
     progress.finish(if report.complete { "done" } else { "stopped; run the same command again to go on" });
-    let stopped_by = Some(stop.number.load(std::sync::atomic::Ordering::Relaxed)).filter(|_| !report.complete);
+    let stopped_by = Some(stop.asked()).filter(|_| !report.complete);
     let tokens_per_second = report.tokens_captured as f64 / report.seconds.max(1e-9);
     let report = Report { capture: report, tokens_per_second, stopped_by };
     output.result(&report, || text(&report));

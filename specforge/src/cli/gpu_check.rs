@@ -25,6 +25,7 @@ pub(super) struct GpuCheckArgs {
 }
 
 pub(super) fn run(args: &GpuCheckArgs, output: &Output) -> Result<()> {
+    device::prepare_determinism();
     let device = device::choose(&args.device)?;
     if let (Device::Cpu, CudaState::Unusable(reason)) = (device, device::cuda()) {
         note(format!("no usable GPU ({reason}): the CPU is checked against itself at tiny sizes"));

@@ -9,6 +9,7 @@ use super::{Cli, Command, Output, signals};
 use crate::device::{self, CudaState};
 use crate::error::{Error, Result};
 use crate::launch::{Launch, Machines, Sink};
+use crate::stop::{Answer, Stop};
 
 #[derive(Debug, Args)]
 pub(super) struct LaunchArgs {
@@ -53,7 +54,7 @@ fn processes(text: &str) -> Result<Processes, String> {
     }
 }
 
-pub(super) fn run(args: &LaunchArgs, output: &Output) -> Result<()> {
+pub(super) fn run(args: &LaunchArgs, stop: &Stop, output: &Output) -> Result<()> {
     // Mistakes are said once, not by every process.
     match Cli::try_parse_from(std::iter::once("specforge").chain(args.command.iter().map(String::as_str))) {
         Ok(Cli { command: Command::Train(_), .. }) => {}
@@ -94,7 +95,13 @@ pub(super) fn run(args: &LaunchArgs, output: &Output) -> Result<()> {
         sink: Sink::new(Box::new(std::io::stderr()), is_terminal),
         first_rank_draws: is_terminal,
     };
-    launch.run(&signals::watch()?.number)
+    // The processes are told, and rank 0 says what happens.
+    stop.set_answer(Answer::Finish(""));
+    match launch.run(stop.number()) {
+        // Nothing was to be saved yet, so the signal ended the processes as it ends this one alone.
+        Err(Error::Launched { signal: Some(signal), .. }) if signal == stop.asked() => signals::end_by(signal),
+        outcome => outcome,
+    }
 }
 
 fn machines(args: &LaunchArgs) -> Result<Machines> {

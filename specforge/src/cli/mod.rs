@@ -81,11 +81,12 @@ impl Cli {
     /// Runs the subcommand.
     pub fn run(self) -> Result<()> {
         let output = Output { json: self.json, failure: Cell::new(None) };
+        let stop = signals::watch()?;
         match self.command {
-            Command::Train(args) => train::run(&args, &output),
-            Command::Launch(args) => launch::run(&args, &output),
-            Command::Regen(args) => regen::run(&args, &output),
-            Command::Capture(args) => capture::run(&args, &output),
+            Command::Train(args) => train::run(&args, &stop, &output),
+            Command::Launch(args) => launch::run(&args, &stop, &output),
+            Command::Regen(args) => regen::run(&args, &stop, &output),
+            Command::Capture(args) => capture::run(&args, &stop, &output),
             Command::Inspect(args) => inspect::run(&args, &output),
             Command::Vocab(args) => vocab::run(&args, &output),
             Command::Tree(args) => tree::run(&args, &output),

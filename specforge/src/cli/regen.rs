@@ -4,13 +4,14 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{LazyProgress, Output, note, numbers, signals};
+use super::{LazyProgress, Output, note, numbers};
 use crate::config::Dtype;
 use crate::data::ChatTokenizer;
 use crate::decode::regenerate::{self, RegenOptions, RegenReport};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::models;
+use crate::stop::{Answer, Stop};
 
 #[derive(Debug, Args)]
 pub(super) struct RegenArgs {
@@ -49,7 +50,7 @@ pub(super) struct RegenArgs {
     device: String,
 }
 
-pub(super) fn run(args: &RegenArgs, output: &Output) -> Result<()> {
+pub(super) fn run(args: &RegenArgs, stop: &Stop, output: &Output) -> Result<()> {
     let options = RegenOptions {
         target: args.target.clone(),
         prompts: args.prompts.clone(),
@@ -64,11 +65,13 @@ pub(super) fn run(args: &RegenArgs, output: &Output) -> Result<()> {
     };
     options.check()?;
     let device = device::choose(&args.device)?;
-    let stop = signals::watch()?;
     let tokenizer = ChatTokenizer::load(&args.target, None)?;
     let target = models::load_target(&args.target, args.dtype.kind(), device)?;
+    stop.set_answer(Answer::Finish(
+        "stopping after this pass; answered rows stay, and the same command goes on from them",
+    ));
     let progress = LazyProgress::new("regen", "rows");
-    let report = regenerate::run(&options, target.as_ref(), &tokenizer, &stop.arrived, &mut |state| {
+    let report = regenerate::run(&options, target.as_ref(), &tokenizer, stop.arrived(), &mut |state| {
         progress.set_with(state.done as u64, state.total as u64, &format!("{:.0} tokens/s", state.tokens_per_second));
     })?;
     report.skipped.iter().for_each(|line| note(format!("warning: skipped {line}")));

@@ -32,6 +32,29 @@ pub fn supervised_counts(cache: &TokenCache, documents: &[usize], vocab_size: us
     )
 }
 
+/// The same for a vocabulary that nobody has told: entries up to the highest trained token.
+pub fn all_supervised_counts(cache: &TokenCache, documents: &[usize]) -> Vec<u64> {
+    let piece = documents.len().div_ceil(4 * rayon::current_num_threads()).max(1);
+    let tables = documents.par_chunks(piece).map(|piece| {
+        let mut counts: Vec<u64> = Vec::new();
+        for document in piece.iter().map(|&index| cache.document(index)) {
+            for (&token, _) in document.tokens.iter().zip(document.supervised).filter(|(_, mark)| **mark != 0) {
+                let token = token as usize;
+                if token >= counts.len() {
+                    counts.resize(token + 1, 0);
+                }
+                counts[token] += 1;
+            }
+        }
+        counts
+    });
+    tables.reduce(Vec::new, |mut sums, counts| {
+        sums.resize(sums.len().max(counts.len()), 0);
+        sums.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
+        sums
+    })
+}
+
 fn beyond(document: &str, token: u32, vocab_size: usize) -> Error {
     Error::Failed(format!("document `{document}` holds token {token}, but the target has {vocab_size} tokens"))
 }

@@ -19,6 +19,7 @@ pub mod cache;
 pub mod chat_template;
 pub mod conversation;
 pub mod counts;
+pub mod held_out;
 pub mod loss_mask;
 pub mod pack;
 mod python;
@@ -30,7 +31,8 @@ pub mod tokenizer;
 
 pub use cache::{Document, TokenCache, split};
 pub use conversation::{Conversation, Message, Rejections, Sample};
-pub use counts::supervised_counts;
+pub use counts::{all_supervised_counts, supervised_counts};
+pub use held_out::{by_content, first_tokens};
 pub use pack::{PackedBatch, assemble, pack};
 pub use report::BuildReport;
 pub use stats::{Statistics, document_runs, document_text, mask_runs};

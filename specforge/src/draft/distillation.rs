@@ -144,6 +144,8 @@ pub struct Weighting<'a> {
     /// For losses with `alpha` as SpecForge divides them: the factor of each row's part that depends on `alpha`, and for
     /// `lk_lambda` the acceptance that decides its weight, the same for all rows of a step. `[M]` each.
     pub parity: Option<[Tensor; 2]>,
+    /// All factors are multiplied by this power of two before a slope is rounded to the rows' type; see `draft::lift`.
+    pub lift: f64,
 }
 
 /// Objective, chunking and the two constants of `lk_lambda`.
@@ -170,7 +172,7 @@ pub struct RowOutcomes {
     pub covered: Tensor,
     /// Sum of weighted losses, a float64 scalar; 0 without weights.
     pub objective: Tensor,
-    /// `[M, H]` gradient of the objective; `None` without weights.
+    /// `[M, H]` gradient of the objective, times the lift; `None` without weights.
     pub input_gradient: Option<Tensor>,
 }
 
@@ -194,9 +196,10 @@ pub fn distill(
     let weight = projection.weight.detach(); // [DV, H]
     let sorted = input.index_select(0, &order.permutation); // [M, H]
     let arrange = |values: &Tensor| values.index_select(0, &order.permutation);
-    let weights = weighting.map(|weighting| arrange(weighting.weights));
-    let parity =
-        weighting.and_then(|weighting| weighting.parity.as_ref()).map(|values| [0, 1].map(|at| arrange(&values[at])));
+    let lift = weighting.map_or(1.0, |weighting| weighting.lift);
+    let weights = weighting.map(|weighting| arrange(weighting.weights) * lift);
+    let parity = weighting.and_then(|weighting| weighting.parity.as_ref());
+    let parity = parity.map(|[factors, means]| [arrange(factors) * lift, arrange(means)]);
     let kind = if input.kind() == Kind::Double { Kind::Double } else { Kind::Float };
     // Room for what stays, made first: between the large pieces of two chunks it would keep the heap from closing.
     let rows = input.size()[0];
@@ -223,7 +226,7 @@ pub fn distill(
         let slope = slope.to_kind(chunk.kind()); // [m, DV]
         keep(gradient, &linear(&slope, &weight.transpose(0, 1), None))?;
         if let Some(total) = projection.gradient.as_deref_mut() {
-            shim::add_product(total, &slope.transpose(0, 1), &chunk, 1.0)?;
+            shim::add_product(total, &slope.transpose(0, 1), &chunk, lift.recip())?;
         }
     }
     let arranged = |values: Tensor| values.index_select(0, &order.inverse);
@@ -232,7 +235,7 @@ pub fn distill(
         hits: arranged(hits),
         acceptance: arranged(acceptance),
         covered: arranged(covered),
-        objective: sum,
+        objective: sum / lift,
         input_gradient: gradient.map(arranged),
     })
 }

@@ -52,6 +52,18 @@ impl<'a> Gradients<'a> {
         &mut self.totals[index]
     }
 
+    /// Adds a gradient that is `lift` times as large as it should be. What has 16 bits is divided in the total's own type.
+    pub fn add(&mut self, index: usize, gradient: &Tensor, lift: f64) -> Result<()> {
+        let total = &mut self.totals[index];
+        if lift == 1.0 {
+            let _ = total.f_add_(gradient)?;
+        } else {
+            let share = Tensor::f_full([0i64; 0], lift.recip(), (total.kind(), total.device()))?;
+            let _ = total.f_addcmul_(gradient, &share)?;
+        }
+        Ok(())
+    }
+
     /// Says that this batch adds nothing more to the total of a parameter. What is never said is taken to be complete
     /// when the batch is.
     pub fn complete(&mut self, index: usize) -> Result<()> {

@@ -22,6 +22,15 @@ pub struct Projection<'a> {
     pub gradient: Option<&'a mut Tensor>,
 }
 
+/// What gradients are of.
+#[derive(Debug, Clone, Copy)]
+pub struct Scale {
+    /// Factor of the sum of losses in the objective.
+    pub factor: f64,
+    /// The gradient of the input is multiplied by this power of two before it is rounded; see `draft::lift`.
+    pub lift: f64,
+}
+
 /// What is left of the rows after the last chunk.
 #[derive(Debug)]
 pub struct RowLosses {
@@ -31,7 +40,7 @@ pub struct RowLosses {
     pub top1: Tensor,
     /// `[R]` booleans: the label is among the five most likely tokens. Ties count as misses.
     pub top5: Tensor,
-    /// `[R, H]` gradient with respect to the input, where it was asked for.
+    /// `[R, H]` gradient with respect to the input, times the lift, where it was asked for.
     pub input_gradient: Option<Tensor>,
 }
 
@@ -41,12 +50,12 @@ pub fn chunk_rows(bytes: usize, vocabulary: i64) -> i64 {
 }
 
 /// Cross-entropy of `input [R, H]` projected by `projection` against `labels [R]`. With `scale`, gradients of
-/// `scale * sum of losses` are computed as well.
+/// `factor * sum of losses` are computed as well.
 pub fn cross_entropy(
     input: &Tensor,
     labels: &Tensor,
     projection: &mut Projection<'_>,
-    scale: Option<f64>,
+    scale: Option<Scale>,
     rows_per_chunk: i64,
 ) -> Result<RowLosses> {
     let _guard = tch::no_grad_guard();
@@ -82,7 +91,7 @@ pub fn cross_entropy(
             let slope = slope(log_probabilities, &label, &at_label, chunk.kind())?; // [C, V]
             gradients.push(linear(&slope, &weight.transpose(0, 1), None)); // [C, H]
             if let Some(total) = projection.gradient.as_deref_mut() {
-                shim::add_product(total, &slope.transpose(0, 1), &chunk, scale)?;
+                shim::add_product(total, &slope.transpose(0, 1), &chunk, scale.factor)?;
             }
         }
     }
@@ -92,19 +101,32 @@ pub fn cross_entropy(
     };
     let input_gradient = scale.map(|scale| match gradients.is_empty() {
         true => input.zeros_like(),
-        false => Tensor::cat(&gradients, 0) * scale, // [R, H]
+        false => Tensor::cat(&gradients, 0) * (scale.factor * scale.lift), // [R, H]
     });
     Ok(RowLosses { sum, top1: join(top1, Kind::Bool), top5: join(top5, Kind::Bool), input_gradient })
 }
 
-/// Logits of a chunk, `[C, V]`. From 16-bit factors CUDA gives them in float32, which costs no more than rounding them
-/// and converting them back.
+/// Rows of a 16-bit weight that the CPU widens at a time: all at once would take twice the weight's own memory.
+const WIDENED: i64 = 4096;
+
+/// Logits of a chunk, `[C, V]`, in float32 at least: in 16 bits, tokens that are not equally likely would tie. CUDA gives
+/// them in one product, which costs no more than rounding them and converting them back.
 pub(super) fn project(chunk: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let narrow = matches!(chunk.kind(), Kind::BFloat16 | Kind::Half);
-    Ok(match narrow && chunk.device().is_cuda() {
-        true => chunk.f_mm_dtype(&weight.f_transpose(0, 1)?, Kind::Float)?,
-        false => linear(chunk, weight, None),
-    })
+    if !matches!(chunk.kind(), Kind::BFloat16 | Kind::Half) {
+        return Ok(linear(chunk, weight, None));
+    }
+    if chunk.device().is_cuda() {
+        return Ok(chunk.f_mm_dtype(&weight.f_transpose(0, 1)?, Kind::Float)?);
+    }
+    let (rows, vocabulary) = (chunk.size()[0], weight.size()[0]);
+    let logits = Tensor::f_empty([rows, vocabulary], (Kind::Float, chunk.device()))?;
+    let chunk = chunk.f_to_kind(Kind::Float)?;
+    for start in (0..vocabulary).step_by(WIDENED as usize) {
+        let count = WIDENED.min(vocabulary - start);
+        let wide = weight.f_narrow(0, start, count)?.f_to_kind(Kind::Float)?;
+        logits.f_narrow(1, start, count)?.f_copy_(&linear(&chunk, &wide, None))?;
+    }
+    Ok(logits)
 }
 
 /// `softmax - onehot` in the element type of the model; takes the log-probabilities' memory where it can.
@@ -146,7 +168,14 @@ mod tests {
         for rows_per_chunk in [1, 2, 3, 7, 50] {
             let mut gradient = Tensor::zeros([11, 5], options);
             let mut projection = Projection { weight: &weight, gradient: Some(&mut gradient) };
-            let losses = cross_entropy(&input.detach(), &labels, &mut projection, Some(0.3), rows_per_chunk).unwrap();
+            let losses = cross_entropy(
+                &input.detach(),
+                &labels,
+                &mut projection,
+                Some(Scale { factor: 0.3, lift: 1.0 }),
+                rows_per_chunk,
+            )
+            .unwrap();
             let difference = |a: &Tensor, b: &Tensor| (a - b).abs().max().double_value(&[]);
             assert!(difference(&losses.sum, &loss) < 1e-12);
             assert!(difference(&losses.input_gradient.unwrap(), &input.grad()) < 1e-12);
@@ -164,7 +193,14 @@ mod tests {
         let gradients = |kind: Kind| {
             let (weight, mut total) = (weight.to_kind(kind), Tensor::zeros([4, 4], (Kind::Float, Device::Cpu)));
             let mut projection = Projection { weight: &weight, gradient: Some(&mut total) };
-            let losses = cross_entropy(&input.to_kind(kind), &labels, &mut projection, Some(0.1), 1).unwrap();
+            let losses = cross_entropy(
+                &input.to_kind(kind),
+                &labels,
+                &mut projection,
+                Some(Scale { factor: 0.1, lift: 1.0 }),
+                1,
+            )
+            .unwrap();
             [total, losses.input_gradient.unwrap().to_kind(Kind::Float)]
         };
         for (got, want) in gradients(Kind::BFloat16).iter().zip(gradients(Kind::Float)) {

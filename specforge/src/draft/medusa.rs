@@ -21,7 +21,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
-use super::loss::{self, Projection, RowLosses};
+use super::lift::lift;
+use super::loss::{self, Projection, RowLosses, Scale};
 use super::supervision::{MaskAlignment, TrainedRows, trained_rows};
 use super::{Algorithm, DraftContext, DraftModel, DraftSize, Gradients, Parameter, Tally, vocabulary};
 use crate::data::PackedBatch;
@@ -37,6 +38,7 @@ pub const ALGORITHM: Algorithm = Algorithm {
     name: "medusa",
     summary: "several heads on the target's last hidden state (Cai et al. 2024)",
     selection_metric: "simulated_acceptance_length",
+    figures,
     resolve: |section| Ok(json!(MedusaConfig::read(section)?)),
     size: |section, target| {
         let draft_vocabulary = vocabulary::draft_size(section, target.vocab_size)?;
@@ -303,14 +305,16 @@ impl Medusa {
             None => (&self.head, None),
         };
         let mut scored = Projection { weight, gradient };
-        let losses = loss::cross_entropy(&output.detach(), labels, &mut scored, Some(scale), self.rows_per_chunk)?;
+        let lift = lift(output.kind(), [(scale, labels.size()[0] as usize)].into_iter());
+        let scale = Some(Scale { factor: scale, lift });
+        let losses = loss::cross_entropy(&output.detach(), labels, &mut scored, scale, self.rows_per_chunk)?;
         (projection..last).try_for_each(|index| gradients.complete(index))?;
         if let Some(slope) = losses.input_gradient.as_ref().filter(|slope| slope.numel() > 0) {
             // The chunked gradient enters the graph of the blocks through this product.
             let surrogate = (&output * slope).sum(Kind::Float);
             let inputs: Vec<&Tensor> = self.parameters[first..projection].iter().map(|p| &p.value).collect();
             let fresh = Tensor::f_run_backward(&[surrogate], &inputs, false, false)?;
-            (first..).zip(fresh).for_each(|(index, gradient)| *gradients.total(index) += gradient);
+            (first..).zip(fresh).try_for_each(|(index, gradient)| gradients.add(index, &gradient, lift))?;
         }
         (first..projection).try_for_each(|index| gradients.complete(index))?;
         Ok(losses)
@@ -319,6 +323,15 @@ impl Medusa {
 
 /// Averages kept for every head.
 const METRICS: [&str; 4] = ["loss", "top1", "top5", "chain"];
+
+fn figures(section: &Value) -> Result<Vec<String>> {
+    Ok(ALGORITHM.figures_with(metric_names(&MedusaConfig::read(section)?)))
+}
+
+fn metric_names(config: &MedusaConfig) -> Vec<String> {
+    let heads = 1..=config.num_heads;
+    heads.flat_map(|head| METRICS.map(|metric| format!("head{head}/{metric}"))).collect()
+}
 
 impl DraftModel for Medusa {
     fn algorithm(&self) -> &'static Algorithm {
@@ -334,8 +347,7 @@ impl DraftModel for Medusa {
     }
 
     fn metrics(&self) -> Vec<String> {
-        let heads = 1..=self.config.num_heads;
-        heads.flat_map(|head| METRICS.map(|metric| format!("head{head}/{metric}"))).collect()
+        metric_names(&self.config)
     }
 
     fn summary(&self, averages: &[f64]) -> Vec<(String, f64)> {

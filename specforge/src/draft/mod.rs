@@ -15,6 +15,7 @@ use crate::vocab::VocabMap;
 pub mod distillation;
 pub mod eagle3;
 pub mod gradients;
+mod lift;
 pub mod loss;
 pub mod medusa;
 pub mod supervision;
@@ -127,6 +128,9 @@ pub struct Algorithm {
     pub summary: &'static str,
     /// The figure of [`DraftModel::summary`] that decides which checkpoint is best; higher is better.
     pub selection_metric: &'static str,
+    /// Names of all figures of an evaluation, from a configuration alone: `loss`, those of [`DraftModel::metrics`] and those
+    /// of [`DraftModel::summary`].
+    pub figures: fn(&Value) -> Result<Vec<String>>,
     /// Checks a configuration and fills in defaults.
     pub resolve: fn(&Value) -> Result<Value>,
     /// Size from configuration and target dimensions, before any weight is loaded.
@@ -136,6 +140,15 @@ pub struct Algorithm {
     pub capture: fn(&Value, &Dimensions) -> Result<Vec<usize>>,
     /// Builds the draft.
     pub build: fn(&Value, &DraftContext<'_>) -> Result<Box<dyn DraftModel>>,
+}
+
+impl Algorithm {
+    /// What [`Algorithm::figures`] gives for a draft with these metrics and the selection metric as its summary.
+    fn figures_with(&self, metrics: Vec<String>) -> Vec<String> {
+        let mut figures = vec!["loss".to_owned(), self.selection_metric.to_owned()];
+        figures.extend(metrics);
+        figures
+    }
 }
 
 /// Every algorithm this program can train.

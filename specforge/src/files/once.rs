@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::unfinished::{Unfinished, begun};
 use super::{PARTIAL_PREFIX, create_dir_all, parent_of, write_through_as};
 use crate::error::{Error, Result};
 
@@ -120,6 +121,7 @@ struct Lock {
     file: File,
     path: PathBuf,
     is_held: bool,
+    _unfinished: Option<Unfinished>,
 }
 
 impl Lock {
@@ -141,14 +143,17 @@ impl Lock {
                     sleep(LOOK);
                 }
                 // Some network file systems know no locks: then everybody makes the file, and the last one stays.
-                Err(TryLockError::Error(_)) => return Ok(Some(Self { file, path: lock_path, is_held: false })),
+                Err(TryLockError::Error(_)) => {
+                    return Ok(Some(Self { file, path: lock_path, is_held: false, _unfinished: None }));
+                }
             }
         }
         // Who comes to an end removes the lock file: this one may have been removed while we waited.
         let own = file.metadata().map_err(Error::io("look at", &lock_path))?;
         match fs::metadata(&lock_path) {
             Ok(current) if (current.dev(), current.ino()) == (own.dev(), own.ino()) => {
-                return Ok(Some(Self { file, path: lock_path, is_held: true }));
+                let held = begun(|| Ok(lock_path.clone()), PathBuf::as_path).map_err(Error::io("lock", &lock_path))?;
+                return Ok(Some(Self { file, path: lock_path, is_held: true, _unfinished: Some(held.1) }));
             }
             Err(error) if error.kind() != ErrorKind::NotFound => return Err(Error::io("look at", &lock_path)(error)),
             _ => {}

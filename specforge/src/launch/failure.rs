@@ -28,6 +28,9 @@ pub(super) struct Failure {
     pub(super) hint: Option<String>,
     /// Exit code; 1 for a process that a signal ended.
     pub(super) code: u8,
+    /// The signal that ended the process.
+    #[serde(default)]
+    pub(super) signal: Option<i32>,
     /// Whether it only tells of a peer's end.
     pub(super) is_echo: bool,
     /// When, on this machine's clock, in milliseconds since 1970.
@@ -36,11 +39,12 @@ pub(super) struct Failure {
 
 impl Failure {
     pub(super) fn new(who: String, message: String) -> Self {
-        Self { who, message, hint: None, code: 1, is_echo: false, milliseconds: now() }
+        Self { who, message, hint: None, code: 1, signal: None, is_echo: false, milliseconds: now() }
     }
 
     pub(super) fn into_error(self) -> Error {
-        Error::Launched { who: self.who, message: self.message, hint: self.hint, code: self.code }
+        let Self { who, message, hint, code, signal, .. } = self;
+        Error::Launched { who, message, hint, code, signal }
     }
 
     /// Sorts failures of one machine: the first one is the reason for the others.
@@ -67,7 +71,7 @@ impl Failure {
              fewer processes"
                 .to_owned()
         });
-        Some(Self { hint, ..Self::new(who, format!("ended by {name}")) })
+        Some(Self { hint, signal: Some(signal), ..Self::new(who, format!("ended by {name}")) })
     }
 }
 
@@ -97,6 +101,7 @@ fn write(path: &Path, error: &Error, milliseconds: u64) -> Result<()> {
         message: error.to_string(),
         hint: error.hint(),
         code: error.exit_code(),
+        signal: None,
         is_echo,
         milliseconds,
     };

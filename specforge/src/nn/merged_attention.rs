@@ -146,6 +146,61 @@ mod tests {
         }
     }
 
+    /// In bfloat16, scores of own keys keep their digits until after the softmax, as those of shared keys and those of
+    /// decoding do: at a score of 44, one rounding would move a weight by a tenth.
+    #[test]
+    fn large_scores_of_own_keys_are_not_rounded() {
+        tch::manual_seed(7);
+        const SCORES: [[f64; 4]; 3] = [[7.0, 6.4, 6.9, 5.8], [20.0, 19.3, 18.9, 20.2], [44.0, 43.1, 43.7, 44.3]];
+        for kind in [Kind::BFloat16, Kind::Half] {
+            for scores in SCORES {
+                let (heads, dim) = (4, 64);
+                let narrow = |tensor: Tensor| tensor.to_kind(kind).set_requires_grad(true);
+                let options = (Kind::Double, Device::Cpu);
+                let query = Tensor::randn([9, heads, dim], options) * 3.0;
+                // Along the query, so that every score is what it should be, and apart in what is across it.
+                let along = &query / query.square().sum_dim_intlist(-1, true, Kind::Double) * (dim as f64).sqrt();
+                let own_key = scores.map(|score| {
+                    let random = Tensor::randn([9, heads, dim], options) * 2.0;
+                    let share = (&random * &query).sum_dim_intlist(-1, true, Kind::Double) / (dim as f64).sqrt();
+                    &along * score + random - &along * share
+                });
+                let shared = |size: f64| narrow(Tensor::randn([15, heads, dim], options) * size);
+                let inputs = [
+                    narrow(query),
+                    shared(0.3),
+                    shared(1.0),
+                    narrow(Tensor::stack(&own_key, 1)), // [R, I, N, D]
+                    narrow(Tensor::randn([9, 4, heads, dim], options)),
+                ];
+                let slope = Tensor::randn([9, heads, dim], options).to_kind(kind);
+                let run = |inputs: &[Tensor; 5], attend: &dyn Fn(&[Tensor; 5]) -> Tensor| {
+                    let output = attend(inputs);
+                    let sum = (&output * slope.to_kind(output.kind())).sum(Kind::Float);
+                    let gradients = Tensor::run_backward(&[sum], &inputs.each_ref(), false, false);
+                    std::iter::once(output)
+                        .chain(gradients)
+                        .map(|tensor| tensor.to_kind(Kind::Double))
+                        .collect::<Vec<_>>()
+                };
+                let wide = inputs.each_ref().map(|input| input.detach().to_kind(Kind::Double).set_requires_grad(true));
+                let want = run(&wide, &|[query, key, value, own_key, own_value]| {
+                    written_out(query, [key, value], [own_key, own_value], &RUNS)
+                });
+                let got = run(&inputs, &|[query, key, value, own_key, own_value]| {
+                    merged_attention(query, [key, value], [own_key, own_value], &RUNS).unwrap()
+                });
+                // A few roundings of the inputs' own size.
+                let limit = if kind == Kind::Half { 2e-3 } else { 1.5e-2 };
+                for (index, (got, want)) in got.iter().zip(&want).enumerate() {
+                    let off = (got - want).norm().double_value(&[]) / want.norm().double_value(&[]);
+                    println!("{kind:?}, {scores:?}: {index} off by {off:.1e}");
+                    assert!(off < limit, "{kind:?}, {scores:?}: {index} off by {off:.1e}");
+                }
+            }
+        }
+    }
+
     #[test]
     fn runs_that_do_not_fit_are_refused() {
         let (query, key) = (random(&[9, 6, 8], Kind::Float), random(&[14, 2, 8], Kind::Float));

@@ -3,6 +3,7 @@
 //! The noise of a choice depends on the seed, the absolute position and the token alone, so sampled text is the same
 //! for every batch, tree and draft. Argmax of `logits / T + noise` is a sample of `softmax(logits / T)`.
 
+use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
@@ -124,17 +125,20 @@ pub fn permutation(count: usize, seed: u64, stream: u64) -> Vec<usize> {
     order
 }
 
+/// Numbers that a thread makes at least: fewer are not worth another thread.
+const PIECE: usize = 1 << 14;
+
 /// Normal noise from the keyed stream, for initialising parameters alike on every device. float32 on the CPU.
 pub fn normal(shape: &[i64], deviation: f64, seed: u64, stream: u64) -> Tensor {
-    let mut next = keyed_stream(seed, stream);
-    let mut uniform = move || ((next() >> 11) as f64 + 0.5) * 2f64.powi(-53);
-    let count: i64 = shape.iter().product();
-    let values: Vec<f32> = (0..count)
-        .map(|_| {
-            let (radius, angle) = ((-2.0 * uniform().ln()).sqrt(), std::f64::consts::TAU * uniform());
-            (deviation * radius * angle.cos()) as f32
-        })
-        .collect();
+    let uniform = |position: u64| ((keyed_bits(seed, stream, position, 0) >> 11) as f64 + 0.5) * 2f64.powi(-53);
+    // Each number has its own two places in the stream, so that any thread may make any of them.
+    let value = |index: usize| {
+        let first = 2 * index as u64 + 1;
+        let (radius, angle) = ((-2.0 * uniform(first).ln()).sqrt(), std::f64::consts::TAU * uniform(first + 1));
+        (deviation * radius * angle.cos()) as f32
+    };
+    let count = shape.iter().product::<i64>().max(0) as usize;
+    let values: Vec<f32> = (0..count).into_par_iter().with_min_len(PIECE).map(value).collect();
     Tensor::from_slice(&values).to_kind(Kind::Float).to_device(Device::Cpu).view(shape)
 }
 
@@ -190,6 +194,26 @@ mod tests {
                 assert_eq!(got, want, "seed {seed}, {count} tokens");
             }
         }
+    }
+
+    /// Box and Muller's formula, one number after the other.
+    #[test]
+    fn normal_noise_is_that_of_the_stream_in_order() {
+        let count = 3 * PIECE as i64 + 5;
+        let mut next = keyed_stream(11, 4);
+        let mut uniform = || ((next() >> 11) as f64 + 0.5) * 2f64.powi(-53);
+        let want: Vec<f32> = (0..count)
+            .map(|_| {
+                let radius = (-2.0 * uniform().ln()).sqrt();
+                (0.02 * radius * (std::f64::consts::TAU * uniform()).cos()) as f32
+            })
+            .collect();
+        let got = normal(&[count], 0.02, 11, 4);
+        assert!(Vec::<f32>::try_from(&got).unwrap() == want);
+        let deviation = got.std(true).double_value(&[]);
+        assert!((deviation / 0.02 - 1.0).abs() < 0.02, "{deviation}");
+        assert_eq!(normal(&[2, 0], 1.0, 1, 1).size(), [2, 0]);
+        assert!(normal(&[], 1.0, 1, 1).size().is_empty());
     }
 
     #[test]

@@ -13,9 +13,9 @@
 //! receives its rounded copy; where it computes in float64, everything is float64. libtorch's fused kernel does a whole
 //! group of tensors in one launch. Over several ranks, the work and the state can be cut: see `cut.rs`.
 //!
-//! Nothing in a step waits for the device. A loss or a norm that is not finite turns that step and all later ones into
-//! no-ops, there and then; the host learns of it when it asks [`AdamW::first_non_finite`], with parameters and moments
-//! as they were before the bad step.
+//! Nothing in a step waits for the device. A loss or a norm that is not finite turns that step into a no-op, there and
+//! then; with it, all later ones, but for as many bad steps as may be skipped. The host learns of both when it asks
+//! [`AdamW::non_finite`], with parameters and moments as they were before the bad step.
 
 use tch::{Kind, Tensor};
 
@@ -33,9 +33,11 @@ pub struct StepReport {
     /// Global norm of the gradients before clipping: scalar on the device, float64 if a gradient is and else float32.
     /// Reading it waits for the device.
     pub gradient_norm: Tensor,
+    /// 1 if nothing was updated, else 0: float32 scalar on the device.
+    pub refused: Tensor,
 }
 
-/// Which step was the first that could not be taken.
+/// A step that could not be taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct NonFinite {
     /// Optimizer step, from 1.
@@ -44,12 +46,20 @@ pub struct NonFinite {
     pub what: &'static str,
 }
 
+/// Steps that could not be taken.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NonFiniteSteps {
+    /// Those that were passed over, in order.
+    pub skipped: Vec<NonFinite>,
+    /// The one that was too many: nothing has been updated since.
+    pub fatal: Option<NonFinite>,
+}
+
 /// Parameters that share type and constants of a fused call.
 struct FusedCall {
     members: Vec<usize>,
     kind: Kind,
     weight_decay: f64,
-    learning_rate_multiplier: f64,
 }
 
 /// The optimizer and its state, or this rank's part of it.
@@ -63,10 +73,13 @@ pub struct AdamW<'a> {
     epsilon: f64,
     /// Updates taken: float32 scalar on the device, as the fused kernel wants it.
     pub(super) step: Tensor,
-    /// 1 once something was not finite: float32 scalar on the device.
-    pub(super) found_non_finite: Tensor,
-    /// `[2]` int64 on the device: the first bad step (0: none), and whether the loss was bad.
-    pub(super) first_bad: Tensor,
+    /// Bad steps that may be skipped.
+    skippable: i64,
+    /// Bad steps so far, at most one more than may be skipped: int64 scalar on the device.
+    pub(super) bad_count: Tensor,
+    /// `[skippable + 1, 2]` int64 on the device, a row for each bad step in order: which (0: none that this optimizer has
+    /// met), and whether the loss was bad.
+    pub(super) bad_steps: Tensor,
     /// Updates asked for, on the host.
     pub(super) attempted: u64,
 }
@@ -93,18 +106,15 @@ impl<'a> AdamW<'a> {
         let mut calls: Vec<FusedCall> = Vec::new();
         for (index, slot) in slots.into_iter().enumerate() {
             let weight_decay = if slot.group == Group::Decay { config.weight_decay } else { 0.0 };
-            let (kind, learning_rate_multiplier) = (slot.master_kind(), slot.learning_rate_multiplier);
+            let kind = slot.master_kind();
             let cut = Cut::new(slot.value.numel(), rank, ranges);
             parameters.push(Parameter::new(slot, cut)?);
             if cut.length == 0 {
                 continue; // other ranks have all of it
             }
-            let constants = (kind, weight_decay, learning_rate_multiplier);
-            let same =
-                |call: &&mut FusedCall| (call.kind, call.weight_decay, call.learning_rate_multiplier) == constants;
-            match calls.iter_mut().find(same) {
+            match calls.iter_mut().find(|call| (call.kind, call.weight_decay) == (kind, weight_decay)) {
                 Some(call) => call.members.push(index),
-                None => calls.push(FusedCall { members: vec![index], kind, weight_decay, learning_rate_multiplier }),
+                None => calls.push(FusedCall { members: vec![index], kind, weight_decay }),
             }
         }
         Ok(Self {
@@ -115,10 +125,22 @@ impl<'a> AdamW<'a> {
             betas: (config.betas[0], config.betas[1]),
             epsilon: config.epsilon,
             step: Tensor::f_zeros([], (Kind::Float, device))?,
-            found_non_finite: Tensor::f_zeros([], (Kind::Float, device))?,
-            first_bad: Tensor::f_zeros([2], (Kind::Int64, device))?,
+            skippable: 0,
+            bad_count: Tensor::f_zeros([], (Kind::Int64, device))?,
+            bad_steps: Tensor::f_zeros([1, 2], (Kind::Int64, device))?,
             attempted: 0,
         })
+    }
+
+    /// Passes over `most` bad steps before the next one ends everything; `skipped` of them have been already, in the run
+    /// that this one continues. To be called before the first step and after [`AdamW::load_state`].
+    pub fn skip_non_finite(&mut self, most: u64, skipped: u64) -> Result<()> {
+        let options = (Kind::Int64, self.bad_count.device());
+        self.skippable = most as i64;
+        self.attempted += skipped;
+        self.bad_steps = Tensor::f_zeros([self.skippable + 1, 2], options)?;
+        self.bad_count = Tensor::f_full([0i64; 0], skipped.min(most) as i64, options)?;
+        Ok(())
     }
 
     /// Takes one step, or none at all if `loss` or the norm of the gradients is not finite.
@@ -139,14 +161,14 @@ impl<'a> AdamW<'a> {
             gradients.iter().map(|gradient| gradient.f_contiguous()).collect::<Result<_, _>>()?;
         self.attempted += 1;
         let gradient_norm = global_norm(&gradients)?;
-        self.note_non_finite(&gradient_norm, loss)?;
+        let refused = self.note_non_finite(&gradient_norm, loss)?;
         let gradient_scale = match max_norm {
             Some(limit) => gradient_norm.f_add_scalar(1e-6)?.f_div_scalar(limit)?.f_clamp_min(1.0)?,
             None => gradient_norm.f_ones_like()?,
         };
         let parts = self.parameters.iter().zip(&gradients).map(|(parameter, gradient)| parameter.cut.part(gradient));
         let mut gradients: Vec<Tensor> = parts.collect::<Result<_>>()?;
-        let taken = self.found_non_finite.f_neg()?.f_add_scalar(1.0)?;
+        let taken = refused.f_neg()?.f_add_scalar(1.0)?;
         let _ = self.step.f_add_(&taken)?;
         for call in &self.calls {
             let mut kernel_scale = gradient_scale.f_to_kind(Kind::Float)?;
@@ -164,23 +186,27 @@ impl<'a> AdamW<'a> {
             let second_moments = of(|parameter| &parameter.second_moment);
             let steps = vec![&self.step; call.members.len()];
             let constants = AdamwConstants {
-                learning_rate: learning_rate * call.learning_rate_multiplier,
+                learning_rate,
                 betas: self.betas,
                 weight_decay: call.weight_decay,
                 epsilon: self.epsilon,
             };
             let lists = [&masters[..], &members[..], &first_moments[..], &second_moments[..], &steps[..]];
-            shim::fused_adamw(lists, constants, &kernel_scale, &self.found_non_finite)?;
+            shim::fused_adamw(lists, constants, &kernel_scale, &refused)?;
         }
         self.parameters.iter_mut().try_for_each(|parameter| parameter.publish(self.group))?;
-        Ok(StepReport { gradient_norm })
+        Ok(StepReport { gradient_norm, refused })
     }
 
-    /// The first step that was refused because something was not finite. Waits for the device.
-    pub fn first_non_finite(&self) -> Result<Option<NonFinite>> {
-        let first_bad: Vec<i64> = Vec::try_from(&self.first_bad)?;
-        let what = if first_bad[1] != 0 { "the loss" } else { "the gradient norm" };
-        Ok((first_bad[0] > 0).then(|| NonFinite { step: first_bad[0] as u64, what }))
+    /// The steps that this optimizer refused because something was not finite. Waits for the device.
+    pub fn non_finite(&self) -> Result<NonFiniteSteps> {
+        let numbers: Vec<i64> = Vec::try_from(self.bad_steps.f_flatten(0, 1)?)?;
+        let mut all = numbers.chunks(2).map(|row| {
+            let what = if row[1] != 0 { "the loss" } else { "the gradient norm" };
+            (row[0] > 0).then_some(NonFinite { step: row[0] as u64, what })
+        });
+        let skipped = all.by_ref().take(self.skippable as usize).flatten().collect();
+        Ok(NonFiniteSteps { skipped, fatal: all.next().flatten() })
     }
 
     /// Updates taken. Waits for the device.
@@ -211,16 +237,20 @@ impl<'a> AdamW<'a> {
         Ok(())
     }
 
-    /// Raises the flag, for good, if the norm or the loss is not finite, and notes the first step where that was so.
-    fn note_non_finite(&mut self, norm: &Tensor, loss: &Tensor) -> Result<()> {
+    /// Notes a norm or a loss that is not finite, unless a step before this one was too many already. 1 if this step is to
+    /// change nothing.
+    fn note_non_finite(&mut self, norm: &Tensor, loss: &Tensor) -> Result<Tensor> {
         let bad_loss = loss.f_isfinite()?.f_all()?.f_logical_not()?.f_to_device(norm.device())?;
         let bad = norm.f_isfinite()?.f_logical_not()?.f_logical_or(&bad_loss)?;
-        let first = bad.f_to_kind(Kind::Float)?.f_sub(&self.found_non_finite)?.f_clamp_min(0.0)?;
-        let _ = self.found_non_finite.f_add_(&first)?;
-        let first = first.f_to_kind(Kind::Int64)?;
-        let record = [first.f_mul_scalar(self.attempted as i64)?, first.f_mul(&bad_loss)?];
-        let _ = self.first_bad.f_add_(&Tensor::f_stack(&record, 0)?)?;
-        Ok(())
+        let is_over = self.bad_count.f_gt(self.skippable)?;
+        let new = bad.f_logical_and(&is_over.f_logical_not()?)?;
+        // A row of the list, by its number: an index on the host would have to wait.
+        let rows = Tensor::f_arange(self.skippable + 1, (Kind::Int64, norm.device()))?;
+        let here = rows.f_eq_tensor(&self.bad_count)?.f_logical_and(&new)?.f_to_kind(Kind::Int64)?; // [skippable + 1]
+        let record = [here.f_mul_scalar(self.attempted as i64)?, here.f_mul(&bad_loss)?];
+        let _ = self.bad_steps.f_add_(&Tensor::f_stack(&record, 1)?)?;
+        let _ = self.bad_count.f_add_(&new.f_to_kind(Kind::Int64)?)?;
+        Ok(bad.f_logical_or(&is_over)?.f_to_kind(Kind::Float)?)
     }
 }
 
@@ -232,8 +262,8 @@ mod tests {
     use crate::nn::noise;
     use crate::weights::{WeightsFolder, write_tensors, writer::host_bytes};
 
-    const SHAPES: [(&str, &[i64], f64); 4] =
-        [("fc.weight", &[5, 3], 1.0), ("norm.weight", &[7], 1.0), ("head.weight", &[2, 4], 0.5), ("bias", &[3], 0.5)];
+    const SHAPES: [(&str, &[i64]); 4] =
+        [("fc.weight", &[5, 3]), ("norm.weight", &[7]), ("head.weight", &[2, 4]), ("bias", &[3])];
 
     fn config() -> OptimConfig {
         OptimConfig { weight_decay: 0.1, ..OptimConfig::default() }
@@ -250,14 +280,7 @@ mod tests {
             let away: Tensor = &noise + noise.sign();
             away.to_kind(kind).set_requires_grad(true)
         };
-        SHAPES
-            .iter()
-            .enumerate()
-            .map(|(index, (name, shape, multiplier))| ParameterSlot {
-                learning_rate_multiplier: *multiplier,
-                ..ParameterSlot::new(*name, value(index, shape))
-            })
-            .collect()
+        SHAPES.iter().enumerate().map(|(index, (name, shape))| ParameterSlot::new(*name, value(index, shape))).collect()
     }
 
     /// Large on even steps (clipped), small on odd ones.
@@ -266,7 +289,7 @@ mod tests {
         SHAPES
             .iter()
             .enumerate()
-            .map(|(index, (_, shape, _))| noise::normal(shape, size, 100 + step, index as u64))
+            .map(|(index, (_, shape))| noise::normal(shape, size, 100 + step, index as u64))
             .collect()
     }
 
@@ -297,8 +320,7 @@ mod tests {
             let norm = gradients.iter().flatten().map(|g| g * g).sum::<f64>().sqrt();
             let scale = f64::max(1.0, (norm + 1e-6) / max_norm);
             for (tensor, gradient) in gradients.iter().enumerate() {
-                let (_, shape, multiplier) = SHAPES[tensor];
-                let rate = rate * multiplier;
+                let (_, shape) = SHAPES[tensor];
                 let decay = if shape.len() > 1 { 0.1 } else { 0.0 };
                 for (index, gradient) in gradient.iter().enumerate() {
                     let gradient = gradient / scale;
@@ -341,8 +363,8 @@ mod tests {
             }
         }
         assert_eq!(optimizer.steps_taken().unwrap(), 20);
-        assert_eq!(optimizer.calls.len(), 4);
-        assert_eq!(optimizer.first_non_finite().unwrap(), None);
+        assert_eq!(optimizer.calls.len(), 2);
+        assert_eq!(optimizer.non_finite().unwrap(), NonFiniteSteps::default());
     }
 
     #[test]
@@ -420,9 +442,54 @@ mod tests {
                 optimizer.step(&self::gradients(4), 1e-2, None, &loss()).unwrap();
                 optimizer.step(&self::gradients(5), 1e-2, None, &nan).unwrap();
                 assert!(before == bytes(&optimizer), "{what} {kind:?}");
-                assert_eq!(optimizer.first_non_finite().unwrap(), Some(NonFinite { step: 4, what }));
+                let fatal = Some(NonFinite { step: 4, what });
+                assert_eq!(optimizer.non_finite().unwrap(), NonFiniteSteps { skipped: vec![], fatal });
                 assert_eq!(optimizer.steps_taken().unwrap(), 3);
             }
+        }
+    }
+
+    /// Skipped steps are as if they had never been, until one is too many.
+    #[test]
+    fn some_bad_steps_are_passed_over() {
+        let nan = Tensor::from(f32::NAN);
+        let spoiled = |step| {
+            let gradients = gradients(step);
+            let _ = gradients[2].get(1).fill_(f64::INFINITY);
+            gradients
+        };
+        for already in [0, 1] {
+            let mut plain = alone(slots(Kind::Float), &config()).unwrap();
+            let mut skipping = alone(slots(Kind::Float), &config()).unwrap();
+            skipping.skip_non_finite(2 + already, already).unwrap();
+            for step in 0..3 {
+                plain.step(&gradients(step), 1e-2, Some(1.0), &loss()).unwrap();
+            }
+            let mut refused = Vec::new();
+            for (gradients, loss_value) in [
+                (gradients(0), loss()),
+                (spoiled(7), loss()),
+                (gradients(1), loss()),
+                (gradients(8), nan.shallow_clone()),
+                (gradients(2), loss()),
+            ] {
+                let report = skipping.step(&gradients, 1e-2, Some(1.0), &loss_value).unwrap();
+                refused.push(report.refused.double_value(&[]));
+            }
+            assert_eq!(refused, [0.0, 1.0, 0.0, 1.0, 0.0]);
+            assert!(bytes(&plain) == bytes(&skipping));
+            let skipped = vec![
+                NonFinite { step: already + 2, what: "the gradient norm" },
+                NonFinite { step: already + 4, what: "the loss" },
+            ];
+            // An earlier process met the one that is not listed.
+            assert_eq!(skipping.non_finite().unwrap(), NonFiniteSteps { skipped: skipped.clone(), fatal: None });
+            skipping.step(&spoiled(9), 1e-2, Some(1.0), &loss()).unwrap();
+            skipping.step(&gradients(9), 1e-2, Some(1.0), &loss()).unwrap();
+            skipping.step(&gradients(9), 1e-2, Some(1.0), &nan).unwrap();
+            assert!(bytes(&plain) == bytes(&skipping));
+            let fatal = Some(NonFinite { step: already + 6, what: "the gradient norm" });
+            assert_eq!(skipping.non_finite().unwrap(), NonFiniteSteps { skipped, fatal });
         }
     }
 

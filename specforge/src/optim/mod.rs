@@ -11,7 +11,7 @@ mod state;
 #[cfg(test)]
 mod across_ranks;
 
-pub use adamw::{AdamW, NonFinite, StepReport};
+pub use adamw::{AdamW, NonFinite, NonFiniteSteps, StepReport};
 pub use config::OptimConfig;
 pub use norm::global_norm;
 pub use parameter::{Group, ParameterSlot};

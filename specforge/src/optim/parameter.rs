@@ -34,15 +34,13 @@ pub struct ParameterSlot {
     pub value: Tensor,
     /// Whether it decays.
     pub group: Group,
-    /// Multiplies the learning rate; 1 for almost everything.
-    pub learning_rate_multiplier: f64,
 }
 
 impl ParameterSlot {
-    /// A parameter at the common learning rate that decays if it is a matrix.
+    /// A parameter that decays if it is a matrix.
     pub fn new(name: impl Into<String>, value: Tensor) -> Self {
         let group = Group::for_shape(&value.size());
-        Self { name: name.into(), value, group, learning_rate_multiplier: 1.0 }
+        Self { name: name.into(), value, group }
     }
 
     /// The type the update is computed in, and that of the gradient: that of the value, but at least float32.

@@ -57,8 +57,8 @@ impl AdamW<'_> {
         // Values that are their own masters are left alone: the first rank may be the only one that has restored them yet.
         let mut mastered = self.parameters.iter_mut().filter(|parameter| parameter.has_own_master());
         mastered.try_for_each(|parameter| parameter.publish(self.group))?;
-        let _ = self.found_non_finite.f_zero_()?;
-        let _ = self.first_bad.f_zero_()?;
+        let _ = self.bad_count.f_zero_()?;
+        let _ = self.bad_steps.f_zero_()?;
         self.attempted = self.steps_taken()?;
         Ok(())
     }

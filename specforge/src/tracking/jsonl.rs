@@ -22,10 +22,11 @@ pub struct JsonLines {
 }
 
 impl JsonLines {
-    /// Opens or creates the file, without the lines of steps after `resumed_at`; `None` starts it empty.
-    pub fn open(path: &Path, resumed_at: Option<u64>) -> Result<Self> {
+    /// Opens or creates the file, without the lines of steps after `resumed_at`; `None` starts it empty. `unwritten` is the
+    /// beginning of names that the step itself is to have no line of yet.
+    pub fn open(path: &Path, resumed_at: Option<u64>, unwritten: Option<&str>) -> Result<Self> {
         match resumed_at {
-            Some(step) => drop_later(path, step)?,
+            Some(step) => drop_later(path, step, unwritten)?,
             None => files::write_text(path, "")?,
         }
         let file = File::options().create(true).append(true).open(path).map_err(Error::io("open", path))?;
@@ -55,7 +56,7 @@ impl JsonLines {
 }
 
 /// Rewrites the file, atomically, without lines of later steps and without a last line that a kill cut off.
-fn drop_later(path: &Path, step: u64) -> Result<()> {
+fn drop_later(path: &Path, step: u64, unwritten: Option<&str>) -> Result<()> {
     let text = match std::fs::read_to_string(path) {
         Ok(text) => text,
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
@@ -67,6 +68,7 @@ fn drop_later(path: &Path, step: u64) -> Result<()> {
         match row.as_ref().and_then(|row| row["step"].as_u64()) {
             _ if !line.ends_with('\n') => {}
             Some(at) if at > step => {}
+            Some(at) if at == step && unwritten.is_some_and(|prefix| has_name(row.as_ref(), prefix)) => {}
             Some(_) => kept.push_str(line),
             None => {
                 let problem = "expected an object with a whole number `step`".to_owned();
@@ -75,6 +77,11 @@ fn drop_later(path: &Path, step: u64) -> Result<()> {
         }
     }
     if kept.len() < text.len() { files::write_text(path, &kept) } else { Ok(()) }
+}
+
+/// Whether a line has a metric whose name begins with `prefix`.
+fn has_name(row: Option<&Value>, prefix: &str) -> bool {
+    row.and_then(Value::as_object).is_some_and(|row| row.keys().any(|name| name.starts_with(prefix)))
 }
 
 #[cfg(test)]
@@ -89,7 +96,7 @@ mod tests {
     fn a_line_is_one_object_in_order() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("metrics.jsonl");
-        let mut lines = JsonLines::open(&path, None).unwrap();
+        let mut lines = JsonLines::open(&path, None, None).unwrap();
         lines.log(10, 1.5, &metrics(0.1)).unwrap();
         lines.log(11, 2.5, &metrics(f64::NAN)).unwrap();
         lines.sync().unwrap();
@@ -116,14 +123,14 @@ mod tests {
             (String::new(), 3, String::new()),
         ] {
             std::fs::write(&path, &before).unwrap();
-            let mut lines = JsonLines::open(&path, Some(at)).unwrap();
+            let mut lines = JsonLines::open(&path, Some(at), None).unwrap();
             assert_eq!(std::fs::read_to_string(&path).unwrap(), after, "{before}");
             lines.log(9, 0.0, &[]).unwrap();
             assert!(std::fs::read_to_string(&path).unwrap().starts_with(&after));
         }
         std::fs::write(&path, format!("{one}what is this\n{two}")).unwrap();
-        let error = JsonLines::open(&path, Some(2)).unwrap_err().to_string();
+        let error = JsonLines::open(&path, Some(2), None).unwrap_err().to_string();
         assert!(error.contains("metrics.jsonl:2:"), "{error}");
-        assert!(JsonLines::open(&folder.path().join("new.jsonl"), Some(3)).is_ok());
+        assert!(JsonLines::open(&folder.path().join("new.jsonl"), Some(3), None).is_ok());
     }
 }

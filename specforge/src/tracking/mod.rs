@@ -35,8 +35,14 @@ impl Tracker {
     /// Starts logging into a run's folder. `resumed_at` is the step of the checkpoint the run goes on from: lines of
     /// later steps are dropped. `None` starts afresh and drops everything an earlier run left there.
     pub fn open(folder: &Path, resumed_at: Option<u64>) -> Result<Self> {
+        Self::open_before(folder, resumed_at, None)
+    }
+
+    /// The same for a run that is to log something at the step itself first: names that begin with `unwritten`. A line of
+    /// the kind that is there was written by a part that was killed before it could save.
+    pub fn open_before(folder: &Path, resumed_at: Option<u64>, unwritten: Option<&str>) -> Result<Self> {
         files::create_dir_all(folder)?;
-        let lines = JsonLines::open(&folder.join(METRICS_FILE), resumed_at)?;
+        let lines = JsonLines::open(&folder.join(METRICS_FILE), resumed_at, unwritten)?;
         let first_step = resumed_at.map_or(0, |step| step + 1);
         let events = EventFile::create(&folder.join(TENSORBOARD_FOLDER), first_step, now())?;
         Ok(Self { lines, events })

@@ -1,7 +1,5 @@
 //! Gradients of an optimizer step: summed over its micro-batches here, and over the ranks by whoever trains with us.
 
-use std::time::{Duration, Instant};
-
 use tch::Tensor;
 
 use crate::dist::{BucketTime, ParallelConfig, ProcessGroup, Reducer};
@@ -14,7 +12,6 @@ pub struct GradientSums<'a> {
     totals: Vec<Tensor>,
     /// `None` for a process on its own.
     reducer: Option<Reducer<'a>>,
-    waited: Duration,
 }
 
 impl<'a> GradientSums<'a> {
@@ -25,7 +22,7 @@ impl<'a> GradientSums<'a> {
             true => Some(Reducer::new(group, &totals, parallel.bucket_bytes())?),
             false => None,
         };
-        Ok(Self { totals, reducer, waited: Duration::ZERO })
+        Ok(Self { totals, reducer })
     }
 
     /// Before the first micro-batch of a step.
@@ -51,22 +48,12 @@ impl<'a> GradientSums<'a> {
         let Some(reducer) = &mut self.reducer else {
             return Ok(());
         };
-        let started = Instant::now();
-        reducer.finish(&mut self.totals)?;
-        self.waited += started.elapsed();
-        Ok(())
+        reducer.finish(&mut self.totals)
     }
 
     /// One for each parameter, in order.
     pub fn totals(&self) -> &[Tensor] {
         &self.totals
-    }
-
-    /// Time spent in [`GradientSums::finish`] since this was last asked: what the other ranks' sums took beyond this
-    /// rank's own work. `None` for a process on its own. A GPU is not waited for, so there it is what asking took.
-    pub fn take_waited(&mut self) -> Option<Duration> {
-        self.reducer.as_ref()?;
-        Some(std::mem::take(&mut self.waited))
     }
 
     /// When the buckets of the last step were summed; none for a process on its own.

@@ -1,10 +1,13 @@
 //! Sums and counts between two log lines. Sums stay on the device until they are read.
 
-use tch::{Kind, Tensor};
+use serde::de::DeserializeOwned;
+use serde_json::json;
+use tch::{Device, Kind, Tensor};
 
+use crate::checkpoint::OpenWindow;
 use crate::dist::{ProcessGroup, ReduceOp};
 use crate::draft::{DraftModel, Tally};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Running sums of a draft's metrics.
 #[derive(Debug, Default)]
@@ -33,9 +36,50 @@ impl Window {
         self.steps += 1;
     }
 
-    /// Optimizer steps since the window began.
-    pub fn steps(&self) -> u64 {
-        self.steps
+    /// What a checkpoint keeps of a window in which no line was logged yet: one entry for each rank, none where no step was
+    /// taken. Every rank must call this.
+    pub fn state(&self, group: &ProcessGroup) -> Result<Vec<OpenWindow>> {
+        if self.steps == 0 {
+            return Ok(Vec::new());
+        }
+        let objective = self.objective.as_ref().map_or(0.0, |objective| objective.double_value(&[]));
+        let sums = match &self.sums {
+            Some(sums) => Vec::<f64>::try_from(sums.f_to_device(Device::Cpu)?)?,
+            None => Vec::new(),
+        };
+        // JSON has no NaN.
+        let known = |value: f64| Some(value).filter(|value| value.is_finite());
+        let own = OpenWindow {
+            steps: self.steps,
+            objective: known(objective),
+            sums: sums.into_iter().map(known).collect(),
+            counts: self.counts.clone(),
+        };
+        group.all_gather_bytes(json!(own).to_string().as_bytes())?.iter().map(|bytes| read(bytes)).collect()
+    }
+
+    /// A window as it was when `states` were kept; those of the first rank count. With another number of ranks than then,
+    /// the first one takes the sums of all. Every rank must call this.
+    pub fn restore(states: &[OpenWindow], device: Device, group: &ProcessGroup) -> Result<Self> {
+        let states: Vec<OpenWindow> = read(&group.broadcast_bytes(json!(states).to_string().as_bytes(), 0)?)?;
+        let Some(steps) = states.first().map(|state| state.steps) else {
+            return Ok(Self::default());
+        };
+        let own: &[OpenWindow] = match states.len() == group.world_size() {
+            true => &states[group.rank()..=group.rank()],
+            false if group.is_first() => &states[..],
+            false => &[],
+        };
+        let mut window = Self { steps, ..Self::default() };
+        let on_device = |values: &[Option<f64>]| {
+            let values: Vec<f64> = values.iter().map(|value| value.unwrap_or(f64::NAN)).collect();
+            Tensor::from_slice(&values).f_to_device(device)
+        };
+        for state in own.iter().filter(|state| !state.sums.is_empty()) {
+            let objective = on_device(&[state.objective])?.f_squeeze()?;
+            window.add(&Tally { objective, sums: on_device(&state.sums)?, counts: state.counts.clone() });
+        }
+        Ok(window)
     }
 
     /// Reads the averages over all ranks from the device and starts a new window: `loss`, every metric, and derived
@@ -61,4 +105,10 @@ impl Window {
         values.extend(draft.summary(&averages));
         Ok(values)
     }
+}
+
+/// What another rank wrote as JSON.
+fn read<T: DeserializeOwned>(bytes: &[u8]) -> Result<T> {
+    serde_json::from_slice(bytes)
+        .map_err(|error| Error::Failed(format!("the ranks cannot exchange what they logged: {error}")))
 }

@@ -13,9 +13,11 @@ use crate::error::{Error, Result};
 pub mod agreement;
 pub mod continuation;
 pub mod gradient_sums;
+mod held_out;
 pub mod metrics;
 pub mod order;
 pub mod parts;
+pub mod seconds;
 pub mod trainer;
 
 #[cfg(test)]
@@ -25,6 +27,7 @@ pub use continuation::same_learning_rates;
 pub use gradient_sums::GradientSums;
 pub use order::DataOrder;
 pub use parts::{Provenance, Split, TrainerParts, Writer};
+pub use seconds::Seconds;
 pub use trainer::{TrainReport, Trainer};
 
 /// The `train` section of a configuration.
@@ -47,10 +50,12 @@ pub struct TrainConfig {
     pub log_every: u64,
     /// Optimizer steps between evaluations on held-out documents; 0 evaluates at the start and the end only.
     pub eval_every: u64,
-    /// Optimizer steps between checkpoints; 0 saves at the end only.
+    /// Optimizer steps between checkpoints; 0 saves at the end and after the best evaluations only.
     pub save_every: u64,
     /// Most bytes that one chunk of logits takes.
     pub chunk_mib: usize,
+    /// Whether a GPU has to compute the same bits every time, which takes longer. A CPU does anyway.
+    pub deterministic: bool,
 }
 
 impl Default for TrainConfig {
@@ -66,6 +71,7 @@ impl Default for TrainConfig {
             eval_every: 200,
             save_every: 200,
             chunk_mib: 64,
+            deterministic: false,
         }
     }
 }

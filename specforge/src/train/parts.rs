@@ -1,7 +1,6 @@
 //! What a run is made of: documents, draft, features, and where its results go.
 
-use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::AtomicI32;
+use std::collections::BTreeMap;
 
 use serde_json::Value;
 
@@ -13,6 +12,7 @@ use crate::draft::DraftModel;
 use crate::error::Result;
 use crate::features::FeatureSource;
 use crate::optim::OptimConfig;
+use crate::stop::Stop;
 use crate::tracking::Tracker;
 
 /// Documents of one split.
@@ -80,27 +80,20 @@ pub struct TrainerParts<'a> {
     pub provenance: Provenance,
     /// Decodes with the draft as it is now, every so many steps; not at all at 0.
     pub decoding: (u64, Decoding<'a>),
-    /// Number of the signal that asked the run to stop; 0 for none.
-    pub stop: &'a AtomicI32,
+    /// Whether the run is to stop.
+    pub stop: &'a Stop,
 }
 
-/// Measures the draft by decoding with it. Every rank calls it and gets the same figures.
-pub type Decoding<'a> = &'a dyn Fn(&dyn DraftModel) -> Result<BTreeMap<String, f64>>;
+/// Measures the draft by decoding with it. Every rank calls it and gets the same figures; none where a rank was asked to
+/// stop meanwhile.
+pub type Decoding<'a> = &'a dyn Fn(&dyn DraftModel) -> Result<Option<BTreeMap<String, f64>>>;
 
 /// How often a guesser is right that always says the training split's commonest supervised token.
 pub(super) fn commonest_token_share(train: &Split<'_>, eval: &Split<'_>) -> f64 {
-    let counts = |split: &Split<'_>| {
-        let mut counts: HashMap<u32, u64> = HashMap::new();
-        for &index in &split.documents {
-            let document = split.cache.document(index);
-            let supervised = document.tokens.iter().zip(document.supervised).filter(|(_, mark)| **mark != 0);
-            supervised.for_each(|(&token, _)| *counts.entry(token).or_default() += 1);
-        }
-        counts
-    };
+    let counts = |split: &Split<'_>| data::all_supervised_counts(split.cache, &split.documents);
     let (train, eval) = (counts(train), counts(eval));
-    // Equal counts: the lower id, so that the figure never depends on hashing.
-    let commonest = train.iter().max_by_key(|(token, count)| (**count, std::cmp::Reverse(**token)));
+    // Equal counts: the lower id.
+    let commonest = train.iter().enumerate().max_by_key(|(token, count)| (**count, std::cmp::Reverse(*token)));
     let seen = commonest.and_then(|(token, _)| eval.get(token)).copied().unwrap_or(0);
-    seen as f64 / eval.values().sum::<u64>().max(1) as f64
+    seen as f64 / eval.iter().sum::<u64>().max(1) as f64
 }

@@ -1,8 +1,12 @@
 //! The loop: order, step, log, evaluate, save, stop.
+//!
+//! A signal loses nothing, wherever it falls. It ends an evaluation at the next micro-batch, and the checkpoint says what
+//! it owes; the next part makes that first. Sums since the last log line are in the checkpoint too, so that the log of a
+//! run in parts is that of a run in one.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use serde::Serialize;
@@ -11,16 +15,17 @@ use tch::{Kind, Tensor};
 use super::DataOrder;
 use super::agreement;
 use super::gradient_sums::GradientSums;
+use super::held_out::HeldOut;
 use super::metrics::Window;
 use super::order::GlobalBatch;
 use super::parts::{TrainerParts, Writer, commonest_token_share};
-use crate::checkpoint::{Checkpoint, Manifest};
-use crate::data::PackedBatch;
+use super::seconds::{Activity, Clock, Seconds};
+use crate::checkpoint::{Checkpoint, Manifest, Measurements};
 use crate::dist::ReduceOp;
-use crate::draft::DraftModel;
 use crate::error::{Error, Result};
 use crate::optim::{AdamW, Group, ParameterSlot};
 use crate::progress::Progress;
+use crate::stop::Answer;
 
 /// What a run did.
 #[derive(Debug, Clone, Serialize)]
@@ -31,15 +36,20 @@ pub struct TrainReport {
     pub total_steps: u64,
     /// Tokens that passed through the draft in this part, on all ranks.
     pub tokens: u64,
+    /// Tokens a second of training alone, evaluations and checkpoints left out.
+    pub tokens_per_second: f64,
     /// Wall time of this part.
     pub seconds: f64,
+    /// Where that time went, on this rank.
+    #[serde(flatten)]
+    pub time: Seconds,
     /// Held-out metrics before the first step; empty in a resumed run.
     pub start: BTreeMap<String, f64>,
     /// Held-out metrics after the last step.
     pub end: BTreeMap<String, f64>,
     /// Share of held-out supervised tokens that are the commonest supervised token of the training split.
     pub commonest_token_share: f64,
-    /// Newest checkpoint; empty on a rank that writes none.
+    /// Newest checkpoint; empty on a rank that writes none, and where there is none yet.
     pub checkpoint: PathBuf,
     /// Signal that ended the run early.
     pub stopped_by: Option<i32>,
@@ -59,8 +69,13 @@ struct Position {
 pub struct Trainer<'a> {
     parts: TrainerParts<'a>,
     order: DataOrder,
+    held_out: HeldOut,
     optimizer: AdamW<'a>,
     gradients: GradientSums<'a>,
+    /// Since the last log line.
+    window: Window,
+    clock: Clock,
+    progress: Option<Progress>,
     /// Of the last step, on the device.
     gradient_norm: Tensor,
     position: Position,
@@ -69,6 +84,12 @@ pub struct Trainer<'a> {
     total_steps: u64,
     /// Steps that the learning rate's schedule is spread over.
     horizon: u64,
+    /// What an earlier part left to be measured at the step it ended with.
+    owed: Measurements,
+    /// Step of the newest checkpoint.
+    saved_at: Option<u64>,
+    /// The signal that a rank was sent: the same on every rank.
+    stopped_by: Cell<Option<i32>>,
     /// Documents of the steps whose finiteness has not been read from the device yet.
     unchecked: Vec<(u64, Vec<String>)>,
 }
@@ -93,7 +114,8 @@ impl<'a> Trainer<'a> {
         let horizon = parts.optim.schedule.horizon(total_steps);
         let parameters = parts.draft.parameters();
         agreement::same_run(group, &parts.provenance, parameters)?;
-        let mut start = [0; 4];
+        let held_out = HeldOut::new(&parts.eval, config.micro_batch_tokens, parts.draft, group)?;
+        let mut start = [0; 6];
         if let Some(checkpoint) = resume {
             for parameter in parameters {
                 let _guard = tch::no_grad_guard();
@@ -101,10 +123,11 @@ impl<'a> Trainer<'a> {
                 let saved = checkpoint.model.load(&parameter.name, Kind::Double, parameter.value.device())?;
                 parameter.value.shallow_clone().f_copy_(&saved)?;
             }
-            let Manifest { step, epoch, position: batch, tokens_seen: tokens, .. } = checkpoint.manifest;
-            start = [step, epoch, batch, tokens];
+            let Manifest { step, epoch, position: batch, tokens_seen: tokens, owed, .. } = checkpoint.manifest;
+            start = [step, epoch, batch, tokens, u64::from(owed.evaluation), u64::from(owed.decoding)];
         }
-        let [step, epoch, batch, tokens] = agreement::numbers(group, start)?;
+        let [step, epoch, batch, tokens, evaluation, decoding] = agreement::numbers(group, start)?;
+        let owed = Measurements { evaluation: evaluation > 0, decoding: decoding > 0 && parts.decoding.0 > 0 };
         let position = Position { step, epoch, batch, tokens };
         agreement::parameters(group, parameters)?;
         let slots = parameters.iter().map(|parameter| {
@@ -116,15 +139,24 @@ impl<'a> Trainer<'a> {
             optimizer.load_state(resume.map(|checkpoint| &checkpoint.optimizer))?;
         }
         let gradients = GradientSums::new(parameters, group, parts.parallel)?;
+        let open = resume.map(|checkpoint| checkpoint.manifest.window.as_slice()).unwrap_or_default();
+        let window = Window::restore(open, parameters[0].value.device(), group)?;
         let gradient_norm = Tensor::from(0f32);
         let first_step = position.step;
         Ok(Self {
             parts,
             order,
+            held_out,
             optimizer,
             gradients,
+            window,
+            clock: Clock::start(),
+            progress: None,
             gradient_norm,
             position,
+            owed,
+            saved_at: (first_step > 0).then_some(first_step),
+            stopped_by: Cell::new(None),
             first_step,
             total_steps,
             horizon,
@@ -132,94 +164,74 @@ impl<'a> Trainer<'a> {
         })
     }
 
-    /// Trains to the end, or to the next step after a signal.
+    /// Trains to the end, or to a signal.
     pub fn run(mut self) -> Result<TrainReport> {
-        let config = self.parts.config;
         let started = Instant::now();
+        self.clock = Clock::start();
         let (first_step, first_tokens) = (self.first_step, self.position.tokens);
         let mut report = self.empty_report();
-        let (decode_every, decoding) = self.parts.decoding;
+        let decodes = self.parts.decoding.0 > 0;
+        let everything = Measurements { evaluation: true, decoding: decodes };
+        self.parts.stop.set_answer(Answer::Finish("stopping: nothing to save yet"));
         if first_step == 0 {
-            report.start = self.evaluate()?;
-            if decode_every > 0 {
-                report.start.extend(decoding(self.parts.draft)?);
+            if let Some(start) = self.measure(everything)? {
+                self.log_evaluation(&start)?;
+                report.start = start;
             }
-            self.log_evaluation(&report.start)?;
         }
-        let progress =
-            self.parts.writer.is_some().then(|| Progress::resumed("train", self.total_steps, "steps", first_step));
-        let mut window = Window::default();
-        let mut saved_at = (first_step > 0).then_some(first_step);
+        self.is_stopped()?;
+        if self.parts.writer.is_some() {
+            self.progress = Some(Progress::resumed("train", self.total_steps, "steps", first_step));
+        }
+        let mut owed = std::mem::take(&mut self.owed);
+        if !owed.is_nothing() {
+            owed = self.conclude(owed, &mut report)?;
+        }
         'run: while self.position.step < self.total_steps {
             let batches = self.order.epoch(self.position.epoch)?;
             for batch in batches.iter().skip(self.position.batch as usize) {
-                report.stopped_by = self.step(batch, &mut window)?;
-                let step = self.position.step;
-                let tokens_per_second = (self.position.tokens - first_tokens) as f64 / started.elapsed().as_secs_f64();
-                if let Some(progress) = &progress {
-                    progress.set(step, &format!("{tokens_per_second:.0} tokens/s"));
-                }
-                let due = |every: u64| every > 0 && step.is_multiple_of(every);
-                let last = step == self.total_steps;
-                let ends = last || report.stopped_by.is_some();
-                if due(config.log_every) || ends {
-                    self.check_finite()?;
-                    self.log(&mut window, tokens_per_second, progress.as_ref())?;
-                }
-                // Metrics of an evaluation at an earlier step say nothing about these weights.
-                let mut measured = BTreeMap::new();
-                let decode = decode_every > 0 && (last || (due(decode_every) && !ends));
-                if last || (due(config.eval_every) && !ends) {
-                    self.check_finite()?;
-                    measured = self.evaluate()?;
-                }
-                if decode {
-                    self.check_finite()?;
-                    measured.extend(decoding(self.parts.draft)?);
-                }
-                if !measured.is_empty() {
-                    self.log_evaluation(&measured)?;
-                    if let Some(progress) = &progress {
-                        progress.println(&eval_line(step, &measured));
-                    }
-                    report.end.clone_from(&measured);
-                }
-                // What was decoded with is kept, so that the best can be found again.
-                if due(config.save_every) || decode || ends {
-                    self.check_finite()?;
-                    report.checkpoint = self.save(measured)?;
-                    saved_at = Some(step);
-                }
-                if ends {
+                if self.stopped_by.get().is_some() || self.position.step == self.total_steps {
                     break 'run;
                 }
+                self.step(batch)?;
+                owed = self.conclude(self.due(), &mut report)?;
             }
             self.position.epoch += 1;
             self.position.batch = 0;
         }
-        if report.end.is_empty() && report.stopped_by.is_none() {
+        let is_whole = self.position.step == self.total_steps && owed.is_nothing();
+        if is_whole && report.end.is_empty() {
             // A resumed run that had nothing left to do. Its last evaluation is in the log already.
-            report.end = self.evaluate()?;
-            if decode_every > 0 {
-                report.end.extend(decoding(self.parts.draft)?);
-            }
+            self.parts.stop.set_answer(Answer::Finish("stopping: everything is saved"));
+            report.end = self.measure(everything)?.unwrap_or_default();
+        } else if is_whole {
+            self.stopped_by.set(None); // it came after the last thing there was to do
         }
-        if let (Some(step), Some(Writer { store, .. }), true) =
-            (saved_at, &self.parts.writer, report.checkpoint.as_os_str().is_empty())
-        {
+        report.stopped_by = self.stopped_by.get();
+        if let (Some(step), Some(Writer { store, .. })) = (self.saved_at, &self.parts.writer) {
             report.checkpoint = store.folder_of(step);
         }
-        if let Some(progress) = progress {
-            progress.finish(report.stopped_by.map_or("done", |_| "stopped, everything is saved"));
+        if let Some(progress) = self.progress.take() {
+            progress.finish(match report.stopped_by {
+                None => "done",
+                Some(_) if self.saved_at.is_none() => "stopped",
+                Some(_) => "stopped, everything is saved",
+            });
+        }
+        if self.parts.writer.is_some() && !report.end.is_empty() {
+            report.commonest_token_share = commonest_token_share(&self.parts.train, &self.parts.eval);
         }
         report.steps = self.position.step;
         report.tokens = self.position.tokens - first_tokens;
+        report.tokens_per_second = self.clock.all().rate();
+        report.time = self.clock.all().seconds;
         report.seconds = started.elapsed().as_secs_f64();
         Ok(report)
     }
 
-    /// One optimizer step on one global batch. Returns the signal that asked a rank to stop, the same on every rank.
-    fn step(&mut self, batch: &GlobalBatch, window: &mut Window) -> Result<Option<i32>> {
+    /// One optimizer step on one global batch, and its log line where one is due.
+    fn step(&mut self, batch: &GlobalBatch) -> Result<()> {
+        self.parts.stop.set_answer(Answer::Finish("stopping after this step; a checkpoint is written"));
         let (draft, group) = (self.parts.draft, self.parts.group);
         let step = self.position.step + 1;
         // Counts of the whole global batch, on every rank: each micro-batch then contributes its exact share.
@@ -231,35 +243,160 @@ impl<'a> Trainer<'a> {
         let mut objective = Tensor::f_zeros([], (Kind::Double, device))?;
         for (index, documents) in own.iter().enumerate() {
             let part = self.parts.train.batch(documents);
+            self.clock.was(Activity::Data);
             let features = self.parts.source.features(&part, &draft.capture())?;
+            self.clock.was(Activity::Target);
             let is_last = index + 1 == own.len();
             let tally = self.gradients.add(is_last, |gradients| draft.accumulate(&features, &counts, gradients))?;
             objective += &tally.objective;
-            window.add(&tally);
+            self.window.add(&tally);
+            self.clock.was(Activity::Draft);
         }
         self.gradients.finish()?;
         group.all_reduce(&objective, ReduceOp::Sum)?;
-        window.end_step();
+        self.clock.was(if group.is_distributed() { Activity::Communication } else { Activity::Draft });
+        self.window.end_step();
         let optim = self.parts.optim;
         // The schedule counts finished steps: the first update uses its value at 0.
         let rate = optim.schedule.learning_rate(optim.learning_rate, self.position.step, self.horizon);
         let report = self.optimizer.step(self.gradients.totals(), rate, optim.max_gradient_norm, &objective)?;
         self.gradient_norm = report.gradient_norm;
-        self.position.tokens += whole.ids.len() as u64;
+        let tokens = whole.ids.len() as u64;
+        self.position.tokens += tokens;
         self.unchecked.push((step, whole.documents));
         self.position.step = step;
         self.position.batch += 1;
-        let signal = agreement::signal(group, self.parts.stop.load(Ordering::Relaxed))?;
         // Reading the flag costs a wait for a GPU and nothing on a CPU.
         if !device.is_cuda() {
             self.check_finite()?;
         }
-        Ok(Some(signal).filter(|&signal| signal != 0))
+        self.clock.was(Activity::Draft);
+        self.clock.trained(tokens);
+        if let Some(progress) = &self.progress {
+            progress.set(step, &format!("{:.0} tokens/s", self.clock.rate()));
+        }
+        if step.is_multiple_of(self.parts.config.log_every) || step == self.total_steps {
+            self.check_finite()?;
+            self.log()?;
+        }
+        Ok(())
+    }
+
+    /// What is to be measured after the step at hand.
+    fn due(&self) -> Measurements {
+        let due = |every: u64| every > 0 && self.position.step.is_multiple_of(every);
+        let last = self.position.step == self.total_steps;
+        let decode_every = self.parts.decoding.0;
+        Measurements {
+            evaluation: last || due(self.parts.config.eval_every),
+            decoding: decode_every > 0 && (last || due(decode_every)),
+        }
+    }
+
+    /// Ends a step: measures what is due, and saves where a checkpoint is due, where the measurements beat all before them,
+    /// and where a signal came. Returns what the signal kept from being measured.
+    fn conclude(&mut self, due: Measurements, report: &mut TrainReport) -> Result<Measurements> {
+        let step = self.position.step;
+        let is_made_up = self.saved_at == Some(step);
+        let mut measured = Some(BTreeMap::new());
+        if !due.is_nothing() {
+            self.check_finite()?;
+            self.clock.was(self.waiting());
+            let line = "stopping now; a checkpoint is written, and the next part of the run evaluates first";
+            self.parts.stop.set_answer(Answer::Finish(line));
+            measured = self.measure(due)?;
+        }
+        let owed = if measured.is_some() { Measurements::default() } else { due };
+        // Metrics of an evaluation at an earlier step say nothing about these weights.
+        let measured = measured.unwrap_or_default();
+        if !measured.is_empty() {
+            self.log_evaluation(&measured)?;
+            if let Some(progress) = &self.progress {
+                progress.println(&eval_line(step, &measured));
+            }
+            report.end.clone_from(&measured);
+        }
+        let save_every = self.parts.config.save_every;
+        let is_due = save_every > 0 && step.is_multiple_of(save_every) || step == self.total_steps;
+        let is_record = self.is_record(&measured)?;
+        let is_stopped = self.is_stopped()?;
+        let saves = match is_made_up {
+            true => owed.is_nothing(),
+            // What was decoded with is kept, so that the best can be found again.
+            false => is_due || due.decoding || is_record || is_stopped,
+        };
+        if saves {
+            self.check_finite()?;
+            self.clock.was(self.waiting());
+            self.save(measured, owed)?;
+            self.saved_at = Some(step);
+            self.clock.was(Activity::Saving);
+            // Another step would be another checkpoint.
+            self.is_stopped()?;
+        }
+        Ok(owed)
+    }
+
+    /// Measures what is asked for on held-out documents. `None` where a signal came before all of it was.
+    fn measure(&mut self, asked: Measurements) -> Result<Option<BTreeMap<String, f64>>> {
+        let measured = self.measure_untimed(asked)?;
+        self.clock.was(Activity::Evaluation);
+        Ok(measured)
+    }
+
+    fn measure_untimed(&self, asked: Measurements) -> Result<Option<BTreeMap<String, f64>>> {
+        let TrainerParts { draft, source, group, decoding: (_, decode), .. } = &self.parts;
+        let mut values = BTreeMap::new();
+        if asked.evaluation {
+            match self.held_out.evaluate(*draft, *source, group, || self.is_stopped())? {
+                Some(evaluated) => values = evaluated,
+                None => return Ok(None),
+            }
+        }
+        if asked.decoding {
+            match decode(*draft)? {
+                Some(decoded) => values.extend(decoded),
+                None => {
+                    self.is_stopped()?;
+                    return Ok(None);
+                }
+            }
+        }
+        Ok(Some(values))
+    }
+
+    /// Whether a rank was asked to stop. Every rank must call this, and every rank gets the same answer.
+    fn is_stopped(&self) -> Result<bool> {
+        if self.stopped_by.get().is_none() {
+            let signal = agreement::signal(self.parts.group, self.parts.stop.asked())?;
+            if signal != 0 {
+                self.parts.stop.announce(); // it may be that another rank heard it
+                self.stopped_by.set(Some(signal));
+            }
+        }
+        Ok(self.stopped_by.get().is_some())
+    }
+
+    /// Whether these are the best measurements of the run so far. Every rank must call this.
+    fn is_record(&self, measured: &BTreeMap<String, f64>) -> Result<bool> {
+        if measured.is_empty() {
+            return Ok(false);
+        }
+        let own = self.parts.writer.as_ref().map_or(Ok(false), |writer| writer.store.is_record(measured))?;
+        Ok(agreement::numbers(self.parts.group, [u64::from(own)])? == [1])
+    }
+
+    /// What the host does while it waits for the device: on a CPU the draft's work is done by then.
+    fn waiting(&self) -> Activity {
+        match self.gradients.totals()[0].device().is_cuda() {
+            true => Activity::Waiting,
+            false => Activity::Draft,
+        }
     }
 
     /// Stops the run if a step since the last check met NaN or infinity. Parameters are then those before that step.
     fn check_finite(&mut self) -> Result<()> {
-        let Some(bad) = self.optimizer.first_non_finite()? else {
+        let Some(bad) = self.optimizer.non_finite()?.fatal else {
             self.unchecked.clear();
             return Ok(());
         };
@@ -273,43 +410,29 @@ impl<'a> Trainer<'a> {
         Err(Error::NonFinite { step, what: bad.what.to_owned(), batch })
     }
 
-    fn log(&mut self, window: &mut Window, tokens_per_second: f64, progress: Option<&Progress>) -> Result<()> {
+    fn log(&mut self) -> Result<()> {
         let step = self.position.step;
         let optim = self.parts.optim;
-        let steps = window.steps();
-        let mut values = window.take(self.parts.draft, self.parts.group)?;
+        let mut values = self.window.take(self.parts.draft, self.parts.group)?;
         values.push(("gradient_norm".to_owned(), self.gradient_norm.double_value(&[])));
         let rate = optim.schedule.learning_rate(optim.learning_rate, step - 1, self.horizon);
         values.push(("learning_rate".to_owned(), rate));
-        values.push(("tokens_per_second".to_owned(), tokens_per_second));
         values.push(("tokens".to_owned(), self.position.tokens as f64));
-        if let Some(waited) = self.gradients.take_waited() {
-            values.push(("communication_seconds".to_owned(), waited.as_secs_f64() / steps.max(1) as f64));
-        }
+        self.clock.was(self.waiting());
+        let spent = self.clock.take_line();
+        values.push(("tokens_per_second".to_owned(), spent.rate()));
+        let (alone, on_gpu) = (!self.parts.group.is_distributed(), self.waiting() == Activity::Waiting);
+        let absent = |name: &str| name == "communication" && alone || name == "waiting" && !on_gpu;
+        let parts = spent.seconds.parts().into_iter().filter(|(name, _)| !absent(name));
+        values.extend(parts.map(|(name, seconds)| (format!("{name}_seconds"), seconds)));
         let find = |name: &str| values.iter().find(|(key, _)| key == name).map_or(f64::NAN, |(_, value)| *value);
         let chosen = self.parts.draft.algorithm().selection_metric;
-        if let Some(progress) = progress {
-            progress.println(&format!("step {step}: loss {:.4}, {chosen} {:.3}", find("loss"), find(chosen)));
+        if let Some(progress) = &self.progress {
+            let (loss, figure, speed, time) = (find("loss"), find(chosen), spent.rate(), spent.seconds.listed());
+            let time = if time.is_empty() { time } else { format!(" (seconds: {time})") };
+            progress.println(&format!("step {step}: loss {loss:.4}, {chosen} {figure:.3}, {speed:.0} tokens/s{time}"));
         }
         self.write_metrics("train", values)
-    }
-
-    /// Metrics on the held-out documents, whose micro-batches the ranks take in turn.
-    fn evaluate(&self) -> Result<BTreeMap<String, f64>> {
-        let (draft, eval, group) = (self.parts.draft, &self.parts.eval, self.parts.group);
-        if eval.documents.is_empty() {
-            return Ok(BTreeMap::new());
-        }
-        let tokens = self.parts.config.micro_batch_tokens;
-        let order = DataOrder::new(eval.lengths(), tokens, tokens, 0)?;
-        let parts: Vec<PackedBatch> = order.in_order().iter().map(|documents| eval.batch(documents)).collect();
-        let counts = total_counts(draft, &parts);
-        let mut window = Window::default();
-        for part in parts.iter().skip(group.rank()).step_by(group.world_size()) {
-            let features = self.parts.source.features(part, &draft.capture())?;
-            window.add(&draft.evaluate(&features, &counts)?);
-        }
-        Ok(window.take(draft, group)?.into_iter().collect())
     }
 
     fn log_evaluation(&mut self, values: &BTreeMap<String, f64>) -> Result<()> {
@@ -330,10 +453,11 @@ impl<'a> Trainer<'a> {
     }
 
     /// Writes a checkpoint, on the rank that writes. Every rank must call this.
-    fn save(&mut self, metrics: BTreeMap<String, f64>) -> Result<PathBuf> {
+    fn save(&mut self, metrics: BTreeMap<String, f64>, owed: Measurements) -> Result<()> {
         let optimizer = self.optimizer.state()?;
+        let window = self.window.state(self.parts.group)?;
         let Some(Writer { store, tracker }) = &mut self.parts.writer else {
-            return Ok(PathBuf::new());
+            return Ok(());
         };
         let provenance = self.parts.provenance.clone();
         let manifest = Manifest {
@@ -346,6 +470,8 @@ impl<'a> Trainer<'a> {
             versions: provenance.versions,
             data_hashes: provenance.data_hashes,
             metrics,
+            owed,
+            window,
             ..Manifest::default()
         };
         let parameters = self.parts.draft.parameters().iter();
@@ -353,7 +479,11 @@ impl<'a> Trainer<'a> {
         // Tensors that are not trained follow; resuming looks parameters up by name.
         let model: Vec<(String, Tensor)> = parameters.chain(self.parts.draft.buffers()).collect();
         tracker.flush()?;
-        Ok(store.save(manifest, &model, &optimizer)?.path)
+        let saved = store.save(manifest, &model, &optimizer)?;
+        if let Some(progress) = &self.progress {
+            saved.warnings.iter().for_each(|warning| progress.println(&format!("warning: {warning}")));
+        }
+        Ok(())
     }
 
     fn empty_report(&self) -> TrainReport {
@@ -361,24 +491,16 @@ impl<'a> Trainer<'a> {
             steps: self.position.step,
             total_steps: self.total_steps,
             tokens: 0,
+            tokens_per_second: 0.0,
             seconds: 0.0,
+            time: Seconds::default(),
             start: BTreeMap::new(),
             end: BTreeMap::new(),
-            commonest_token_share: commonest_token_share(&self.parts.train, &self.parts.eval),
+            commonest_token_share: 0.0,
             checkpoint: PathBuf::new(),
             stopped_by: None,
         }
     }
-}
-
-fn total_counts(draft: &dyn DraftModel, parts: &[PackedBatch]) -> Vec<f64> {
-    let mut total: Vec<f64> = Vec::new();
-    for part in parts {
-        let counts = draft.count_rows(part);
-        total.resize(counts.len(), 0.0);
-        total.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
-    }
-    total
 }
 
 /// One line for people: the loss and the derived figures. Those of single parts are in the log.

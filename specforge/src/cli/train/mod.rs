@@ -15,12 +15,14 @@ use crate::device;
 use crate::dist::{Meeting, Placement, ProcessGroup};
 use crate::draft::{self, DraftContext, DraftModel};
 use crate::error::{Error, Result};
-use crate::eval::acceptance::in_training;
+use crate::eval::acceptance::in_training::{self, InTraining};
 use crate::export;
 use crate::files;
 use crate::models::TargetIdentity;
 use crate::plan::Plan;
 use crate::progress;
+use crate::shim;
+use crate::stop::{Answer, Stop};
 use crate::tracking::Tracker;
 use crate::train::{self, Provenance, Split, Trainer, TrainerParts, Writer};
 
@@ -51,7 +53,8 @@ pub(super) struct TrainArgs {
     device: String,
 }
 
-pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
+pub(super) fn run(args: &TrainArgs, stop: &Stop, output: &Output) -> Result<()> {
+    stop.set_answer(Answer::EndNow("stopping: nothing to save yet"));
     let config = RunConfig::load(&args.config, &args.set)?;
     let placement = Placement::from_environment()?;
     if args.plan {
@@ -61,22 +64,28 @@ pub(super) fn run(args: &TrainArgs, output: &Output) -> Result<()> {
         }
         return Ok(());
     }
+    if config.train.deterministic {
+        device::prepare_determinism();
+    }
     let Some(placement) = placement else {
-        return train(args, &config, None, output);
+        return train(args, &config, None, stop, output);
     };
     if placement.rank > 0 {
         progress::silence(); // rank 0 speaks for all
     }
     let meeting = Meeting::join(placement, config.parallel.timeout(), &|line| note(line))?;
-    train(args, &config, Some(&meeting), output).map_err(|error| meeting.report(error))
+    train(args, &config, Some(&meeting), stop, output).map_err(|error| meeting.report(error))
 }
 
 /// Trains as one of the ranks that meet, or alone.
-fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, output: &Output) -> Result<()> {
+fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: &Stop, output: &Output) -> Result<()> {
     let placement = meeting.map(Meeting::placement);
     let is_first = placement.is_none_or(|placement| placement.rank == 0);
     let device = choose_device(&args.device, placement)?;
-    let stop = signals::watch()?;
+    if config.train.deterministic {
+        device::check_determinism(device)?;
+        shim::deterministic(true)?;
+    }
     let algorithm = draft::algorithm(&config.draft)?;
     let resolved = json!(config);
     // One rank reads and writes the run's folder; what the others need of it comes from there.
@@ -103,6 +112,8 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, output
         Some(cache) => (all(&train_cache), all(cache)),
         None => data::split(&train_cache, config.data.eval_fraction),
     };
+    // An evaluation that reads a part of them reads the same part whatever their order.
+    let eval_documents = data::by_content(eval_cache.as_ref().unwrap_or(&train_cache), eval_documents);
     let vocabulary = inputs::vocabulary(config, &tokenizer, &train_cache, &train_documents)?;
     if let Some(vocabulary) = &vocabulary {
         data_hashes.insert("vocabulary".to_owned(), vocabulary.file.map.hash());
@@ -147,12 +158,19 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, output
     }
     draft.contract().iter().for_each(|line| note(format!("contract: {line}")));
     if let Source::Stored(stored) = &source {
-        let eval = (eval_cache.as_ref().unwrap_or(&train_cache), eval_documents.as_slice());
+        let held_out = eval_cache.as_ref().unwrap_or(&train_cache);
+        let eval = (held_out, data::first_tokens(held_out, &eval_documents, config.eval.max_tokens));
         stored.require(&draft.capture(), &[(&train_cache, &train_documents), eval])?;
     }
 
     let held_out = eval_cache.as_ref().unwrap_or(&train_cache);
     let prompts = in_training::prompts(&config.eval, held_out, &eval_documents, dimensions.max_position_embeddings);
+    let evaluated = data::first_tokens(held_out, &eval_documents, config.eval.max_tokens);
+    if evaluated.len() < eval_documents.len() {
+        let (some, all) = (evaluated.len(), eval_documents.len());
+        note(format!("evaluations read {some} of {all} held-out documents; eval.max_tokens says how much"));
+    }
+    let eval_documents = evaluated.to_vec();
     // Everything that takes its time is done: from here on, ranks wait for each other in collectives.
     let group = match meeting {
         Some(meeting) => {
@@ -162,23 +180,32 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, output
         None => ProcessGroup::single(),
     };
     let stop_tokens = tokenizer.eos_token_ids();
-    let decoding = |draft: &dyn DraftModel| match &model {
-        Some(model) => in_training::measure(&config.eval, draft, model.as_ref(), &prompts, stop_tokens, &group),
-        None => Ok(BTreeMap::new()),
+    let in_training = model.as_ref().filter(|_| config.eval.every > 0).map(|model| InTraining {
+        config: &config.eval,
+        target: model.as_ref(),
+        prompts: &prompts,
+        stop_tokens,
+        group: &group,
+    });
+    let decoding = |draft: &dyn DraftModel| match &in_training {
+        Some(with) => in_training::measure(with, draft, stop.number()),
+        None => Ok(Some(BTreeMap::new())),
     };
-    if config.eval.every > 0 {
+    if let Some(with) = &in_training {
         if prompts.is_empty() {
             let problem = "there are no held-out documents with a prompt to decode";
             return Err(Error::config("eval.every", problem)
                 .with_hint("set data.eval_fraction or data.eval, or eval.every to 0"));
         }
         // A tree that cannot be used is found before the first step.
-        decoding(draft.as_ref())?;
+        with.check(draft.as_ref())?;
     }
     let out = &config.train.output_dir;
     let (writer, checkpoint) = match folder {
         Some(RunFolder { store, checkpoint }) => {
-            let tracker = Tracker::open(out, checkpoint.as_ref().map(|checkpoint| checkpoint.manifest.step))?;
+            let manifest = checkpoint.as_ref().map(|checkpoint| &checkpoint.manifest);
+            let unwritten = manifest.filter(|manifest| !manifest.owed.is_nothing()).map(|_| "eval/");
+            let tracker = Tracker::open_before(out, manifest.map(|manifest| manifest.step), unwritten)?;
             (Some(Writer { store, tracker }), checkpoint)
         }
         None => (None, None),
@@ -202,7 +229,7 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, output
             target: meeting
                 .map_or(Ok(Vec::new()), |_| TargetIdentity::read(&config.target.path).map(TargetIdentity::digests))?,
         },
-        stop: &stop.number,
+        stop,
     };
     let trainer = Trainer::new(parts, checkpoint.as_ref())?;
     // Nothing can be refused any more.
@@ -214,6 +241,9 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, output
         record::write(&out.join(record::FILE_NAME), &resolved, group.world_size())?;
     }
     let report = trainer.run()?;
+    if let (Some(signal), 0) = (report.stopped_by, report.steps) {
+        signals::end_by(signal); // as before the loop: there is nothing to go on from
+    }
     if is_first {
         files::write_json(&out.join("report.json"), &report)?;
         output.result(&report, || report::text(&report));

@@ -14,11 +14,13 @@ pub(super) fn text(report: &TrainReport) -> String {
         lines.extend(held_out(report));
         lines.push(format!("always guessing the commonest token: {:.4}", report.commonest_token_share));
     }
-    let rate = report.tokens as f64 / report.seconds.max(1e-9);
     lines.push(format!(
-        "{} of {} steps, {} tokens, {rate:.0} tokens/s",
-        report.steps, report.total_steps, report.tokens
+        "{} of {} steps, {} tokens, {:.0} tokens/s in training",
+        report.steps, report.total_steps, report.tokens, report.tokens_per_second
     ));
+    let parts = Some(report.time.listed()).filter(|parts| !parts.is_empty());
+    let parts = parts.map_or(String::new(), |parts| format!(": {parts}"));
+    lines.push(format!("{:.1} seconds{parts}", report.seconds));
     lines.push(format!("checkpoint: {}", report.checkpoint.display()));
     lines.join("\n")
 }

@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::distillation::{self, DistillationLoss, DraftVocabulary, Objective, Order, RowOutcomes, Teacher, Weighting};
+use super::lift::lift;
 use super::loss::Projection;
 use super::supervision::{self, MaskAlignment};
 use super::{Algorithm, DraftContext, DraftModel, DraftSize, Gradients, Parameter, Tally, vocabulary};
@@ -41,6 +42,7 @@ pub const ALGORITHM: Algorithm = Algorithm {
     name: "eagle3",
     summary: "one layer on three of the target's hidden states, trained on its own drafts (Li et al. 2025)",
     selection_metric: "simulated_acceptance_length",
+    figures,
     resolve: |section| Ok(json!(Eagle3Config::read(section)?)),
     size: |section, target| size(&Eagle3Config::read(section)?, target),
     capture: |section, target| Ok(capture(&Eagle3Config::read(section)?.shape(target)?)),
@@ -52,6 +54,15 @@ const DEVIATION: f64 = 0.02;
 
 /// Averages kept for every step.
 const METRICS: [&str; 5] = ["loss", "accuracy", "acceptance", "coverage", "chain"];
+
+fn figures(section: &Value) -> Result<Vec<String>> {
+    Ok(ALGORITHM.figures_with(metric_names(&Eagle3Config::read(section)?)))
+}
+
+fn metric_names(config: &Eagle3Config) -> Vec<String> {
+    let steps = 1..=config.ttt_steps;
+    steps.flat_map(|step| METRICS.map(|metric| format!("step{step}/{metric}"))).collect()
+}
 
 /// An EAGLE-3 draft in training.
 pub struct Eagle3 {
@@ -154,7 +165,9 @@ impl Eagle3 {
         let weights = self.row_weights(&plan, global_counts, &rows); // [M]
         let mut outcomes = match gradients {
             Some(gradients) => {
-                let weighting = Weighting { weights: &weights, parity: self.parity(&rows, &order, &teacher, &plan)? };
+                let parity = self.parity(&rows, &order, &teacher, &plan)?;
+                let lift = self.lift(&plan, global_counts, parity.is_some());
+                let weighting = Weighting { weights: &weights, parity, lift };
                 // The head is the last parameter; its gradient is made with the loss.
                 let head = self.parameters.len() - 1;
                 let mut projection = Projection { weight: self.network.head(), gradient: Some(gradients.total(head)) };
@@ -164,7 +177,7 @@ impl Eagle3 {
                 gradients.complete(head)?;
                 drop(rows);
                 if let Some(slopes) = outcomes.input_gradient.as_ref().filter(|slopes| slopes.numel() > 0) {
-                    self.backward(&plan, captured, pass, slopes, gradients)?;
+                    self.backward(&plan, captured, pass, slopes, (lift, gradients))?;
                 }
                 (0..head).try_for_each(|index| gradients.complete(index))?;
                 outcomes
@@ -184,21 +197,22 @@ impl Eagle3 {
         Ok(Pass { rows: rows.collect(), tape: None })
     }
 
-    /// Adds the gradients of everything below the vocabulary projection, given those of the trained rows, `[M, H]`.
+    /// Adds the gradients of everything below the vocabulary projection, given those of the trained rows, `[M, H]`, which are
+    /// `lift` times as large as they should be.
     fn backward(
         &self,
         plan: &Steps,
         captured: &[Tensor],
         pass: Pass,
         slopes: &Tensor,
-        gradients: &mut Gradients<'_>,
+        (lift, gradients): (f64, &mut Gradients<'_>),
     ) -> Result<()> {
         let counts: Vec<i64> = plan.steps.iter().map(|step| step.teachers.len() as i64).collect();
         let slopes = slopes.split_with_sizes(&counts, 0); // [M, H] each
         let body = &self.parameters[..self.parameters.len() - 1];
         let inputs: Vec<&Tensor> = body.iter().map(|parameter| &parameter.value).collect();
         if let Some(tape) = pass.tape {
-            return tape.backward(&self.network, plan, captured, &slopes, &inputs, gradients);
+            return tape.backward(&self.network, plan, captured, &slopes, &inputs, (lift, gradients));
         }
         // The chunked gradient enters the graph of the network through these products.
         let products = pass.rows.iter().zip(&slopes).map(|(rows, slope)| (rows * slope).sum(slope.kind()));
@@ -206,7 +220,7 @@ impl Eagle3 {
         let fresh = Tensor::f_run_backward(&[surrogate], &inputs, false, false)?;
         // A norm that no step reads has no gradient.
         for (index, gradient) in fresh.into_iter().enumerate().filter(|(_, fresh)| fresh.defined()) {
-            *gradients.total(index) += gradient;
+            gradients.add(index, &gradient, lift)?;
         }
         Ok(())
     }
@@ -225,18 +239,30 @@ impl Eagle3 {
         }
     }
 
-    /// Factor of each row's loss: the step's weight over the global count. `[M]`
+    /// The steps' weights over the global counts: what a row's loss counts in the objective.
+    fn factors(&self, global_counts: &[f64]) -> Vec<f64> {
+        self.config.weights().iter().zip(global_counts).map(|(weight, count)| weight / count.max(1.0)).collect()
+    }
+
+    /// See `draft::lift`. With SpecForge's division, some factors are known on the device alone: over the rows of this
+    /// batch at most.
+    fn lift(&self, plan: &Steps, global_counts: &[f64], parity: bool) -> f64 {
+        let factors = self.factors(global_counts);
+        let terms = plan.steps.iter().zip(factors).zip(self.config.weights()).map(|((step, factor), weight)| {
+            let rows = step.teachers.len();
+            (if parity { factor.max(weight / rows.max(1) as f64) } else { factor }, rows)
+        });
+        lift(self.parameters[0].value.kind(), terms)
+    }
+
+    /// Factor of each row's loss. `[M]`
     fn row_weights(&self, plan: &Steps, global_counts: &[f64], rows: &Tensor) -> Tensor {
         let kind = if rows.kind() == Kind::Double { Kind::Double } else { Kind::Float };
-        let weights = self.config.weights();
         let parts: Vec<Tensor> = plan
             .steps
             .iter()
-            .enumerate()
-            .map(|(k, step)| {
-                let factor = weights[k] / global_counts[k].max(1.0);
-                Tensor::full([step.teachers.len() as i64], factor, (kind, rows.device()))
-            })
+            .zip(self.factors(global_counts))
+            .map(|(step, factor)| Tensor::full([step.teachers.len() as i64], factor, (kind, rows.device())))
             .collect();
         match parts.is_empty() {
             true => Tensor::zeros([0], (kind, rows.device())),
@@ -308,8 +334,7 @@ impl DraftModel for Eagle3 {
     }
 
     fn metrics(&self) -> Vec<String> {
-        let steps = 1..=self.config.ttt_steps;
-        steps.flat_map(|step| METRICS.map(|metric| format!("step{step}/{metric}"))).collect()
+        metric_names(&self.config)
     }
 
     fn summary(&self, averages: &[f64]) -> Vec<(String, f64)> {

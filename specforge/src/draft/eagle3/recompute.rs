@@ -46,7 +46,8 @@ impl Tape {
         Ok((tape, rows))
     }
 
-    /// Adds the gradients of `parameters`, the first of the draft's, to `gradients`, given those of each step's trained rows, `slopes`.
+    /// Adds the gradients of `parameters`, the first of the draft's, to `gradients`, given those of each step's trained rows,
+    /// `slopes`, which are `lift` times as large as they should be.
     pub fn backward(
         mut self,
         network: &Network,
@@ -54,7 +55,7 @@ impl Tape {
         captured: &[Tensor],
         slopes: &[Tensor],
         parameters: &[&Tensor],
-        gradients: &mut Gradients<'_>,
+        (lift, gradients): (f64, &mut Gradients<'_>),
     ) -> Result<()> {
         let shared = leaves(&self.shared);
         let mut of_shared: Vec<Tensor> = flat(&shared).iter().map(|keys| keys.zeros_like()).collect();
@@ -89,7 +90,7 @@ impl Tape {
             let mut of_inputs = fresh.split_off(parameters.len());
             // A step does not read every parameter, and step 1 finds no own keys.
             for (index, gradient) in fresh.into_iter().enumerate().filter(|(_, fresh)| fresh.defined()) {
-                *gradients.total(index) += gradient;
+                gradients.add(index, &gradient, lift)?;
             }
             let later = of_inputs.split_off(inputs.len() - of_shared.len());
             for (total, gradient) in of_shared.iter_mut().zip(later) {

@@ -4,6 +4,7 @@
 //! features for granted; this is what decoding really accepts.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicI32, Ordering};
 
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
@@ -21,13 +22,21 @@ use crate::nn::Processors;
 /// Name of the metric, and of what `checkpoint.best_metric` is without another one.
 pub const METRIC: &str = "acceptance_length";
 
+/// Whether a decode gives a figure of this name.
+pub fn can_measure(name: &str) -> bool {
+    let depth = name.strip_prefix("depth").and_then(|rest| rest.strip_suffix("/accepted"));
+    name == METRIC
+        || depth
+            .is_some_and(|depth| depth.parse::<usize>().is_ok_and(|number| number.to_string() == depth && number > 0))
+}
+
 /// The `eval` section of a configuration.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct EvalConfig {
     /// Optimizer steps between two decodes of held-out prompts; 0 is never.
     pub every: u64,
-    /// How many prompts, the first of the held-out documents.
+    /// How many prompts: those of the held-out documents whose content has the lowest hashes.
     pub prompts: usize,
     /// Longest answer, in tokens.
     pub max_new_tokens: usize,
@@ -35,11 +44,13 @@ pub struct EvalConfig {
     pub batch: usize,
     /// The draft tree, as `specforge eval --tree` takes it; the draft's own default without one.
     pub tree: Option<String>,
+    /// Most tokens of held-out documents that an evaluation of `train.eval_every` reads; 0 reads all of them.
+    pub max_tokens: usize,
 }
 
 impl Default for EvalConfig {
     fn default() -> Self {
-        Self { every: 0, prompts: 16, max_new_tokens: 64, batch: 8, tree: None }
+        Self { every: 0, prompts: 16, max_new_tokens: 64, batch: 8, tree: None, max_tokens: 150_000 }
     }
 }
 
@@ -65,33 +76,77 @@ pub fn prompts(config: &EvalConfig, cache: &TokenCache, documents: &[usize], con
     documents.iter().filter_map(prompt).take(config.prompts).collect()
 }
 
-/// Decodes the prompts greedily with the draft of this moment. The ranks of `group` take them in turn; every rank must
-/// call this, with the same prompts, and gets the figures of all.
+/// What held-out prompts are decoded with.
+#[derive(Clone, Copy)]
+pub struct InTraining<'a> {
+    /// The `eval` section.
+    pub config: &'a EvalConfig,
+    /// The target.
+    pub target: &'a dyn TargetModel,
+    /// See [`prompts`]; the same on every rank.
+    pub prompts: &'a [Vec<u32>],
+    /// Tokens that end an answer.
+    pub stop_tokens: &'a [u32],
+    /// The ranks, which take the prompts in turn.
+    pub group: &'a ProcessGroup,
+}
+
+impl<'a> InTraining<'a> {
+    /// Refuses what could not be decoded with this draft, a tree that does not fit it, say.
+    pub fn check(&self, draft: &dyn DraftModel) -> Result<()> {
+        self.engine(draft).map(drop)
+    }
+
+    /// With the prompts of this rank submitted.
+    fn engine(&self, draft: &dyn DraftModel) -> Result<Engine<'a>> {
+        let Self { config, target, prompts, group, .. } = *self;
+        let policy = Policy::Keyed { seed: 0 };
+        let sampling = drafter::DraftSampling::for_policy(policy, 0.0);
+        let opened = drafter::of_training(draft, config.tree.as_deref(), target, sampling)?;
+        let options = EngineOptions {
+            processors: Processors::default(),
+            policy,
+            stop_tokens: self.stop_tokens.to_vec(),
+            max_rows: config.batch,
+        };
+        let mut engine = Engine::new(target, opened.drafter, options)?;
+        for (tag, prompt) in (0..).zip(prompts).skip(group.rank()).step_by(group.world_size()) {
+            engine.submit(Request { tag, prompt: prompt.clone(), max_new_tokens: config.max_new_tokens, key: tag })?;
+        }
+        Ok(engine)
+    }
+}
+
+/// Decodes the prompts greedily with the draft of this moment. Every rank must call this and gets the figures of all;
+/// none where a rank was asked to `stop` before the end.
 pub fn measure(
-    config: &EvalConfig,
+    with: &InTraining<'_>,
     draft: &dyn DraftModel,
-    target: &dyn TargetModel,
-    prompts: &[Vec<u32>],
-    stop_tokens: &[u32],
-    group: &ProcessGroup,
-) -> Result<BTreeMap<String, f64>> {
-    let policy = Policy::Keyed { seed: 0 };
-    let sampling = drafter::DraftSampling::for_policy(policy, 0.0);
-    let opened = drafter::of_training(draft, config.tree.as_deref(), target, sampling)?;
-    let options = EngineOptions {
-        processors: Processors::default(),
-        policy,
-        stop_tokens: stop_tokens.to_vec(),
-        max_rows: config.batch,
-    };
-    let mut engine = Engine::new(target, opened.drafter, options)?;
-    for (tag, prompt) in (0..).zip(prompts).skip(group.rank()).step_by(group.world_size()) {
-        engine.submit(Request { tag, prompt: prompt.clone(), max_new_tokens: config.max_new_tokens, key: tag })?;
+    stop: &AtomicI32,
+) -> Result<Option<BTreeMap<String, f64>>> {
+    let group = with.group;
+    let mut engine = with.engine(draft)?;
+    let mut all_left = Vec::new();
+    loop {
+        // One round after the other on all ranks, so that a signal to one of them ends it on all.
+        let own = [i64::from(stop.load(Ordering::Relaxed)), engine.pending() as i64];
+        let most = Tensor::from_slice(&own);
+        group.all_reduce(&most, ReduceOp::Max)?;
+        let [signal, pending] = [most.int64_value(&[0]), most.int64_value(&[1])];
+        if signal != 0 {
+            return Ok(None);
+        }
+        if pending == 0 {
+            break;
+        }
+        if engine.pending() > 0 {
+            all_left.extend(engine.step(&mut Silent)?);
+        }
     }
     let (mut rounds, mut tokens) = (0i64, 0i64);
     // By depth: verifications whose tree is that deep, and those that accepted that many guesses.
     let mut depths: Vec<[i64; 2]> = Vec::new();
-    for left in engine.run(&mut Silent)? {
+    for left in all_left {
         for round in left.decoded?.rounds {
             rounds += 1;
             tokens += round.tokens as i64;
@@ -112,5 +167,5 @@ pub fn measure(
     for (depth, pair) in (1..).zip(counts[2..].chunks(2)) {
         values.insert(format!("depth{depth}/accepted"), pair[1] as f64 / pair[0].max(1) as f64);
     }
-    Ok(values)
+    Ok(Some(values))
 }

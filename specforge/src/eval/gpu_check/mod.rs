@@ -20,11 +20,13 @@ pub mod operations;
 pub mod parity;
 pub mod process_group;
 pub mod programs;
+pub mod repeat;
 pub mod training;
 
 pub use ceilings::{CeilingSizes, Ceilings};
 pub use parity::Comparison;
 pub use process_group::ProcessGroupCheck;
+pub use repeat::RepeatCheck;
 pub use training::{TrainingRun, TrainingSetup};
 
 /// What a check found.
@@ -46,6 +48,8 @@ pub struct GpuCheck {
     pub passed: bool,
     /// The device against the CPU.
     pub parity: Vec<Comparison>,
+    /// The same training twice, with `train.deterministic`.
+    pub repeat: RepeatCheck,
     /// Ranks of a run on the device.
     pub process_group: ProcessGroupCheck,
     /// The device at its best.
@@ -64,6 +68,8 @@ pub fn run(device: Device, quick: bool, say: &dyn Fn(&str)) -> Result<GpuCheck> 
     };
     say("parity: target, attention, loss, optimizer, checkpoint and sampling against the CPU");
     let parity = parity::check(device)?;
+    say("repeat: the same training twice, with train.deterministic");
+    let repeat = repeat::check(device)?;
     say("process group: collectives, reducer and training as one of the ranks of a run");
     let process_group = process_group::check(device)?;
     say("ceilings: matrix products and copies");
@@ -81,8 +87,9 @@ pub fn run(device: Device, quick: bool, say: &dyn Fn(&str)) -> Result<GpuCheck> 
             CudaState::Unusable(reason) => format!("not usable: {reason}"),
         },
         quick,
-        passed: parity.iter().chain(&process_group.checks).all(|row| row.passed),
+        passed: parity.iter().chain(&repeat.checks).chain(&process_group.checks).all(|row| row.passed),
         parity,
+        repeat,
         process_group,
         ceilings,
         training,
@@ -111,6 +118,7 @@ impl fmt::Display for GpuCheck {
             tera(copy_bandwidth)
         )?;
         write_comparisons(out, "parity with the CPU in float32", &self.parity)?;
+        write_comparisons(out, &format!("the same bits twice: {}", self.repeat.state), &self.repeat.checks)?;
         let title = format!("process group of one rank: {}", self.process_group.backend);
         write_comparisons(out, &title, &self.process_group.checks)?;
         self.write_training(out)
@@ -140,7 +148,7 @@ fn write_comparisons(out: &mut fmt::Formatter<'_>, title: &str, rows: &[Comparis
 impl GpuCheck {
     /// Everything that was compared.
     pub fn comparisons(&self) -> impl Iterator<Item = &Comparison> {
-        self.parity.iter().chain(&self.process_group.checks)
+        self.parity.iter().chain(&self.repeat.checks).chain(&self.process_group.checks)
     }
 
     fn write_training(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {

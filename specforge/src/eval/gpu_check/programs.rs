@@ -291,7 +291,7 @@ pub fn nan_guard(weights: Weights<'_>, place: Place) -> Result<usize> {
     optimizer.step(&gradients, 1e-2, Some(1.0), &loss)?;
     optimizer.step(&noise_gradients(1, place.device), 1e-2, None, &loss)?;
     let changed = before.iter().zip(snapshot(&optimizer)?).filter(|(before, after)| *before != after).count();
-    let reported = optimizer.first_non_finite()?.is_some_and(|bad| bad.step == 3);
+    let reported = optimizer.non_finite()?.fatal.is_some_and(|bad| bad.step == 3);
     Ok(changed + usize::from(!reported))
 }
 
@@ -321,6 +321,7 @@ pub fn checkpoint(weights: Weights<'_>, place: Place) -> Result<usize> {
     Ok(different)
 }
 
-fn bytes(tensor: &Tensor) -> Result<Vec<u8>> {
+/// A tensor as it lies in memory.
+pub(super) fn bytes(tensor: &Tensor) -> Result<Vec<u8>> {
     Ok(host_bytes(&tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?).to_vec())
 }

@@ -368,7 +368,7 @@ impl<'a> Session<'a> {
                 part.push((pair[1] - pair[0]).as_secs_f64() * 1e3);
             }
         }
-        if let Some(bad) = self.optimizer.first_non_finite()? {
+        if let Some(bad) = self.optimizer.non_finite()?.fatal {
             return Err(Error::Failed(format!("training: {} is not finite at step {}", bad.what, bad.step)));
         }
         let step_ms = median(&mut whole); // sorts them

@@ -1,0 +1,74 @@
+//! Evaluation on held-out documents. They are packed and counted once; the ranks take the micro-batches in turn.
+
+use std::collections::BTreeMap;
+
+use super::metrics::Window;
+use super::order::DataOrder;
+use super::parts::Split;
+use crate::data::PackedBatch;
+use crate::dist::ProcessGroup;
+use crate::draft::DraftModel;
+use crate::error::Result;
+use crate::features::FeatureSource;
+
+/// The held-out documents of a rank.
+pub(super) struct HeldOut {
+    /// Micro-batches of this rank.
+    own: Vec<PackedBatch>,
+    /// Micro-batches of the rank that has most.
+    rounds: usize,
+    /// Trained rows of each loss term, over the micro-batches of all ranks.
+    counts: Vec<f64>,
+}
+
+impl HeldOut {
+    pub(super) fn new(
+        documents: &Split<'_>,
+        micro_batch_tokens: usize,
+        draft: &dyn DraftModel,
+        group: &ProcessGroup,
+    ) -> Result<Self> {
+        let order = DataOrder::new(documents.lengths(), micro_batch_tokens, micro_batch_tokens, 0)?;
+        let parts = order.in_order();
+        let (mut own, mut counts) = (Vec::new(), Vec::new());
+        for (index, part) in parts.iter().enumerate() {
+            let batch = documents.batch(part);
+            let rows = draft.count_rows(&batch);
+            counts.resize(rows.len(), 0.0);
+            counts.iter_mut().zip(rows).for_each(|(sum, count)| *sum += count);
+            if index % group.world_size() == group.rank() {
+                own.push(batch);
+            }
+        }
+        Ok(Self { own, rounds: parts.len().div_ceil(group.world_size()), counts })
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.rounds == 0
+    }
+
+    /// The draft's metrics on all documents; `None` where `stopped` said so before they were through. Every rank must call
+    /// this, and `stopped` must say the same on all.
+    pub(super) fn evaluate(
+        &self,
+        draft: &dyn DraftModel,
+        source: &dyn FeatureSource,
+        group: &ProcessGroup,
+        mut stopped: impl FnMut() -> Result<bool>,
+    ) -> Result<Option<BTreeMap<String, f64>>> {
+        if self.is_empty() {
+            return Ok(Some(BTreeMap::new()));
+        }
+        let mut window = Window::default();
+        for round in 0..self.rounds {
+            if stopped()? {
+                return Ok(None);
+            }
+            if let Some(part) = self.own.get(round) {
+                let features = source.features(part, &draft.capture())?;
+                window.add(&draft.evaluate(&features, &self.counts)?);
+            }
+        }
+        Ok(Some(window.take(draft, group)?.into_iter().collect()))
+    }
+}
