@@ -9,8 +9,10 @@ use serde::Serialize;
 
 use crate::error::{Error, Result};
 
+mod digests;
 mod once;
 
+pub use digests::{Digests, hexadecimal};
 pub use once::{Maker, open_or_make};
 
 /// How the names of unfinished files begin.

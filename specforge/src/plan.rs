@@ -58,7 +58,7 @@ pub struct Memory {
     pub optimizer: u64,
     /// float32 gradients, and among several processes the buckets in which they are summed.
     pub gradients: u64,
-    /// Hidden states kept for later epochs.
+    /// Hidden states kept for later epochs, in the host's memory.
     pub hidden_states: u64,
     /// Working memory of one micro-batch, estimated.
     pub activations: u64,
@@ -91,7 +91,7 @@ impl Plan {
             target.tensors().iter().map(|(_, shape)| shape.iter().product::<i64>() as u64).sum();
         let width = config.target.dtype.kind().elt_size_in_bytes() as u64;
         let masters = if config.target.dtype == Dtype::Float32 { 0 } else { 4 };
-        let (data, steps) = data_plan(config)?;
+        let CountedData { plan: data, steps, kept_tokens, held_out } = data_plan(config, world_size as usize)?;
         let whole_optimizer = size.trainable * (8 + masters);
         let optimizer = match config.parallel.shard_optimizer {
             true => whole_optimizer.div_ceil(world_size),
@@ -99,8 +99,9 @@ impl Plan {
         };
         let gradients = size.trainable * if world_size > 1 { 8 } else { 4 };
         let activations = activations(config, &target, size.captured, width);
-        let kept_tokens = data.tokens.filter(|_| config.target.keep_hidden_states).unwrap_or(0).div_ceil(world_size);
-        let hidden_states = kept_tokens * size.captured * target.hidden_size as u64 * width;
+        let kept_tokens = kept_tokens.map_or(0, |tokens| tokens.saturating_add(held_out.div_ceil(world_size)));
+        let most_kept = config.target.keep_hidden_mib.map_or(u64::MAX, |mebibytes| mebibytes.saturating_mul(1 << 20));
+        let hidden_states = (kept_tokens * size.captured * target.hidden_size as u64 * width).min(most_kept);
         // The embedding is a look-up; the target's head is not run for training.
         let embedding = (target.vocab_size * target.hidden_size) as u64;
         let heads = if target.tie_word_embeddings { 1 } else { 2 };
@@ -166,20 +167,41 @@ pub fn target_config(config: &RunConfig) -> Result<LlamaConfig> {
     LlamaConfig::from_value(value).map_err(|problem| Error::config("target.config", problem))
 }
 
-fn data_plan(config: &RunConfig) -> Result<(DataPlan, Option<u64>)> {
+/// What counting the data says.
+struct CountedData {
+    plan: DataPlan,
+    steps: Option<u64>,
+    /// Training tokens whose states the rank with the most keeps; nothing where none are kept.
+    kept_tokens: Option<u64>,
+    /// Held-out tokens of all ranks, whose states are kept too.
+    held_out: u64,
+}
+
+fn data_plan(config: &RunConfig, world_size: usize) -> Result<CountedData> {
+    let keeps = config.target.keep_hidden_states;
     if config.target.path.join("tokenizer.json").is_file() {
         let tokenizer = config.data.tokenizer(&config.target.path)?;
         let (cache, _) = TokenCache::build_or_open(&config.data.train, &tokenizer, &config.data, &|_, _| {})?;
-        let documents = match config.data.eval.is_empty() {
-            true => data::split(&cache, config.data.eval_fraction).0,
-            false => (0..cache.len()).collect(),
+        let (documents, own_eval) = match config.data.eval.is_empty() {
+            true => data::split(&cache, config.data.eval_fraction),
+            false => ((0..cache.len()).collect(), Vec::new()),
         };
-        let lengths: Vec<usize> = documents.iter().map(|&index| cache.document(index).tokens.len()).collect();
+        let lengths: Vec<usize> = documents.iter().map(|&index| cache.length(index)).collect();
         let tokens = lengths.iter().sum::<usize>() as u64;
-        let steps = config.train.total_steps(&config.train.order(lengths)?)?;
+        let mut held_out = own_eval.iter().map(|&index| cache.length(index) as u64).sum();
+        if keeps && !config.data.eval.is_empty() {
+            held_out =
+                TokenCache::build_or_open(&config.data.eval, &tokenizer, &config.data, &|_, _| {})?.0.total_tokens();
+        }
+        let order = config.train.order(lengths)?;
+        let steps = config.train.total_steps(&order)?;
         config.optim.schedule.check_length(steps)?;
-        let data = DataPlan { tokens: Some(tokens), supervised: Some(cache.supervised_tokens()), estimated: false };
-        return Ok((data, Some(steps)));
+        let kept_tokens = match keeps && world_size > 1 {
+            true => Some(order.with_owners(world_size)?.most_owned_tokens()),
+            false => Some(tokens).filter(|_| keeps),
+        };
+        let plan = DataPlan { tokens: Some(tokens), supervised: Some(cache.supervised_tokens()), estimated: false };
+        return Ok(CountedData { plan, steps: Some(steps), kept_tokens, held_out });
     }
     let bytes = |path: &Path| std::fs::metadata(path).map(|metadata| metadata.len()).ok();
     let total: Option<u64> = config.data.train.iter().map(|path| bytes(path)).sum();
@@ -187,7 +209,9 @@ fn data_plan(config: &RunConfig) -> Result<(DataPlan, Option<u64>)> {
     let all =
         tokens.map(|tokens| config.train.epochs.saturating_mul(tokens.div_ceil(config.train.batch_tokens as u64)));
     let steps = all.into_iter().chain(config.train.max_steps).min();
-    Ok((DataPlan { tokens, supervised: None, estimated: true }, steps))
+    let kept_tokens = tokens.filter(|_| keeps).map(|tokens| tokens.div_ceil(world_size as u64));
+    let plan = DataPlan { tokens, supervised: None, estimated: true };
+    Ok(CountedData { plan, steps, kept_tokens, held_out: 0 })
 }
 
 impl fmt::Display for Plan {
@@ -219,7 +243,7 @@ impl fmt::Display for Plan {
             ("  draft", size(memory.draft)),
             ("  gradients", size(memory.gradients)),
             ("  optimizer", size(memory.optimizer)),
-            ("  hidden", format!("{} of states kept", size(memory.hidden_states))),
+            ("  hidden", format!("{} of states kept, in the host's memory", size(memory.hidden_states))),
             ("  activations", format!("{} (estimated)", size(memory.activations))),
             ("tokens", tokens),
             ("steps", self.steps.map_or_else(unknown, |steps| steps.to_string())),

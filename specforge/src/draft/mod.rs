@@ -127,6 +127,8 @@ pub struct Algorithm {
     pub summary: &'static str,
     /// The figure of [`DraftModel::summary`] that decides which checkpoint is best; higher is better.
     pub selection_metric: &'static str,
+    /// Keys of the `draft` section that change memory and speed, never an update: a resumed run may have others.
+    pub free_on_resume: &'static [&'static str],
     /// Checks a configuration and fills in defaults.
     pub resolve: fn(&Value) -> Result<Value>,
     /// Size from configuration and target dimensions, before any weight is loaded.
