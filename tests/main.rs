@@ -21,6 +21,7 @@ mod layers;
 mod medusa;
 mod parallel;
 mod processes;
+mod regeneration;
 mod rehearsal;
 mod resume;
 mod shared_data;

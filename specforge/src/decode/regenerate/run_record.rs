@@ -8,13 +8,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::RegenOptions;
+use super::{OnLength, RegenOptions};
 use crate::data::tokenizer::hex;
 use crate::error::{Error, Result};
 use crate::files;
+use crate::nn::Processors;
 
 /// Version of the record's own layout.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// Everything the answers depend on, and where they came from.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -37,12 +38,17 @@ struct Same {
     max_new_tokens: usize,
     max_prompt_tokens: Option<usize>,
     temperature: f64,
+    top_k: usize,
+    top_p: f64,
+    repetition_penalty: f64,
+    on_length: OnLength,
     /// `None` where nothing is sampled.
     seed: Option<u64>,
 }
 
 impl RunRecord {
     pub(super) fn new(options: &RegenOptions, kind: tch::Kind, tokenizer_fingerprint: String) -> Result<Self> {
+        let Processors { temperature, top_k, top_p, repetition_penalty } = options.processors;
         Ok(Self {
             format: FORMAT,
             specforge: env!("CARGO_PKG_VERSION").to_owned(),
@@ -55,10 +61,18 @@ impl RunRecord {
                 element_type: element_type(kind),
                 max_new_tokens: options.max_new_tokens,
                 max_prompt_tokens: options.max_prompt_tokens,
-                temperature: options.temperature,
-                seed: (options.temperature > 0.0).then_some(options.seed),
+                temperature,
+                top_k,
+                top_p,
+                repetition_penalty,
+                on_length: options.on_length,
+                seed: (temperature > 0.0).then_some(options.seed),
             },
         })
+    }
+
+    pub(super) fn on_length(&self) -> OnLength {
+        self.same.on_length
     }
 
     pub(super) fn write(&self, path: &Path) -> Result<()> {
