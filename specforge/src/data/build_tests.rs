@@ -408,19 +408,13 @@ fn marks_of_messages_and_records_decide_what_is_trained() {
 
 #[test]
 fn a_cut_answer_is_trained_without_the_token_that_reaches_beyond_it() {
-    let mut workshop = Workshop::new();
-    // No token ends the turn: the answer's last sign and the template's next one may be one token.
-    workshop.tokenizer = tiny_tokenizer(
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}ing\n{% endfor %}{% if add_generation_prompt %}assistant: \
-         {% endif %}",
-    );
-    let record = json!({"messages": [{"role": "user", "content": "a"},
-        {"role": "assistant", "content": "one two th", "finish": "length"}]});
-    let path = workshop.write("cut.jsonl", &format!("{record}\n"));
-    let (cache, report) = workshop.build(&[path]).unwrap();
-    let text = trained_text(&workshop, &cache, 0);
-    assert!("one two th".starts_with(&text) && text.starts_with("one two"), "{text}");
-    assert_eq!(report.cut_answers, 1);
+    let tokenizer = tiny_tokenizer(CHATML);
+    let encoded = super::super::tokenizer::Encoded { ids: vec![5, 6, 7], offsets: vec![(0, 3), (3, 6), (6, 8)] };
+    let mask = |end: usize| {
+        let spans = [Span { range: 0..end, end: SpanEnd::Cut }];
+        token_mask(&tokenizer, "ab cd ef", &encoded, &spans)
+    };
+    assert_eq!((mask(2), mask(3), mask(5), mask(8)), (vec![0, 0, 0], vec![1, 0, 0], vec![1, 0, 0], vec![1, 1, 1]));
 }
 
 #[test]
