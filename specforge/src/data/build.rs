@@ -6,11 +6,10 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::cache::{CacheWriter, TokenCache, VERSION};
-use super::conversation::{self, Conversation, Rejections, Sample, record_name};
+use super::conversation::{self, Conversation, Parsed, Rejections, Sample, parse_record, record_name};
 use super::loss_mask::{Method, Rendered, Span, SpanEnd, render_supervised, token_mask};
 use super::marks::{Finish, PassedOver, PassedOverCounts};
 use super::reader::{Record, SourceFile};
-use super::record::{Parsed, parse_record};
 use super::recorded::{self, Recorded};
 use super::report::BuildReport;
 use super::tokenizer::{ChatTokenizer, hex};
@@ -232,8 +231,8 @@ fn tokenise_record(
             return Ok(outcome);
         }
         Sample::Conversation(conversation) => {
+            refuse_marks(conversation, config.supervise).map_err(Error::Failed)?;
             let (rendered, method) = render_supervised(tokenizer, conversation, config.supervise)?;
-            refuse_marks(conversation, config.supervise, method).map_err(Error::Failed)?;
             (rendered, Some(method))
         }
         Sample::Text { text, .. } => (vec![whole_text(text.clone(), 0)], None),
@@ -253,24 +252,21 @@ fn tokenise_record(
     Ok(outcome)
 }
 
-/// Marks of single messages can only be honoured where it is known which part of the text each message is.
-fn refuse_marks(conversation: &Conversation, supervise: Supervise, method: Method) -> Result<(), String> {
-    let why = match (supervise, method) {
-        (Supervise::All, _) => "data.supervise = all trains every token",
-        (_, Method::GenerationBlocks) => "the chat template rewrites history and marks itself what is generated",
-        _ => return Ok(()),
+/// Where every token is trained, nothing of a message can be left out.
+fn refuse_marks(conversation: &Conversation, supervise: Supervise) -> Result<(), String> {
+    let Some(index) = conversation.messages.iter().position(|message| message.marks.leave_something_out()) else {
+        return Ok(());
     };
-    for (index, message) in conversation.messages.iter().enumerate() {
-        let what = if message.marks.train == Some(false) {
-            "not to be trained"
-        } else if message.marks.finish == Some(Finish::Length) {
-            "cut off, and the end of its turn is not to be trained"
-        } else {
-            continue;
-        };
-        return Err(format!("message {} is {what}, but {why}", index + 1));
+    match (supervise, conversation.messages[index].marks.train) {
+        (Supervise::All, Some(false)) => {
+            Err(format!("message {} is not to be trained, but data.supervise = all trains every token", index + 1))
+        }
+        (Supervise::All, _) => Err(format!(
+            "message {} is cut off, but data.supervise = all would train the end of its turn too",
+            index + 1
+        )),
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 fn whole_text(text: String, supervised_from: usize) -> Rendered {

@@ -5,8 +5,7 @@ use std::sync::LazyLock;
 
 use serde_json::{Value, json};
 
-use super::super::conversation::Conversation;
-use super::super::record::parse_sample;
+use super::super::conversation::{Conversation, parse_sample};
 use super::super::stats::{Statistics, document_text};
 use super::super::{Message, Supervise, assemble, pack, split};
 use super::*;
@@ -441,6 +440,32 @@ fn keys_that_look_decisive_are_named_once_a_file() {
     let path = workshop.write("all.jsonl", &format!("{marked}\n"));
     let message = workshop.build(&[path]).unwrap_err().to_string();
     assert!(message.contains("message 2 is not to be trained, but data.supervise = all"), "{message}");
+}
+
+#[test]
+fn marks_are_honoured_where_a_template_rewrites_history_and_marks_its_own() {
+    let mut workshop = Workshop::new();
+    workshop.tokenizer = tiny_tokenizer(
+        "{% for m in messages %}<|im_start|>{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}\
+         {{ m.content if loop.last else m.content | upper }}{% endgeneration %}{% endif %}<|im_end|>{% endfor %}\
+         {% if add_generation_prompt %}<|im_start|>{% endif %}",
+    );
+    let record = |marks: Value| {
+        let mut first = json!({"role": "assistant", "content": "ho"});
+        first.as_object_mut().unwrap().extend(marks.as_object().unwrap().clone());
+        let user = |content: &str| json!({"role": "user", "content": content});
+        json!({"messages": [user("a"), first, user("b"), {"role": "assistant", "content": "ha"}]})
+    };
+    for (marks, documents, method, text) in [
+        (json!({}), 1, 1, "HO<|im_end|>"),
+        (json!({"finish": "length"}), 2, 0, "ho"),
+        (json!({"weight": 0}), 1, 0, "ha<|im_end|>"),
+    ] {
+        let path = workshop.write("blocks.jsonl", &format!("{}\n", record(marks)));
+        let (cache, report) = workshop.build(&[path]).unwrap();
+        assert_eq!((cache.len(), report.by_generation_blocks), (documents, method), "{text}");
+        assert_eq!(trained_text(&workshop, &cache, 0), text);
+    }
 }
 
 #[test]

@@ -99,7 +99,10 @@ pub fn render_supervised(
     if let Some(spans) = boundary_spans(&prepared, messages, &turns, &text) {
         return Ok((vec![Rendered { text, spans, turn: None }], Method::RenderBoundaries));
     }
-    if let Some((text, mut ranges)) = prepared.render_marked(count)?.filter(|(_, ranges)| !ranges.is_empty()) {
+    // Blocks do not say which message they are of: marks of single messages need a document for each turn.
+    let marks = messages[..count].iter().any(|message| message.marks.leave_something_out());
+    let marked = if marks { None } else { prepared.render_marked(count)? };
+    if let Some((text, mut ranges)) = marked.filter(|(_, ranges)| !ranges.is_empty()) {
         if supervise == Supervise::LastTurn {
             ranges.drain(..ranges.len() - 1);
         }

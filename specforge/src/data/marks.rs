@@ -33,6 +33,13 @@ pub struct Marks {
     pub prompt_hash: Option<String>,
 }
 
+impl Marks {
+    /// Whether something of the message is not to be trained.
+    pub fn leave_something_out(&self) -> bool {
+        self.train == Some(false) || self.finish == Some(Finish::Length)
+    }
+}
+
 /// Keys by which trainers say whether a message or a record counts: OpenAI's, axolotl's, ms-swift's and others'.
 const TRAIN_KEYS: [&str; 11] = [
     "weight",

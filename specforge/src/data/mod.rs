@@ -1,10 +1,10 @@
 //! From files of conversations to rows of token ids with a loss mask.
 //!
-//! `reader` finds the records of a file, `record` gives them meaning (a `conversation`, or text), `chat_template` renders
+//! `reader` finds the records of a file, `conversation` gives them meaning (a `sample`), `chat_template` renders
 //! them with the tokenizer's own template, `loss_mask` says which tokens are trained, `build` does that in parallel and
-//! `cache` keeps the result in one memory-mapped file. `marks` are what a record says about being trained, and `recorded` makes
-//! documents of answers whose token ids are known. `pack` fills batches, `stats` describes what came out, `counts` says
-//! how often each token is trained.
+//! `cache` keeps the result in one memory-mapped file. `marks` are what a record says about being trained, and `recorded`
+//! makes documents of answers whose token ids are known. `pack` fills batches, `stats` describes what came out, `counts`
+//! says how often each token is trained.
 //!
 //! This room ends at token ids and masks: it knows no model, no tensor and no hidden state.
 
@@ -25,9 +25,9 @@ pub mod marks;
 pub mod pack;
 mod python;
 pub mod reader;
-pub mod record;
 pub mod recorded;
 pub mod report;
+pub mod sample;
 pub mod stats;
 pub mod text_stream;
 pub mod tokenizer;

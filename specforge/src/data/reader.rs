@@ -125,10 +125,16 @@ fn find_records(bytes: &[u8]) -> Result<Vec<Record>, Located> {
     }
     let line_end = bytes[first..].iter().position(|&byte| is_line_end(byte)).map_or(bytes.len(), |at| first + at);
     let more_follows = bytes[line_end..].iter().any(|byte| !byte.is_ascii_whitespace());
-    if more_follows && is_one_value(&bytes[first..line_end]) {
-        return lines(bytes, start);
-    }
     let line = 1 + line_ends(&bytes[..first]);
+    if more_follows && is_one_value(&bytes[first..line_end]) {
+        let lines = lines(bytes, start)?;
+        // A line of nothing but a bracket is part of a value over many lines, or broken.
+        let bracket = |record: &Record| matches!(bytes[record.range.clone()].trim_ascii(), b"[" | b"{" | b"]" | b"}");
+        return match lines.iter().any(bracket).then(|| values(bytes, first, line)) {
+            Some(Ok(values)) => Ok(values),
+            _ => Ok(lines),
+        };
+    }
     if bytes[first] == b'[' {
         return values(bytes, first, line);
     }
@@ -399,6 +405,9 @@ mod tests {
             records.join("\r\n"),
             format!("{one}\n{}", records[3..].join("\n")),
             format!("{}\n{}\n", records[..3].join("\n"), list(&records[3..], ", ")),
+            format!("{}\n[\n{}\n]", list(&records[..3], ","), records[3..].join(",\n")),
+            format!("{}\n[\n{}\n]\n{}\n", records[0], records[1..5].join(",\n"), records[5]),
+            format!("{}\n{{\n\"data\": {two}\n}}", records[..3].join("\n")),
             format!("{}{}", wrapped(&one), wrapped(&two)),
             format!("{}\n{}", wrapped(&one), wrapped(&two)),
             format!("{}{one}", list(&records[3..], ",")),
@@ -419,7 +428,7 @@ mod tests {
             ("[{\"a\": 1},\n {\"a\": 2}]\n<html>504 Gateway</html>\n", 3, "got `<html>504 Gateway</html>`"),
             ("[{\"a\": 1}],\n[{\"a\": 2}]", 1, "got `,`"),
             ("{\n\"a\": 1}\n42", 3, "got `42`"),
-            ("[]\n{\n\"data\": [{\"a\": 1}] oops\n}", 3, "behind the list of `data`"),
+            ("[]{\n\"data\": [{\"a\": 1}] oops\n}", 2, "behind the list of `data`"),
             ("[{\"a\": 1}]\n\n[{\"a\":", 3, "the file ends"),
         ] {
             let (at, problem) = find_records(content.as_bytes()).unwrap_err();
@@ -427,6 +436,7 @@ mod tests {
         }
         // In JSON Lines a bad line is one bad record, whatever stands on it.
         assert_eq!(texts("{\"a\":1}\n<html>\n{\"a\":2}{\"b\":\n")[1..], [(2, "<html>"), (3, "{\"a\":2}{\"b\":")]);
+        assert_eq!(texts("{\"a\":1}\n{\n{\"a\":2}\n").len(), 3);
         // Brackets in text do not cut it.
         assert_eq!(texts("{\"text\":\"}{\"}\n{\"text\":\"] [\"}\n").len(), 2);
     }

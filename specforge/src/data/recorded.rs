@@ -235,7 +235,7 @@ mod tests {
         // A record of somebody else's engine: no prompt hash, no finish.
         let record = json!({"messages": [{"role": "user", "content": "hi"},
             {"role": "assistant", "content": "ho", "token_ids": said("ho<|im_end|>")}]});
-        let sample = super::super::record::parse_sample(record.to_string().as_bytes(), String::new).unwrap();
+        let sample = super::super::conversation::parse_sample(record.to_string().as_bytes(), String::new).unwrap();
         let super::super::Sample::Conversation(foreign) = sample else { panic!("a conversation") };
         assert_eq!(documents(&tokenizer, &foreign, Supervise::Assistant).unwrap().len(), 1);
     }

@@ -13,8 +13,7 @@ use super::OnLength;
 use super::prompts::{Prompts, bad_line};
 use super::run_record::RunRecord;
 use crate::data::Finish;
-use crate::data::conversation::Sample;
-use crate::data::record::parse_sample;
+use crate::data::conversation::{Sample, parse_sample};
 use crate::error::{Error, Result};
 use crate::files;
 

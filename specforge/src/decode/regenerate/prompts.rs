@@ -6,10 +6,9 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use crate::data::conversation::{Conversation, Message, Sample};
+use crate::data::conversation::{Conversation, Message, Parsed, Sample, parse_record};
 use crate::data::marks::{PassedOver, PassedOverCounts};
 use crate::data::reader::SourceFile;
-use crate::data::record::{Parsed, parse_record};
 use crate::data::tokenizer::hex;
 use crate::error::{Error, Result};
 

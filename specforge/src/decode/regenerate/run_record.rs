@@ -83,12 +83,14 @@ impl RunRecord {
     pub(super) fn check_same(&self, path: &Path) -> Result<()> {
         let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
         let hint = "repeat the old options, or start over with --restart, which keeps the old answers as .bak";
-        let before: Self = serde_json::from_str(&text)
-            .map_err(|error| Error::bad_file(path, format!("is no record of a run: {error}")).with_hint(hint))?;
-        if before.format != FORMAT {
-            let problem = format!("layout: expected {FORMAT}, got {}", before.format);
+        let foreign = |error| Error::bad_file(path, format!("is no record of a run: {error}")).with_hint(hint);
+        let before: Value = serde_json::from_str(&text).map_err(foreign)?;
+        // Another layout has other fields.
+        if let Some(format) = before.get("format").filter(|format| **format != FORMAT) {
+            let problem = format!("layout: expected {FORMAT}, got {format}: another version of the program began this");
             return Err(Error::bad_file(path, problem).with_hint(hint));
         }
+        let before: Self = serde_json::from_value(before).map_err(foreign)?;
         let fields = |same: &Same| match serde_json::to_value(same) {
             Ok(Value::Object(fields)) => fields,
             _ => serde_json::Map::new(),

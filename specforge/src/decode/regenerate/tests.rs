@@ -288,6 +288,11 @@ fn damaged_foreign_and_busy_files_are_left_alone() {
     assert!(bench.run().unwrap_err().to_string().contains("another run"));
     drop(other);
     assert_eq!(bench.run().unwrap().answered_before, 4);
+    let record = fs::read_to_string(bench.path("out.jsonl.run.json")).unwrap();
+    fs::write(bench.path("out.jsonl.run.json"), r#"{"format": 1, "same": {"temperature": 0.0}}"#).unwrap();
+    assert!(bench.run().unwrap_err().to_string().contains("layout: expected 2, got 1"));
+    fs::write(bench.path("out.jsonl.run.json"), format!("{record}{record}")).unwrap();
+    assert!(bench.run().unwrap_err().to_string().contains("is no record of a run"));
     fs::remove_file(bench.path("out.jsonl.run.json")).unwrap();
     assert!(bench.run().unwrap_err().to_string().contains("is there already"));
     assert_eq!(bench.out(), whole);

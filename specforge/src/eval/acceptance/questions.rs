@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use crate::data::conversation::{Conversation, Message, Rejections, Sample, record_name};
+use crate::data::conversation::{
+    Conversation, Message, Rejections, Sample, parse_sample, record_name, template_arguments,
+};
 use crate::data::reader::SourceFile;
-use crate::data::record::{parse_sample, template_arguments};
 use crate::error::{Error, Result};
 
 /// One conversation to hold: the user's turns, each asked once the one before it is answered.
