@@ -22,6 +22,7 @@ mod medusa;
 mod narrow_gradients;
 mod parallel;
 mod processes;
+mod regeneration;
 mod rehearsal;
 mod resume;
 mod shared_data;

@@ -111,6 +111,25 @@ fn data() {
             expected: &["conversations.jsonl:1:", "UTF-8"],
         },
         Case {
+            name: "something behind a list",
+            spoil: |workspace| {
+                let list = conversations(3).trim_end().replace('\n', ",\n");
+                with_data(workspace, format!("[{list}]\n<html>504 Gateway Time-out</html>\n"))
+            },
+            exit_code: 2,
+            expected: &["conversations.jsonl:4:", "expected another list or object, or the end of the file"],
+        },
+        Case {
+            name: "a weight between",
+            spoil: |workspace| {
+                let messages = json!([{"role": "user", "content": "Hi."},
+                    {"role": "assistant", "content": "Ho.", "weight": 0.5}]);
+                with_data(workspace, json!({"messages": messages}).to_string())
+            },
+            exit_code: 2,
+            expected: &["conversations.jsonl:1: message 2: `weight`: expected 0 or 1, got 0.5"],
+        },
+        Case {
             name: "compressed data",
             spoil: |workspace| with_data(workspace, b"\x1f\x8b\x08\x00rest"),
             exit_code: 2,

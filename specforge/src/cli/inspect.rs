@@ -63,6 +63,7 @@ pub(super) fn run(args: &InspectArgs, output: &Output) -> Result<()> {
         TokenCache::build_or_open(&args.data, &tokenizer, &config, &|done, total| progress.set(done, total))?;
     progress.finish("done");
     build.note.iter().for_each(|line| note(format!("warning: {line}")));
+    build.warnings.iter().for_each(|line| note(format!("warning: {line}")));
     build.rejected.iter().for_each(|line| note(format!("warning: skipped {line}")));
     let chosen: Vec<usize> = match &args.id {
         Some(id) => {
@@ -102,12 +103,15 @@ fn text(report: &Report) -> String {
     let build = &report.build;
     let _ = write!(
         text,
-        "{} conversations read, {} rejected, {} without supervision dropped, {} truncated, {} split by turn",
+        "{} conversations read, {} rejected, {} without supervision dropped, {} truncated, {} split by turn, \
+         {} from token ids, {} answers cut off",
         build.conversations,
-        build.rejected.len(),
+        build.rejected_count,
         build.without_supervision,
         build.truncated,
-        build.fanned_out
+        build.fanned_out,
+        build.from_token_ids,
+        build.cut_answers
     );
     text
 }

@@ -2,15 +2,16 @@
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use super::{LazyProgress, Output, note, numbers};
 use crate::config::Dtype;
 use crate::data::ChatTokenizer;
-use crate::decode::regenerate::{self, RegenOptions, RegenReport};
+use crate::decode::regenerate::{self, GenerationConfig, OnLength, RegenOptions, RegenReport};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::models;
+use crate::nn::Processors;
 use crate::stop::{Answer, Stop};
 
 #[derive(Debug, Args)]
@@ -30,9 +31,23 @@ pub(super) struct RegenArgs {
     /// Conversations decoded at once.
     #[arg(long, default_value_t = 32, allow_hyphen_values = true, value_parser = numbers::at_least(1usize))]
     max_rows: usize,
-    /// 0 is greedy.
-    #[arg(long, default_value_t = 0.0, allow_hyphen_values = true, value_parser = numbers::any)]
-    temperature: f64,
+    /// 0 is greedy. Without this and the next three, the target's generation_config.json decides: greedy unless it says
+    /// `do_sample`.
+    #[arg(long, allow_hyphen_values = true, value_parser = numbers::any)]
+    temperature: Option<f64>,
+    /// Only this many of the likeliest tokens; 0 is all.
+    #[arg(long, allow_hyphen_values = true, value_parser = numbers::at_least(0usize))]
+    top_k: Option<usize>,
+    /// Only the likeliest tokens that together have this probability.
+    #[arg(long, allow_hyphen_values = true, value_parser = numbers::any)]
+    top_p: Option<f64>,
+    /// Above 1 makes tokens that are already there less likely.
+    #[arg(long, allow_hyphen_values = true, value_parser = numbers::any)]
+    repetition_penalty: Option<f64>,
+    /// What becomes of a row when an answer reaches --max-new-tokens: keep (go on behind it), stop (it ends the
+    /// conversation), drop (leave the row out, and list it in OUT.cut.jsonl).
+    #[arg(long, value_enum, default_value_t = Rule::Keep)]
+    on_length: Rule,
     /// Seed of sampling.
     #[arg(long, default_value_t = 0, allow_hyphen_values = true, value_parser = numbers::at_least(0u64))]
     seed: u64,
@@ -50,7 +65,35 @@ pub(super) struct RegenArgs {
     device: String,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Rule {
+    Keep,
+    Stop,
+    Drop,
+}
+
+impl RegenArgs {
+    /// What the target's own file says, with what was given replaced.
+    fn processors(&self, own: Processors) -> Processors {
+        Processors {
+            temperature: self.temperature.unwrap_or(own.temperature),
+            top_k: self.top_k.unwrap_or(own.top_k),
+            top_p: self.top_p.unwrap_or(own.top_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(own.repetition_penalty),
+        }
+    }
+
+    fn on_length(&self) -> OnLength {
+        match self.on_length {
+            Rule::Keep => OnLength::Keep,
+            Rule::Stop => OnLength::Stop,
+            Rule::Drop => OnLength::Drop,
+        }
+    }
+}
+
 pub(super) fn run(args: &RegenArgs, stop: &Stop, output: &Output) -> Result<()> {
+    let own = GenerationConfig::read(&args.target)?;
     let options = RegenOptions {
         target: args.target.clone(),
         prompts: args.prompts.clone(),
@@ -58,7 +101,8 @@ pub(super) fn run(args: &RegenArgs, stop: &Stop, output: &Output) -> Result<()> 
         max_new_tokens: args.max_new_tokens,
         max_prompt_tokens: None,
         max_rows: args.max_rows,
-        temperature: args.temperature,
+        processors: args.processors(own.processors),
+        on_length: args.on_length(),
         seed: args.seed,
         max_bad_share: args.max_bad_share,
         restart: args.restart,
@@ -67,6 +111,8 @@ pub(super) fn run(args: &RegenArgs, stop: &Stop, output: &Output) -> Result<()> 
     let device = device::choose(&args.device)?;
     let tokenizer = ChatTokenizer::load(&args.target, None)?;
     let target = models::load_target(&args.target, args.dtype.kind(), device)?;
+    own.warnings.iter().for_each(|line| note(format!("warning: {line}")));
+    note(chosen(&options));
     stop.set_answer(Answer::Finish(
         "stopping after this pass; answered rows stay, and the same command goes on from them",
     ));
@@ -74,6 +120,7 @@ pub(super) fn run(args: &RegenArgs, stop: &Stop, output: &Output) -> Result<()> 
     let report = regenerate::run(&options, target.as_ref(), &tokenizer, stop.arrived(), &mut |state| {
         progress.set_with(state.done as u64, state.total as u64, &format!("{:.0} tokens/s", state.tokens_per_second));
     })?;
+    report.warnings.iter().for_each(|line| note(format!("warning: {line}")));
     report.skipped.iter().for_each(|line| note(format!("warning: skipped {line}")));
     progress.finish(if report.interrupted { "stopped; run the same command again to go on" } else { "done" });
     output.result(&report, || text(&report));
@@ -86,9 +133,36 @@ pub(super) fn run(args: &RegenArgs, stop: &Stop, output: &Output) -> Result<()> 
     }
 }
 
+/// How tokens are chosen, in words.
+fn chosen(options: &RegenOptions) -> String {
+    let Processors { temperature, top_k, top_p, repetition_penalty } = options.processors;
+    let mut words = match options.processors.is_greedy() {
+        true => "tokens are chosen greedily".to_owned(),
+        false => format!("tokens are sampled: temperature {temperature}"),
+    };
+    if !options.processors.is_greedy() {
+        if top_k > 0 {
+            words.push_str(&format!(", top-k {top_k}"));
+        }
+        if top_p < 1.0 {
+            words.push_str(&format!(", top-p {top_p}"));
+        }
+        words.push_str(&format!(", seed {}", options.seed));
+    }
+    if repetition_penalty != 1.0 {
+        words.push_str(&format!(", repetition penalty {repetition_penalty}"));
+    }
+    words
+}
+
 fn text(report: &RegenReport) -> String {
+    let dropped = match report.dropped {
+        0 => String::new(),
+        dropped => format!(", {dropped} rows left out"),
+    };
     format!(
-        "{}: {} rows answered ({} before this run), {} answers, {} ended by themselves\n{} new tokens, {:.0} tokens/s",
+        "{}: {} rows answered ({} before this run), {} answers, {} ended by themselves{dropped}\n\
+         {} new tokens, {:.0} tokens/s",
         report.out.display(),
         report.answered,
         report.answered_before,

@@ -105,7 +105,8 @@ pub(super) fn run(args: &TreeArgs, output: &Output) -> Result<()> {
     for prompt in &prompts {
         // Everything up to the first question: what comes behind it belongs to answers that are not here.
         let question = prompt.messages.iter().position(|message| message.role == "user").unwrap_or(0);
-        let text = tokenizer.render(&prompt.messages[..=question], prompt.tools.as_ref(), true)?;
+        let prepared = tokenizer.prepare(&prompt.messages, prompt.tools.as_ref())?;
+        let text = prepared.with_arguments(&prompt.template_arguments).render(question + 1, true)?;
         encoded.push(tokenizer.encode(&text)?);
     }
     let target = models::load_target(&args.target, args.dtype.kind(), device)?;

@@ -7,12 +7,14 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::cache::{CacheWriter, TokenCache, VERSION};
-use super::conversation::{self, Rejections, Sample, parse_sample, record_name};
+use super::conversation::{self, Conversation, Parsed, Rejections, Sample, parse_record, record_name};
 use super::loss_mask::{Method, Rendered, Span, SpanEnd, render_supervised, token_mask};
+use super::marks::{Finish, PassedOver, PassedOverCounts};
 use super::reader::{Record, SourceFile};
+use super::recorded::{self, Recorded};
 use super::report::BuildReport;
 use super::tokenizer::{ChatTokenizer, hex};
-use super::{DataConfig, TooLong};
+use super::{DataConfig, Supervise, TooLong};
 use crate::error::{Error, Result};
 use crate::files::{self, Digests, Maker};
 
@@ -26,6 +28,9 @@ const REASONS_KEPT: usize = 100;
 struct Outcome {
     documents: Vec<Tokenised>,
     method: Option<Method>,
+    recorded: bool,
+    cut_answers: usize,
+    passed_over: PassedOver,
     without_supervision: usize,
     truncated: usize,
     too_long: usize,
@@ -37,6 +42,26 @@ struct Tokenised {
     conversation: u64,
     tokens: Vec<u32>,
     supervised: Vec<u8>,
+}
+
+impl Outcome {
+    /// Adds a document, cut to the longest length, if something of it is trained.
+    fn add(&mut self, config: &DataConfig, mut document: Tokenised) {
+        let trains = |document: &Tokenised| document.supervised.contains(&1);
+        if trains(&document) && document.tokens.len() > config.max_length {
+            if config.too_long == TooLong::Drop {
+                self.too_long += 1;
+                return;
+            }
+            self.truncated += 1;
+            document.tokens.truncate(config.max_length);
+            document.supervised.truncate(config.max_length);
+        }
+        match trains(&document) {
+            true => self.documents.push(document),
+            false => self.without_supervision += 1,
+        }
+    }
 }
 
 impl TokenCache {
@@ -155,19 +180,24 @@ fn tokenise(
     let total = records.len();
     let mut report = BuildReport { conversations: total, ..BuildReport::default() };
     let mut rejections = Rejections { total, ..Rejections::default() };
+    let mut passed_over = PassedOverCounts::default();
     for (done, chunk) in records.chunks(CHUNK).enumerate() {
         progress((done * CHUNK) as u64, total as u64);
         let outcomes: Vec<Result<Outcome>> =
             chunk.par_iter().map(|(source, record)| tokenise_record(source, record, tokenizer, config)).collect();
         for ((source, record), outcome) in chunk.iter().zip(outcomes) {
             match outcome {
-                Ok(outcome) => take(outcome, writer, &mut report)?,
+                Ok(mut outcome) => {
+                    passed_over.add(source.path(), std::mem::take(&mut outcome.passed_over));
+                    take(outcome, writer, &mut report)?;
+                }
                 Err(Error::Failed(problem)) => rejections.push(source.path(), record.line, problem),
                 Err(fatal) => return Err(fatal),
             }
         }
     }
     progress(total as u64, total as u64);
+    report.warnings = passed_over.warnings();
     rejections.check(config.max_bad_share)?;
     report.rejected_count = rejections.errors.len();
     report.rejected = rejections.errors.iter().take(REASONS_KEPT).map(Error::to_string).collect();
@@ -189,7 +219,10 @@ fn take(outcome: Outcome, writer: &mut CacheWriter<'_>, report: &mut BuildReport
     report.without_supervision += outcome.without_supervision;
     report.truncated += outcome.truncated;
     report.too_long += outcome.too_long;
-    report.fanned_out += usize::from(outcome.method == Some(Method::FanOut));
+    let several = outcome.recorded && outcome.documents.len() > 1;
+    report.fanned_out += usize::from(outcome.method == Some(Method::FanOut) || several);
+    report.from_token_ids += usize::from(outcome.recorded);
+    report.cut_answers += outcome.cut_answers;
     report.by_generation_blocks += usize::from(outcome.method == Some(Method::GenerationBlocks));
     for Tokenised { id, conversation, tokens, supervised } in outcome.documents {
         writer.add(&id, conversation, &tokens, &supervised)?;
@@ -205,17 +238,38 @@ fn tokenise_record(
     config: &DataConfig,
 ) -> Result<Outcome> {
     let name = || record_name(source.path(), record.line);
-    let sample = parse_sample(source.record(record), name).map_err(Error::Failed)?;
+    let Parsed { sample, train, passed_over } = parse_record(source.record(record), name).map_err(Error::Failed)?;
+    let mut outcome = Outcome { passed_over, ..Outcome::default() };
+    if !train {
+        outcome.without_supervision = 1;
+        return Ok(outcome);
+    }
     let conversation = sample.content_key();
+    if let Sample::Conversation(conversation) = &sample {
+        let cut = |message: &&super::Message| message.marks.finish == Some(Finish::Length);
+        outcome.cut_answers = conversation.messages.iter().filter(cut).count();
+    }
     let (rendered, method) = match &sample {
+        Sample::Conversation(talk) if recorded::is_recorded(talk) => {
+            outcome.recorded = true;
+            let documents = recorded::documents(tokenizer, talk, config.supervise)?;
+            outcome.without_supervision = usize::from(documents.is_empty());
+            let several = documents.len() > 1;
+            for Recorded { tokens, supervised, turn } in documents {
+                let id = if several { format!("{}#{turn}", talk.id) } else { talk.id.clone() };
+                outcome.add(config, Tokenised { id, conversation, tokens, supervised });
+            }
+            return Ok(outcome);
+        }
         Sample::Conversation(conversation) => {
+            refuse_marks(conversation, config.supervise).map_err(Error::Failed)?;
             let (rendered, method) = render_supervised(tokenizer, conversation, config.supervise)?;
             (rendered, Some(method))
         }
         Sample::Text { text, .. } => (vec![whole_text(text.clone(), 0)], None),
         Sample::Completion { prompt, completion, .. } => (vec![completed(tokenizer, prompt, completion)?], None),
     };
-    let mut outcome = Outcome { method, ..Outcome::default() };
+    outcome.method = method;
     if rendered.is_empty() {
         outcome.without_supervision = 1;
     }
@@ -227,6 +281,23 @@ fn tokenise_record(
         add_document(&mut outcome, tokenizer, config, id, conversation, &part)?;
     }
     Ok(outcome)
+}
+
+/// Where every token is trained, nothing of a message can be left out.
+fn refuse_marks(conversation: &Conversation, supervise: Supervise) -> Result<(), String> {
+    let Some(index) = conversation.messages.iter().position(|message| message.marks.leave_something_out()) else {
+        return Ok(());
+    };
+    match (supervise, conversation.messages[index].marks.train) {
+        (Supervise::All, Some(false)) => {
+            Err(format!("message {} is not to be trained, but data.supervise = all trains every token", index + 1))
+        }
+        (Supervise::All, _) => Err(format!(
+            "message {} is cut off, but data.supervise = all would train the end of its turn too",
+            index + 1
+        )),
+        _ => Ok(()),
+    }
 }
 
 fn whole_text(text: String, supervised_from: usize) -> Rendered {
@@ -252,32 +323,15 @@ fn add_document(
     part: &Rendered,
 ) -> Result<()> {
     let encoded = tokenizer.encode_with_offsets(&part.text)?;
-    let mut supervised = token_mask(tokenizer, &part.text, &encoded, &part.spans);
-    let mut tokens = encoded.ids;
+    let supervised = token_mask(tokenizer, &part.text, &encoded, &part.spans);
+    let tokens = encoded.ids;
     if let Some(&token) = tokens.iter().find(|&&token| token as usize >= tokenizer.id_limit()) {
         let (limit, text) = (tokenizer.id_limit(), tokenizer.decode(&[token], false)?);
         let problem = format!("makes token {token} ({text:?}) of document `{id}`, but the model has {limit} tokens");
         return Err(Error::bad_file(tokenizer.folder().join("tokenizer.json"), problem)
             .with_hint("take tokenizer and model from the same folder, or resize the model's embedding"));
     }
-    if !supervised.contains(&1) {
-        outcome.without_supervision += 1;
-        return Ok(());
-    }
-    if tokens.len() > config.max_length {
-        if config.too_long == TooLong::Drop {
-            outcome.too_long += 1;
-            return Ok(());
-        }
-        outcome.truncated += 1;
-        tokens.truncate(config.max_length);
-        supervised.truncate(config.max_length);
-        if !supervised.contains(&1) {
-            outcome.without_supervision += 1;
-            return Ok(());
-        }
-    }
-    outcome.documents.push(Tokenised { id, conversation, tokens, supervised });
+    outcome.add(config, Tokenised { id, conversation, tokens, supervised });
     Ok(())
 }
 

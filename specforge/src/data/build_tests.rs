@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 
 use serde_json::{Value, json};
 
-use super::super::conversation::Conversation;
+use super::super::conversation::{Conversation, parse_sample};
 use super::super::stats::{Statistics, document_text};
 use super::super::{Message, Supervise, assemble, pack, split};
 use super::*;
@@ -44,7 +44,7 @@ fn check_golden(path: &Path) -> usize {
     for (number, case) in cases.iter().enumerate() {
         let place = format!("{} case {number}", path.display());
         let record = json!({"messages": case["messages"], "tools": case["tools"]}).to_string();
-        let Ok(Sample::Conversation(Conversation { messages, tools, id })) =
+        let Ok(Sample::Conversation(Conversation { messages, tools, id, .. })) =
             parse_sample(record.as_bytes(), || place.clone())
         else {
             panic!("{place}");
@@ -52,7 +52,12 @@ fn check_golden(path: &Path) -> usize {
         let render = |prompt| tokenizer.render(&messages, tools.as_ref(), prompt).unwrap();
         assert_eq!(render(false), case["text"].as_str().unwrap(), "{place}");
         assert_eq!(render(true), case["prompt"].as_str().unwrap(), "{place}");
-        let conversation = Conversation { id, messages: messages.clone(), tools: tools.clone() };
+        let conversation = Conversation {
+            id,
+            messages: messages.clone(),
+            tools: tools.clone(),
+            template_arguments: Default::default(),
+        };
         let (documents, _) = render_supervised(&tokenizer, &conversation, Supervise::Assistant).unwrap();
         let want = case["documents"].as_array().unwrap();
         assert_eq!(documents.len(), want.len(), "{place}");
@@ -100,7 +105,12 @@ fn a_real_model_folder() {
     let ids = tokenizer.encode(text).unwrap();
     assert_eq!(ids[..4], [1, 9690, 198, 2683]);
     assert_eq!(tokenizer.decode(&ids, false).unwrap(), text);
-    let conversation = Conversation { id: String::new(), messages: messages.to_vec(), tools: None };
+    let conversation = Conversation {
+        id: String::new(),
+        messages: messages.to_vec(),
+        tools: None,
+        template_arguments: Default::default(),
+    };
     let (documents, _) = render_supervised(&tokenizer, &conversation, Supervise::Assistant).unwrap();
     let encoded = tokenizer.encode_with_offsets(text).unwrap();
     let mask = token_mask(&tokenizer, text, &encoded, &documents[0].spans);
@@ -353,4 +363,154 @@ fn the_cache_can_be_shared_between_threads() {
     fn shared<T: Send + Sync>() {}
     shared::<TokenCache>();
     shared::<ChatTokenizer>();
+}
+
+/// What the file says about training, in every spelling, and which text is trained.
+#[test]
+fn marks_of_messages_and_records_decide_what_is_trained() {
+    let workshop = Workshop::new();
+    let talk = |marks: Value, record: Value| {
+        let mut bad = json!({"role": "assistant", "content": "BAD"});
+        bad.as_object_mut().unwrap().extend(marks.as_object().unwrap().clone());
+        let mut whole = json!({"messages": [{"role": "user", "content": "a"}, bad,
+            {"role": "user", "content": "b"}, {"role": "assistant", "content": "GOOD"}]});
+        whole.as_object_mut().unwrap().extend(record.as_object().unwrap().clone());
+        whole
+    };
+    let trained = |record: &Value| -> Vec<Vec<String>> {
+        let path = workshop.write("marks.jsonl", &format!("{record}\n{}", line("other", "x")));
+        let (cache, _) = workshop.build(&[path]).unwrap();
+        let document = |index| {
+            let runs = super::super::document_runs(&workshop.tokenizer, &cache.document(index)).unwrap();
+            runs.into_iter().filter(|(flag, _)| *flag).map(|(_, text)| text).collect()
+        };
+        (0..cache.len()).map(document).collect()
+    };
+    for marks in [json!({"weight": 0}), json!({"train": false}), json!({"loss_mask": 0}), json!({"loss": false})] {
+        assert_eq!(trained(&talk(marks, json!({})))[0], ["GOOD<|im_end|>"]);
+    }
+    assert_eq!(trained(&talk(json!({"weight": 1}), json!({})))[0], ["BAD<|im_end|>", "GOOD<|im_end|>"]);
+    assert_eq!(trained(&talk(json!({}), json!({"loss_mask": [0, 0, 0, 1]})))[0], ["GOOD<|im_end|>"]);
+    assert_eq!(trained(&talk(json!({}), json!({"weight": 0}))), [["x<|im_end|>"]]);
+    // A cut answer has no end of turn, wherever the file says so.
+    for (marks, record) in [
+        (json!({"finish": "length"}), json!({})),
+        (json!({"finish_reason": "length"}), json!({})),
+        (json!({}), json!({"finish": ["length", "stop"]})),
+    ] {
+        assert_eq!(trained(&talk(marks, record))[0], ["BAD", "GOOD<|im_end|>"]);
+    }
+    let prompt = json!({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "shot"},
+        {"role": "user", "content": "b"}], "completion": [{"role": "assistant", "content": "GOOD"}]});
+    assert_eq!(trained(&prompt)[0], ["GOOD<|im_end|>"]);
+}
+
+#[test]
+fn a_cut_answer_is_trained_without_the_token_that_reaches_beyond_it() {
+    let tokenizer = tiny_tokenizer(CHATML);
+    let encoded = super::super::tokenizer::Encoded { ids: vec![5, 6, 7], offsets: vec![(0, 3), (3, 6), (6, 8)] };
+    let mask = |end: usize| {
+        let spans = [Span { range: 0..end, end: SpanEnd::Cut }];
+        token_mask(&tokenizer, "ab cd ef", &encoded, &spans)
+    };
+    assert_eq!((mask(2), mask(3), mask(5), mask(8)), (vec![0, 0, 0], vec![1, 0, 0], vec![1, 0, 0], vec![1, 1, 1]));
+}
+
+#[test]
+fn keys_that_look_decisive_are_named_once_a_file() {
+    let mut workshop = Workshop::new();
+    let odd = |id: &str| {
+        let messages = json!([{"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "ho", "loss_multiplier": 2}]);
+        format!("{}\n", json!({"id": id, "source": "x", "messages": messages, "text": "y", "quality_weight": 0.5}))
+    };
+    let paths = [workshop.write("odd.jsonl", &(odd("a") + &odd("b"))), workshop.write("fine.jsonl", &line("c", "x"))];
+    for from_cache in [false, true] {
+        let (_, report) = workshop.build(&paths).unwrap();
+        assert_eq!((report.from_cache, report.warnings.len()), (from_cache, 1));
+        let warning = &report.warnings[0];
+        assert!(warning.contains("odd.jsonl: not understood, and passed over: "), "{warning}");
+        for key in ["`loss_multiplier` in messages", "`quality_weight`", "`text` beside a conversation"] {
+            assert!(warning.contains(&format!("{key} (2 records)")), "{warning}");
+        }
+    }
+    workshop.config.supervise = Supervise::All;
+    let marked = json!({"messages": [{"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "ho", "weight": 0}]});
+    let path = workshop.write("all.jsonl", &format!("{marked}\n"));
+    let message = workshop.build(&[path]).unwrap_err().to_string();
+    assert!(message.contains("message 2 is not to be trained, but data.supervise = all"), "{message}");
+}
+
+#[test]
+fn marks_are_honoured_where_a_template_rewrites_history_and_marks_its_own() {
+    let mut workshop = Workshop::new();
+    workshop.tokenizer = tiny_tokenizer(
+        "{% for m in messages %}<|im_start|>{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}\
+         {{ m.content if loop.last else m.content | upper }}{% endgeneration %}{% endif %}<|im_end|>{% endfor %}\
+         {% if add_generation_prompt %}<|im_start|>{% endif %}",
+    );
+    let record = |marks: Value| {
+        let mut first = json!({"role": "assistant", "content": "ho"});
+        first.as_object_mut().unwrap().extend(marks.as_object().unwrap().clone());
+        let user = |content: &str| json!({"role": "user", "content": content});
+        json!({"messages": [user("a"), first, user("b"), {"role": "assistant", "content": "ha"}]})
+    };
+    for (marks, documents, method, text) in [
+        (json!({}), 1, 1, "HO<|im_end|>"),
+        (json!({"finish": "length"}), 2, 0, "ho"),
+        (json!({"weight": 0}), 1, 0, "ha<|im_end|>"),
+    ] {
+        let path = workshop.write("blocks.jsonl", &format!("{}\n", record(marks)));
+        let (cache, report) = workshop.build(&[path]).unwrap();
+        assert_eq!((cache.len(), report.by_generation_blocks), (documents, method), "{text}");
+        assert_eq!(trained_text(&workshop, &cache, 0), text);
+    }
+}
+
+#[test]
+fn a_record_gives_its_template_arguments() {
+    let mut workshop = Workshop::new();
+    workshop.tokenizer = tiny_tokenizer(&format!("{{{{ 'on ' if thinking is true else 'off ' }}}}{CHATML}"));
+    let record = |kwargs: Value| {
+        let messages = json!([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]);
+        format!("{}\n", json!({"messages": messages, "chat_template_kwargs": kwargs}))
+    };
+    let paths = [workshop.write("kwargs.jsonl", &(record(json!({"thinking": true})) + &record(json!(null))))];
+    let (cache, report) = workshop.build(&paths).unwrap();
+    let text = |index| document_text(&workshop.tokenizer, &cache.document(index), false).unwrap();
+    assert!(text(0).starts_with("on <|im_start|>") && text(1).starts_with("off <|im_start|>"));
+    assert!(report.warnings.is_empty());
+    drop((cache, report));
+    // The record's own word is the last.
+    let arguments = json!({"thinking": true}).as_object().unwrap().clone();
+    workshop.tokenizer = tiny_tokenizer(&format!("{{{{ 'on ' if thinking is true else 'off ' }}}}{CHATML}"))
+        .with_template_arguments(arguments);
+    let paths = [workshop.write("off.jsonl", &(record(json!({"thinking": false})) + &record(json!({}))))];
+    let (cache, _) = workshop.build(&paths).unwrap();
+    let text = |index| document_text(&workshop.tokenizer, &cache.document(index), false).unwrap();
+    assert!(text(0).starts_with("off <|im_start|>") && text(1).starts_with("on <|im_start|>"));
+}
+
+#[test]
+fn answers_with_token_ids_take_their_own_way_into_the_cache() {
+    let mut workshop = Workshop::new();
+    workshop.tokenizer = tiny_tokenizer(&CHATML.replace("assistant{{ '\n' }}", "assistant\n<think>{{ '\n' }}"));
+    let ids = workshop.tokenizer.encode("ho ho").unwrap();
+    let record = |content: &str| {
+        json!({"id": "a", "messages": [{"role": "user", "content": "hi"},
+            {"role": "assistant", "content": content, "token_ids": ids, "finish": "length"}]})
+    };
+    let paths = [workshop.write("ids.jsonl", &format!("{}\n", record("ho ho")))];
+    let (cache, report) = workshop.build(&paths).unwrap();
+    assert_eq!((report.from_token_ids, report.cut_answers, cache.len(), cache.document(0).id), (1, 1, 1, "a"));
+    let text = document_text(&workshop.tokenizer, &cache.document(0), false).unwrap();
+    assert!(text.ends_with("assistant\n<think>\n⟦ho ho⟧"), "{text}");
+    workshop.config.max_length = cache.length(0) - 1;
+    drop(cache);
+    let (cache, report) = workshop.build(&paths).unwrap();
+    assert_eq!((report.truncated, cache.length(0)), (1, workshop.config.max_length));
+    let paths = [workshop.write("edited.jsonl", &format!("{}\n", record("ha")))];
+    let message = workshop.build(&paths).unwrap_err().to_string();
+    assert!(message.contains("edited.jsonl:1: message 2: `content` is not what `token_ids` spell"), "{message}");
 }

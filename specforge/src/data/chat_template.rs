@@ -151,6 +151,7 @@ impl ChatTemplate {
             template: self,
             messages,
             tools: tools.map_or_else(|| Value::from(()), |tools| Value::from(Serde(tools))),
+            arguments: Map::new(),
         }
     }
 }
@@ -161,12 +162,20 @@ pub struct Prepared<'a> {
     template: &'a ChatTemplate,
     messages: Vec<Value>,
     tools: Value,
+    /// The conversation's own; they replace the globals.
+    arguments: Map<String, Json>,
 }
 
 /// A rendered text and the byte ranges its template marks as generated.
 pub type Marked = (String, Vec<Range<usize>>);
 
 impl Prepared<'_> {
+    /// The same, with values that only this conversation gives its template.
+    pub fn with_arguments(mut self, arguments: &Map<String, Json>) -> Self {
+        self.arguments.extend(arguments.clone());
+        self
+    }
+
     /// Renders the first `count` messages.
     pub fn render(&self, count: usize, add_generation_prompt: bool) -> Result<String> {
         self.render_with(self.name(), count, add_generation_prompt)
@@ -199,7 +208,7 @@ impl Prepared<'_> {
             ("documents", Value::from(())),
             ("add_generation_prompt", Value::from(add_generation_prompt)),
         ]);
-        for (key, value) in &self.template.globals {
+        for (key, value) in self.template.globals.iter().chain(&self.arguments) {
             context.insert(key, Value::from(Serde(value)));
         }
         let rendered = self.template.environment.get_template(name).and_then(|template| template.render(context));

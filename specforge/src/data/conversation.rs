@@ -1,155 +1,26 @@
-//! What one record of a file says: a conversation, preformatted text, or a prompt with its completion.
+//! What one record of a file says.
 //!
-//! Conversations come as `messages` or `conversations`, with `role`/`content` or `from`/`value`. Whatever else a message
-//! carries (`reasoning_content`, `tool_calls`, `name`) is handed to the template as it is, except that tool arguments
-//! written as a string of JSON become the object they spell, as serving engines do before they render.
+//! Conversations come as `messages` or `conversations`, with `role`/`content` or `from`/`value`, or as TRL's `prompt` and
+//! `completion`. Whatever else a message carries (`reasoning_content`, `tool_calls`, `name`) is handed to the template as
+//! it is, except that tool arguments written as a string of JSON become the object they spell, as serving engines do
+//! before they render, and that what decides about training ([`super::marks`]) is no business of a template.
+//!
+//! Content in several parts of text is joined with a newline, as vLLM does for templates that take strings.
 
-use std::path::Path;
+use serde_json::{Map, Value, json};
 
-use serde::Serialize;
-use serde_json::{Map, Value};
-use sha2::{Digest, Sha256};
+use super::marks::{self, Marks, PassedOver};
+pub use super::sample::{Conversation, Message, Rejections, Sample, check_share, record_name};
 
-use crate::error::{Error, Result};
-
-/// One message, as the chat template sees it.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Message {
-    /// `system`, `user`, `assistant`, `tool` or `developer`.
-    pub role: String,
-    /// What is said; absent in a message that only calls tools.
-    pub content: Option<String>,
-    /// `reasoning_content`, `tool_calls`, `tool_call_id`, `name` and whatever else was written.
-    #[serde(flatten)]
-    pub extra: Map<String, Value>,
-}
-
-impl Message {
-    /// A message that only says something.
-    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self { role: role.into(), content: Some(content.into()), extra: Map::new() }
-    }
-
-    /// Whether the assistant says it.
-    pub fn is_assistant(&self) -> bool {
-        self.role == "assistant"
-    }
-}
-
-/// A conversation.
+/// A record, and what the file says about training it.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Conversation {
-    /// Its own name, or the file and line it stands on.
-    pub id: String,
-    /// What is said, in order.
-    pub messages: Vec<Message>,
-    /// Tools the assistant may call, a list in the format of the template.
-    pub tools: Option<Value>,
-}
-
-/// One record.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Sample {
-    /// Rendered by the chat template.
-    Conversation(Conversation),
-    /// Taken as it is; every token is trained.
-    Text {
-        /// Its own name, or the file and line it stands on.
-        id: String,
-        /// Text with every special token written out.
-        text: String,
-    },
-    /// Taken as it is; the completion is trained, with an end of sequence after it.
-    Completion {
-        /// Its own name, or the file and line it stands on.
-        id: String,
-        /// What the model is given.
-        prompt: String,
-        /// What it answers.
-        completion: String,
-    },
-}
-
-impl Sample {
-    /// Its own name, or the file and line it stands on.
-    pub fn id(&self) -> &str {
-        match self {
-            Sample::Conversation(conversation) => &conversation.id,
-            Sample::Text { id, .. } | Sample::Completion { id, .. } => id,
-        }
-    }
-
-    /// A hash of what is said, whatever it is called and wherever it stands.
-    pub fn content_key(&self) -> u64 {
-        let content = match self {
-            Sample::Conversation(conversation) => {
-                serde_json::to_string(&(&conversation.messages, &conversation.tools)).unwrap_or_default()
-            }
-            Sample::Text { text, .. } => text.clone(),
-            Sample::Completion { prompt, completion, .. } => format!("{prompt}\u{0}{completion}"),
-        };
-        let digest = Sha256::digest(content.as_bytes());
-        let mut first = [0; 8];
-        first.copy_from_slice(&digest[..8]);
-        u64::from_le_bytes(first)
-    }
-}
-
-/// Records that could not be used, each with file, line and reason.
-#[derive(Debug, Default)]
-pub struct Rejections {
-    /// Every one, as [`Error::BadLine`].
-    pub errors: Vec<Error>,
-    /// Number of records they were found among.
-    pub total: usize,
-}
-
-/// More rejections than these are counted, not listed.
-const REJECTIONS_SHOWN: usize = 5;
-
-impl Rejections {
-    /// Notes one.
-    pub fn push(&mut self, path: &Path, line: usize, problem: String) {
-        self.errors.push(Error::BadLine { path: path.to_path_buf(), line, problem });
-    }
-
-    /// An error that shows the first few, when there are more than the configured share.
-    pub fn check(&self, max_bad_share: f64) -> Result<()> {
-        let Some(Error::BadLine { path, .. }) = self.errors.first() else {
-            return Ok(());
-        };
-        let reasons = self.errors.iter().map(Error::to_string);
-        check_share(path, (self.errors.len(), self.total), reasons, max_bad_share)
-    }
-}
-
-/// Refuses more unusable records than the configured share. `counts` are theirs and that of all records; `reasons` are
-/// those of the first.
-pub(super) fn check_share(
-    path: &Path,
-    (count, total): (usize, usize),
-    reasons: impl Iterator<Item = String>,
-    max_bad_share: f64,
-) -> Result<()> {
-    let share = count as f64 / total.max(1) as f64;
-    if share <= max_bad_share {
-        return Ok(());
-    }
-    let mut problem = format!(
-        "{count} of {total} records ({:.1} %) cannot be used, more than data.max_bad_share = {max_bad_share} allows:",
-        share * 100.0,
-    );
-    reasons.take(REJECTIONS_SHOWN).for_each(|reason| problem.push_str(&format!("\n  {reason}")));
-    if count > REJECTIONS_SHOWN {
-        problem.push_str(&format!("\n  and {} more", count - REJECTIONS_SHOWN));
-    }
-    Err(Error::bad_file(path, problem).with_hint("correct these records, or raise data.max_bad_share"))
-}
-
-/// Name of a record that has none of its own.
-pub fn record_name(path: &Path, line: usize) -> String {
-    let file = path.file_name().unwrap_or(path.as_os_str());
-    format!("{}:{line}", file.to_string_lossy())
+pub struct Parsed {
+    /// What is said.
+    pub sample: Sample,
+    /// Whether the record is to be trained at all.
+    pub train: bool,
+    /// Keys that look as if they decided about training or rendering, and were not understood.
+    pub passed_over: PassedOver,
 }
 
 /// Longest name kept, in characters: names are for messages.
@@ -157,6 +28,14 @@ const LONGEST_NAME: usize = 200;
 
 /// Gives a record meaning, or says what is wrong with it.
 pub fn parse_sample(bytes: &[u8], fallback_id: impl FnOnce() -> String) -> Result<Sample, String> {
+    Ok(parse_record(bytes, fallback_id)?.sample)
+}
+
+/// Keys that hold a list of messages.
+const MESSAGE_KEYS: [&str; 3] = ["messages", "conversations", "conversation"];
+
+/// The same, with what the record says about training.
+pub fn parse_record(bytes: &[u8], fallback_id: impl FnOnce() -> String) -> Result<Parsed, String> {
     let text = std::str::from_utf8(bytes)
         .map_err(|error| format!("is not UTF-8 from byte {} of the record on", error.valid_up_to() + 1))?;
     let value: Value = serde_json::from_str(text).map_err(|error| format!("is not JSON: {error}"))?;
@@ -172,37 +51,109 @@ pub fn parse_sample(bytes: &[u8], fallback_id: impl FnOnce() -> String) -> Resul
         _ => None,
     });
     let id = id.unwrap_or_else(fallback_id);
-    for key in ["messages", "conversations", "conversation"] {
-        if let Some(list) = object.get(key) {
-            let messages = parse_messages(list, key)?;
-            return parse_conversation(id, messages, &object).map(Sample::Conversation);
-        }
+    let mut passed_over: PassedOver = marks::passed_over_in_record(&object).collect();
+    if let Some(messages) = find_messages(&object, &mut passed_over)? {
+        let mut conversation = parse_conversation(id, messages, &object)?;
+        let answers = conversation.messages.iter_mut();
+        let mut answers: Vec<Option<&mut Marks>> =
+            answers.map(|message| message.is_assistant().then_some(&mut message.marks)).collect();
+        let train = marks::of_record(&object, &mut answers)?;
+        return Ok(Parsed { sample: Sample::Conversation(conversation), train, passed_over });
     }
     let string = |key: &str| match object.get(key) {
         None => Ok(None),
         Some(Value::String(text)) => Ok(Some(text.clone())),
         Some(other) => Err(format!("`{key}`: expected a string, got {}", kind_of(other))),
     };
+    let train = marks::of_record(&object, &mut [])?;
+    if object.contains_key("chosen") {
+        return Err(
+            "holds answers to choose from (`chosen`, `rejected`), and one is trained here: write the wanted one \
+                    as `completion`, or everything as `messages`"
+                .to_owned(),
+        );
+    }
     if let Some(text) = string("text")? {
-        return Ok(Sample::Text { id, text });
+        return Ok(Parsed { sample: Sample::Text { id, text }, train, passed_over });
     }
     if let Some(prompt) = string("prompt")? {
         let completion = string("completion")?.ok_or("`prompt` is there, `completion` is not")?;
-        return Ok(Sample::Completion { id, prompt, completion });
+        refuse_unwanted(&object, &mut passed_over)?;
+        return Ok(Parsed { sample: Sample::Completion { id, prompt, completion }, train, passed_over });
+    }
+    Err(what_it_is_instead(&object))
+}
+
+/// The messages of a record, whatever their key is called.
+fn find_messages(object: &Map<String, Value>, passed_over: &mut PassedOver) -> Result<Option<Vec<Message>>, String> {
+    let mut found: Option<(&str, Vec<Message>)> = None;
+    for key in MESSAGE_KEYS {
+        let Some(list) = object.get(key) else { continue };
+        let messages = parse_messages(list, key, passed_over)?;
+        match &found {
+            Some((first, known)) if *known != messages => {
+                return Err(format!("`{first}` and `{key}` say different things; keep one"));
+            }
+            Some(_) => {}
+            None => found = Some((key, messages)),
+        }
+    }
+    if let Some((_, messages)) = found {
+        let beside = ["text", "completion"].into_iter().filter(|key| object.contains_key(*key));
+        passed_over.extend(beside.map(|key| format!("`{key}` beside a conversation")));
+        return Ok(Some(messages));
     }
     if let Some(Value::Array(turns)) = object.get("turns") {
         let messages = turns.iter().map(|turn| match turn {
             Value::String(text) => Ok(Message::new("user", text)),
             other => Err(format!("`turns`: expected strings, got {}", kind_of(other))),
         });
-        let messages = messages.collect::<Result<_, String>>()?;
-        return parse_conversation(id, messages, &object).map(Sample::Conversation);
+        return messages.collect::<Result<_, String>>().map(Some);
     }
+    let Some(prompt @ Value::Array(_)) = object.get("prompt") else {
+        return Ok(None);
+    };
+    if object.contains_key("chosen") {
+        return Ok(None);
+    }
+    // As TRL has it: what the assistant says in the prompt is context.
+    let mut messages = parse_messages(prompt, "prompt", passed_over)?;
+    messages.iter_mut().filter(|message| message.is_assistant()).for_each(|message| message.marks.train = Some(false));
+    match object.get("completion") {
+        None => {}
+        Some(Value::String(text)) => messages.push(Message::new("assistant", text)),
+        Some(list) => messages.extend(parse_messages(list, "completion", passed_over)?),
+    }
+    refuse_unwanted(object, passed_over)?;
+    Ok(Some(messages))
+}
+
+/// TRL's unpaired preferences say of a completion whether it is wanted.
+fn refuse_unwanted(object: &Map<String, Value>, passed_over: &mut PassedOver) -> Result<(), String> {
+    if object.get("label") == Some(&Value::Bool(false)) {
+        return Err("`label`: false marks an answer that is not wanted; leave such records out".to_owned());
+    }
+    passed_over.retain(|key| key != "`label`");
+    Ok(())
+}
+
+/// Names the formats that people bring and that mean something else.
+fn what_it_is_instead(object: &Map<String, Value>) -> String {
+    let has = |key: &str| object.contains_key(key);
     let keys: Vec<&str> = object.keys().map(String::as_str).take(8).collect();
-    Err(format!(
-        "expected `messages`, `conversations`, `text`, or `prompt` and `completion`; got the keys [{}]",
+    let known = if has("instruction") && (has("output") || has("response")) {
+        " (Alpaca's: how instruction, input and output make a conversation is for you to say)"
+    } else if has("query") && has("response") {
+        " (ms-swift's: write history, query and response as messages)"
+    } else if has("input_ids") {
+        " (token ids without their text are not read)"
+    } else {
+        ""
+    };
+    format!(
+        "expected `messages`, `conversations`, `text`, or `prompt` and `completion`; got the keys [{}]{known}",
         keys.join(", ")
-    ))
+    )
 }
 
 fn parse_conversation(
@@ -222,48 +173,128 @@ fn parse_conversation(
         Some(other) => return Err(format!("`tools`: expected a list, got {}", kind_of(other))),
     };
     let tools = tools.filter(|tools| tools.as_array().is_some_and(|list| !list.is_empty()));
-    if let Some(Value::String(system)) = object.get("system")
-        && !system.is_empty()
-        && messages.first().is_none_or(|first| first.role != "system")
-    {
-        messages.insert(0, Message::new("system", system));
+    match (object.get("system"), messages.first().filter(|first| first.role == "system")) {
+        (None, _) => {}
+        (Some(Value::String(system)), None) if system.is_empty() => {}
+        (Some(Value::String(system)), None) => messages.insert(0, Message::new("system", system)),
+        (Some(Value::String(system)), Some(first)) if system.is_empty() || first.content.as_ref() == Some(system) => {}
+        (Some(Value::String(_)), Some(_)) => {
+            return Err("`system` and the first message say different things; keep one".to_owned());
+        }
+        (Some(other), _) => return Err(format!("`system`: expected a string, got {}", kind_of(other))),
     }
-    Ok(Conversation { id, messages, tools })
+    let template_arguments = template_arguments(object.get("chat_template_kwargs"))?;
+    Ok(Conversation { id, messages, tools, template_arguments })
 }
 
-fn parse_messages(list: &Value, key: &str) -> Result<Vec<Message>, String> {
-    let Value::Array(list) = list else {
-        return Err(format!("`{key}`: expected a list of messages, got {}", kind_of(list)));
+/// What a record wants its template to know, in Hugging Face's and the serving engines' spelling.
+pub(crate) fn template_arguments(value: Option<&Value>) -> Result<Map<String, Value>, String> {
+    const OTHERS: [&str; 7] = [
+        "messages",
+        "tools",
+        "add_generation_prompt",
+        "continue_final_message",
+        "chat_template",
+        "tokenize",
+        "return_dict",
+    ];
+    let mut arguments = match value {
+        None => Map::new(),
+        Some(Value::Object(arguments)) => arguments.clone(),
+        Some(Value::String(text)) if text.trim().is_empty() => Map::new(),
+        Some(Value::String(text)) => serde_json::from_str(text)
+            .map_err(|_| "`chat_template_kwargs`: expected an object, got a string that spells none".to_owned())?,
+        Some(other) => return Err(format!("`chat_template_kwargs`: expected an object, got {}", kind_of(other))),
     };
-    let messages = list.iter().enumerate();
-    messages
-        .map(|(index, message)| parse_message(message).map_err(|problem| format!("message {}: {problem}", index + 1)))
-        .collect()
+    // Tables fill what a row does not say with null.
+    arguments.retain(|_, value| !value.is_null());
+    match OTHERS.iter().find(|key| arguments.contains_key(**key)) {
+        Some(key) => Err(format!("`chat_template_kwargs` sets `{key}`, which is not the template's own business")),
+        None => Ok(arguments),
+    }
 }
 
-fn parse_message(message: &Value) -> Result<Message, String> {
+fn parse_messages(list: &Value, key: &str, passed_over: &mut PassedOver) -> Result<Vec<Message>, String> {
+    let spelled;
+    let list = match list {
+        Value::Array(list) => list,
+        // Tables of strings carry the list as text.
+        Value::String(text) => match serde_json::from_str(text) {
+            Ok(Value::Array(list)) => {
+                spelled = list;
+                &spelled
+            }
+            _ => return Err(format!("`{key}`: expected a list of messages, got a string that spells none")),
+        },
+        other => return Err(format!("`{key}`: expected a list of messages, got {}", kind_of(other))),
+    };
+    let mut messages = Vec::with_capacity(list.len());
+    for (index, message) in list.iter().enumerate() {
+        let message = parse_message(message, passed_over);
+        messages.push(message.map_err(|problem| format!("message {}: {problem}", index + 1))?);
+    }
+    Ok(messages)
+}
+
+fn parse_message(message: &Value, passed_over: &mut PassedOver) -> Result<Message, String> {
     let Value::Object(object) = message else {
         return Err(format!("expected an object, got {}", kind_of(message)));
     };
     let mut extra = object.clone();
     // Tables fill absent columns with null; templates ask whether a key is there.
     extra.retain(|_, value| !value.is_null());
-    let role = match extra.shift_remove("role").or_else(|| extra.shift_remove("from")) {
-        Some(Value::String(role)) => role_of(&role)?,
+    let named = one_of(&mut extra, "role", "from", |name| name.as_str().and_then(|name| role_of(name).ok()))?;
+    let (role, calls) = match named {
+        // LLaMA-Factory's name of an assistant that calls a tool.
+        Some(Value::String(name)) if name.trim().eq_ignore_ascii_case("function_call") => ("assistant", true),
+        Some(Value::String(name)) => (role_of(&name)?, false),
         Some(other) => return Err(format!("`role`: expected a string, got {}", kind_of(&other))),
         None => return Err("neither `role` nor `from` is there".to_owned()),
     };
-    let content = match extra.shift_remove("content").or_else(|| extra.shift_remove("value")) {
+    let mut content = match one_of(&mut extra, "content", "value", |said| Some(said.clone()))? {
         Some(Value::String(text)) => Some(text),
         Some(Value::Array(parts)) => Some(join_parts(&parts)?),
         Some(other) => return Err(format!("`content`: expected a string, got {}", kind_of(&other))),
         None if extra.contains_key("tool_calls") || extra.contains_key("reasoning_content") => None,
         None => return Err("neither `content` nor `value` is there".to_owned()),
     };
+    if calls {
+        extra.insert("tool_calls".to_owned(), spelled_calls(&content.take().unwrap_or_default())?);
+    }
     if let Some(calls) = extra.get_mut("tool_calls") {
         spell_out_tool_calls(calls)?;
     }
-    Ok(Message { role: role.to_owned(), content, extra })
+    let marks = marks::of_message(role, &mut extra, passed_over)?;
+    Ok(Message { role: role.to_owned(), content, extra, marks })
+}
+
+/// Takes a value that has two names. Both at once must mean the same.
+fn one_of<T: PartialEq>(
+    extra: &mut Map<String, Value>,
+    name: &str,
+    other: &str,
+    meaning: impl Fn(&Value) -> Option<T>,
+) -> Result<Option<Value>, String> {
+    match (extra.shift_remove(name), extra.shift_remove(other)) {
+        (Some(one), Some(two)) if meaning(&one) != meaning(&two) => {
+            Err(format!("`{name}` and `{other}` say different things; keep one"))
+        }
+        (Some(one), _) => Ok(Some(one)),
+        (None, two) => Ok(two),
+    }
+}
+
+/// The calls that a message of LLaMA-Factory's `function_call` spells: one object with name and arguments, or a list.
+fn spelled_calls(text: &str) -> Result<Value, String> {
+    let calls = match serde_json::from_str(text) {
+        Ok(Value::Array(calls)) => calls,
+        Ok(call @ Value::Object(_)) => vec![call],
+        _ => return Err("`function_call`: expected the JSON of a call with `name` and `arguments`".to_owned()),
+    };
+    match calls.iter().all(|call| call.get("name").is_some()) {
+        true => Ok(calls.into_iter().map(|call| json!({"type": "function", "function": call})).collect()),
+        false => Err("`function_call`: a call has no `name`".to_owned()),
+    }
 }
 
 fn role_of(name: &str) -> Result<&'static str, String> {
@@ -290,19 +321,19 @@ fn role_of(name: &str) -> Result<&'static str, String> {
     })
 }
 
-/// Content in parts, as far as it is text.
+/// Content in parts, as far as it is text: joined as vLLM joins it for templates that take strings.
 fn join_parts(parts: &[Value]) -> Result<String, String> {
-    let mut text = String::new();
+    let mut texts: Vec<&str> = Vec::with_capacity(parts.len());
     for part in parts {
         match (part, part.get("text"), part.get("type").and_then(Value::as_str)) {
-            (Value::String(part), _, _) | (_, Some(Value::String(part)), Some("text") | None) => text.push_str(part),
+            (Value::String(part), _, _) | (_, Some(Value::String(part)), Some("text") | None) => texts.push(part),
             (_, _, Some(kind)) => {
                 return Err(format!("`content` holds a part of type `{kind}`; only text is supported"));
             }
             _ => return Err("`content` holds a part that is no text".to_owned()),
         }
     }
-    Ok(text)
+    Ok(texts.join("\n"))
 }
 
 fn spell_out_tool_calls(calls: &mut Value) -> Result<(), String> {
@@ -390,11 +421,68 @@ mod tests {
     }
 
     #[test]
+    fn formats_of_other_trainers_mean_the_same() {
+        let want = conversation(
+            r#"{"id": 1, "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}"#,
+        );
+        for text in [
+            r#"{"id": 1, "prompt": [{"role": "user", "content": "a"}],
+                "completion": [{"role": "assistant", "content": "b"}]}"#,
+            r#"{"id": 1, "prompt": [{"role": "user", "content": "a"}], "completion": "b"}"#,
+            r#"{"id": 1, "messages": "[{\"from\": \"human\", \"value\": \"a\"}, {\"from\": \"gpt\", \"value\": \"b\"}]"}"#,
+            r#"{"id": 1, "messages": null, "conversations": [{"from": "human", "value": "a", "weight": null},
+                {"role": "assistant", "from": "gpt", "content": "b", "value": "b"}], "text": "a b"}"#,
+        ] {
+            assert_eq!(conversation(text), want, "{text}");
+        }
+        let call = conversation(
+            r#"{"conversations": [{"from": "human", "value": "a"}, {"from": "observation", "value": "1"},
+                {"from": "function_call", "value": "{\"name\": \"f\", \"arguments\": {\"x\": 1}}"}]}"#,
+        );
+        assert_eq!((call.messages[2].role.as_str(), &call.messages[2].content), ("assistant", &None));
+        assert_eq!(call.messages[2].extra["tool_calls"][0]["function"]["arguments"]["x"], 1);
+    }
+
+    #[test]
+    fn parts_of_text_are_joined_with_a_newline() {
+        let parts = |list: &str| {
+            conversation(&format!(r#"{{"messages": [{{"role": "user", "content": {list}}}]}}"#))
+                .messages
+                .remove(0)
+                .content
+        };
+        let two = parts(r#"[{"type": "text", "text": "First."}, {"type": "text", "text": "Second."}]"#);
+        assert_eq!(two.as_deref(), Some("First.\nSecond."));
+        assert_eq!(parts(r#"["a", {"type": "text", "text": "b", "image_url": null}]"#).as_deref(), Some("a\nb"));
+        assert_eq!((parts("[]").as_deref(), parts(r#"["a"]"#).as_deref()), (Some(""), Some("a")));
+    }
+
+    #[test]
     fn every_malformed_record_says_why() {
         for (text, reason) in [
             ("{\"messages\": [", "is not JSON: EOF"),
             ("3", "expected an object, got a number"),
             ("{\"foo\": 1, \"bar\": 2}", "got the keys [foo, bar]"),
+            (r#"{"messages": "x"}"#, "`messages`: expected a list of messages, got a string that spells none"),
+            (r#"{"messages": [[{"role": "user", "content": "x"}]]}"#, "message 1: expected an object, got a list"),
+            (r#"{"messages": [{"role": "user", "from": "gpt", "content": "x"}]}"#, "`role` and `from` say different"),
+            (
+                r#"{"messages": [{"role": "user", "content": "x", "value": "y"}]}"#,
+                "`content` and `value` say different",
+            ),
+            (r#"{"messages": [], "conversations": [{"from": "gpt", "value": "x"}]}"#, "`messages` and `conversations`"),
+            (r#"{"system": "s", "messages": [{"role": "system", "content": "t"}]}"#, "`system` and the first message"),
+            (r#"{"system": ["s"], "messages": []}"#, "`system`: expected a string, got a list"),
+            (r#"{"prompt": [], "chosen": [], "rejected": []}"#, "answers to choose from (`chosen`, `rejected`)"),
+            (r#"{"prompt": "p", "chosen": "a", "rejected": "b"}"#, "answers to choose from (`chosen`, `rejected`)"),
+            (r#"{"prompt": "p", "completion": "c", "label": false}"#, "an answer that is not wanted"),
+            (r#"{"instruction": "i", "input": "", "output": "o"}"#, "Alpaca's"),
+            (r#"{"query": "q", "response": "r", "history": []}"#, "ms-swift's"),
+            (r#"{"input_ids": [1], "labels": [1]}"#, "token ids without their text are not read"),
+            (r#"{"messages": [], "chat_template_kwargs": {"tools": []}}"#, "`chat_template_kwargs` sets `tools`"),
+            (r#"{"messages": [], "chat_template_kwargs": 3}"#, "`chat_template_kwargs`: expected an object"),
+            (r#"{"messages": [{"role": "function_call", "content": "x"}]}"#, "expected the JSON of a call"),
+            (r#"{"text": "x", "weight": 0.5}"#, "`weight`: expected 0 or 1, got 0.5"),
             ("{\"messages\": {}}", "`messages`: expected a list of messages, got an object"),
             ("{\"messages\": [1]}", "message 1: expected an object, got a number"),
             ("{\"messages\": [{\"content\": \"x\"}]}", "message 1: neither `role` nor `from`"),
@@ -414,20 +502,5 @@ mod tests {
         assert!(problem.contains("not UTF-8 from byte 11"), "{problem}");
         let deep = "[".repeat(100_000);
         assert!(parse(&deep).unwrap_err().contains("recursion limit"));
-    }
-
-    #[test]
-    fn rejections_name_file_line_and_share() {
-        let mut rejections = Rejections { total: 14, ..Rejections::default() };
-        for line in 3..10 {
-            rejections.push(Path::new("data/prompts.jsonl"), line, "is not JSON".to_owned());
-        }
-        rejections.check(0.5).unwrap();
-        let error = rejections.check(0.4).unwrap_err();
-        let message = error.to_string();
-        assert!(message.contains("7 of 14 records (50.0 %)"), "{message}");
-        assert!(message.contains("prompts.jsonl:3: is not JSON"), "{message}");
-        assert!(message.contains("prompts.jsonl:7:") && message.ends_with("and 2 more"), "{message}");
-        assert_eq!(error.exit_code(), 2);
     }
 }

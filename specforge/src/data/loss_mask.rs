@@ -23,6 +23,7 @@ use std::ops::Range;
 use super::Supervise;
 use super::chat_template::Prepared;
 use super::conversation::{Conversation, Message};
+use super::marks::Finish;
 use super::tokenizer::{ChatTokenizer, Encoded};
 use crate::error::{Error, Result};
 
@@ -48,6 +49,8 @@ pub enum SpanEnd {
     },
     /// At the last special token that only white space follows, else where the span ends.
     BeforeWhiteSpace,
+    /// Where the span ends, without a token that reaches beyond: the answer was cut off, and what follows was not said.
+    Cut,
 }
 
 /// A text with its trained parts.
@@ -80,16 +83,13 @@ pub fn render_supervised(
     supervise: Supervise,
 ) -> Result<(Vec<Rendered>, Method)> {
     let messages = &conversation.messages;
-    let prepared = tokenizer.prepare(messages, conversation.tools.as_ref())?;
+    let prepared = tokenizer.prepare_conversation(conversation)?;
     if supervise == Supervise::All {
         let text = prepared.render(messages.len(), false)?;
         let spans = vec![Span { range: 0..text.len(), end: SpanEnd::Exact }];
         return Ok((vec![Rendered { text, spans, turn: None }], Method::RenderBoundaries));
     }
-    let mut turns = replies(messages);
-    if supervise == Supervise::LastTurn {
-        turns.drain(..turns.len().saturating_sub(1));
-    }
+    let turns = trained_turns(messages, supervise);
     let Some(&last) = turns.last() else {
         return Ok((Vec::new(), Method::RenderBoundaries));
     };
@@ -99,7 +99,10 @@ pub fn render_supervised(
     if let Some(spans) = boundary_spans(&prepared, messages, &turns, &text) {
         return Ok((vec![Rendered { text, spans, turn: None }], Method::RenderBoundaries));
     }
-    if let Some((text, mut ranges)) = prepared.render_marked(count)?.filter(|(_, ranges)| !ranges.is_empty()) {
+    // Blocks do not say which message they are of: marks of single messages need a document for each turn.
+    let marks = messages[..count].iter().any(|message| message.marks.leave_something_out());
+    let marked = if marks { None } else { prepared.render_marked(count)? };
+    if let Some((text, mut ranges)) = marked.filter(|(_, ranges)| !ranges.is_empty()) {
         if supervise == Supervise::LastTurn {
             ranges.drain(..ranges.len() - 1);
         }
@@ -108,6 +111,16 @@ pub fn render_supervised(
     }
     let documents = turns.iter().map(|&index| one_turn(&prepared, messages, index)).collect::<Result<_>>()?;
     Ok((documents, Method::FanOut))
+}
+
+/// Indices of the messages that are trained.
+pub(super) fn trained_turns(messages: &[Message], supervise: Supervise) -> Vec<usize> {
+    let mut turns = replies(messages);
+    if supervise == Supervise::LastTurn {
+        turns.drain(..turns.len().saturating_sub(1));
+    }
+    turns.retain(|&index| messages[index].marks.train != Some(false));
+    turns
 }
 
 /// Indices of assistant messages that answer somebody. One that only a system message precedes was written, not
@@ -166,6 +179,9 @@ fn turn_span(message: &Message, text: &str, range: Range<usize>) -> Span {
         Some(at) if !content.is_empty() => range.start + at + content.len(),
         _ => range.start,
     };
+    if message.marks.finish == Some(Finish::Length) {
+        return Span { range: range.start..after, end: SpanEnd::Cut };
+    }
     Span { range, end: SpanEnd::EndOfTurn { after } }
 }
 
@@ -193,6 +209,12 @@ pub fn token_mask(tokenizer: &ChatTokenizer, text: &str, encoded: &Encoded, span
             |from: usize| (first..token).rev().find(|&at| offsets[at].0 >= from && tokenizer.is_special(ids[at]));
         let end_of_turn = match *end {
             SpanEnd::Exact => None,
+            SpanEnd::Cut => {
+                while token > first && offsets[token - 1].1 > range.end {
+                    token -= 1;
+                }
+                None
+            }
             SpanEnd::EndOfTurn { after } => special(after),
             SpanEnd::BeforeWhiteSpace => {
                 special(range.start).filter(|&at| text[offsets[at].1.min(range.end)..range.end].trim().is_empty())
@@ -201,7 +223,10 @@ pub fn token_mask(tokenizer: &ChatTokenizer, text: &str, encoded: &Encoded, span
         let stop = match end_of_turn {
             Some(at) => at + 1,
             // Some families end a turn with the token that opens the next one; it is what the model must say.
-            None if *end != SpanEnd::Exact && token < ids.len() && tokenizer.eos_token_ids().contains(&ids[token]) => {
+            None if !matches!(end, SpanEnd::Exact | SpanEnd::Cut)
+                && token < ids.len()
+                && tokenizer.eos_token_ids().contains(&ids[token]) =>
+            {
                 token + 1
             }
             None => token,
@@ -229,7 +254,7 @@ mod tests {
 
     fn talk(messages: &[(&str, &str)]) -> Conversation {
         let messages = messages.iter().map(|(role, content)| Message::new(*role, *content)).collect();
-        Conversation { id: "c".to_owned(), messages, tools: None }
+        Conversation { id: "c".to_owned(), messages, tools: None, template_arguments: Default::default() }
     }
 
     /// Trained runs of every document, as text.

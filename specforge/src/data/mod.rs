@@ -1,9 +1,10 @@
 //! From files of conversations to rows of token ids with a loss mask.
 //!
-//! `reader` finds the records of a file, `conversation` gives them meaning, `chat_template` renders them with the
-//! tokenizer's own template, `loss_mask` says which tokens are trained, `build` does that in parallel and `cache` keeps
-//! the result in one memory-mapped file. `pack` fills batches, `stats` describes what came out, `counts` says how often
-//! each token is trained.
+//! `reader` finds the records of a file, `conversation` gives them meaning (a `sample`), `chat_template` renders
+//! them with the tokenizer's own template, `loss_mask` says which tokens are trained, `build` does that in parallel and
+//! `cache` keeps the result in one memory-mapped file. `marks` are what a record says about being trained, and `recorded`
+//! makes documents of answers whose token ids are known. `pack` fills batches, `stats` describes what came out, `counts`
+//! says how often each token is trained.
 //!
 //! This room ends at token ids and masks: it knows no model, no tensor and no hidden state.
 
@@ -21,10 +22,13 @@ pub mod conversation;
 pub mod counts;
 pub mod held_out;
 pub mod loss_mask;
+pub mod marks;
 pub mod pack;
 mod python;
 pub mod reader;
+pub mod recorded;
 pub mod report;
+pub mod sample;
 pub mod stats;
 pub mod text_stream;
 pub mod tokenizer;
@@ -33,6 +37,7 @@ pub use cache::{Document, TokenCache, split};
 pub use conversation::{Conversation, Message, Rejections, Sample};
 pub use counts::{all_supervised_counts, supervised_counts};
 pub use held_out::{by_content, first_tokens};
+pub use marks::{Finish, Marks};
 pub use pack::{PackedBatch, assemble, pack};
 pub use report::BuildReport;
 pub use stats::{Statistics, document_runs, document_text, mask_runs};

@@ -1,4 +1,5 @@
-//! Finds the records of a file, whatever its name ends in: JSON Lines, a JSON list, or a JSON object around a list.
+//! Finds the records of a file, whatever its name ends in: JSON Lines, JSON lists, or JSON objects around a list.
+//! Files that were joined hold several of these in a row. All of them are read; whatever else follows one is an error.
 //!
 //! Lists are cut at their commas without being parsed as a whole, so that a broken element is one broken record with a
 //! line number, and a large file needs no memory of its own.
@@ -120,83 +121,163 @@ fn find_records(bytes: &[u8]) -> Result<Vec<Record>, Located> {
         return Ok(Vec::new());
     };
     if !matches!(bytes[first], b'[' | b'{') {
-        return Ok(lines(bytes, start));
+        return lines(bytes, start);
     }
-    let line_end = bytes[first..].iter().position(|&byte| byte == b'\n').map_or(bytes.len(), |at| first + at);
+    let line_end = bytes[first..].iter().position(|&byte| is_line_end(byte)).map_or(bytes.len(), |at| first + at);
     let more_follows = bytes[line_end..].iter().any(|byte| !byte.is_ascii_whitespace());
-    let one_value = |part: &[u8]| serde_json::from_slice::<IgnoredAny>(part).is_ok();
-    if more_follows && one_value(&bytes[first..line_end]) {
-        return Ok(lines(bytes, start));
+    let line = 1 + line_ends(&bytes[..first]);
+    if more_follows && is_one_value(&bytes[first..line_end]) {
+        let lines = lines(bytes, start)?;
+        // A line of nothing but a bracket is part of a value over many lines, or broken.
+        let bracket = |record: &Record| matches!(bytes[record.range.clone()].trim_ascii(), b"[" | b"{" | b"]" | b"}");
+        return match lines.iter().any(bracket).then(|| values(bytes, first, line)) {
+            Some(Ok(values)) => Ok(values),
+            _ => Ok(lines),
+        };
     }
-    let line = 1 + newlines(&bytes[..first]);
     if bytes[first] == b'[' {
-        return list_records(bytes, first, line);
+        return values(bytes, first, line);
     }
-    // An object over many lines is one value; otherwise its first line is merely a broken line.
-    if more_follows && !one_value(&bytes[first..]) {
-        return Ok(lines(bytes, start));
+    // An object over many lines, or several on one, are values; otherwise the first line is merely a broken line.
+    match Parts::split(bytes, first, line) {
+        Ok(object) if is_one_value(&bytes[first..object.end]) => values(bytes, first, line),
+        _ => lines(bytes, start),
     }
-    object_records(bytes, first, line)
 }
 
-fn newlines(bytes: &[u8]) -> usize {
-    bytes.iter().filter(|&&byte| byte == b'\n').count()
+fn is_one_value(bytes: &[u8]) -> bool {
+    serde_json::from_slice::<IgnoredAny>(bytes).is_ok()
 }
 
-fn lines(bytes: &[u8], start: usize) -> Vec<Record> {
+/// Lines end with a line feed, a carriage return, or both. Neither stands inside a value of JSON Lines.
+fn is_line_end(byte: u8) -> bool {
+    matches!(byte, b'\n' | b'\r')
+}
+
+/// Number of line ends; a carriage return and a line feed together are one.
+fn line_ends(bytes: &[u8]) -> usize {
+    let ends = |(at, &byte): (usize, &u8)| byte == b'\n' || (byte == b'\r' && bytes.get(at + 1) != Some(&b'\n'));
+    bytes.iter().enumerate().filter(|&one| ends(one)).count()
+}
+
+/// Values that follow each other with nothing but white space between them, up to the end of the file.
+fn values(bytes: &[u8], first: usize, line: usize) -> Result<Vec<Record>, Located> {
     let mut records = Vec::new();
-    let mut at = start;
-    for (index, line) in bytes[start..].split(|&byte| byte == b'\n').enumerate() {
-        if line.iter().any(|byte| !byte.is_ascii_whitespace()) {
-            records.push(Record { range: at..at + line.len(), line: index + 1 });
+    let (mut at, mut line) = (first, line);
+    loop {
+        let end = match bytes[at] {
+            b'[' => list_records(bytes, at, line, &mut records)?,
+            b'{' => object_records(bytes, at, line, &mut records)?,
+            _ => {
+                let found: String = String::from_utf8_lossy(&bytes[at..bytes.len().min(at + 40)]).into_owned();
+                let found = found.split(['\n', '\r']).next().unwrap_or_default();
+                return Err((line, format!("expected another list or object, or the end of the file, got `{found}`")));
+            }
+        };
+        let Some(next) = bytes[end..].iter().position(|byte| !byte.is_ascii_whitespace()) else {
+            return Ok(records);
+        };
+        line += line_ends(&bytes[at..end + next]);
+        at = end + next;
+    }
+}
+
+fn lines(bytes: &[u8], start: usize) -> Result<Vec<Record>, Located> {
+    let mut records = Vec::new();
+    let (mut at, mut number) = (start, 1);
+    while at < bytes.len() {
+        let end = bytes[at..].iter().position(|&byte| is_line_end(byte)).map_or(bytes.len(), |length| at + length);
+        if bytes[at..end].iter().any(|byte| !byte.is_ascii_whitespace()) {
+            line_records(bytes, at..end, number, &mut records);
         }
-        at += line.len() + 1;
+        at = end + if bytes[end..].starts_with(b"\r\n") { 2 } else { 1 };
+        number += 1;
     }
-    records
+    Ok(records)
 }
 
-/// Records of a list. A list of messages is itself one record.
-fn list_records(bytes: &[u8], open: usize, line: usize) -> Result<Vec<Record>, Located> {
-    let parts = Parts::split(bytes, open, line)?;
-    match parts.parts.first() {
-        Some(first) if is_message(&bytes[first.range.clone()]) => Ok(vec![Record { range: open..parts.end, line }]),
-        _ => Ok(parts.parts),
+/// The records of one line: itself, or the values that stand on it.
+fn line_records(bytes: &[u8], range: Range<usize>, line: usize, records: &mut Vec<Record>) {
+    let text = &bytes[range.clone()];
+    // Whoever joins files loses line ends. Text may hold the same signs, so this is only a reason to look.
+    let glued = text.iter().enumerate().any(|(at, byte)| {
+        let next = || text[at + 1..].iter().find(|byte| !byte.is_ascii_whitespace());
+        matches!(byte, b'}' | b']') && matches!(next(), Some(b'{' | b'['))
+    });
+    let list = text.trim_ascii_start().starts_with(b"[");
+    if glued || list {
+        let first = range.start + text.len() - text.trim_ascii_start().len();
+        let found = matches!(bytes[first], b'[' | b'{').then(|| values(&bytes[..range.end], first, line));
+        if let Some(Ok(found)) = found
+            && found.iter().all(|value| is_one_value(&bytes[value.range.clone()]))
+        {
+            records.extend(found);
+            return;
+        }
     }
+    records.push(Record { range, line });
 }
 
-/// Records of an object: itself, or the list of objects it is wrapped around.
-fn object_records(bytes: &[u8], open: usize, line: usize) -> Result<Vec<Record>, Located> {
-    let itself = |end: usize| Ok(vec![Record { range: open..end, line }]);
-    let Ok(members) = Parts::split(bytes, open, line) else {
-        return itself(bytes.len());
-    };
+/// Adds the records of a list, and says where it ends. A list of messages is itself one record.
+fn list_records(bytes: &[u8], open: usize, line: usize, records: &mut Vec<Record>) -> Result<usize, Located> {
+    let Parts { parts, end } = Parts::split(bytes, open, line)?;
+    match parts.first() {
+        Some(first) if is_message(&bytes[first.range.clone()]) => records.push(Record { range: open..end, line }),
+        _ => records.extend(parts),
+    }
+    Ok(end)
+}
+
+/// Adds the records of an object, and says where it ends: itself, or the list of objects it is wrapped around.
+fn object_records(bytes: &[u8], open: usize, line: usize, records: &mut Vec<Record>) -> Result<usize, Located> {
+    let members = Parts::split(bytes, open, line)?;
     let mut lists = Vec::new();
+    let mut is_record = false;
     for member in &members.parts {
         let text = &bytes[member.range.clone()];
         let mut keys = serde_json::Deserializer::from_slice(text).into_iter::<String>();
         let Some(Ok(key)) = keys.next() else {
-            return itself(members.end);
+            // Broken, which whoever reads the record will say.
+            is_record = true;
+            break;
         };
         let after_key = keys.byte_offset();
         let value = text[after_key..].iter().position(|&byte| byte != b':' && !byte.is_ascii_whitespace());
-        let Some(value) = value.map(|at| after_key + at).filter(|&at| text[at] == b'[') else {
+        let Some(value) = value.map(|at| after_key + at) else { continue };
+        is_record |= matches!(key.as_str(), "text" | "prompt" | "turns") || holds_messages(&text[value..]);
+        if text[value] != b'[' || key == "tools" {
             continue;
-        };
-        let value_line = member.line + newlines(&text[..value]);
+        }
+        let value_line = member.line + line_ends(&text[..value]);
         let list = Parts::split(bytes, member.range.start + value, value_line)?;
+        let behind = &bytes[list.end..member.range.end.max(list.end)];
+        if behind.iter().any(|byte| !byte.is_ascii_whitespace()) {
+            return Err((value_line, format!("something stands behind the list of `{key}`, expected a comma")));
+        }
         let first = list.parts.first().map(|part| &bytes[part.range.clone()]);
-        if first.is_some_and(|element| element.starts_with(b"{") && !is_message(element)) && key != "tools" {
+        if first.is_some_and(|element| element.starts_with(b"{") && !is_message(element)) {
             lists.push((key, list.parts));
         }
     }
     match lists.len() {
-        0 => itself(members.end),
-        1 => Ok(lists.remove(0).1),
+        _ if is_record => records.push(Record { range: open..members.end, line }),
+        0 => records.push(Record { range: open..members.end, line }),
+        1 => records.extend(lists.remove(0).1),
         _ => {
             let names: Vec<String> = lists.into_iter().map(|(key, _)| format!("`{key}`")).collect();
-            Err((line, format!("the object holds several lists of records ({}); keep one", names.join(", "))))
+            return Err((line, format!("the object holds several lists of records ({}); keep one", names.join(", "))));
         }
     }
+    Ok(members.end)
+}
+
+/// Whether a value begins with a list whose first element is a message.
+fn holds_messages(value: &[u8]) -> bool {
+    if value.first() != Some(&b'[') {
+        return false;
+    }
+    Parts::split(value, 0, 1)
+        .is_ok_and(|list| list.parts.first().is_some_and(|part| is_message(&value[part.range.clone()])))
 }
 
 fn is_message(element: &[u8]) -> bool {
@@ -217,7 +298,7 @@ impl Parts {
         let (mut line, mut depth, mut in_string, mut escaped) = (first_line, 1usize, false, false);
         let mut current: Option<Record> = None;
         for (at, &byte) in bytes.iter().enumerate().skip(open + 1) {
-            if byte == b'\n' {
+            if byte == b'\n' || (byte == b'\r' && bytes.get(at + 1) != Some(&b'\n')) {
                 line += 1;
             }
             if in_string {
@@ -301,6 +382,69 @@ mod tests {
         assert_eq!(texts("{\"text\": \"x\"}"), [(1, "{\"text\": \"x\"}")]);
         let (_, problem) = find_records(b"{\"a\": [{}], \"b\": [{}]}").unwrap_err();
         assert!(problem.contains("`a`, `b`"), "{problem}");
+    }
+
+    #[test]
+    fn everything_behind_the_first_value_is_read() {
+        let records: Vec<String> =
+            (0..6).map(|n| format!("{{\"id\": {n}, \"messages\": [{{\"role\": \"user\"}}]}}")).collect();
+        let list = |part: &[String], glue: &str| format!("[{}]", part.join(glue));
+        let (one, two) = (list(&records[..3], ",\n "), list(&records[3..], ",\n "));
+        let wrapped = |part: &str| format!("{{\"version\": 1, \"data\": {part}}}");
+        let pretty = |glue: &str| records.iter().map(|one| one.replace(", ", ",\n ")).collect::<Vec<_>>().join(glue);
+        for joined in [
+            format!("{one}\n{two}\n"),
+            format!("{one}{two}"),
+            format!("{}{}", list(&records[..3], ","), list(&records[3..], ",")),
+            format!("{}\n{}\n", list(&records[..3], ","), list(&records[3..], ",")),
+            records.concat(),
+            records.join(" "),
+            format!("{}\n{}\n", records[..3].concat(), records[3..].join("\n")),
+            format!("{}\n{}\n", records[..3].join("\n"), records[3..].concat()),
+            records.join("\r"),
+            records.join("\r\n"),
+            format!("{one}\n{}", records[3..].join("\n")),
+            format!("{}\n{}\n", records[..3].join("\n"), list(&records[3..], ", ")),
+            format!("{}\n[\n{}\n]", list(&records[..3], ","), records[3..].join(",\n")),
+            format!("{}\n[\n{}\n]\n{}\n", records[0], records[1..5].join(",\n"), records[5]),
+            format!("{}\n{{\n\"data\": {two}\n}}", records[..3].join("\n")),
+            format!("{}{}", wrapped(&one), wrapped(&two)),
+            format!("{}\n{}", wrapped(&one), wrapped(&two)),
+            format!("{}{one}", list(&records[3..], ",")),
+            pretty(""),
+            pretty("\n"),
+        ] {
+            let found = texts(&joined);
+            assert_eq!(found.len(), 6, "{joined}\n{found:?}");
+            assert!(found.iter().all(|(_, text)| is_one_value(text.as_bytes())), "{joined}");
+        }
+        assert_eq!(texts(&records.join("\r")).iter().map(|(line, _)| *line).collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6]);
+        assert_eq!(texts(&format!("{one}\r\n{two}")).iter().map(|(line, _)| *line).last(), Some(6));
+    }
+
+    #[test]
+    fn what_follows_and_is_no_value_is_refused_with_its_line() {
+        for (content, line, word) in [
+            ("[{\"a\": 1},\n {\"a\": 2}]\n<html>504 Gateway</html>\n", 3, "got `<html>504 Gateway</html>`"),
+            ("[{\"a\": 1}],\n[{\"a\": 2}]", 1, "got `,`"),
+            ("{\n\"a\": 1}\n42", 3, "got `42`"),
+            ("[]{\n\"data\": [{\"a\": 1}] oops\n}", 2, "behind the list of `data`"),
+            ("[{\"a\": 1}]\n\n[{\"a\":", 3, "the file ends"),
+        ] {
+            let (at, problem) = find_records(content.as_bytes()).unwrap_err();
+            assert!(at == line && problem.contains(word), "{content}: {at} {problem}");
+        }
+        // In JSON Lines a bad line is one bad record, whatever stands on it.
+        assert_eq!(texts("{\"a\":1}\n<html>\n{\"a\":2}{\"b\":\n")[1..], [(2, "<html>"), (3, "{\"a\":2}{\"b\":")]);
+        assert_eq!(texts("{\"a\":1}\n{\n{\"a\":2}\n").len(), 3);
+        // Brackets in text do not cut it.
+        assert_eq!(texts("{\"text\":\"}{\"}\n{\"text\":\"] [\"}\n").len(), 2);
+    }
+
+    #[test]
+    fn a_record_with_a_list_of_objects_beside_its_messages_is_one_record() {
+        let content = "{\n \"notes\": [{\"by\": \"me\"}],\n \"messages\": [{\"role\": \"user\"}]}\n";
+        assert_eq!(texts(content), [(1, content.trim())]);
     }
 
     #[test]

@@ -27,6 +27,12 @@ pub struct BuildReport {
     pub fanned_out: usize,
     /// Conversations whose template rewrites history and marks itself what is generated.
     pub by_generation_blocks: usize,
+    /// Conversations trained from the token ids their answers were generated as.
+    pub from_token_ids: usize,
+    /// Answers that were cut off: no end of turn is trained behind them.
+    pub cut_answers: usize,
+    /// Keys that look as if they decided about training or rendering and are not understood, by file.
+    pub warnings: Vec<String>,
     /// Whether nothing had to be tokenised.
     pub from_cache: bool,
     /// Why a cache that was there could not be used.

@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use tokenizers::{PostProcessorWrapper, Tokenizer};
 
 use super::chat_template::{ChatTemplate, Prepared, TemplateSource};
-use super::conversation::Message;
+use super::conversation::{Conversation, Message};
 use crate::error::{Error, Result};
 
 /// Token ids and where each lies in the text, in bytes. The several tokens of one character all lie where it does.
@@ -179,6 +179,12 @@ impl ChatTokenizer {
                 .with_hint("name a Jinja file with data.chat_template, or give preformatted `text`")
         })?;
         Ok(template.prepare(messages, tools))
+    }
+
+    /// The same, with the conversation's own template arguments.
+    pub fn prepare_conversation(&self, conversation: &Conversation) -> Result<Prepared<'_>> {
+        let Conversation { messages, tools, template_arguments, .. } = conversation;
+        Ok(self.prepare(messages, tools.as_ref())?.with_arguments(template_arguments))
     }
 
     /// Tokens that end a sequence: those of generation_config.json, config.json and tokenizer_config.json.

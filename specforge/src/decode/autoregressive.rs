@@ -12,9 +12,10 @@ use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use tch::{Kind, Tensor};
 
+pub use crate::data::Finish;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::models::{ForwardInput, LogitRows, TargetModel};
@@ -38,16 +39,6 @@ pub struct Request {
     pub max_new_tokens: usize,
     /// The request's own key of the sampling noise, added to the seed.
     pub key: u64,
-}
-
-/// Why a continuation ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Finish {
-    /// A stop token was generated.
-    Stop,
-    /// The token limit or the end of the context was reached.
-    Length,
 }
 
 /// The continuation of one prompt.
@@ -105,7 +96,7 @@ impl Throughput {
 struct Row {
     tag: u64,
     key: u64,
-    prompt_length: usize,
+    prompt: Vec<u32>,
     tokens: Vec<u32>,
     /// Tokens this request may have, the context's end considered.
     limit: usize,
@@ -114,7 +105,7 @@ struct Row {
 impl Row {
     /// Key of the next choice: the request's own, and the absolute position of the token to choose.
     fn noise_key(&self) -> (u64, u64) {
-        (self.key, (self.prompt_length + self.tokens.len()) as u64)
+        (self.key, (self.prompt.len() + self.tokens.len()) as u64)
     }
 
     fn finish(&mut self, finish: Finish) -> Finished {
@@ -249,8 +240,8 @@ impl<'a> Generator<'a> {
 
         let context = self.target.dimensions().max_position_embeddings as usize;
         let begin = |Request { tag, prompt, max_new_tokens, key }| {
-            let (prompt_length, limit) = (prompt.len(), max_new_tokens.min(context - prompt.len()));
-            Row { tag, key, prompt_length, tokens: Vec::new(), limit }
+            let limit = max_new_tokens.min(context - prompt.len());
+            Row { tag, key, prompt, tokens: Vec::new(), limit }
         };
         let mut rows: Vec<Row> = requests.into_iter().map(begin).collect();
         choose(self.sampling, &logits, &mut rows);
@@ -391,7 +382,9 @@ fn forward(
 /// Chooses the next token of each row; the only copy from the device of a pass.
 fn choose(sampling: Sampling, logits: &Tensor, rows: &mut [Row]) {
     let keys: Vec<(u64, u64)> = rows.iter().map(Row::noise_key).collect();
-    let chosen = sampling.choose(logits, &keys);
+    let before = &*rows;
+    let chosen =
+        sampling.choose(logits, &keys, |row| vec![before[row].prompt.as_slice(), before[row].tokens.as_slice()]);
     rows.iter_mut().zip(chosen).for_each(|(row, token)| row.tokens.push(token as u32));
 }
 
@@ -401,8 +394,12 @@ mod tests {
 
     use super::super::tiny;
     use super::*;
+    use crate::nn::Processors;
 
-    const SAMPLED: Sampling = Sampling::Keyed { temperature: 1.5, seed: 3 };
+    const SAMPLED: Sampling = Sampling {
+        processors: Processors { temperature: 1.5, top_k: 0, top_p: 1.0, repetition_penalty: 1.0 },
+        seed: 3,
+    };
 
     /// Prompts of many lengths, tokens drawn from the keyed stream.
     fn requests(count: u64, max_new_tokens: usize) -> Vec<Request> {
@@ -445,7 +442,8 @@ mod tests {
             let logits = LogitRows::Rows(&last);
             let input = ForwardInput { ids: &ids, positions: &positions, mask, capture: &[], logits };
             let logits = target.forward(&input, None).unwrap().logits.unwrap();
-            let token = sampling.choose(&logits, &[(request.key, tokens.len() as u64)])[0];
+            let before: Vec<u32> = tokens.iter().map(|&id| id as u32).collect();
+            let token = sampling.choose(&logits, &[(request.key, tokens.len() as u64)], |_| vec![before.as_slice()])[0];
             tokens.push(token);
             let new = tokens[prompt_length..].iter().map(|&id| id as u32).collect::<Vec<_>>();
             if stop.contains(&(token as u32)) {
@@ -460,7 +458,9 @@ mod tests {
     #[test]
     fn every_batch_gives_each_request_what_plain_decoding_gives() {
         let target = tiny::target(1);
-        for sampling in [Sampling::Greedy, SAMPLED] {
+        let penalised = Processors { repetition_penalty: 1.4, top_k: 9, top_p: 0.8, ..SAMPLED.processors };
+        let penalised = Sampling { processors: penalised, seed: 3 };
+        for sampling in [Sampling::greedy(), SAMPLED, penalised] {
             let stop = [7, 8, 9];
             let requests = requests(24, 40);
             let want: Vec<Answer> = requests.iter().map(|request| plain(&target, sampling, &stop, request)).collect();
@@ -510,7 +510,7 @@ mod tests {
         let run = |sampling, request: &Request| answers(&target, sampling, &[], 4, vec![request.clone()]);
         assert_eq!(run(SAMPLED, &base), run(SAMPLED, &base));
         assert_ne!(run(SAMPLED, &base), run(SAMPLED, &other_key));
-        assert_ne!(run(SAMPLED, &base), run(Sampling::Keyed { temperature: 1.5, seed: 4 }, &base));
+        assert_ne!(run(SAMPLED, &base), run(Sampling { seed: 4, ..SAMPLED }, &base));
     }
 
     #[test]
@@ -518,14 +518,14 @@ mod tests {
         let target = tiny::target(1);
         let prompt: Vec<u32> = (0..tiny::CONTEXT as u32 - 3).map(|id| id % 64).collect();
         let request = Request { tag: 0, prompt, max_new_tokens: 50, key: 0 };
-        let answer = &answers(&target, Sampling::Greedy, &[], 2, vec![request])[0];
+        let answer = &answers(&target, Sampling::greedy(), &[], 2, vec![request])[0];
         assert_eq!((answer.tokens.len(), answer.finish), (3, Finish::Length));
     }
 
     #[test]
     fn impossible_requests_are_refused() {
         let target = tiny::target(1);
-        let mut generator = Generator::new(&target, Sampling::Greedy, vec![], 2);
+        let mut generator = Generator::new(&target, Sampling::greedy(), vec![], 2);
         for (prompt, max_new_tokens, message) in [
             (vec![], 5, "empty"),
             (vec![1; tiny::CONTEXT], 5, "no room to answer"),
@@ -543,7 +543,7 @@ mod tests {
         let target = tiny::target_with(1, &|name, tensor| {
             if name == "model.norm.weight" { tensor * f64::NAN } else { tensor }
         });
-        let mut generator = Generator::new(&target, Sampling::Greedy, vec![], 2);
+        let mut generator = Generator::new(&target, Sampling::greedy(), vec![], 2);
         requests(5, 9).into_iter().for_each(|request| generator.submit(request).unwrap());
         let failed = Cell::new(0);
         let mut receive = |_: &mut Generator<'_>, finished: Finished| {
@@ -558,7 +558,7 @@ mod tests {
     #[test]
     fn the_batch_stays_full_while_requests_wait_and_follow_ups_come_first() {
         let target = tiny::target(1);
-        let mut generator = Generator::new(&target, Sampling::Greedy, vec![], 3);
+        let mut generator = Generator::new(&target, Sampling::greedy(), vec![], 3);
         let request = |tag, max_new_tokens| Request { tag, prompt: vec![1, 2], max_new_tokens, key: 0 };
         (0..6).for_each(|tag| generator.submit(request(tag, 3 + tag as usize)).unwrap());
         let mut order = Vec::new();

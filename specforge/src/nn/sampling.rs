@@ -1,43 +1,57 @@
-//! From a row of logits to a token.
+//! From rows of logits to tokens.
 
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
 use super::noise;
+use super::processors::{Processors, argmax};
 
-/// How the next token is chosen.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Sampling {
-    /// The most likely token.
-    Greedy,
-    /// A sample at a temperature, with noise keyed by seed and position.
-    Keyed {
-        /// Divides the logits; above zero.
-        temperature: f64,
-        /// Key of the noise.
-        seed: u64,
-    },
+/// How the next token is chosen: what is done to the logits, and the key of the noise where a token is sampled.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Sampling {
+    /// Penalty, temperature and what is ruled out. The default is greedy.
+    pub processors: Processors,
+    /// Key of the noise.
+    pub seed: u64,
 }
 
 impl Sampling {
-    /// Chooses one token for each row of `logits [R, V]`; `keys` gives each row's own seed offset and its position.
-    pub fn choose(&self, logits: &Tensor, keys: &[(u64, u64)]) -> Vec<i64> {
-        match *self {
-            Sampling::Greedy => {
-                let chosen = logits.argmax(-1, false); // [R]
-                Vec::try_from(chosen).expect("argmax gives int64")
-            }
-            Sampling::Keyed { temperature, seed } => {
-                let vocabulary = logits.size()[1] as usize;
-                let logits = logits.to_device(Device::Cpu).to_kind(Kind::Double).contiguous().view([-1]);
-                let values: Vec<f64> = Vec::try_from(logits).expect("logits are float64 now"); // R * V
-                let rows = values.par_chunks_exact(vocabulary).zip(keys);
-                rows.map(|(row, &(row_seed, position))| {
-                    noise::gumbel_argmax(seed.wrapping_add(row_seed), noise::TEXT, position, row, temperature) as i64
-                })
-                .collect()
-            }
+    /// The most likely token.
+    pub fn greedy() -> Self {
+        Self::default()
+    }
+
+    /// A sample at a temperature, with nothing else.
+    pub fn keyed(temperature: f64, seed: u64) -> Self {
+        Self { processors: Processors::at_temperature(temperature), seed }
+    }
+
+    /// Chooses one token for each row of `logits [R, V]`. `keys` gives each row's own seed offset and its position,
+    /// `context` the tokens before it; that is only asked for where a penalty needs it.
+    pub fn choose<'a>(
+        &self,
+        logits: &Tensor,
+        keys: &[(u64, u64)],
+        context: impl Fn(usize) -> Vec<&'a [u32]> + Sync,
+    ) -> Vec<i64> {
+        let Self { processors, seed } = *self;
+        if processors.leaves_the_greedy_choice() {
+            let chosen = logits.argmax(-1, false); // [R]
+            return Vec::try_from(chosen).expect("argmax gives int64");
         }
+        let vocabulary = logits.size()[1] as usize;
+        let logits = logits.to_device(Device::Cpu).to_kind(Kind::Double).contiguous().view([-1]);
+        let mut values: Vec<f64> = Vec::try_from(logits).expect("logits are float64 now"); // R * V
+        let rows = values.par_chunks_exact_mut(vocabulary).zip(keys).enumerate();
+        rows.map(|(index, (row, &(row_seed, position)))| {
+            let parts = if processors.repetition_penalty == 1.0 { Vec::new() } else { context(index) };
+            processors.apply(row, parts.iter().flat_map(|part| part.iter().copied()));
+            match processors.is_greedy() {
+                true => argmax(row) as i64,
+                false => noise::gumbel_argmax(seed.wrapping_add(row_seed), noise::TEXT, position, row, 1.0) as i64,
+            }
+        })
+        .collect()
     }
 }
 
@@ -50,8 +64,9 @@ mod tests {
         let logits = Tensor::from_slice(&[0.0f32, 1.0, 2.0, -1.0, 0.5]);
         let rows = 20_000;
         let keys: Vec<(u64, u64)> = (0..rows).map(|position| (0, position)).collect();
-        let sampling = Sampling::Keyed { temperature: 0.7, seed: 11 };
-        let chosen = sampling.choose(&logits.unsqueeze(0).expand([rows as i64, 5], false), &keys);
+        let sampling = Sampling::keyed(0.7, 11);
+        let chosen = sampling
+            .choose(&logits.unsqueeze(0).expand([rows as i64, 5], false), &keys, |_| unreachable!("no penalty"));
         let want = (logits.to_kind(Kind::Double) / 0.7).softmax(-1, Kind::Double).to_device(Device::Cpu);
         let mut chi_square = 0.0;
         for token in 0..5 {
@@ -61,5 +76,24 @@ mod tests {
         }
         // 99.9 % quantile of four degrees of freedom.
         assert!(chi_square < 18.5, "chi square {chi_square}");
+    }
+
+    #[test]
+    fn a_penalty_looks_at_each_rows_own_tokens_and_what_is_ruled_out_is_never_chosen() {
+        let logits = Tensor::from_slice(&[4.0f32, 3.0, -1.0, 2.0]).unsqueeze(0).expand([2, 4], false);
+        let penalty = Processors { repetition_penalty: 2.0, ..Processors::default() };
+        let (prompt, tokens): (&[u32], &[u32]) = (&[0], &[1]);
+        let context = |row: usize| if row == 0 { vec![prompt, tokens] } else { vec![tokens] };
+        let chosen = Sampling { processors: penalty, seed: 0 }.choose(&logits, &[(0, 0), (0, 0)], context);
+        assert_eq!(chosen, [0, 0]);
+        let context = |row: usize| if row == 0 { vec![prompt] } else { vec![prompt, tokens] };
+        let chosen = Sampling { processors: penalty, seed: 0 }.choose(&logits, &[(0, 0), (0, 0)], context);
+        // 2, 3, -1, 2 and 2, 1.5, -1, 2.
+        assert_eq!(chosen, [1, 0]);
+        let few = Processors { top_k: 2, ..Processors::at_temperature(5.0) };
+        let keys: Vec<(u64, u64)> = (0..400).map(|position| (1, position)).collect();
+        let many = logits.narrow(0, 0, 1).expand([400, 4], false);
+        let chosen = Sampling { processors: few, seed: 3 }.choose(&many, &keys, |_| Vec::new());
+        assert!(chosen.iter().all(|&token| token < 2) && chosen.contains(&1), "{chosen:?}");
     }
 }

@@ -164,6 +164,7 @@ pub(in crate::cli) fn tokens(config: &RunConfig, files: &[PathBuf], tokenizer: &
     let (cache, report) = TokenCache::build_or_open(files, tokenizer, &config.data, &report)?;
     progress.finish(&data_line(&cache, &report));
     report.note.iter().for_each(|line| note(format!("warning: {line}")));
+    report.warnings.iter().for_each(|line| note(format!("warning: {line}")));
     report.rejected.iter().for_each(|line| note(format!("warning: skipped {line}")));
     Ok(cache)
 }

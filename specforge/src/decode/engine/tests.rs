@@ -96,8 +96,8 @@ fn the_engine_without_a_draft_is_plain_decoding() {
     let target = tiny::target(1);
     for temperature in [0.0, 1.0] {
         let sampling = match temperature {
-            0.0 => crate::nn::sampling::Sampling::Greedy,
-            _ => crate::nn::sampling::Sampling::Keyed { temperature, seed: 3 },
+            0.0 => crate::nn::sampling::Sampling::greedy(),
+            _ => crate::nn::sampling::Sampling::keyed(temperature, 3),
         };
         let mut generator = autoregressive::Generator::new(&target, sampling, vec![7, 8], 4);
         requests(9).into_iter().for_each(|request| generator.submit(request).unwrap());

@@ -9,8 +9,10 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use super::OnLength;
 use super::prompts::{Prompts, bad_line};
 use super::run_record::RunRecord;
+use crate::data::Finish;
 use crate::data::conversation::{Sample, parse_sample};
 use crate::error::{Error, Result};
 use crate::files;
@@ -43,13 +45,13 @@ impl AnswerFile {
         if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
             files::create_dir_all(parent)?;
         }
-        if restart && path.exists() {
+        if restart && (path.exists() || beside(path, ".cut.jsonl").exists()) {
             // Whoever still writes to the old file keeps it locked.
             drop(open_locked(path)?);
             move_aside(path)?;
         }
-        let old_length = std::fs::metadata(path).map_or(0, |metadata| metadata.len());
-        if old_length == 0 {
+        let length = |path: &Path| std::fs::metadata(path).map_or(0, |metadata| metadata.len());
+        if length(path) == 0 && length(&beside(path, ".cut.jsonl")) == 0 {
             record.write(&record_path)?;
         } else if record_path.exists() {
             record.check_same(&record_path)?;
@@ -61,7 +63,7 @@ impl AnswerFile {
         let file = open_locked(path)?;
         let mut answers =
             Self { path: path.to_path_buf(), file, length: 0, lines: Vec::new(), unsynced: 0, synced: Instant::now() };
-        answers.read_back(prompts)?;
+        answers.read_back(prompts, record.on_length())?;
         Ok(answers)
     }
 
@@ -109,7 +111,7 @@ impl AnswerFile {
     }
 
     /// Learns which rows are there, and cuts off a torn last line.
-    fn read_back(&mut self, prompts: &Prompts) -> Result<()> {
+    fn read_back(&mut self, prompts: &Prompts, on_length: OnLength) -> Result<()> {
         let mut reader = BufReader::new(&self.file);
         let mut bytes = Vec::new();
         let mut seen = vec![None; prompts.rows.len()];
@@ -121,7 +123,7 @@ impl AnswerFile {
                 break;
             }
             number += 1;
-            let row = row_of(&bytes, prompts).map_err(|problem| self.unusable(number, &problem))?;
+            let row = row_of(&bytes, prompts, on_length).map_err(|problem| self.unusable(number, &problem))?;
             if let Some(first) = seen[row].replace(number) {
                 let problem = format!("row `{}` is there twice, first on line {first}", prompts.rows[row].id);
                 return Err(self.unusable(number, &problem));
@@ -144,15 +146,22 @@ impl AnswerFile {
 }
 
 /// The row a line answers. What was asked must be what the prompts ask.
-fn row_of(bytes: &[u8], prompts: &Prompts) -> Result<usize, String> {
+fn row_of(bytes: &[u8], prompts: &Prompts, on_length: OnLength) -> Result<usize, String> {
     let Sample::Conversation(conversation) = parse_sample(bytes, String::new)? else {
         return Err("expected a conversation, got text".to_owned());
     };
     let id = &conversation.id;
     let row = prompts.find(id).ok_or_else(|| format!("row `{id}` is not among the prompts"))?;
     let prompt = &prompts.rows[row];
-    let asked = conversation.messages.iter().filter(|message| !message.is_assistant());
-    if !asked.eq(&prompt.messages) || conversation.tools != prompt.tools {
+    let asked: Vec<_> = conversation.messages.iter().filter(|message| !message.is_assistant()).collect();
+    let cut = conversation.messages.last().is_some_and(|last| last.marks.finish == Some(Finish::Length));
+    let expected = match on_length {
+        // What stands behind a cut answer was not asked.
+        OnLength::Stop if cut => &prompt.messages[..asked.len().min(prompt.messages.len())],
+        _ => &prompt.messages,
+    };
+    let same = conversation.tools == prompt.tools && conversation.template_arguments == prompt.template_arguments;
+    if !same || !asked.into_iter().eq(expected) {
         return Err(format!("the prompt of row `{id}` has changed since it was answered"));
     }
     Ok(row)
@@ -173,7 +182,7 @@ fn move_aside(path: &Path) -> Result<()> {
     let names = std::iter::once(".bak".to_owned()).chain((2..).map(|number| format!(".bak{number}")));
     let free = names.map(|name| beside(path, &name)).find(|name| !name.exists());
     let backup = free.expect("numbers do not run out");
-    for suffix in [".run.json", ".errors.jsonl", ""] {
+    for suffix in [".run.json", ".errors.jsonl", ".cut.jsonl", ""] {
         let (from, to) = (beside(path, suffix), beside(&backup, suffix));
         if from.exists() {
             std::fs::rename(&from, &to).map_err(Error::io("move aside", &from))?;

@@ -5,11 +5,15 @@
 //! user messages one after the other. Rows run together in a batch that stays full (see [`super::autoregressive`]).
 //!
 //! Files, for `--out answers.jsonl`:
-//! - `answers.jsonl`: one line a finished row: everything the prompt's row held, `messages` with the answers, and
-//!   `finish`, why each answer ended (`stop` or `length`). While the run lasts they stand in the order they finish;
-//!   at the end in that of the prompts, so that a run that was killed and went on leaves the file of one that was not.
+//! - `answers.jsonl`: one line a finished row: everything the prompt's row held, and `messages` with the answers. Beside
+//!   the text of an answer stand `token_ids`, what the target really said with the stop token where it said one; `finish`,
+//!   why it ended (`stop` or `length`); and `prompt_hash`, which names the prompt's tokens. Training takes the ids (see
+//!   [`crate::data::recorded`]); the text shows special tokens as well. While the run lasts rows stand in the order they
+//!   finish; at the end in that of the prompts, so that a run that was killed and went on leaves the file of one that was
+//!   not.
 //! - `answers.jsonl.run.json`: what the answers depend on. A run only goes on with the same.
 //! - `answers.jsonl.errors.jsonl`: rows without answer, each with the reason. The next run tries them again.
+//! - `answers.jsonl.cut.jsonl`: rows left out because an answer reached the token limit, with [`OnLength::Drop`].
 //!
 //! Sampling is keyed by seed, row id and position, so an answer depends neither on the batch nor on when the run was
 //! interrupted. The rounding of float32 and bfloat16 depends on the batch's shape: where two tokens are equally likely
@@ -21,24 +25,43 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use serde::Serialize;
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use super::autoregressive::{Finish, Finished, Generator, Request};
+use crate::data::Marks;
 use crate::data::conversation::Message;
+use crate::data::recorded::prompt_hash;
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Error, Result};
 use crate::models::TargetModel;
+use crate::nn::Processors;
 use crate::nn::sampling::Sampling;
 
 mod answer_file;
+mod cut_file;
+pub mod generation_config;
 pub mod prompts;
 mod run_record;
 
 use answer_file::{AnswerFile, beside};
+use cut_file::CutFile;
+pub use generation_config::GenerationConfig;
 use prompts::{Prompt, Prompts};
 use run_record::RunRecord;
+
+/// What becomes of a row when an answer reaches the token limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnLength {
+    /// The answer stays as it is, and the conversation goes on behind it.
+    Keep,
+    /// The answer stays, and ends the conversation.
+    Stop,
+    /// The whole row is left out.
+    Drop,
+}
 
 /// What to answer, and how.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -55,8 +78,10 @@ pub struct RegenOptions {
     pub max_prompt_tokens: Option<usize>,
     /// Conversations that run together.
     pub max_rows: usize,
-    /// Divides the logits; 0 takes the most likely token.
-    pub temperature: f64,
+    /// How tokens are chosen; [`GenerationConfig`] has the target's own way.
+    pub processors: Processors,
+    /// What becomes of a row with an answer that was cut off.
+    pub on_length: OnLength,
     /// Key of the sampling noise.
     pub seed: u64,
     /// Largest share of unusable rows before the run is refused.
@@ -74,7 +99,8 @@ impl Default for RegenOptions {
             max_new_tokens: 512,
             max_prompt_tokens: None,
             max_rows: 32,
-            temperature: 0.0,
+            processors: Processors::default(),
+            on_length: OnLength::Keep,
             seed: 0,
             max_bad_share: 0.01,
             restart: false,
@@ -90,10 +116,15 @@ impl RegenOptions {
                 return Err(Error::config(key, "expected at least 1, got 0"));
             }
         }
-        if !self.temperature.is_finite() || self.temperature < 0.0 {
-            let problem = format!("expected 0 (greedy) or a positive number, got {}", self.temperature);
+        let temperature = self.processors.temperature;
+        if !temperature.is_finite() || temperature < 0.0 {
+            let problem = format!("expected 0 (greedy) or a positive number, got {temperature}");
             return Err(Error::config("temperature", problem));
         }
+        self.processors.check().map_err(|problem| match problem.split_once(": ") {
+            Some((key, problem)) => Error::config(key, problem),
+            None => Error::config("processors", problem),
+        })?;
         if !(0.0..=1.0).contains(&self.max_bad_share) {
             let problem = format!("expected a share from 0 to 1, got {}", self.max_bad_share);
             return Err(Error::config("max_bad_share", problem));
@@ -107,11 +138,7 @@ impl RegenOptions {
     }
 
     fn sampling(&self) -> Sampling {
-        if self.temperature > 0.0 {
-            Sampling::Keyed { temperature: self.temperature, seed: self.seed }
-        } else {
-            Sampling::Greedy
-        }
+        Sampling { processors: self.processors, seed: self.seed }
     }
 }
 
@@ -145,6 +172,8 @@ pub struct RegenReport {
     pub failed: usize,
     /// Lines of the prompts that were skipped, with file, line and reason.
     pub skipped: Vec<String>,
+    /// Keys of the prompts that were not understood, by file.
+    pub warnings: Vec<String>,
     /// Where failed rows and skipped lines are listed, if there are any.
     pub errors: Option<PathBuf>,
     /// Whether the run was asked to stop before every row was tried. The same command goes on.
@@ -153,6 +182,10 @@ pub struct RegenReport {
     pub answers: usize,
     /// Answers that ended with a stop token.
     pub stopped: usize,
+    /// Rows left out because an answer was cut off, those of earlier runs included.
+    pub dropped: usize,
+    /// How tokens were chosen.
+    pub processors: Processors,
     /// Answers without a visible character.
     pub empty: usize,
     /// Prompt tokens processed.
@@ -167,9 +200,9 @@ pub struct RegenReport {
 
 /// What regeneration needs of a tokenizer.
 trait Chat {
-    /// Token ids of a conversation, up to where the assistant begins to speak.
-    fn prompt(&self, messages: &[Message], tools: Option<&Value>) -> Result<Vec<u32>>;
-    /// The text of an answer.
+    /// Token ids of what was said so far, up to where the assistant begins to speak.
+    fn prompt(&self, messages: &[Message], tools: Option<&Value>, arguments: &Map<String, Value>) -> Result<Vec<u32>>;
+    /// The text of an answer, special tokens included.
     fn text(&self, tokens: &[u32]) -> Result<String>;
     /// Tokens that end an answer.
     fn stop_tokens(&self) -> Vec<u32>;
@@ -195,12 +228,12 @@ pub fn run(
 }
 
 impl Chat for ChatTokenizer {
-    fn prompt(&self, messages: &[Message], tools: Option<&Value>) -> Result<Vec<u32>> {
-        self.encode(&self.render(messages, tools, true)?)
+    fn prompt(&self, messages: &[Message], tools: Option<&Value>, arguments: &Map<String, Value>) -> Result<Vec<u32>> {
+        self.encode(&self.prepare(messages, tools)?.with_arguments(arguments).render(messages.len(), true)?)
     }
 
     fn text(&self, tokens: &[u32]) -> Result<String> {
-        self.decode(tokens, true)
+        self.decode(tokens, false)
     }
 
     fn stop_tokens(&self) -> Vec<u32> {
@@ -225,8 +258,9 @@ fn run_chat(
     let record = RunRecord::new(options, target.kind(), chat.fingerprint())?;
     let answers = AnswerFile::open(&options.out, &prompts, &record, options.restart)?;
     let errors = ErrorFile::begin(beside(&options.out, ".errors.jsonl"), &prompts)?;
+    let cut = CutFile::open(beside(&options.out, ".cut.jsonl"), &prompts)?;
     let mut generator = Generator::new(target, options.sampling(), chat.stop_tokens(), options.max_rows);
-    let mut job = Job::new(options, chat, &prompts, answers, errors);
+    let mut job = Job::new(options, chat, &prompts, answers, (errors, cut));
     let total = prompts.rows.len();
     while !stop.load(Ordering::Relaxed) {
         job.feed(&mut generator)?;
@@ -237,11 +271,11 @@ fn run_chat(
             job.receive(&mut generator, finished)?;
         }
         let throughput = generator.throughput();
-        let (done, failed) = (job.answered_before + job.answered, job.failed);
+        let (done, failed) = (job.answered_before + job.answered + job.dropped, job.failed);
         let (tokens, tokens_per_second) = (throughput.new_tokens, throughput.tokens_per_second());
         progress(Progress { done, failed, total, tokens, tokens_per_second });
     }
-    let interrupted = job.answered_before + job.answered + job.failed < total;
+    let interrupted = job.answered_before + job.answered + job.dropped + job.failed < total;
     if interrupted {
         job.answers.sync()?;
     } else {
@@ -255,10 +289,13 @@ fn run_chat(
         answered: job.answered,
         failed: job.failed,
         skipped: prompts.bad_lines.iter().map(Error::to_string).collect(),
+        warnings: prompts.passed_over.warnings(),
         errors: job.errors.file.is_some().then_some(job.errors.path),
         interrupted,
         answers: job.turns,
         stopped: job.stopped,
+        dropped: job.dropped,
+        processors: options.processors,
         empty: job.empty,
         prompt_tokens: throughput.prompt_tokens,
         new_tokens: throughput.new_tokens,
@@ -273,13 +310,16 @@ struct Dialogue {
     messages: Vec<Message>,
     /// Not yet asked.
     rest: VecDeque<Message>,
-    finish: Vec<Finish>,
+    /// Hash of the prompt that is being answered.
+    prompt_hash: String,
+    /// Answers so far.
+    turns: usize,
 }
 
 impl Dialogue {
     fn new(prompt: &Prompt) -> Self {
         let rest = prompt.messages.iter().cloned().collect();
-        Self { messages: Vec::new(), rest, finish: Vec::new() }
+        Self { messages: Vec::new(), rest, prompt_hash: String::new(), turns: 0 }
     }
 
     /// Says everything up to the next user message, it included. False where no user message is left.
@@ -302,12 +342,14 @@ struct Job<'a> {
     prompts: &'a Prompts,
     answers: AnswerFile,
     errors: ErrorFile,
+    cut: CutFile,
     /// Rows to answer that have not begun.
     open: VecDeque<usize>,
     /// Rows that have begun.
     running: HashMap<usize, Dialogue>,
     answered_before: usize,
     answered: usize,
+    dropped: usize,
     failed: usize,
     turns: usize,
     stopped: usize,
@@ -320,12 +362,14 @@ impl<'a> Job<'a> {
         chat: &'a dyn Chat,
         prompts: &'a Prompts,
         answers: AnswerFile,
-        errors: ErrorFile,
+        (errors, cut): (ErrorFile, CutFile),
     ) -> Self {
         let mut done = vec![false; prompts.rows.len()];
         answers.rows().for_each(|row| done[row] = true);
+        let answered_before = done.iter().filter(|&&done| done).count();
+        cut.rows().iter().for_each(|&row| done[row] = true);
         let open: VecDeque<usize> = (0..done.len()).filter(|&row| !done[row]).collect();
-        let answered_before = done.len() - open.len();
+        let dropped = done.len() - open.len() - answered_before;
         let (answered, failed, turns, stopped, empty) = (0, 0, 0, 0, 0);
         let running = HashMap::new();
         Self {
@@ -334,10 +378,12 @@ impl<'a> Job<'a> {
             prompts,
             answers,
             errors,
+            cut,
             open,
             running,
             answered_before,
             answered,
+            dropped,
             failed,
             turns,
             stopped,
@@ -359,28 +405,29 @@ impl<'a> Job<'a> {
     /// Asks the next question of a row, or writes the row where none is left.
     fn proceed(&mut self, generator: &mut Generator<'_>, row: usize, mut dialogue: Dialogue) -> Result<()> {
         if !dialogue.ask() {
-            let line = self.prompts.rows[row].answered(&dialogue.messages, &dialogue.finish)?;
+            let line = self.prompts.rows[row].answered(&dialogue.messages)?;
             self.answers.append(row, &line)?;
             self.answered += 1;
             return Ok(());
         }
         let request = match self.request(row, &dialogue) {
             Ok(request) => request,
-            Err(error) => return self.fail(row, dialogue.finish.len(), &error),
+            Err(error) => return self.fail(row, dialogue.turns, &error),
         };
-        let submitted =
-            if dialogue.finish.is_empty() { generator.submit(request) } else { generator.submit_first(request) };
+        dialogue.prompt_hash = prompt_hash(&request.prompt);
+        let submitted = if dialogue.turns == 0 { generator.submit(request) } else { generator.submit_first(request) };
         match submitted {
             Ok(()) => {
                 self.running.insert(row, dialogue);
                 Ok(())
             }
-            Err(error) => self.fail(row, dialogue.finish.len(), &error),
+            Err(error) => self.fail(row, dialogue.turns, &error),
         }
     }
 
     fn request(&self, row: usize, dialogue: &Dialogue) -> Result<Request> {
-        let prompt = self.chat.prompt(&dialogue.messages, self.prompts.rows[row].tools.as_ref())?;
+        let Prompt { tools, template_arguments, .. } = &self.prompts.rows[row];
+        let prompt = self.chat.prompt(&dialogue.messages, tools.as_ref(), template_arguments)?;
         let limit = self.options.max_prompt_tokens.unwrap_or(usize::MAX);
         if prompt.len() > limit {
             let problem = format!("the prompt has {} tokens, more than max_prompt_tokens = {limit}", prompt.len());
@@ -395,7 +442,7 @@ impl<'a> Job<'a> {
         let Some(mut dialogue) = self.running.remove(&row) else {
             return Err(Error::Failed(format!("row {row} was answered without being asked")));
         };
-        let turn = dialogue.finish.len();
+        let turn = dialogue.turns;
         let answer = match finished.answer {
             Ok(answer) => answer,
             Err(error) => return self.fail(row, turn, &error),
@@ -407,8 +454,19 @@ impl<'a> Job<'a> {
         self.turns += 1;
         self.stopped += usize::from(answer.finish == Finish::Stop);
         self.empty += usize::from(text.trim().is_empty());
-        dialogue.finish.push(answer.finish);
-        dialogue.messages.push(Message::new("assistant", text));
+        let cut = answer.finish == Finish::Length;
+        if cut && self.options.on_length == OnLength::Drop {
+            let Prompt { id, line, .. } = &self.prompts.rows[row];
+            self.dropped += 1;
+            return self.cut.append(id, *line, turn + 1);
+        }
+        if cut && self.options.on_length == OnLength::Stop {
+            dialogue.rest.clear();
+        }
+        let prompt_hash = Some(std::mem::take(&mut dialogue.prompt_hash));
+        let marks = Marks { train: None, finish: Some(answer.finish), token_ids: Some(answer.tokens), prompt_hash };
+        dialogue.messages.push(Message { marks, ..Message::new("assistant", text) });
+        dialogue.turns += 1;
         self.proceed(generator, row, dialogue)
     }
 

@@ -6,13 +6,16 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use crate::data::conversation::{Conversation, Message, Sample, parse_sample};
+use crate::data::conversation::{Conversation, Message, Parsed, Sample, parse_record};
+use crate::data::marks::{PassedOver, PassedOverCounts};
 use crate::data::reader::SourceFile;
 use crate::data::tokenizer::hex;
 use crate::error::{Error, Result};
 
-/// Keys that hold the messages of a row under one of their names. They come back as `messages`.
-const MESSAGE_KEYS: &[&str] = &["messages", "conversations", "conversation", "turns"];
+/// Keys that hold the messages of a row under one of their names, or say how old answers ended. The messages come back as
+/// `messages`, each answer with how it ended.
+const REPLACED_KEYS: &[&str] =
+    &["messages", "conversations", "conversation", "turns", "prompt", "completion", "finish", "finish_reason"];
 
 /// One row to answer.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,6 +28,8 @@ pub struct Prompt {
     pub messages: Vec<Message>,
     /// Tools the assistant may call.
     pub tools: Option<Value>,
+    /// Values that the row gives its template.
+    pub template_arguments: Map<String, Value>,
     /// Everything else the row carries, and the id.
     kept: Map<String, Value>,
 }
@@ -37,6 +42,8 @@ pub struct Prompts {
     pub rows: Vec<Prompt>,
     /// Lines that cannot be used, as [`Error::BadLine`].
     pub bad_lines: Vec<Error>,
+    /// Keys that look as if they decided something, and were not understood.
+    pub passed_over: PassedOverCounts,
     index: HashMap<String, usize>,
 }
 
@@ -53,12 +60,16 @@ impl Prompts {
             path: path.to_path_buf(),
             rows: Vec::with_capacity(total),
             bad_lines: Vec::new(),
+            passed_over: PassedOverCounts::default(),
             index: HashMap::with_capacity(total),
         };
         let mut unnamed: HashMap<String, usize> = HashMap::new();
         for record in source.records() {
             match Prompt::parse(source.record(record), record.line, &mut unnamed) {
-                Ok(prompt) => prompts.add(prompt)?,
+                Ok((prompt, passed_over)) => {
+                    prompts.passed_over.add(path, passed_over);
+                    prompts.add(prompt)?;
+                }
                 Err(problem) => prompts.bad_lines.push(bad_line(path, record.line, problem)),
             }
         }
@@ -95,15 +106,17 @@ impl Prompts {
 }
 
 impl Prompt {
-    fn parse(bytes: &[u8], line: usize, unnamed: &mut HashMap<String, usize>) -> Result<Self, String> {
+    fn parse(bytes: &[u8], line: usize, unnamed: &mut HashMap<String, usize>) -> Result<(Self, PassedOver), String> {
         let mut named = true;
         let fallback = || {
             named = false;
             content_id(bytes, unnamed)
         };
-        let Sample::Conversation(Conversation { id, mut messages, tools }) = parse_sample(bytes, fallback)? else {
+        let Parsed { sample, passed_over, .. } = parse_record(bytes, fallback)?;
+        let Sample::Conversation(conversation) = sample else {
             return Err("expected a conversation, got text".to_owned());
         };
+        let Conversation { id, mut messages, tools, template_arguments } = conversation;
         messages.retain(|message| !message.is_assistant());
         if !messages.iter().any(|message| message.role == "user") {
             return Err("holds no message of the user to answer".to_owned());
@@ -113,21 +126,19 @@ impl Prompt {
         }
         let mut kept = if named { Map::new() } else { Map::from_iter([("id".to_owned(), Value::from(id.as_str()))]) };
         if let Ok(Value::Object(object)) = serde_json::from_slice(bytes) {
-            kept.extend(object.into_iter().filter(|(key, value)| !value.is_null() && key != "finish"));
+            kept.extend(object.into_iter().filter(|(_, value)| !value.is_null()));
         }
         if !named {
             kept.insert("id".to_owned(), Value::from(id.as_str()));
         }
-        kept.retain(|key, _| !MESSAGE_KEYS.contains(&key.as_str()));
-        Ok(Self { id, line, messages, tools, kept })
+        kept.retain(|key, _| !REPLACED_KEYS.contains(&key.as_str()));
+        Ok((Self { id, line, messages, tools, template_arguments, kept }, passed_over))
     }
 
     /// The row with its answers, as one line of JSON.
-    pub fn answered(&self, messages: &[Message], finish: &[super::Finish]) -> Result<String> {
-        let value = |value: serde_json::Result<Value>| value.map_err(|error| Error::Failed(error.to_string()));
+    pub fn answered(&self, messages: &[Message]) -> Result<String> {
         let mut row = self.kept.clone();
-        row.insert("messages".to_owned(), value(serde_json::to_value(messages))?);
-        row.insert("finish".to_owned(), value(serde_json::to_value(finish))?);
+        row.insert("messages".to_owned(), messages.iter().map(Message::to_record).collect::<Result<_>>()?);
         Ok(Value::Object(row).to_string())
     }
 }
@@ -146,8 +157,8 @@ pub(super) fn bad_line(path: &Path, line: usize, problem: String) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Finish;
     use super::*;
+    use crate::data::{Finish, Marks};
 
     fn read(text: &str, share: f64) -> Result<Prompts> {
         let folder = tempfile::tempdir().unwrap();
@@ -172,17 +183,18 @@ mod tests {
         let [first, second] = prompts.rows.as_slice() else { panic!("two rows") };
         assert_eq!((first.id.as_str(), first.messages.len(), first.tools.is_some()), ("7", 1, true));
         let mut messages = first.messages.clone();
-        messages.push(Message::new("assistant", "new"));
+        let marks = Marks { finish: Some(Finish::Length), token_ids: Some(vec![3, 1]), ..Marks::default() };
+        messages.push(Message { marks, ..Message::new("assistant", "new") });
         assert_eq!(
-            first.answered(&messages, &[Finish::Length]).unwrap(),
+            first.answered(&messages).unwrap(),
             concat!(
                 r#"{"topic":"birds","id":7,"tools":[{"name":"t"}],"#,
-                r#""messages":[{"role":"user","content":"a"},{"role":"assistant","content":"new"}],"#,
-                r#""finish":["length"]}"#
+                r#""messages":[{"role":"user","content":"a"},{"role":"assistant","content":"new","#,
+                r#""finish":"length","token_ids":[3,1]}]}"#
             )
         );
         assert_eq!(second.messages[0], Message::new("system", "be brief"));
-        let line = second.answered(&second.messages, &[]).unwrap();
+        let line = second.answered(&second.messages).unwrap();
         assert!(line.starts_with(&format!(r#"{{"id":"{}","system":"be brief","messages":"#, second.id)), "{line}");
         assert!(line.contains(r#""name":"Ann""#), "{line}");
         assert_eq!(prompts.find(&second.id), Some(1));
@@ -195,11 +207,15 @@ mod tests {
             "\n",
             r#"{"id":null,"messages":[{"role":"user","content":"b"}]}"#,
             "\n",
+            r#"{"prompt":[{"role":"user","content":"c"}],"completion":[{"role":"assistant","content":"d"}],"#,
+            r#""chat_template_kwargs":{"think":false}}"#,
+            "\n",
         );
         for prompt in read(text, 0.0).unwrap().rows {
-            let line = prompt.answered(&prompt.messages, &[]).unwrap();
+            let line = prompt.answered(&prompt.messages).unwrap();
             let again = &read(&line, 0.0).unwrap().rows[0];
             assert_eq!((&again.id, &again.messages), (&prompt.id, &prompt.messages));
+            assert_eq!(again.template_arguments, prompt.template_arguments);
         }
     }
 

@@ -8,13 +8,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::RegenOptions;
+use super::{OnLength, RegenOptions};
 use crate::data::tokenizer::hex;
 use crate::error::{Error, Result};
 use crate::files;
+use crate::nn::Processors;
 
 /// Version of the record's own layout.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 
 /// Everything the answers depend on, and where they came from.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -37,12 +38,17 @@ struct Same {
     max_new_tokens: usize,
     max_prompt_tokens: Option<usize>,
     temperature: f64,
+    top_k: usize,
+    top_p: f64,
+    repetition_penalty: f64,
+    on_length: OnLength,
     /// `None` where nothing is sampled.
     seed: Option<u64>,
 }
 
 impl RunRecord {
     pub(super) fn new(options: &RegenOptions, kind: tch::Kind, tokenizer_fingerprint: String) -> Result<Self> {
+        let Processors { temperature, top_k, top_p, repetition_penalty } = options.processors;
         Ok(Self {
             format: FORMAT,
             specforge: env!("CARGO_PKG_VERSION").to_owned(),
@@ -55,10 +61,18 @@ impl RunRecord {
                 element_type: element_type(kind),
                 max_new_tokens: options.max_new_tokens,
                 max_prompt_tokens: options.max_prompt_tokens,
-                temperature: options.temperature,
-                seed: (options.temperature > 0.0).then_some(options.seed),
+                temperature,
+                top_k,
+                top_p,
+                repetition_penalty,
+                on_length: options.on_length,
+                seed: (temperature > 0.0).then_some(options.seed),
             },
         })
+    }
+
+    pub(super) fn on_length(&self) -> OnLength {
+        self.same.on_length
     }
 
     pub(super) fn write(&self, path: &Path) -> Result<()> {
@@ -69,12 +83,14 @@ impl RunRecord {
     pub(super) fn check_same(&self, path: &Path) -> Result<()> {
         let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
         let hint = "repeat the old options, or start over with --restart, which keeps the old answers as .bak";
-        let before: Self = serde_json::from_str(&text)
-            .map_err(|error| Error::bad_file(path, format!("is no record of a run: {error}")).with_hint(hint))?;
-        if before.format != FORMAT {
-            let problem = format!("layout: expected {FORMAT}, got {}", before.format);
+        let foreign = |error| Error::bad_file(path, format!("is no record of a run: {error}")).with_hint(hint);
+        let before: Value = serde_json::from_str(&text).map_err(foreign)?;
+        // Another layout has other fields.
+        if let Some(format) = before.get("format").filter(|format| **format != FORMAT) {
+            let problem = format!("layout: expected {FORMAT}, got {format}: another version of the program began this");
             return Err(Error::bad_file(path, problem).with_hint(hint));
         }
+        let before: Self = serde_json::from_value(before).map_err(foreign)?;
         let fields = |same: &Same| match serde_json::to_value(same) {
             Ok(Value::Object(fields)) => fields,
             _ => serde_json::Map::new(),

@@ -10,7 +10,7 @@ use crate::models::LlamaTarget;
 struct Letters;
 
 impl Chat for Letters {
-    fn prompt(&self, messages: &[Message], _: Option<&Value>) -> Result<Vec<u32>> {
+    fn prompt(&self, messages: &[Message], _: Option<&Value>, _: &Map<String, Value>) -> Result<Vec<u32>> {
         let mut tokens = Vec::new();
         for message in messages {
             let content = message.content.as_deref().unwrap_or_default();
@@ -69,7 +69,7 @@ impl Bench {
             out: folder.path().join("out.jsonl"),
             max_new_tokens: 6,
             max_rows: 2,
-            temperature: 1.3,
+            processors: Processors::at_temperature(1.3),
             seed: 4,
             ..RegenOptions::default()
         };
@@ -126,8 +126,10 @@ fn every_turn_is_answered_alone_after_the_answers_before_it() {
             .map(|message| Message::new(message["role"].as_str().unwrap(), message["content"].as_str().unwrap()))
             .collect();
         let answers = messages.iter().enumerate().filter(|(_, message)| message.is_assistant());
-        for ((index, message), finish) in answers.zip(row["finish"].as_array().unwrap()) {
-            let prompt = Letters.prompt(&messages[..index], None).unwrap();
+        for (index, message) in answers {
+            let written = &row["messages"][index];
+            let prompt = Letters.prompt(&messages[..index], None, &Map::new()).unwrap();
+            assert_eq!(written["prompt_hash"], prompt_hash(&prompt));
             let key = noise_key(row["id"].as_str().unwrap());
             let mut generator = Generator::new(&bench.target, bench.options.sampling(), Letters.stop_tokens(), 1);
             generator.submit(Request { tag: 0, prompt, max_new_tokens: 6, key }).unwrap();
@@ -137,7 +139,8 @@ fn every_turn_is_answered_alone_after_the_answers_before_it() {
             }
             let alone = alone.remove(0).answer.unwrap();
             assert_eq!(message.content.as_deref().unwrap(), Letters.text(alone.text_tokens()).unwrap());
-            assert_eq!(*finish, serde_json::to_value(alone.finish).unwrap());
+            assert_eq!(written["finish"], serde_json::to_value(alone.finish).unwrap());
+            assert_eq!(written["token_ids"], json!(alone.tokens));
             tokens += alone.tokens.len() as u64;
             stopped += usize::from(alone.finish == Finish::Stop);
         }
@@ -222,7 +225,7 @@ fn other_options_are_refused_until_restarted_and_nothing_is_lost() {
     let mut bench = Bench::new(PROMPTS);
     bench.run().unwrap();
     let first = bench.out();
-    bench.options.temperature = 0.5;
+    bench.options.processors.temperature = 0.5;
     let error = bench.run().unwrap_err();
     assert!(error.to_string().contains("temperature: 1.3 then, 0.5 now"), "{error}");
     assert!(error.hint().unwrap().contains("--restart"));
@@ -285,6 +288,11 @@ fn damaged_foreign_and_busy_files_are_left_alone() {
     assert!(bench.run().unwrap_err().to_string().contains("another run"));
     drop(other);
     assert_eq!(bench.run().unwrap().answered_before, 4);
+    let record = fs::read_to_string(bench.path("out.jsonl.run.json")).unwrap();
+    fs::write(bench.path("out.jsonl.run.json"), r#"{"format": 1, "same": {"temperature": 0.0}}"#).unwrap();
+    assert!(bench.run().unwrap_err().to_string().contains("layout: expected 2, got 1"));
+    fs::write(bench.path("out.jsonl.run.json"), format!("{record}{record}")).unwrap();
+    assert!(bench.run().unwrap_err().to_string().contains("is no record of a run"));
     fs::remove_file(bench.path("out.jsonl.run.json")).unwrap();
     assert!(bench.run().unwrap_err().to_string().contains("is there already"));
     assert_eq!(bench.out(), whole);
@@ -325,14 +333,56 @@ fn failed_rows_are_listed_and_tried_again() {
 }
 
 #[test]
+fn a_cut_answer_is_kept_or_ends_its_conversation_or_drops_its_row() {
+    let mut bench = Bench::new(PROMPTS);
+    bench.run().unwrap();
+    let finishes = |row: &Value| -> Vec<bool> {
+        let messages = row["messages"].as_array().unwrap().iter();
+        messages.filter_map(|message| message.get("finish")).map(|finish| finish == "length").collect()
+    };
+    let kept = bench.answered();
+    let cut_in_the_middle = |row: &&Value| finishes(row).iter().rev().skip(1).any(|&cut| cut);
+    assert!(kept.iter().any(|row| cut_in_the_middle(&row)), "the rule is seen");
+
+    bench.options.on_length = OnLength::Stop;
+    assert!(bench.run().unwrap_err().to_string().contains("on_length"));
+    bench.forget();
+    bench.run().unwrap();
+    let stopped = bench.out();
+    for (row, kept) in bench.answered().iter().zip(&kept) {
+        let (short, long) = (row["messages"].as_array().unwrap(), kept["messages"].as_array().unwrap());
+        assert_eq!(short[..], long[..short.len()]);
+        let first_cut = finishes(kept).iter().position(|&cut| cut).unwrap_or(finishes(kept).len() - 1);
+        assert_eq!(finishes(row).len(), first_cut + 1);
+    }
+    // Rows that ended early are known as answered, whenever the run goes on.
+    let unsorted: Vec<&str> = stopped.split_inclusive('\n').skip(1).collect();
+    fs::write(&bench.options.out, unsorted.concat()).unwrap();
+    assert_eq!(bench.run().unwrap().answered_before, 3);
+    assert_eq!(bench.out(), stopped);
+
+    bench.options.on_length = OnLength::Drop;
+    bench.forget();
+    let report = bench.run().unwrap();
+    let whole: Vec<Value> = kept.into_iter().filter(|row| !finishes(row).contains(&true)).collect();
+    assert!(report.dropped > 0 && !report.interrupted && bench.answered() == whole);
+    let again = bench.run().unwrap();
+    assert_eq!((again.dropped, again.new_tokens, again.answered), (report.dropped, 0, 0));
+    bench.options.restart = true;
+    assert_eq!(bench.run().unwrap().dropped, report.dropped);
+    assert!(bench.path("out.jsonl.bak.cut.jsonl").exists());
+}
+
+#[test]
 fn options_that_cannot_be_meant_are_refused() {
     let bench = Bench::new(PROMPTS);
     let good = || bench.options.clone();
     for (key, options) in [
         ("max_new_tokens", RegenOptions { max_new_tokens: 0, ..good() }),
         ("max_rows", RegenOptions { max_rows: 0, ..good() }),
-        ("temperature", RegenOptions { temperature: f64::NAN, ..good() }),
-        ("temperature", RegenOptions { temperature: -0.1, ..good() }),
+        ("temperature", RegenOptions { processors: Processors::at_temperature(f64::NAN), ..good() }),
+        ("temperature", RegenOptions { processors: Processors::at_temperature(-0.1), ..good() }),
+        ("top_p", RegenOptions { processors: Processors { top_p: 0.0, ..Processors::default() }, ..good() }),
         ("max_bad_share", RegenOptions { max_bad_share: 2.0, ..good() }),
         ("out", RegenOptions { out: bench.options.prompts.clone(), ..good() }),
     ] {

@@ -13,7 +13,7 @@ use crate::data::{ChatTokenizer, Message};
 use crate::decode::drafter::Plain;
 use crate::decode::engine::{Clock, Decoded, Engine, EngineOptions};
 use crate::decode::event::{Listener, Silent};
-use crate::decode::{Drafter, Policy, Request, Tolerance};
+use crate::decode::{Drafter, Finish, Policy, Request, Tolerance};
 use crate::error::{Error, Result};
 use crate::models::{ForwardInput, LogitRows, TargetModel};
 use crate::nn::{AttentionMask, noise};
@@ -174,7 +174,9 @@ fn answer(
     let mut prompts: HashMap<u64, Vec<u32>> = HashMap::new();
     let mut submit = |engine: &mut Engine<'_>, question: usize, turn: usize, messages: &mut Vec<Message>| {
         messages.push(Message::new("user", questions[question].turns[turn].as_str()));
-        let prompt = tokenizer.encode(&tokenizer.render(messages, None, true)?)?;
+        let Question { tools, template_arguments, .. } = &questions[question];
+        let prepared = tokenizer.prepare(messages, tools.as_ref())?.with_arguments(template_arguments);
+        let prompt = tokenizer.encode(&prepared.render(messages.len(), true)?)?;
         let tag = question as u64 * TURNS + turn as u64;
         prompts.insert(tag, prompt.clone());
         // The noise of an answer depends on its question alone, not on who else runs.
@@ -198,7 +200,9 @@ fn answer(
             if let Some(messages) =
                 conversations.get_mut(&question).filter(|_| turn + 1 < questions[question].turns.len())
             {
-                messages.push(Message::new("assistant", tokenizer.decode(&decoded.tokens, true)?));
+                // Everything it said but the end of its turn, as `regen` goes on.
+                let said = decoded.tokens.len() - usize::from(decoded.finish == Finish::Stop);
+                messages.push(Message::new("assistant", tokenizer.decode(&decoded.tokens[..said], false)?));
                 submit(engine, question, turn + 1, messages)?;
             }
             answers.push((left.tag, question, turn, decoded));

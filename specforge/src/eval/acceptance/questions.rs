@@ -3,9 +3,11 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use crate::data::conversation::{Conversation, Message, Rejections, Sample, parse_sample, record_name};
+use crate::data::conversation::{
+    Conversation, Message, Rejections, Sample, parse_sample, record_name, template_arguments,
+};
 use crate::data::reader::SourceFile;
 use crate::error::{Error, Result};
 
@@ -20,6 +22,10 @@ pub struct Question {
     pub before: Vec<Message>,
     /// What the user says, in order.
     pub turns: Vec<String>,
+    /// Tools the assistant may call.
+    pub tools: Option<Value>,
+    /// Values that the record gives its template.
+    pub template_arguments: Map<String, Value>,
 }
 
 /// Reads files of questions, the first `limit` of each. Lines that cannot be used are an error that names them.
@@ -59,22 +65,35 @@ fn parse(bytes: &[u8], path: &Path, line: usize) -> Result<(Question, String), S
     let category = text("category").unwrap_or("other").to_owned();
     // A prompt alone, and GSM8K's own files, are no training samples but are questions.
     let alone = text("prompt").filter(|_| value.get("completion").is_none()).or_else(|| text("question"));
-    let question = |id, before, turns| Question { id, dataset: String::new(), before, turns };
+    let question = |id, before, turns| Question {
+        id,
+        dataset: String::new(),
+        before,
+        turns,
+        tools: None,
+        template_arguments: Map::new(),
+    };
     if let (Some(prompt), false) = (alone, value.get("messages").is_some()) {
         let id = value.get("id").or_else(|| value.get("question_id")).map_or_else(fallback, |id| match id {
             Value::String(id) => id.clone(),
             other => other.to_string(),
         });
-        return Ok((question(id, Vec::new(), vec![prompt.to_owned()]), category));
+        let template_arguments =
+            template_arguments(value.get("chat_template_kwargs").filter(|value| !value.is_null()))?;
+        let question = question(id, Vec::new(), vec![prompt.to_owned()]);
+        return Ok((Question { template_arguments, ..question }, category));
     }
     match parse_sample(bytes, fallback)? {
-        Sample::Conversation(Conversation { id, messages, .. }) => {
+        Sample::Conversation(Conversation { id, messages, tools, template_arguments }) => {
             let (user, others): (Vec<_>, Vec<_>) = messages.into_iter().partition(|message| message.role == "user");
             let turns: Vec<String> = user.into_iter().filter_map(|message| message.content).collect();
             let before = others.into_iter().filter(|message| ["system", "developer"].contains(&message.role.as_str()));
             match turns.is_empty() {
                 true => Err("holds nothing that the user says".to_owned()),
-                false => Ok((question(id, before.collect(), turns), category)),
+                false => {
+                    let question = question(id, before.collect(), turns);
+                    Ok((Question { tools, template_arguments, ..question }, category))
+                }
             }
         }
         Sample::Completion { id, prompt, .. } => Ok((question(id, Vec::new(), vec![prompt]), category)),
@@ -101,7 +120,8 @@ mod tests {
             "{\"prompt\": \"Four?\", \"category\": \"qa\"}\n",
             "{\"question\": \"Five?\", \"answer\": \"5\"}\n",
             "{\"messages\": [{\"role\": \"system\", \"content\": \"Be brief.\"}, {\"role\": \"user\", \"content\": \"Six?\"}, ",
-            "{\"role\": \"assistant\", \"content\": \"6\"}, {\"role\": \"user\", \"content\": \"Seven?\"}]}\n",
+            "{\"role\": \"assistant\", \"content\": \"6\"}, {\"role\": \"user\", \"content\": \"Seven?\"}], ",
+            "\"chat_template_kwargs\": {\"thinking\": false}, \"tools\": [{\"name\": \"f\"}]}\n",
         ));
         let questions = read(std::slice::from_ref(&path), None).unwrap();
         let shown: Vec<(&str, &str, Vec<&str>)> = questions
@@ -119,6 +139,8 @@ mod tests {
             ]
         );
         assert_eq!(questions[4].before, [Message::new("system", "Be brief.")]);
+        assert_eq!(questions[4].template_arguments["thinking"], false);
+        assert!(questions[4].tools.is_some() && questions[3].tools.is_none());
         assert_eq!(read(&[path], Some(1)).unwrap()[0].dataset, "bench");
     }
 

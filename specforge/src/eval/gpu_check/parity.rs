@@ -88,10 +88,11 @@ fn sampled(place: Place) -> Result<usize> {
     let keys: Vec<(u64, u64)> = (0..64).map(|row| (row / 8, row % 8)).collect();
     let there = logits.f_to_device(place.device)?;
     let differ = |sampling: Sampling| {
-        let pairs = sampling.choose(&logits, &keys).into_iter().zip(sampling.choose(&there, &keys));
+        let choose = |logits| sampling.choose(logits, &keys, |_| Vec::new());
+        let pairs = choose(&logits).into_iter().zip(choose(&there));
         pairs.filter(|(here, there)| here != there).count()
     };
-    Ok(differ(Sampling::Greedy) + differ(Sampling::Keyed { temperature: 0.8, seed: 13 }))
+    Ok(differ(Sampling::greedy()) + differ(Sampling::keyed(0.8, 13)))
 }
 
 /// Compares results by name; each gets the error of its worst tensor.

@@ -1,0 +1,242 @@
+//! Conversations whose answers are known as token ids: what `specforge regen` writes.
+//!
+//! Text does not lead back to the tokens: a target says special tokens that a text may not show, and splits words as no
+//! tokenizer would. Here a document is the prompt's tokens, rendered as they were when the target answered, and then the
+//! answer's own. Exactly the answer is trained, with its end of turn where the target said one.
+//!
+//! The next turn joins the same document where its prompt begins with all of that. Where the template writes an answer
+//! another way once it is history (R1 drops the thoughts), or the text splits into other tokens, it begins a document of
+//! its own, as the target saw it.
+
+use sha2::{Digest, Sha256};
+
+use super::Supervise;
+use super::conversation::{Conversation, Message};
+use super::loss_mask::trained_turns;
+use super::marks::Finish;
+use super::tokenizer::{ChatTokenizer, hex};
+use crate::error::{Error, Result};
+
+/// Tokens, which of them are trained, and the assistant's turn it begins with, counted from 1.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Recorded {
+    pub(super) tokens: Vec<u32>,
+    pub(super) supervised: Vec<u8>,
+    pub(super) turn: usize,
+}
+
+/// Whether answers of this conversation are known as token ids.
+pub(super) fn is_recorded(conversation: &Conversation) -> bool {
+    conversation.messages.iter().any(|message| message.marks.token_ids.is_some())
+}
+
+/// Tells prompts apart by their tokens; written beside an answer, and compared before it is trained.
+pub fn prompt_hash(tokens: &[u32]) -> String {
+    let mut hash = Sha256::new();
+    tokens.iter().for_each(|token| hash.update(token.to_le_bytes()));
+    hex(&hash.finalize()[..8])
+}
+
+/// The documents of a conversation. An error is the reason why it cannot be used.
+pub(super) fn documents(
+    tokenizer: &ChatTokenizer,
+    conversation: &Conversation,
+    supervise: Supervise,
+) -> Result<Vec<Recorded>> {
+    let messages = &conversation.messages;
+    let prepared = tokenizer.prepare_conversation(conversation)?;
+    let mut documents: Vec<Recorded> = Vec::new();
+    for index in trained_turns(messages, supervise) {
+        let place = |problem: String| Error::Failed(format!("message {}: {problem}", index + 1));
+        let ids = answer(tokenizer, &messages[index]).map_err(place)?;
+        let prompt = prepared.render(index, true).map_err(|error| place(error.to_string()))?;
+        let prompt = tokenizer.encode(&prompt)?;
+        if messages[index].marks.prompt_hash.as_ref().is_some_and(|hash| *hash != prompt_hash(&prompt)) {
+            return Err(place(
+                "the prompt is not the one that `token_ids` were generated from: template, template arguments, \
+                 tokenizer or an earlier message differ; use what `regen` used, or run it again"
+                    .to_owned(),
+            ));
+        }
+        let context = u8::from(supervise == Supervise::All);
+        match documents.last_mut().filter(|document| prompt.starts_with(&document.tokens)) {
+            Some(document) => {
+                document.supervised.resize(prompt.len(), context);
+                document.tokens = prompt;
+            }
+            None => {
+                let turn = messages[..=index].iter().filter(|message| message.is_assistant()).count();
+                documents.push(Recorded { supervised: vec![context; prompt.len()], tokens: prompt, turn });
+            }
+        }
+        if let Some(document) = documents.last_mut() {
+            document.tokens.extend(ids);
+            document.supervised.resize(document.tokens.len(), 1);
+        }
+    }
+    Ok(documents)
+}
+
+/// The tokens of an answer, if they are what the message says.
+fn answer<'a>(tokenizer: &ChatTokenizer, message: &'a Message) -> Result<&'a [u32], String> {
+    let ids = message.marks.token_ids.as_deref().ok_or(
+        "has no `token_ids`, and other answers of the conversation have; remove them everywhere to train the text",
+    )?;
+    if let Some(id) = ids.iter().find(|&&id| id as usize >= tokenizer.id_limit()) {
+        return Err(format!("`token_ids` names token {id}, but the model has {} tokens", tokenizer.id_limit()));
+    }
+    let ends = |ids: &[u32]| ids.last().is_some_and(|id| tokenizer.eos_token_ids().contains(id));
+    let said = match message.marks.finish {
+        Some(Finish::Stop) if !ends(ids) => {
+            return Err("`finish` says stop, but the last of `token_ids` does not end a turn of this model".to_owned());
+        }
+        Some(Finish::Length) => ids,
+        _ if ends(ids) => &ids[..ids.len() - 1],
+        _ => ids,
+    };
+    let text = tokenizer.decode(said, false).map_err(|error| error.to_string())?;
+    if message.content.as_deref().unwrap_or_default() != text {
+        return Err(format!(
+            "`content` is not what `token_ids` spell ({}): if the text was corrected on purpose, remove `token_ids`, \
+             and the text is trained",
+            first_difference(message.content.as_deref().unwrap_or_default(), &text),
+        ));
+    }
+    Ok(ids)
+}
+
+/// A few characters of both around where they part.
+fn first_difference(content: &str, spelled: &str) -> String {
+    let same = content.chars().zip(spelled.chars()).take_while(|(one, two)| one == two).count();
+    let around = |text: &str| text.chars().skip(same.saturating_sub(10)).take(30).collect::<String>();
+    format!("…{:?} and …{:?}", around(content), around(spelled))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Map, json};
+
+    use super::super::build::tests::tiny_tokenizer;
+    use super::super::marks::Marks;
+    use super::*;
+
+    const CHATML: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{{ '\n' }}{% endfor %}{% \
+                          if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}";
+    /// As the R1 distillations do it: the prompt opens the thoughts, and history loses them.
+    const DISTILLED: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}\
+                             <|im_end|>{{ '\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\
+                             {{ '\n' }}{% endif %}";
+
+    /// A conversation of questions and answers, each answer as these tokens, as `regen` would have written it.
+    fn talk(tokenizer: &ChatTokenizer, turns: &[(&str, Vec<u32>)]) -> Conversation {
+        let mut messages: Vec<Message> = Vec::new();
+        for (question, ids) in turns {
+            messages.push(Message::new("user", *question));
+            let prompt = tokenizer.encode(&tokenizer.render(&messages, None, true).unwrap()).unwrap();
+            let stop = ids.last().is_some_and(|id| tokenizer.eos_token_ids().contains(id));
+            let text = tokenizer.decode(&ids[..ids.len() - usize::from(stop)], false).unwrap();
+            let marks = Marks {
+                train: None,
+                finish: Some(if stop { Finish::Stop } else { Finish::Length }),
+                token_ids: Some(ids.clone()),
+                prompt_hash: Some(prompt_hash(&prompt)),
+            };
+            messages.push(Message { marks, ..Message::new("assistant", text) });
+        }
+        Conversation { id: "c".to_owned(), messages, tools: None, template_arguments: Map::new() }
+    }
+
+    /// Text before and text of every trained run.
+    fn runs(tokenizer: &ChatTokenizer, document: &Recorded) -> Vec<(bool, String)> {
+        let runs = super::super::stats::mask_runs(&document.supervised).into_iter();
+        runs.map(|(flag, range)| (flag, tokenizer.decode(&document.tokens[range], false).unwrap())).collect()
+    }
+
+    #[test]
+    fn exactly_the_ids_are_trained_and_no_end_of_turn_that_was_not_said() {
+        let tokenizer = tiny_tokenizer(CHATML);
+        let said = |text: &str| tokenizer.encode(text).unwrap();
+        // Letter by letter, as no tokenizer would split it; with a special token inside; cut off.
+        let spelled: Vec<u32> = ["h", "o", " ", "h", "o", "<|im_end|>"].iter().flat_map(|text| said(text)).collect();
+        assert_ne!(spelled, said("ho ho<|im_end|>"));
+        for (ids, text) in [
+            (spelled.clone(), "ho ho<|im_end|>"),
+            (said("see <|im_start|> here<|im_end|>"), "see <|im_start|> here<|im_end|>"),
+            (said("and then the"), "and then the"),
+        ] {
+            let documents =
+                documents(&tokenizer, &talk(&tokenizer, &[("hi", ids.clone())]), Supervise::Assistant).unwrap();
+            assert_eq!(documents.len(), 1);
+            let trained = &documents[0].tokens[documents[0].tokens.len() - ids.len()..];
+            assert_eq!(trained, ids);
+            let want =
+                [(false, "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n".into()), (true, text.to_owned())];
+            assert_eq!(runs(&tokenizer, &documents[0]), want);
+        }
+        // The text of the first answer splits otherwise than it was said: what comes next was said behind the text.
+        let two = talk(&tokenizer, &[("hi", spelled), ("hu", said("ha<|im_end|>"))]);
+        let found = documents(&tokenizer, &two, Supervise::Assistant).unwrap();
+        assert_eq!(found.iter().map(|document| document.turn).collect::<Vec<_>>(), [1, 2]);
+        assert!(runs(&tokenizer, &found[1])[0].1.contains("ho ho<|im_end|>"));
+    }
+
+    #[test]
+    fn turns_share_a_document_where_each_prompt_goes_on_from_the_answer_before() {
+        let tokenizer = tiny_tokenizer(CHATML);
+        let said = |text: &str| tokenizer.encode(text).unwrap();
+        let turns = [("hi", said("ho<|im_end|>")), ("hu", said("cut")), ("he", said("ha<|im_end|>"))];
+        let talk = talk(&tokenizer, &turns);
+        let found = documents(&tokenizer, &talk, Supervise::Assistant).unwrap();
+        assert_eq!(found.len(), 1);
+        let trained = |document: &Recorded| -> Vec<String> {
+            runs(&tokenizer, document).into_iter().filter(|(flag, _)| *flag).map(|(_, text)| text).collect()
+        };
+        assert_eq!(trained(&found[0]), ["ho<|im_end|>", "cut", "ha<|im_end|>"]);
+        let last = documents(&tokenizer, &talk, Supervise::LastTurn).unwrap();
+        assert_eq!((last.len(), trained(&last[0])), (1, vec!["ha<|im_end|>".to_owned()]));
+        let mut marked = talk.clone();
+        marked.messages[1].marks.train = Some(false);
+        assert_eq!(trained(&documents(&tokenizer, &marked, Supervise::Assistant).unwrap()[0]), ["cut", "ha<|im_end|>"]);
+        let all = documents(&tokenizer, &talk, Supervise::All).unwrap();
+        assert!(all[0].supervised.iter().all(|&flag| flag == 1));
+    }
+
+    #[test]
+    fn a_template_that_drops_thoughts_gives_one_document_a_turn() {
+        let tokenizer = tiny_tokenizer(DISTILLED);
+        let said = |text: &str| tokenizer.encode(text).unwrap();
+        let turns = [("hi", said("hm</think>ho<|im_end|>")), ("hu", said("hm, well</think>ha<|im_end|>"))];
+        let found = documents(&tokenizer, &talk(&tokenizer, &turns), Supervise::Assistant).unwrap();
+        let texts: Vec<_> = found.iter().map(|document| runs(&tokenizer, document)).collect();
+        assert_eq!(texts[0][1].1, "hm</think>ho<|im_end|>");
+        assert!(texts[0][0].1.ends_with("<think>\n") && texts[1][0].1.contains("assistant\nho<|im_end|>"), "{texts:?}");
+        assert_eq!((texts[1].len(), texts[1][1].1.as_str()), (2, "hm, well</think>ha<|im_end|>"));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_by_name() {
+        let tokenizer = tiny_tokenizer(CHATML);
+        let said = |text: &str| tokenizer.encode(text).unwrap();
+        let good = talk(&tokenizer, &[("hi", said("ho<|im_end|>")), ("hu", said("ha<|im_end|>"))]);
+        let refused = |spoil: &dyn Fn(&mut Conversation), reason: &str| {
+            let mut spoilt = good.clone();
+            spoil(&mut spoilt);
+            let message = documents(&tokenizer, &spoilt, Supervise::Assistant).unwrap_err().to_string();
+            assert!(message.contains(reason), "{message}");
+        };
+        refused(&|talk| talk.messages[1].content = Some("hoho".to_owned()), "message 2: `content` is not what");
+        refused(&|talk| talk.messages[0].content = Some("HI".to_owned()), "message 2: the prompt is not the one");
+        refused(&|talk| talk.messages[3].marks.token_ids = None, "message 4: has no `token_ids`, and other answers");
+        refused(&|talk| talk.messages[3].marks.token_ids = Some(vec![1 << 30]), "names token 1073741824");
+        refused(&|talk| talk.messages[3].marks.token_ids = Some(said("ha")), "`finish` says stop, but");
+        let other = tiny_tokenizer(&CHATML.replace("<|im_start|>{{ m.role }}", "{{ m.role }}:"));
+        let message = documents(&other, &good, Supervise::Assistant).unwrap_err().to_string();
+        assert!(message.contains("the prompt is not the one that `token_ids` were generated from"), "{message}");
+        // A record of somebody else's engine: no prompt hash, no finish.
+        let record = json!({"messages": [{"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "ho", "token_ids": said("ho<|im_end|>")}]});
+        let sample = super::super::conversation::parse_sample(record.to_string().as_bytes(), String::new).unwrap();
+        let super::super::Sample::Conversation(foreign) = sample else { panic!("a conversation") };
+        assert_eq!(documents(&tokenizer, &foreign, Supervise::Assistant).unwrap().len(), 1);
+    }
+}

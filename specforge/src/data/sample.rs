@@ -1,0 +1,198 @@
+//! What one record of a file is: a conversation, preformatted text, or a prompt with its completion; and the records
+//! that are none.
+
+use std::path::Path;
+
+use serde::Serialize;
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+
+use super::marks::Marks;
+use crate::error::{Error, Result};
+
+/// One message, as the chat template sees it.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Message {
+    /// `system`, `user`, `assistant`, `tool` or `developer`.
+    pub role: String,
+    /// What is said; absent in a message that only calls tools.
+    pub content: Option<String>,
+    /// `reasoning_content`, `tool_calls`, `tool_call_id`, `name` and whatever else was written.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+    /// What decides about training; no template sees it.
+    #[serde(skip)]
+    pub marks: Marks,
+}
+
+impl Message {
+    /// A message that only says something.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self { role: role.into(), content: Some(content.into()), extra: Map::new(), marks: Marks::default() }
+    }
+
+    /// Whether the assistant says it.
+    pub fn is_assistant(&self) -> bool {
+        self.role == "assistant"
+    }
+
+    /// The message as a file keeps it: with how its answer was generated.
+    pub fn to_record(&self) -> Result<Value> {
+        let failed = |error: serde_json::Error| Error::Failed(error.to_string());
+        let mut record = serde_json::to_value(self).map_err(failed)?;
+        let Marks { finish, token_ids, prompt_hash, .. } = &self.marks;
+        if let Some(finish) = finish {
+            record["finish"] = serde_json::to_value(finish).map_err(failed)?;
+        }
+        if let Some(token_ids) = token_ids {
+            record["token_ids"] = Value::from(token_ids.as_slice());
+        }
+        if let Some(prompt_hash) = prompt_hash {
+            record["prompt_hash"] = Value::from(prompt_hash.as_str());
+        }
+        Ok(record)
+    }
+}
+
+/// A conversation.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Conversation {
+    /// Its own name, or the file and line it stands on.
+    pub id: String,
+    /// What is said, in order.
+    pub messages: Vec<Message>,
+    /// Tools the assistant may call, a list in the format of the template.
+    pub tools: Option<Value>,
+    /// Values that its template is given besides (`chat_template_kwargs`); they replace those of the configuration.
+    pub template_arguments: Map<String, Value>,
+}
+
+/// One record.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Sample {
+    /// Rendered by the chat template.
+    Conversation(Conversation),
+    /// Taken as it is; every token is trained.
+    Text {
+        /// Its own name, or the file and line it stands on.
+        id: String,
+        /// Text with every special token written out.
+        text: String,
+    },
+    /// Taken as it is; the completion is trained, with an end of sequence after it.
+    Completion {
+        /// Its own name, or the file and line it stands on.
+        id: String,
+        /// What the model is given.
+        prompt: String,
+        /// What it answers.
+        completion: String,
+    },
+}
+
+impl Sample {
+    /// Its own name, or the file and line it stands on.
+    pub fn id(&self) -> &str {
+        match self {
+            Sample::Conversation(conversation) => &conversation.id,
+            Sample::Text { id, .. } | Sample::Completion { id, .. } => id,
+        }
+    }
+
+    /// A hash of what is said, whatever it is called and wherever it stands.
+    pub fn content_key(&self) -> u64 {
+        let content = match self {
+            Sample::Conversation(conversation) => {
+                let Conversation { messages, tools, template_arguments, .. } = conversation;
+                let mut said = serde_json::to_string(&(messages, tools)).unwrap_or_default();
+                if !template_arguments.is_empty() {
+                    said.push_str(&Value::Object(template_arguments.clone()).to_string());
+                }
+                said
+            }
+            Sample::Text { text, .. } => text.clone(),
+            Sample::Completion { prompt, completion, .. } => format!("{prompt}\u{0}{completion}"),
+        };
+        let digest = Sha256::digest(content.as_bytes());
+        let mut first = [0; 8];
+        first.copy_from_slice(&digest[..8]);
+        u64::from_le_bytes(first)
+    }
+}
+
+/// Records that could not be used, each with file, line and reason.
+#[derive(Debug, Default)]
+pub struct Rejections {
+    /// Every one, as [`Error::BadLine`].
+    pub errors: Vec<Error>,
+    /// Number of records they were found among.
+    pub total: usize,
+}
+
+/// More rejections than these are counted, not listed.
+const REJECTIONS_SHOWN: usize = 5;
+
+impl Rejections {
+    /// Notes one.
+    pub fn push(&mut self, path: &Path, line: usize, problem: String) {
+        self.errors.push(Error::BadLine { path: path.to_path_buf(), line, problem });
+    }
+
+    /// An error that shows the first few, when there are more than the configured share.
+    pub fn check(&self, max_bad_share: f64) -> Result<()> {
+        let Some(Error::BadLine { path, .. }) = self.errors.first() else {
+            return Ok(());
+        };
+        let reasons = self.errors.iter().map(Error::to_string);
+        check_share(path, (self.errors.len(), self.total), reasons, max_bad_share)
+    }
+}
+
+/// Refuses more unusable records than the configured share. `counts` are theirs and that of all records; `reasons` are
+/// those of the first.
+pub fn check_share(
+    path: &Path,
+    (count, total): (usize, usize),
+    reasons: impl Iterator<Item = String>,
+    max_bad_share: f64,
+) -> Result<()> {
+    let share = count as f64 / total.max(1) as f64;
+    if share <= max_bad_share {
+        return Ok(());
+    }
+    let mut problem = format!(
+        "{count} of {total} records ({:.1} %) cannot be used, more than data.max_bad_share = {max_bad_share} allows:",
+        share * 100.0,
+    );
+    reasons.take(REJECTIONS_SHOWN).for_each(|reason| problem.push_str(&format!("\n  {reason}")));
+    if count > REJECTIONS_SHOWN {
+        problem.push_str(&format!("\n  and {} more", count - REJECTIONS_SHOWN));
+    }
+    Err(Error::bad_file(path, problem).with_hint("correct these records, or raise data.max_bad_share"))
+}
+
+/// Name of a record that has none of its own.
+pub fn record_name(path: &Path, line: usize) -> String {
+    let file = path.file_name().unwrap_or(path.as_os_str());
+    format!("{}:{line}", file.to_string_lossy())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rejections_name_file_line_and_share() {
+        let mut rejections = Rejections { total: 14, ..Rejections::default() };
+        for line in 3..10 {
+            rejections.push(Path::new("data/prompts.jsonl"), line, "is not JSON".to_owned());
+        }
+        rejections.check(0.5).unwrap();
+        let error = rejections.check(0.4).unwrap_err();
+        let message = error.to_string();
+        assert!(message.contains("7 of 14 records (50.0 %)"), "{message}");
+        assert!(message.contains("prompts.jsonl:3: is not JSON"), "{message}");
+        assert!(message.contains("prompts.jsonl:7:") && message.ends_with("and 2 more"), "{message}");
+        assert_eq!(error.exit_code(), 2);
+    }
+}

@@ -1,0 +1,135 @@
+//! From prompts to training: what `regen` writes is what `inspect` and `train` take.
+
+use std::fs;
+
+use serde_json::{Value, json};
+
+use crate::fixture::{Workspace, json_of, output_of, specforge, stderr_of};
+
+/// A target that says many special tokens and no end of turn of its own before it is cut off, or the other way round.
+struct Bench {
+    workspace: Workspace,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let workspace = Workspace::new();
+        let prompts: String = (0..6)
+            .map(|row| {
+                let turns = ["One.", "And then?", "Why?"];
+                format!("{}\n", json!({"id": format!("p{row}"), "turns": &turns[..1 + row % 3]}))
+            })
+            .collect();
+        fs::write(workspace.path("prompts.jsonl"), prompts).unwrap();
+        Self { workspace }
+    }
+
+    /// Runs `regen` into a file of this name and returns its report and rows.
+    fn regen(&self, out: &str, arguments: &[&str]) -> (Value, Vec<Value>) {
+        let workspace = &self.workspace;
+        let mut command = specforge(&["regen", "--json", "--max-new-tokens", "12", "--target"]);
+        command.arg(workspace.path("model")).arg("--prompts").arg(workspace.path("prompts.jsonl"));
+        let report = json_of(command.arg("--out").arg(workspace.path(out)).args(arguments));
+        let text = fs::read_to_string(workspace.path(out)).unwrap();
+        (report, text.lines().map(|line| serde_json::from_str(line).unwrap()).collect())
+    }
+
+    fn inspect(&self, data: &str) -> Value {
+        let mut command = specforge(&["inspect", "--json", "--show", "100", "--target"]);
+        json_of(command.arg(self.workspace.path("model")).arg("--data").arg(self.workspace.path(data)))
+    }
+}
+
+fn answers(rows: &[Value]) -> Vec<&Value> {
+    let messages = rows.iter().flat_map(|row| row["messages"].as_array().unwrap());
+    messages.filter(|message| message["role"] == "assistant").collect()
+}
+
+#[test]
+fn what_the_target_said_is_trained_token_for_token() {
+    let bench = Bench::new();
+    let (report, rows) = bench.regen("answers.jsonl", &["--temperature", "1.5"]);
+    let answers = answers(&rows);
+    assert_eq!((report["answers"].as_u64().unwrap() as usize, rows.len()), (answers.len(), 6));
+    let ids = |answer: &Value| answer["token_ids"].as_array().unwrap().len();
+    assert!(answers.iter().all(|answer| ids(answer) > 0 && answer["prompt_hash"].is_string()));
+    let cut = answers.iter().filter(|answer| answer["finish"] == "length").count();
+    assert!(cut > 0 && answers.iter().filter(|answer| answer["finish"] == "length").all(|answer| ids(answer) == 12));
+
+    let inspected = bench.inspect("answers.jsonl");
+    let said: usize = answers.iter().map(|answer| ids(answer)).sum();
+    assert_eq!(inspected["statistics"]["supervised"], json!(said), "every token of every answer, and no other");
+    assert_eq!(inspected["build"]["from_token_ids"], 6);
+    assert_eq!(inspected["build"]["cut_answers"], json!(cut));
+    assert_eq!(inspected["build"]["rejected_count"], 0);
+
+    // An edited answer is not what the target said.
+    let edited: String = rows
+        .iter()
+        .map(|row| {
+            let mut row = row.clone();
+            let last = row["messages"].as_array().unwrap().len() - 1;
+            row["messages"][last]["content"] = "Better.".into();
+            format!("{row}\n")
+        })
+        .collect();
+    fs::write(bench.workspace.path("edited.jsonl"), edited).unwrap();
+    let mut command = specforge(&["inspect", "--target"]);
+    let output =
+        output_of(command.arg(bench.workspace.path("model")).arg("--data").arg(bench.workspace.path("edited.jsonl")));
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr_of(&output).contains("`content` is not what `token_ids` spell"), "{}", stderr_of(&output));
+}
+
+#[test]
+fn a_template_that_opens_thoughts_and_forgets_them_can_be_trained() {
+    let bench = Bench::new();
+    let template = "{% for m in messages %}{% if m.role == 'user' %}<|im_start|>user {{ m.content }}{% else %}\
+                    <|im_start|>assistant {{ m.content.split('</think>')[-1] }}<|im_end|>{% endif %}{% endfor %}\
+                    {% if add_generation_prompt %}<|im_start|>assistant <think>{{ '\\n' }}{% endif %}";
+    fs::write(bench.workspace.path("model/chat_template.jinja"), template).unwrap();
+    let (_, rows) = bench.regen("answers.jsonl", &["--temperature", "1"]);
+    let inspected = bench.inspect("answers.jsonl");
+    let said: usize = answers(&rows).iter().map(|answer| answer["token_ids"].as_array().unwrap().len()).sum();
+    assert_eq!(inspected["statistics"]["supervised"], json!(said));
+    // Two rows of one turn, two of two, two of three: each turn is a document.
+    assert_eq!(inspected["build"]["documents"], 12);
+    let shown = inspected["shown"][0]["text"].as_str().unwrap();
+    assert!(shown.contains("assistant <think>\n⟦"), "{shown}");
+    // Another template is another prompt.
+    fs::write(bench.workspace.path("model/chat_template.jinja"), template.replace("<think>", "<thought>")).unwrap();
+    let mut command = specforge(&["inspect", "--target"]);
+    let output =
+        output_of(command.arg(bench.workspace.path("model")).arg("--data").arg(bench.workspace.path("answers.jsonl")));
+    assert!(stderr_of(&output).contains("the prompt is not the one"), "{}", stderr_of(&output));
+}
+
+#[test]
+fn a_target_is_sampled_as_its_generation_config_says_unless_told_otherwise() {
+    let bench = Bench::new();
+    let (greedy, first) = bench.regen("greedy.jsonl", &[]);
+    assert_eq!(greedy["processors"]["temperature"], 0.0);
+    let config = json!({"do_sample": true, "temperature": 0.9, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2});
+    let path = bench.workspace.path("model/generation_config.json");
+    let mut whole: Value = fs::read_to_string(&path).map_or(json!({}), |text| serde_json::from_str(&text).unwrap());
+    whole.as_object_mut().unwrap().extend(config.as_object().unwrap().clone());
+    fs::write(&path, whole.to_string()).unwrap();
+    let (sampled, other) = bench.regen("sampled.jsonl", &["--top-p", "0.8"]);
+    let want = json!({"temperature": 0.9, "top_k": 7, "top_p": 0.8, "repetition_penalty": 1.2});
+    assert_eq!(sampled["processors"], want);
+    assert_ne!(first, other);
+    let record: Value =
+        serde_json::from_str(&fs::read_to_string(bench.workspace.path("sampled.jsonl.run.json")).unwrap()).unwrap();
+    for key in ["temperature", "top_k", "top_p", "repetition_penalty"] {
+        assert_eq!(record["same"][key], want[key], "{key}");
+    }
+    let (told, same) = bench.regen("told.jsonl", &["--temperature", "0", "--repetition-penalty", "1"]);
+    assert_eq!((&told["processors"]["temperature"], same), (&json!(0.0), first));
+
+    let mut command = specforge(&["regen", "--max-new-tokens", "2", "--seed", "5", "--target"]);
+    command.arg(bench.workspace.path("model")).arg("--prompts").arg(bench.workspace.path("prompts.jsonl"));
+    let text = stderr_of(&output_of(command.arg("--out").arg(bench.workspace.path("text.jsonl"))));
+    assert!(text.contains("`min_p` = 0.1 is not supported"), "{text}");
+    let words = "tokens are sampled: temperature 0.9, top-k 7, seed 5, repetition penalty 1.2";
+    assert!(text.contains(words), "{text}");
+}
