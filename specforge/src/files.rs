@@ -10,8 +10,10 @@ use serde::Serialize;
 use crate::error::{Error, Result};
 
 mod once;
+mod shrunk;
 
 pub use once::{Maker, open_or_make};
+pub use shrunk::on_shrunk;
 
 /// How the names of unfinished files begin.
 const PARTIAL_PREFIX: &str = ".partial-";

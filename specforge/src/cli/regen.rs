@@ -9,7 +9,7 @@ use crate::config::Dtype;
 use crate::data::ChatTokenizer;
 use crate::decode::regenerate::{self, RegenOptions, RegenReport};
 use crate::device;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, foreign};
 use crate::models;
 
 #[derive(Debug, Args)]
@@ -77,7 +77,7 @@ pub(super) fn run(args: &RegenArgs, output: &Output) -> Result<()> {
     match (report.failed, &report.errors) {
         (0, _) => Ok(()),
         (failed, errors) => {
-            let path = errors.as_ref().map_or_else(String::new, |path| format!("; see {}", path.display()));
+            let path = errors.as_ref().map_or_else(String::new, |path| format!("; see {}", foreign::path(path)));
             Err(Error::Failed(format!("{failed} rows could not be answered{path}")))
         }
     }
@@ -86,7 +86,7 @@ pub(super) fn run(args: &RegenArgs, output: &Output) -> Result<()> {
 fn text(report: &RegenReport) -> String {
     format!(
         "{}: {} rows answered ({} before this run), {} answers, {} ended by themselves\n{} new tokens, {:.0} tokens/s",
-        report.out.display(),
+        foreign::path(&report.out),
         report.answered,
         report.answered_before,
         report.answers,

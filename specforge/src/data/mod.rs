@@ -33,7 +33,7 @@ pub use conversation::{Conversation, Message, Rejections, Sample};
 pub use counts::supervised_counts;
 pub use pack::{PackedBatch, assemble, pack};
 pub use report::BuildReport;
-pub use stats::{Statistics, document_runs, document_text, mask_runs};
+pub use stats::{Statistics, document_for_terminal, document_runs, document_text, mask_runs};
 pub use text_stream::TextStream;
 pub use tokenizer::ChatTokenizer;
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::super::signals;
+use crate::error::foreign;
 use crate::train::TrainReport;
 
 pub(super) fn text(report: &TrainReport) -> String {
@@ -19,7 +20,7 @@ pub(super) fn text(report: &TrainReport) -> String {
         "{} of {} steps, {} tokens, {rate:.0} tokens/s",
         report.steps, report.total_steps, report.tokens
     ));
-    lines.push(format!("checkpoint: {}", report.checkpoint.display()));
+    lines.push(format!("checkpoint: {}", foreign::path(&report.checkpoint)));
     lines.join("\n")
 }
 
