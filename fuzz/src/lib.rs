@@ -48,7 +48,7 @@ macro_rules! target {
 pub fn begin(files: &[&str]) {
     progress::silence();
     // libFuzzer's own hook ends the program at every panic, also at those that specforge turns into errors.
-    panic::set_hook(Box::new(|_| {}));
+    panic::set_hook(Box::new(|info| eprintln!("{info}")));
     let named = std::env::var_os("SPECFORGE_FUZZ_FOLDER").map(PathBuf::from);
     let parent = named.unwrap_or_else(std::env::temp_dir);
     let folder = tempfile::Builder::new().prefix("specforge-fuzz-").tempdir_in(parent).expect("a temporary folder");

@@ -54,7 +54,7 @@ fn make(folder: &Path) {
     write("run.json", &configuration().to_string());
     let run = |arguments: &[&str]| specforge(arguments).unwrap_or_else(|error| panic!("{arguments:?}: {error}"));
     run(&["train", "--config", "run.json", "--device", "cpu"]);
-    let eagle3 = [r#"draft={"algorithm": "eagle3"}"#, "train.output_dir=run-eagle3"];
+    let eagle3 = [r#"draft={"algorithm": "eagle3", "capture": [0, 1]}"#, "train.output_dir=run-eagle3"];
     run(&["train", "--config", "run.json", "--device", "cpu", "--set", eagle3[0], "--set", eagle3[1]]);
     for (checkpoint, format) in
         [("run", "medusa"), ("run", "medusa-vllm"), ("run-eagle3", "eagle3"), ("run-eagle3", "speculators")]
