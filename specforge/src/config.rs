@@ -172,12 +172,18 @@ impl RunConfig {
     }
 }
 
+/// Deepest key that is set. What is nested deeper than a file may be ends the program when it is walked.
+const DEEPEST_KEY: usize = 32;
+
 /// Applies one `a.b=c`. `c` is JSON where it parses as such, text otherwise.
 fn set(root: &mut Value, text: &str) -> Result<()> {
     let (key, value) = text
         .split_once('=')
         .filter(|(key, _)| !key.is_empty())
         .ok_or_else(|| Error::Usage(format!("--set: expected key=value, got `{text}`")))?;
+    if key.split('.').count() > DEEPEST_KEY {
+        return Err(Error::Usage(format!("--set: expected a key of at most {DEEPEST_KEY} parts, got `{key}`")));
+    }
     let value = serde_json::from_str(value).unwrap_or_else(|_| Value::from(value));
     let mut place = root;
     for part in key.split('.') {

@@ -1,12 +1,17 @@
 //! The one error type of the library.
 //!
 //! Every message says what was wrong, where (path, line, tensor, key), what was expected and what was found.
-//! What to do about it is kept apart as a hint, which `main` prints on a line of its own.
+//! What to do about it is kept apart as a hint, which `main` prints on a line of its own. Whatever a message quotes is
+//! shown as [`foreign`] shows it, so that a file cannot write to the terminal what it likes.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
+
+pub mod foreign;
+
+use foreign::{message, one_line};
 
 /// Result of every fallible function of the library.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -16,7 +21,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Error {
     // -- the user's files -------------------------------------------------------------------------------------------
     /// A file system operation failed.
-    #[error("cannot {action} {}: {source}", path.display())]
+    #[error("cannot {action} {}: {}", foreign::path(path), foreign::one_line(&source.to_string()))]
     Io {
         /// What was tried, as a verb: "read", "create", "rename".
         action: &'static str,
@@ -26,7 +31,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A file exists and is not what it should be.
-    #[error("{}: {problem}", path.display())]
+    #[error("{}: {}", foreign::path(path), foreign::message(problem))]
     BadFile {
         /// The file.
         path: PathBuf,
@@ -36,7 +41,7 @@ pub enum Error {
         hint: Option<String>,
     },
     /// One line of a text file is not what it should be.
-    #[error("{}:{line}: {problem}", path.display())]
+    #[error("{}:{line}: {}", foreign::path(path), foreign::one_line(problem))]
     BadLine {
         /// The file.
         path: PathBuf,
@@ -46,7 +51,7 @@ pub enum Error {
         problem: String,
     },
     /// The tensors of a folder are not the tensors of the model.
-    #[error("{}: the tensors do not fit the model{}", path.display(), mismatch)]
+    #[error("{}: the tensors do not fit the model{}", foreign::path(path), mismatch)]
     Tensors {
         /// The weights folder or file.
         path: PathBuf,
@@ -56,7 +61,7 @@ pub enum Error {
 
     // -- the user's wishes ------------------------------------------------------------------------------------------
     /// A configuration value that cannot be used.
-    #[error("configuration: `{key}`: {problem}")]
+    #[error("configuration: `{}`: {}", foreign::name(key), foreign::message(problem))]
     Config {
         /// Dotted path of the key.
         key: String,
@@ -66,12 +71,12 @@ pub enum Error {
         hint: Option<String>,
     },
     /// A command line that cannot be used.
-    #[error("{0}")]
+    #[error("{}", foreign::message(.0))]
     Usage(String),
 
     // -- the run ----------------------------------------------------------------------------------------------------
     /// Training produced NaN or infinity and was stopped before anything was overwritten.
-    #[error("step {step}: {what} is not finite; stopped before the update. Batch: {batch}")]
+    #[error("step {step}: {what} is not finite; stopped before the update. Batch: {}", foreign::one_line(batch))]
     NonFinite {
         /// Optimizer step, from 1.
         step: u64,
@@ -81,7 +86,7 @@ pub enum Error {
         batch: String,
     },
     /// Another process of the run is gone or did not answer in time.
-    #[error("rank {rank}: {operation}: {problem}")]
+    #[error("rank {rank}: {operation}: {}", foreign::one_line(problem))]
     Peer {
         /// Who noticed.
         rank: usize,
@@ -91,7 +96,7 @@ pub enum Error {
         problem: String,
     },
     /// A process that this one started failed, and the run with it.
-    #[error("{who} failed: {message}")]
+    #[error("{} failed: {}", foreign::name(who), foreign::message(.message))]
     Launched {
         /// Which rank, with its process id, or which machine.
         who: String,
@@ -105,10 +110,10 @@ pub enum Error {
         signal: Option<i32>,
     },
     /// libtorch refused an operation.
-    #[error("libtorch: {}", first_line(.0))]
+    #[error("libtorch: {}", foreign::one_line(first_line(.0)))]
     Torch(String),
     /// A mistake in this program.
-    #[error("internal error at {location}: {}", one_line(.message))]
+    #[error("internal error at {location}: {}", joined(.message))]
     Internal {
         /// FILE:LINE of the source.
         location: String,
@@ -116,7 +121,7 @@ pub enum Error {
         message: String,
     },
     /// Something failed that no group above describes.
-    #[error("{0}")]
+    #[error("{}", foreign::message(.0))]
     Failed(String),
 }
 
@@ -149,7 +154,7 @@ impl std::fmt::Display for TensorMismatch {
             }
             write!(formatter, "\n  {title} ({}):", rows.len())?;
             for row in rows.iter().take(NAMES_SHOWN) {
-                write!(formatter, "\n    {row}")?;
+                write!(formatter, "\n    {}", foreign::name(row))?;
             }
             match rows.len().checked_sub(NAMES_SHOWN) {
                 Some(more) if more > 0 => write!(formatter, "\n    and {more} more"),
@@ -198,6 +203,10 @@ impl Error {
 
     /// What to do, where that can be said.
     pub fn hint(&self) -> Option<String> {
+        self.hint_text().map(|text| message(&text))
+    }
+
+    fn hint_text(&self) -> Option<String> {
         match self {
             Error::BadFile { hint, .. } | Error::Config { hint, .. } | Error::Launched { hint, .. } => hint.clone(),
             Error::Io { source, path, .. } => match source.kind() {
@@ -264,6 +273,6 @@ fn first_line(text: &str) -> &str {
     text.lines().next().unwrap_or(text)
 }
 
-fn one_line(text: &str) -> String {
-    text.lines().map(str::trim).collect::<Vec<_>>().join(" ")
+fn joined(text: &str) -> String {
+    one_line(&text.lines().map(str::trim).collect::<Vec<_>>().join(" "))
 }

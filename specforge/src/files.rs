@@ -11,10 +11,12 @@ use crate::error::{Error, Result};
 
 mod digests;
 mod once;
+mod shrunk;
 mod unfinished;
 
 pub use digests::{Digests, hexadecimal};
 pub use once::{Maker, open_or_make};
+pub use shrunk::on_shrunk;
 use unfinished::{Unfinished, begun};
 pub use unfinished::{abandon, is_abandoned};
 

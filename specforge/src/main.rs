@@ -14,6 +14,7 @@ use std::thread;
 use clap::Parser;
 use specforge::cli::Cli;
 use specforge::error::Error;
+use specforge::error::foreign::{self, panic_text};
 use specforge::{files, launch, memory, threads};
 
 /// Where the latest panic happened, as FILE:LINE. The panic itself, which may cross threads, does not carry it. Some are
@@ -28,10 +29,14 @@ static BEFORE_LIBRARIES: unsafe extern "C" fn(c_int, *const *const c_char, *cons
 fn main() -> ExitCode {
     memory::keep_freed();
     let with_backtrace = take_backtrace_wish();
-    let cli = Cli::parse();
+    let cli = match parse() {
+        Ok(cli) => cli,
+        Err(refusal) => return refuse(&refusal),
+    };
     // libtorch's operators panic where they fail (out of memory, say): such a panic is reported like any other error.
     panic::set_hook(Box::new(move |info| note_panic(info, with_backtrace)));
-    let outcome = panic::catch_unwind(|| cli.run()).unwrap_or_else(|payload| {
+    let outcome = panic::catch_unwind(|| files::on_shrunk(report).and_then(|()| cli.run()));
+    let outcome = outcome.unwrap_or_else(|payload| {
         Err(from_panic(payload.as_ref(), &PANICKED_AT.lock().unwrap_or_else(PoisonError::into_inner)))
     });
     let Err(error) = outcome else {
@@ -41,14 +46,35 @@ fn main() -> ExitCode {
     while files::is_abandoned() {
         thread::park();
     }
+    report(&error);
+    ExitCode::from(error.exit_code())
+}
+
+/// Says what went wrong, to the user and to a launcher.
+fn report(error: &Error) {
     eprintln!("error: {error}");
     if let Some(hint) = error.hint() {
         eprintln!("hint: {hint}");
     }
-    if let Err(problem) = launch::leave(&error) {
+    if let Err(problem) = launch::leave(error) {
         eprintln!("warning: the launcher will not know why: {problem}");
     }
-    ExitCode::from(error.exit_code())
+}
+
+/// Reads the command line. Where it is refused, it is refused once more with what a terminal would obey written as what it
+/// is: the parser quotes what it was given.
+fn parse() -> Result<Cli, clap::Error> {
+    Cli::try_parse().map_err(|refusal| {
+        let shown = env::args_os().map(|argument| foreign::name(&argument.to_string_lossy()));
+        Cli::try_parse_from(shown).err().unwrap_or(refusal)
+    })
+}
+
+/// Prints what the parser says: help on stdout, a refusal on stderr.
+fn refuse(refusal: &clap::Error) -> ExitCode {
+    // A reader that went away is no error.
+    let _ = refusal.print();
+    ExitCode::from(if refusal.use_stderr() { 2 } else { 0 })
 }
 
 /// Whether the environment asks for backtraces. The wish is ours to fulfil from here on, and the standard library's no
@@ -67,19 +93,14 @@ fn note_panic(info: &PanicHookInfo<'_>, with_backtrace: bool) {
         let place = format!("{}:{}", location.file(), location.line());
         *PANICKED_AT.lock().unwrap_or_else(PoisonError::into_inner) = place;
     }
-    let out_of_memory = libtorch_message(text_of(info.payload())).is_some_and(|text| Error::Torch(text).is_memory());
+    let out_of_memory = libtorch_message(panic_text(info.payload())).is_some_and(|text| Error::Torch(text).is_memory());
     if with_backtrace && !out_of_memory {
         eprintln!("{info}\n{}", Backtrace::force_capture());
     }
 }
 
-fn text_of(payload: &(dyn Any + Send)) -> &str {
-    let text = payload.downcast_ref::<String>().map(String::as_str);
-    text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("unknown")
-}
-
 fn from_panic(payload: &(dyn Any + Send), location: &str) -> Error {
-    let text = text_of(payload);
+    let text = panic_text(payload);
     match libtorch_message(text) {
         Some(message) => Error::Torch(message),
         None => Error::Internal { location: location.to_owned(), message: text.to_owned() },

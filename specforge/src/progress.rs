@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle, WeakProgressBar};
 
+use crate::error::foreign;
+
 /// Time between two plain lines.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 /// Times a second that a bar is drawn, at most.
@@ -149,9 +151,10 @@ impl Progress {
 
     /// Writes a line of its own to stderr without breaking the bar.
     pub fn println(&self, text: &str) {
+        let text = foreign::message(text);
         match &self.output {
             Output::Bar(bar) => bar.println(text),
-            Output::Lines(_) | Output::Nothing => self.say(text),
+            Output::Lines(_) | Output::Nothing => self.say(&text),
         }
     }
 

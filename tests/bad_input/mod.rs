@@ -13,6 +13,8 @@ use crate::fixture::{Workspace, contents, litter, output_of, stderr_of};
 mod bench;
 mod data;
 mod export;
+mod forged;
+mod hostile;
 mod import;
 mod models;
 mod regen;
@@ -76,6 +78,11 @@ fn problems_of(case: &Case, workspace: &mut Workspace) -> (String, Vec<String>) 
     for noise in ["panicked", "RUST_BACKTRACE", "internal error", "frame #", "Exception raised", "c10::"] {
         expect(!message.contains(noise), format!("`{noise}` in the message"));
     }
+    // Whatever a file calls its parts: a terminal obeys none of it, and a reader is done with it soon.
+    let harmful = message.chars().find(|&letter| letter.is_control() && letter != '\n');
+    expect(harmful.is_none(), format!("{harmful:?} in the message"));
+    let longest = message.lines().map(|line| line.chars().count()).max().unwrap_or(0);
+    expect(longest <= 1500 && message.lines().count() <= 60, format!("a line of {longest} characters"));
     expect(litter(&folder).is_empty(), format!("left behind: {:?}", litter(&folder)));
     // What was there is there still, and what is new is no result.
     let after = contents(&folder);

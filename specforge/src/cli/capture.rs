@@ -10,7 +10,7 @@ use super::{Output, note, signals, train};
 use crate::config::RunConfig;
 use crate::device;
 use crate::draft;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, foreign};
 use crate::features::OnlineFeatures;
 use crate::features::store::{Capture, CaptureReport, Element, LAYER_CONVENTION, Overview, StoreManifest};
 use crate::features::store::{capture, manifest};
@@ -107,7 +107,7 @@ pub(super) fn run(args: &CaptureArgs, stop: &Stop, output: &Output) -> Result<()
         output.result(&overview, || describe(&overview, &wanted));
         return Ok(());
     }
-    note(describe(&overview, &wanted));
+    describe(&overview, &wanted).lines().for_each(note);
     enough_space(out, overview.bytes_to_write)?;
 
     let kind = config.target.dtype.kind();
@@ -179,7 +179,7 @@ fn describe(overview: &Overview, wanted: &StoreManifest) -> String {
 fn text(report: &Report) -> String {
     let CaptureReport { out, documents, tokens, bytes, shards, layers, element, .. } = &report.capture;
     let first =
-        format!("{}: {documents} documents, {tokens} tokens, {} in {shards} shards", out.display(), size(*bytes));
+        format!("{}: {documents} documents, {tokens} tokens, {} in {shards} shards", foreign::path(out), size(*bytes));
     let states = format!("states {} in {}", manifest::listed(layers), element.name());
     let speed = format!("{} tokens captured, {:.0} tokens/s", report.capture.tokens_captured, report.tokens_per_second);
     match report.stopped_by {

@@ -8,7 +8,7 @@ use serde_json::json;
 use super::{Output, note, record};
 use crate::checkpoint;
 use crate::config::Dtype;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, foreign};
 use crate::export::{self, Engine, ExportReport, Source};
 
 #[derive(Debug, Args)]
@@ -61,20 +61,21 @@ pub(super) fn run(args: &ExportArgs, output: &Output) -> Result<()> {
 fn text(report: &ExportReport) -> String {
     let head = format!(
         "{}: {} layout, {} tensors, {} parameters, {}: names, shapes, types and configuration fit",
-        report.path.display(),
+        foreign::path(&report.path),
         report.format,
         report.tensors,
         report.parameters,
         report.dtype
     );
     let mut lines = vec![head];
-    lines.extend(report.resolved.iter().map(|line| format!("  {line}")));
+    lines.extend(report.resolved.iter().map(|line| format!("  {}", foreign::one_line(line))));
     for known in &report.engines {
         lines.push(match known.problems.is_empty() {
             true => format!("{}: serves it", known.engine.name()),
             false => format!("{}: cannot serve it", known.engine.name()),
         });
-        lines.extend(known.problems.iter().chain(&known.resolved).map(|line| format!("  {line}")));
+        let words = known.problems.iter().chain(&known.resolved);
+        lines.extend(words.map(|line| format!("  {}", foreign::one_line(line))));
     }
     lines.join("\n")
 }

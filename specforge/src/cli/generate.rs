@@ -1,5 +1,6 @@
 //! `specforge generate`
 
+use std::borrow::Cow;
 use std::io::{BufRead, IsTerminal, Write};
 use std::path::PathBuf;
 
@@ -13,7 +14,7 @@ use crate::data::{Message, TextStream};
 use crate::decode::engine::{Clock, Decoded};
 use crate::decode::event::{Committed, Listener, Round, Source, Started};
 use crate::decode::{Engine, Finish, Request};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, foreign};
 use crate::trace::Recorder;
 
 #[derive(Debug, Args)]
@@ -132,9 +133,11 @@ impl Session<'_> {
             key: self.turn,
         })?;
         self.turn += 1;
-        let coloured = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+        let terminal = std::io::stdout().is_terminal();
+        let coloured = terminal && std::env::var_os("NO_COLOR").is_none();
         let stream = TextStream::new(&self.models.tokenizer);
-        let mut printer = Printer { stream, text: String::new(), shown: !self.output.json, coloured, recorder };
+        let mut printer =
+            Printer { stream, text: String::new(), shown: !self.output.json, terminal, coloured, recorder };
         let mut decoded = None;
         while engine.pending() > 0 {
             for left in engine.step(&mut printer)? {
@@ -202,6 +205,8 @@ struct Printer<'a> {
     stream: TextStream<'a>,
     text: String,
     shown: bool,
+    /// A terminal is not told what it would obey; everything else gets the text as it is.
+    terminal: bool,
     coloured: bool,
     recorder: Option<&'a mut Recorder>,
 }
@@ -212,6 +217,7 @@ impl Printer<'_> {
         if !self.shown || text.is_empty() {
             return Ok(());
         }
+        let text = if self.terminal { foreign::block(text) } else { Cow::Borrowed(text) };
         let mut stdout = std::io::stdout();
         let written = match self.coloured && source == Source::Accepted {
             true => write!(stdout, "\x1b[32m{text}\x1b[0m"),

@@ -6,7 +6,7 @@ use clap::Args;
 use serde_json::json;
 
 use super::{LazyProgress, Output, record};
-use crate::error::Result;
+use crate::error::{Result, foreign};
 use crate::weights::gguf::{self, ImportDtype, ImportOptions};
 
 #[derive(Debug, Args)]
@@ -37,7 +37,7 @@ pub(super) fn run(args: &ImportArgs, output: &Output) -> Result<()> {
         let types: Vec<String> = report.ggml_types.iter().map(|(name, count)| format!("{count} {name}")).collect();
         format!(
             "{}: {} tensors ({}), {} parameters, {}",
-            report.out.display(),
+            foreign::path(&report.out),
             report.tensors,
             types.join(", "),
             report.parameters,

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::{LazyProgress, Output, note, numbers};
 use crate::data::{self, BuildReport, ChatTokenizer, DataConfig, Statistics, TokenCache};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, foreign};
 
 #[derive(Debug, Args)]
 pub(super) struct InspectArgs {
@@ -80,15 +80,21 @@ pub(super) fn run(args: &InspectArgs, output: &Output) -> Result<()> {
         When::Always => true,
         When::Never => false,
     };
-    let shown = chosen.into_iter().map(|index| show(&cache, index, &tokenizer, colour)).collect::<Result<Vec<_>>>()?;
+    let shown = chosen
+        .into_iter()
+        .map(|index| show(&cache, index, &tokenizer, (output.json, colour)))
+        .collect::<Result<Vec<_>>>()?;
     let report = Report { statistics: Statistics::of(&cache, 0..cache.len()), build, shown };
-    output.result(&report, || text(&report));
+    output.coloured_result(&report, || text(&report));
     Ok(())
 }
 
-fn show(cache: &TokenCache, index: usize, tokenizer: &ChatTokenizer, colour: bool) -> Result<Shown> {
+fn show(cache: &TokenCache, index: usize, tokenizer: &ChatTokenizer, (json, colour): (bool, bool)) -> Result<Shown> {
     let document = cache.document(index);
-    let text = data::document_text(tokenizer, &document, colour)?;
+    let text = match json {
+        true => data::document_text(tokenizer, &document, colour),
+        false => data::document_for_terminal(tokenizer, &document, colour),
+    }?;
     let supervised = document.supervised.iter().filter(|&&mark| mark != 0).count();
     Ok(Shown { id: document.id.to_owned(), tokens: document.tokens.len(), supervised, text })
 }
@@ -96,7 +102,8 @@ fn show(cache: &TokenCache, index: usize, tokenizer: &ChatTokenizer, colour: boo
 fn text(report: &Report) -> String {
     let mut text = String::new();
     for shown in &report.shown {
-        let _ = writeln!(text, "── {} ({} tokens, {} supervised)", shown.id, shown.tokens, shown.supervised);
+        let id = foreign::name(&shown.id);
+        let _ = writeln!(text, "── {id} ({} tokens, {} supervised)", shown.tokens, shown.supervised);
         let _ = writeln!(text, "{}\n", shown.text.trim_end());
     }
     let _ = writeln!(text, "{}", report.statistics);

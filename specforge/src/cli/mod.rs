@@ -6,7 +6,7 @@ use std::io::{ErrorKind, Write};
 use clap::{Parser, Subcommand};
 use serde::Serialize;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, foreign};
 use crate::progress::{self, Progress};
 
 mod bench;
@@ -117,6 +117,11 @@ struct Output {
 impl Output {
     /// Prints a result, as JSON or as text. A reader that went away is no error.
     fn result<T: Serialize>(&self, value: &T, text: impl FnOnce() -> String) {
+        self.coloured_result(value, || foreign::block(&text()).into_owned());
+    }
+
+    /// The same with text that holds colours of ours, and nothing else that a terminal obeys.
+    fn coloured_result<T: Serialize>(&self, value: &T, text: impl FnOnce() -> String) {
         let text = match self.json {
             true => serde_json::to_string_pretty(value).unwrap_or_else(|error| format!("{{\"error\": \"{error}\"}}")),
             false => text(),
@@ -137,7 +142,7 @@ fn note(text: impl AsRef<str>) {
     if progress::is_silent() {
         return;
     }
-    let _ = writeln!(std::io::stderr(), "{}", text.as_ref());
+    let _ = writeln!(std::io::stderr(), "{}", foreign::message(text.as_ref()));
 }
 
 /// Progress whose total is known at the first report.

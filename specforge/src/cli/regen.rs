@@ -9,7 +9,7 @@ use crate::config::Dtype;
 use crate::data::ChatTokenizer;
 use crate::decode::regenerate::{self, GenerationConfig, OnLength, RegenOptions, RegenReport};
 use crate::device;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, foreign};
 use crate::models;
 use crate::nn::Processors;
 use crate::stop::{Answer, Stop};
@@ -127,7 +127,7 @@ pub(super) fn run(args: &RegenArgs, stop: &Stop, output: &Output) -> Result<()> 
     match (report.failed, &report.errors) {
         (0, _) => Ok(()),
         (failed, errors) => {
-            let path = errors.as_ref().map_or_else(String::new, |path| format!("; see {}", path.display()));
+            let path = errors.as_ref().map_or_else(String::new, |path| format!("; see {}", foreign::path(path)));
             Err(Error::Failed(format!("{failed} rows could not be answered{path}")))
         }
     }
@@ -163,7 +163,7 @@ fn text(report: &RegenReport) -> String {
     format!(
         "{}: {} rows answered ({} before this run), {} answers, {} ended by themselves{dropped}\n\
          {} new tokens, {:.0} tokens/s",
-        report.out.display(),
+        foreign::path(&report.out),
         report.answered,
         report.answered_before,
         report.answers,

@@ -15,7 +15,7 @@ use crate::decode::engine::EngineOptions;
 use crate::decode::policy::Policy;
 use crate::decode::regenerate::prompts::{Prompt, Prompts};
 use crate::device;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, foreign};
 use crate::files;
 use crate::models;
 use crate::nn::Processors;
@@ -188,7 +188,7 @@ fn report(args: &TreeArgs, rates: &PathRates, failed: usize) -> Report {
 fn text(report: &Report) -> String {
     let mut text = format!(
         "{}: {} guesses, chosen by {} positions of {} answers\n\nhead   best guess   {} best\n",
-        report.path.display(),
+        foreign::path(&report.path),
         report.nodes,
         report.positions,
         report.answers,

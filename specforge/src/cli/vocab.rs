@@ -10,7 +10,7 @@ use super::{Output, note, numbers, train};
 use crate::config::RunConfig;
 use crate::data;
 use crate::draft::vocabulary::{Corpus, Made};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, foreign};
 use crate::plan;
 use crate::vocab::Coverage;
 
@@ -103,7 +103,7 @@ fn text(report: &Report) -> String {
     let _ = write!(
         text,
         "\n{}: {} tokens, {} of them ends of turns and special tokens, {} never seen",
-        report.path.display(),
+        foreign::path(&report.path),
         report.draft_vocab_size,
         report.forced,
         report.filled

@@ -2,6 +2,7 @@
 
 use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
@@ -183,8 +184,17 @@ fn tokenise(
     let mut passed_over = PassedOverCounts::default();
     for (done, chunk) in records.chunks(CHUNK).enumerate() {
         progress((done * CHUNK) as u64, total as u64);
-        let outcomes: Vec<Result<Outcome>> =
-            chunk.par_iter().map(|(source, record)| tokenise_record(source, record, tokenizer, config)).collect();
+        // What ends the build may take its time over every record: the others need not find out.
+        let ended = AtomicBool::new(false);
+        let outcomes = chunk.par_iter().map(|(source, record)| {
+            if ended.load(Ordering::Relaxed) {
+                return Err(Error::Failed("not looked at".to_owned()));
+            }
+            let outcome = tokenise_record(source, record, tokenizer, config);
+            ended.fetch_or(matches!(&outcome, Err(error) if !matches!(error, Error::Failed(_))), Ordering::Relaxed);
+            outcome
+        });
+        let outcomes: Vec<Result<Outcome>> = outcomes.collect();
         for ((source, record), outcome) in chunk.iter().zip(outcomes) {
             match outcome {
                 Ok(mut outcome) => {

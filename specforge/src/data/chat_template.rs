@@ -16,7 +16,7 @@ use serde_json::{Map, Value as Json};
 
 use super::conversation::Message;
 use super::python::{self, Day};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, foreign};
 
 /// `strftime_now` always answers this day, the one Llama's templates fall back to: the same data must give the same
 /// tokens tomorrow.
@@ -99,8 +99,8 @@ impl TemplateSource {
             _ => return Err(wrong()),
         };
         if !templates.contains_key(DEFAULT) {
-            let names: Vec<&str> = templates.keys().map(String::as_str).collect();
-            let problem = format!("`chat_template` lists [{}], expected one called `{DEFAULT}`", names.join(", "));
+            let names = foreign::listed(templates.keys(), 8);
+            let problem = format!("`chat_template` lists [{names}], expected one called `{DEFAULT}`");
             return Err(Error::bad_file(path, problem).with_hint("name one file with data.chat_template"));
         }
         Ok(Self { path: path.to_path_buf(), templates })
@@ -122,12 +122,14 @@ impl ChatTemplate {
         let mut environment = environment()?;
         for (name, text) in &source.templates {
             let compile = |environment: &mut Environment<'static>, name: String, text: String| {
-                environment.add_template_owned(name, text).map_err(|error| {
-                    let problem =
-                        format!("the chat template `{}` is not valid: {}", error.name().unwrap_or(DEFAULT), error);
+                let refuse = |problem: String| {
                     Error::bad_file(&source.path, problem)
                         .with_hint("correct it, or name another with data.chat_template")
-                })
+                };
+                let compiled = foreign::library(|| environment.add_template_owned(name.clone(), text));
+                let compiled =
+                    compiled.map_err(|words| refuse(format!("the chat template `{name}` fails: {words}")))?;
+                compiled.map_err(|error| refuse(format!("the chat template `{name}` is not valid: {error}")))
             };
             let (plain, blocks) = rewrite_generation_blocks(text, "__generation");
             compile(&mut environment, name.clone(), plain)?;
@@ -211,15 +213,21 @@ impl Prepared<'_> {
         for (key, value) in self.template.globals.iter().chain(&self.arguments) {
             context.insert(key, Value::from(Serde(value)));
         }
-        let rendered = self.template.environment.get_template(name).and_then(|template| template.render(context));
-        rendered.map_err(|error| Error::Failed(self.refusal(&error)))
+        let environment = &self.template.environment;
+        let render = || environment.get_template(name).and_then(|template| template.render(context));
+        match foreign::library(render) {
+            Ok(rendered) => rendered.map_err(|error| Error::Failed(self.refusal(&error))),
+            Err(words) => {
+                Err(Error::bad_file(&self.template.path, format!("the chat template cannot be used: {words}")))
+            }
+        }
     }
 
     /// The template's own words where it has some, else what went wrong and on which line.
     fn refusal(&self, error: &minijinja::Error) -> String {
         match (error.kind(), error.detail()) {
             (ErrorKind::InvalidOperation, Some(detail)) if detail.starts_with(RAISED) => {
-                format!("the chat template refuses it: {}", detail.trim_start_matches(RAISED))
+                format!("the chat template refuses it: {}", foreign::one_line(detail.trim_start_matches(RAISED)))
             }
             _ => format!("the chat template of {} fails: {error}", self.template.path.display()),
         }

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::cache::{Document, TokenCache};
 use super::tokenizer::ChatTokenizer;
-use crate::error::Result;
+use crate::error::{Result, foreign};
 
 const PERCENTILES: [usize; 7] = [5, 25, 50, 75, 90, 95, 99];
 
@@ -105,9 +105,19 @@ pub fn document_runs(tokenizer: &ChatTokenizer, document: &Document<'_>) -> Resu
 
 /// The same as one string, with supervised text in green, or between `⟦` and `⟧` where colours are not wanted.
 pub fn document_text(tokenizer: &ChatTokenizer, document: &Document<'_>, colour: bool) -> Result<String> {
-    let (open, close) = if colour { ("\u{1b}[32m", "\u{1b}[0m") } else { ("⟦", "⟧") };
+    Ok(marked(document_runs(tokenizer, document)?, colour))
+}
+
+/// The same without anything else that a terminal would obey.
+pub fn document_for_terminal(tokenizer: &ChatTokenizer, document: &Document<'_>, colour: bool) -> Result<String> {
     let runs = document_runs(tokenizer, document)?;
-    Ok(runs.into_iter().map(|(flag, text)| if flag { format!("{open}{text}{close}") } else { text }).collect())
+    let shown = runs.into_iter().map(|(flag, text)| (flag, foreign::block(&text).into_owned()));
+    Ok(marked(shown, colour))
+}
+
+fn marked(runs: impl IntoIterator<Item = (bool, String)>, colour: bool) -> String {
+    let (open, close) = if colour { ("\u{1b}[32m", "\u{1b}[0m") } else { ("⟦", "⟧") };
+    runs.into_iter().map(|(flag, text)| if flag { format!("{open}{text}{close}") } else { text }).collect()
 }
 
 #[cfg(test)]

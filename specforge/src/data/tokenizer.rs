@@ -4,7 +4,6 @@
 //! author of a preformatted file wrote them there.
 
 use std::collections::{BTreeSet, HashSet};
-use std::panic;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
@@ -13,7 +12,7 @@ use tokenizers::{PostProcessorWrapper, Tokenizer};
 
 use super::chat_template::{ChatTemplate, Prepared, TemplateSource};
 use super::conversation::{Conversation, Message};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, foreign};
 
 /// Token ids and where each lies in the text, in bytes. The several tokens of one character all lie where it does.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,14 +58,10 @@ impl ChatTokenizer {
                 .with_hint("name a Hugging Face folder with tokenizer.json; slow tokenizers must be converted first"));
         }
         let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
-        let mut tokenizer = parse(&bytes).map_err(|problem| {
-            Error::bad_file(&path, format!("is not a tokenizer this program can read: {problem}"))
-        })?;
-        // Texts are whole already, and the byte-level post-processor would cut white space off the offsets.
-        tokenizer.with_post_processor(None::<PostProcessorWrapper>);
-        tokenizer.with_padding(None);
-        let problem = |error: tokenizers::Error| Error::bad_file(&path, error.to_string());
-        tokenizer.with_truncation(None).map_err(problem)?;
+        let unreadable =
+            |problem: String| Error::bad_file(&path, format!("is not a tokenizer this program can read: {problem}"));
+        let tokenizer = foreign::library(|| parse(&bytes)).map_err(contradiction).and_then(|read| read);
+        let tokenizer = tokenizer.map_err(unreadable)?;
 
         let config = read_object(&model_dir.join("tokenizer_config.json"))?;
         let special_tokens = special_tokens(model_dir, &config)?;
@@ -133,23 +128,33 @@ impl ChatTokenizer {
 
     /// Token ids of a text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.tokenizer.encode_fast(text, false).map_err(|error| self.failed("encode", error))?;
+        let encoding = self.ask("encode a text", || self.tokenizer.encode_fast(text, false))?;
         Ok(encoding.get_ids().to_vec())
     }
 
     /// Token ids of a text, and where they lie in it.
     pub fn encode_with_offsets(&self, text: &str) -> Result<Encoded> {
-        let encoding = self.tokenizer.encode(text, false).map_err(|error| self.failed("encode", error))?;
+        let encoding = self.ask("encode a text", || self.tokenizer.encode(text, false))?;
         Ok(Encoded { ids: encoding.get_ids().to_vec(), offsets: encoding.get_offsets().to_vec() })
     }
 
     /// Text of token ids.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        self.tokenizer.decode(ids, skip_special).map_err(|error| self.failed("decode", error))
+        self.ask("decode tokens", || self.tokenizer.decode(ids, skip_special))
     }
 
-    fn failed(&self, action: &str, error: tokenizers::Error) -> Error {
-        Error::Failed(format!("the tokenizer of {} cannot {action}: {error}", self.folder.display()))
+    /// What the library answers. Where it panics, tokenizer.json is at fault, not the text: every text may meet it.
+    fn ask<T>(&self, action: &str, call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
+        match foreign::library(call) {
+            Ok(answer) => answer.map_err(|error| {
+                Error::Failed(format!("the tokenizer of {} cannot {action}: {error}", self.folder.display()))
+            }),
+            Err(words) => {
+                let problem = format!("cannot {action}: {}", contradiction(words));
+                Err(Error::bad_file(self.folder.join("tokenizer.json"), problem)
+                    .with_hint("use the tokenizer.json that the model was published with"))
+            }
+        }
     }
 
     /// The id of a token, by its text.
@@ -238,12 +243,19 @@ impl ChatTokenizer {
     }
 }
 
-/// Reads tokenizer.json. The library panics over some files that contradict themselves.
+/// Reads tokenizer.json, as a tokenizer that adds nothing, cuts nothing and fills nothing up.
 fn parse(bytes: &[u8]) -> Result<Tokenizer, String> {
-    match panic::catch_unwind(|| Tokenizer::from_bytes(bytes)) {
-        Ok(read) => read.map_err(|error| error.to_string()),
-        Err(_) => Err("its vocabulary, merges and prefixes do not fit each other".to_owned()),
-    }
+    let mut tokenizer = Tokenizer::from_bytes(bytes).map_err(|error| error.to_string())?;
+    // Texts are whole already, and the byte-level post-processor would cut white space off the offsets.
+    tokenizer.with_post_processor(None::<PostProcessorWrapper>);
+    tokenizer.with_padding(None);
+    tokenizer.with_truncation(None).map_err(|error| error.to_string())?;
+    Ok(tokenizer)
+}
+
+/// What the words of a panic in the library mean: it takes for granted that the parts of a file fit each other.
+fn contradiction(words: String) -> String {
+    format!("its parts do not fit each other ({words})")
 }
 
 /// An object from a JSON file; empty if the file is not there.

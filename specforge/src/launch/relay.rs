@@ -6,6 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::error::foreign;
+
 /// A longer line is printed in pieces.
 const LONGEST_LINE: u64 = 1 << 16;
 
@@ -31,7 +33,7 @@ impl Sink {
 
     /// Prints a line of the launcher itself.
     pub(super) fn say(&self, line: &str) {
-        self.line("", line.as_bytes());
+        self.line("", foreign::message(line).as_bytes());
     }
 
     fn line(&self, prefix: &str, line: &[u8]) {

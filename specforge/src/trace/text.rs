@@ -5,6 +5,7 @@ use std::fmt::Write;
 use super::compare::{Choice, Comparison, Divergence};
 use super::finding::Side;
 use super::metrics::Real;
+use crate::error::foreign;
 
 /// Findings written out; the JSON has all.
 const SHOWN: usize = 12;
@@ -13,7 +14,13 @@ const SHOWN: usize = 12;
 pub fn text(comparison: &Comparison, word: &dyn Fn(u32) -> Option<String>) -> String {
     let mut out = String::new();
     for (name, label) in [("A", &comparison.a), ("B", &comparison.b)] {
-        let _ = writeln!(out, "{name}: {} ({}; {})", label.path.display(), label.settings, label.machine);
+        let _ = writeln!(
+            out,
+            "{name}: {} ({}; {})",
+            foreign::path(&label.path),
+            foreign::one_line(&label.settings),
+            foreign::name(&label.machine)
+        );
     }
     let _ = writeln!(
         out,
@@ -25,7 +32,7 @@ pub fn text(comparison: &Comparison, word: &dyn Fn(u32) -> Option<String>) -> St
         if comparison.judged { "; judged by passes without a cache" } else { "; not judged: name --target" }
     );
     for note in &comparison.notes {
-        let _ = writeln!(out, "note: {note}");
+        let _ = writeln!(out, "note: {}", foreign::one_line(note));
     }
     if let Some(divergence) = comparison.divergences.first() {
         part(&mut out, divergence, word);
@@ -44,7 +51,11 @@ pub fn text(comparison: &Comparison, word: &dyn Fn(u32) -> Option<String>) -> St
         };
         let line = finding.line.map_or_else(String::new, |line| format!(" (line {line})"));
         let (tag, position, kind) = (finding.tag, finding.position, finding.kind.name());
-        let _ = writeln!(out, "  {side} {kind}, request {tag}, position {position}{line}: {}", finding.text);
+        let _ = writeln!(
+            out,
+            "  {side} {kind}, request {tag}, position {position}{line}: {}",
+            foreign::one_line(&finding.text)
+        );
     }
     if comparison.findings.len() > SHOWN {
         let _ = writeln!(out, "  and {} more", comparison.findings.len() - SHOWN);

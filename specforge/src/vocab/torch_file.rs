@@ -15,7 +15,7 @@ use std::rc::Rc;
 use zip::ZipArchive;
 use zip::result::ZipError;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, foreign};
 
 /// Every torch archive begins with this, being a zip archive.
 pub(super) const MAGIC: &[u8] = b"PK\x03\x04";
@@ -38,7 +38,8 @@ pub(super) fn read(path: &Path) -> Result<(Vec<i64>, Vec<bool>)> {
              `specforge vocab`",
         )
     };
-    let mut archive = ZipArchive::new(BufReader::new(file)).map_err(|error| refuse(broken(&error)))?;
+    let archive = foreign::answer(|| ZipArchive::new(BufReader::new(file)));
+    let mut archive = archive.map_err(|error| refuse(format!("is no whole torch file: {error}")))?;
     let (prefix, tensors) = tensors(&mut archive).map_err(refuse)?;
     let d2t = elements(&mut archive, &prefix, &tensors, "d2t", "LongStorage", 8).map_err(refuse)?;
     let t2d = elements(&mut archive, &prefix, &tensors, "t2d", "BoolStorage", 1).map_err(refuse)?;

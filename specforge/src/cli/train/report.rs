@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::super::signals;
+use crate::error::foreign;
 use crate::train::TrainReport;
 
 pub(super) fn text(report: &TrainReport) -> String {
@@ -21,7 +22,7 @@ pub(super) fn text(report: &TrainReport) -> String {
     let parts = Some(report.time.listed()).filter(|parts| !parts.is_empty());
     let parts = parts.map_or(String::new(), |parts| format!(": {parts}"));
     lines.push(format!("{:.1} seconds{parts}", report.seconds));
-    lines.push(format!("checkpoint: {}", report.checkpoint.display()));
+    lines.push(format!("checkpoint: {}", foreign::path(&report.checkpoint)));
     lines.join("\n")
 }
 

@@ -14,6 +14,11 @@ use crate::tree::ChoiceTree;
 /// The shipped trees.
 const SHIPPED: &str = include_str!("choices.json");
 
+/// Most paths of a file: every one is a row of a mask that has a column for each.
+const MOST_PATHS: usize = 4096;
+/// Largest rank of a file, above every vocabulary.
+const LARGEST_RANK: usize = 1 << 24;
+
 /// Longest chain that is plausibly meant.
 const LONGEST_CHAIN: usize = 128;
 
@@ -82,6 +87,12 @@ fn read(path: &Path) -> Result<ChoiceTree> {
             ));
         }
     };
+    if choices.len() > MOST_PATHS {
+        return Err(wrong(format!("expected at most {MOST_PATHS} paths, got {}", choices.len())));
+    }
+    if let Some(rank) = choices.iter().flatten().find(|&&rank| rank > LARGEST_RANK) {
+        return Err(wrong(format!("expected ranks from 0 to {LARGEST_RANK}, got {rank}")));
+    }
     if choices.is_empty() {
         return Err(wrong("holds no path: nothing would be guessed".to_owned()));
     }

@@ -217,13 +217,13 @@ fn dynamic(text: Option<&str>) -> Result<(DynamicTree, String)> {
 /// Reads `depth=D,nodes=N,match=M` or `chain:N`, each with a default.
 fn lookup(text: &str) -> Result<PromptLookup> {
     let mut lookup = PromptLookup { longest_match: 3, depth: 5, nodes: 10 };
-    let expected = "depth=D,nodes=N,match=M or chain:N";
+    let expected = "depth=D,nodes=N,match=M or chain:N, numbers from 1 to 4096";
     if let Some(length) = text.strip_prefix("chain:") {
-        let length = length.parse().map_err(|_| unknown(text, expected))?;
+        let length = lookup_size(length).ok_or_else(|| unknown(text, expected))?;
         return Ok(PromptLookup { depth: length, nodes: length, ..lookup });
     }
     for (key, value) in pairs(text) {
-        let value = value.parse().ok().filter(|&value: &usize| value > 0).ok_or_else(|| unknown(text, expected))?;
+        let value = lookup_size(value).ok_or_else(|| unknown(text, expected))?;
         match key {
             "depth" => lookup.depth = value,
             "nodes" => lookup.nodes = value,
@@ -232,6 +232,11 @@ fn lookup(text: &str) -> Result<PromptLookup> {
         }
     }
     Ok(lookup)
+}
+
+/// As many as a dynamic tree may have.
+fn lookup_size(text: &str) -> Option<usize> {
+    text.parse().ok().filter(|size| (1..=4096).contains(size))
 }
 
 fn pairs(text: &str) -> impl Iterator<Item = (&str, &str)> {

@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use super::{Divergence, Group, Side};
 use crate::decode::engine::{Clock, RoundOutcome};
+use crate::error::foreign;
 
 /// Contexts are grouped by these lower ends, in tokens.
 const CONTEXTS: [usize; 7] = [0, 128, 256, 512, 1024, 2048, 4096];
@@ -195,13 +196,15 @@ fn speed<'a>(sides: impl Iterator<Item = &'a Side>) -> Speed {
 
 /// A table for people.
 pub fn text(report: &AcceptanceReport) -> String {
-    let width = report.datasets.keys().map(String::len).max().unwrap_or(0).max("all".len());
+    let width =
+        report.datasets.keys().map(|name| foreign::name(name).chars().count()).max().unwrap_or(0).max("all".len());
     let mut lines = vec![format!(
         "{:<width$}  {:>7}  {:>7}  {:>6}  {:>9}  {:>9}  {:>7}",
         "", "answers", "tokens", "tau", "tokens/s", "plain", "speedup"
     )];
     let all = [("all".to_owned(), &report.all)];
-    let parts = report.datasets.iter().map(|(name, part)| (name.clone(), part)).filter(|_| report.datasets.len() > 1);
+    let parts =
+        report.datasets.iter().map(|(name, part)| (foreign::name(name), part)).filter(|_| report.datasets.len() > 1);
     for (name, part) in parts.chain(all) {
         let optional =
             |value: Option<f64>, unit: &str| value.map_or("-".to_owned(), |value| format!("{value:.2}{unit}"));

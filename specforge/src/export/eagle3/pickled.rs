@@ -13,20 +13,20 @@ use tch::{Kind, Tensor};
 
 use super::{D2T, T2D, trained_name};
 use crate::draft::eagle3::Eagle3Shape;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, foreign};
 use crate::vocab::VocabFile;
 
 pub(super) const FILE: &str = "pytorch_model.bin";
 
 /// Every tensor of a file, by the names of training. Sizes are compared with the shape before anything is allocated.
 pub(super) fn tensors(path: &Path, shape: &Eagle3Shape) -> Result<BTreeMap<String, Tensor>> {
-    let failed = |error: candle_core::Error| Error::bad_file(path, format!("is no whole torch file: {error}"));
+    let failed = |problem: String| Error::bad_file(path, format!("is no whole torch file: {problem}"));
     let map = VocabFile::read(path)?.map;
     let mut tensors = BTreeMap::from([
         (D2T.to_owned(), Tensor::from_slice(&map.d2t())),
         (T2D.to_owned(), Tensor::from_slice(&map.t2d())),
     ]);
-    let file = PthTensors::new(path, None).map_err(failed)?;
+    let file = foreign::answer(|| PthTensors::new(path, None)).map_err(failed)?;
     let most = shape.tensors().iter().map(|(_, size)| size.iter().product::<i64>()).max().unwrap_or(0);
     let most = most.max(shape.vocab_size * shape.hidden_size);
     for (name, info) in file.tensor_infos().iter().filter(|(name, _)| ![D2T, T2D].contains(&name.as_str())) {
@@ -44,11 +44,10 @@ pub(super) fn tensors(path: &Path, shape: &Eagle3Shape) -> Result<BTreeMap<Strin
                 return Err(Error::bad_file(path, problem));
             }
         };
-        let values = file.get(name).map_err(failed)?;
+        let values = foreign::answer(|| file.get(name)).map_err(failed)?;
         let Some(values) = values else { continue };
         // float32 holds every value of the two shorter types.
-        let values =
-            values.flatten_all().and_then(|flat| flat.to_dtype(DType::F32)).and_then(|flat| flat.to_vec1::<f32>());
+        let values = foreign::answer(|| values.flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>());
         let value = Tensor::f_from_slice(&values.map_err(failed)?)?.f_view(size.as_slice())?.f_to_kind(kind)?;
         if tensors.insert(trained_name(name), value).is_some() {
             return Err(Error::bad_file(path, format!("holds `{}` under two names", trained_name(name))));

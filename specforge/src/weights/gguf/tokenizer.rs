@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 use super::config::SpecialIds;
 use super::metadata::Metadata;
 use super::pre_tokenizer::{self, PreTokenizer};
-use crate::error::Result;
+use crate::error::{Result, foreign};
 
 const MODEL: &str = "tokenizer.ggml.model";
 const TOKENS: &str = "tokenizer.ggml.tokens";
@@ -82,7 +82,7 @@ pub(super) fn read(metadata: &Metadata, ids: &SpecialIds, context: usize) -> Res
             "merges": parts.merges,
         },
     });
-    tokenizers::Tokenizer::from_str(&tokenizer.to_string())
+    foreign::answer(|| tokenizers::Tokenizer::from_str(&tokenizer.to_string()))
         .map_err(|error| metadata.bad(format!("the tokenizer cannot be used: {error}")))?;
     let roles = vocabulary.roles(ids);
     let mut config = json!({
