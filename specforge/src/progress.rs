@@ -27,6 +27,13 @@ pub fn is_silent() -> bool {
     SILENT.load(Ordering::Relaxed)
 }
 
+/// One line on stderr, unless another process speaks for all.
+pub fn say(text: &str) {
+    if !is_silent() {
+        let _ = writeln!(std::io::stderr(), "{text}");
+    }
+}
+
 /// Progress of one piece of work.
 pub struct Progress {
     label: String,

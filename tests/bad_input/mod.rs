@@ -15,6 +15,7 @@ mod data;
 mod export;
 mod import;
 mod models;
+mod mutants;
 mod regen;
 pub(crate) mod resources;
 mod train;
