@@ -136,7 +136,8 @@ fn specforges_folders_are_read_and_what_vllm_would_make_of_them_is_told() {
     assert_eq!(imported.shape.capture, [2, 4, 5]);
     let alternative = imported.alternative.unwrap();
     assert!(imported.shape.norm_feedback && !alternative.norm_feedback && alternative.norm_output);
-    assert!(imported.warnings[0].contains("`embed_tokens.weight` is not used"), "{:?}", imported.warnings);
+    // Whether it is the target's is to be seen beside the target.
+    assert!(imported.warnings.is_empty() && imported.embedding.is_some(), "{:?}", imported.warnings);
     let report = check(&out).unwrap();
     assert_eq!(engine_of(&report, Engine::Sglang).1, "");
     assert!(

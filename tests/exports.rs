@@ -197,12 +197,12 @@ const ORIGINAL_DAMAGES: &[Damage] = &[
     (
         "no heads",
         |folder| change_config(folder, "medusa_num_heads", json!(0)),
-        &["config.json", "`medusa_num_heads`: expected a positive number, got 0"],
+        &["config.json", "`medusa_num_heads`: expected a number from 1 to 4194304, got 0"],
     ),
     (
         "heads that are no number",
         |folder| change_config(folder, "medusa_num_heads", json!("three")),
-        &["config.json", "`medusa_num_heads`: expected a positive number, got \"three\""],
+        &["config.json", "`medusa_num_heads`: expected a number from 1 to 4194304, got \"three\""],
     ),
     ("no config.json", |folder| fs::remove_file(folder.join("config.json")).unwrap(), &["config.json", "No such file"]),
     (

@@ -37,6 +37,7 @@ pub fn say(line: &str) {
     if is_silent() {
         return;
     }
+    let line = &foreign::message(line);
     let bar = BAR.lock().unwrap_or_else(PoisonError::into_inner).as_ref().and_then(WeakProgressBar::upgrade);
     match bar.filter(|bar| !bar.is_finished()) {
         Some(bar) => bar.println(line),

@@ -1,6 +1,12 @@
 //! Strict reading of configuration: an unknown key is an error that proposes the nearest known one.
+//!
+//! JSON from elsewhere is read strictly in another sense: a key that stands twice is found, where readers keep the last
+//! one without a word, and a value of the wrong type is named by its key.
 
-use serde::de::DeserializeOwned;
+use std::collections::HashSet;
+use std::fmt;
+
+use serde::de::{DeserializeOwned, DeserializeSeed, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
@@ -27,6 +33,93 @@ pub fn from_value<T: DeserializeOwned>(value: &Value, root: &str) -> Result<T> {
             None => Error::config(key, message),
         }
     })
+}
+
+/// Deserialises a file of JSON from elsewhere; the problem names the key.
+pub fn from_json<T: DeserializeOwned>(text: &[u8]) -> Result<T, String> {
+    if let Some(key) = repeated_key(text) {
+        return Err(format!("names `{key}` twice"));
+    }
+    let mut reader = serde_json::Deserializer::from_slice(text);
+    let value = serde_path_to_error::deserialize(&mut reader).map_err(|error| {
+        let path = error.path().to_string();
+        match path.as_str() {
+            "." | "?" | "" => error.inner().to_string(),
+            path => format!("`{path}`: {}", error.inner()),
+        }
+    })?;
+    reader.end().map_err(|error| error.to_string())?;
+    Ok(value)
+}
+
+/// The first key that an object names twice, anywhere in a text of JSON. Nothing is said of a text that is none.
+pub fn repeated_key(text: &[u8]) -> Option<String> {
+    let mut found = None;
+    // What is wrong otherwise is for the reader that wants the values.
+    let _ = Keys { found: &mut found }.deserialize(&mut serde_json::Deserializer::from_slice(text));
+    found
+}
+
+/// Walks a value and notes the first repeated key.
+struct Keys<'a> {
+    found: &'a mut Option<String>,
+}
+
+impl<'de> DeserializeSeed<'de> for Keys<'_> {
+    type Value = ();
+
+    fn deserialize<D: serde::Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Keys<'_> {
+    type Value = ();
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("JSON")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        let mut seen = HashSet::new();
+        while let Some(key) = map.next_key::<String>()? {
+            if self.found.is_none() && seen.contains(&key) {
+                *self.found = Some(key.clone());
+            }
+            seen.insert(key);
+            map.next_value_seed(Keys { found: &mut *self.found })?;
+        }
+        Ok(())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
+        while list.next_element_seed(Keys { found: &mut *self.found })?.is_some() {}
+        Ok(())
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_str<E>(self, _: &str) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_unit<E>(self) -> Result<(), E> {
+        Ok(())
+    }
 }
 
 /// Takes serde's message apart: "unknown field `x`, expected one of `a`, `b`".
@@ -76,6 +169,25 @@ mod tests {
         let error = from_value::<Inner>(&json!({"zzz": 1}), "optim").unwrap_err();
         assert_eq!(error.to_string(), "configuration: `optim.zzz`: unknown key");
         assert_eq!(error.hint().unwrap(), "known keys here: learning_rate");
+    }
+
+    #[test]
+    fn keys_that_stand_twice_are_found_wherever_they_are() {
+        for (text, want) in [
+            (r#"{"a": 1, "b": {"a": 2, "c": [1, {"a": null}]}}"#, None),
+            (r#"{"a": 1, "b": 2, "a": 3}"#, Some("a")),
+            (r#"{"b": {"x": [{"y": 1}, {"y": 1, "y": true}]}}"#, Some("y")),
+            (r#"{"a": 1.5, "\u0061": "twice in another spelling"}"#, Some("a")),
+            (r#"{"a": 1, "a": "#, Some("a")),
+            ("no JSON", None),
+        ] {
+            assert_eq!(repeated_key(text.as_bytes()).as_deref(), want, "{text}");
+        }
+        let problem = |text: &str| from_json::<Inner>(text.as_bytes()).unwrap_err();
+        assert_eq!(problem(r#"{"learning_rate": 1, "learning_rate": 2}"#), "names `learning_rate` twice");
+        assert!(problem(r#"{"learning_rate": []}"#).starts_with("`learning_rate`: invalid type: sequence"));
+        assert!(problem(r#"{"learning_rate": 1} 2"#).contains("trailing characters"));
+        assert!(problem(r#"{"learning_rate": 1"#).contains("EOF"));
     }
 
     #[test]

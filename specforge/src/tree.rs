@@ -6,6 +6,13 @@
 
 use crate::error::{Error, Result};
 
+/// Guesses of a static tree. What a node sees is a table of all pairs of nodes, made for every pass.
+pub const MOST_NODES: usize = 4096;
+/// Ranks of a static tree: far beyond what any head can be right with.
+const MOST_RANK: usize = 1 << 22;
+/// Ranks of a path that a message shows.
+const SHOWN: usize = 16;
+
 /// Parents and depths of a tree.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Topology {
@@ -103,8 +110,19 @@ impl ChoiceTree {
         let mut sorted: Vec<&Vec<usize>> = choices.iter().collect();
         sorted.sort_by(|a, b| a.len().cmp(&b.len()).then_with(|| a.cmp(b)));
         let mut tree = Self { topology: Topology::root(), ranks: vec![0] };
+        if sorted.len() > MOST_NODES {
+            let got = sorted.len();
+            return Err(Error::Usage(format!("draft tree: expected at most {MOST_NODES} paths, got {got}")));
+        }
         for (index, path) in sorted.iter().enumerate() {
-            let refuse = |problem: &str| Err(Error::Usage(format!("draft tree: path {path:?} {problem}")));
+            let refuse = |problem: &str| {
+                // A path that is no tree's may be of any length.
+                let shown = &path[..path.len().min(SHOWN)];
+                Err(Error::Usage(format!("draft tree: path {shown:?} {problem}")))
+            };
+            if let Some(rank) = path.iter().find(|rank| **rank > MOST_RANK) {
+                return refuse(&format!("has the rank {rank}; expected ranks from 0 to {MOST_RANK}"));
+            }
             let Some((&rank, before)) = path.split_last() else {
                 return refuse("is empty: the root is there without being named");
             };

@@ -17,6 +17,7 @@ mod forged;
 mod hostile;
 mod import;
 mod models;
+mod mutants;
 mod regen;
 pub(crate) mod resources;
 mod train;

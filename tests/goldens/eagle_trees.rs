@@ -79,7 +79,7 @@ fn drafter(golden: &Golden, tree: DynamicTree) -> Result<Eagle3Drafter, String> 
         .collect::<Result<_, String>>()?;
     let ids = golden.integers("w.d2t")?.iter().zip(0..).map(|(offset, draft)| offset + draft).collect();
     let map = VocabMap::new(ids, vocabulary).map_err(text)?;
-    let parts = Eagle3Parts { shape, tensors, vocabulary: Some(map) };
+    let parts = Eagle3Parts { shape, tensors, vocabulary: Some(map), embedding: None };
     Eagle3Drafter::with_embedding(parts, &embedding, (Kind::Float, Device::Cpu), tree, DraftSampling::Greedy)
         .map_err(text)
 }

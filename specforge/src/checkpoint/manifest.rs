@@ -11,6 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::shim;
+use crate::strict;
 use crate::weights::WeightsFolder;
 
 /// Layout of a checkpoint folder that this program writes.
@@ -144,16 +145,17 @@ impl Manifest {
         let path = folder.join(MANIFEST_FILE);
         let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
         // The version is read first: a later layout may have fields that this program does not know.
-        let version = serde_json::from_str::<serde_json::Value>(&text)
-            .map_err(|error| Error::bad_file(&path, error.to_string()))?["format_version"]
-            .as_u64();
+        let value: serde_json::Value =
+            strict::from_json(text.as_bytes()).map_err(|problem| Error::bad_file(&path, problem))?;
+        let version = value["format_version"].as_u64();
         if version != Some(u64::from(FORMAT_VERSION)) {
             let got = version.map_or("none".to_owned(), |version| version.to_string());
             return Err(Error::bad_file(&path, format!("expected format_version {FORMAT_VERSION}, got {got}"))
                 .with_hint("read this checkpoint with the version of specforge that wrote it"));
         }
+        // Read again from the text: a number keeps all of its digits only on its way from there.
         let manifest: Manifest =
-            serde_json::from_str(&text).map_err(|error| Error::bad_file(&path, error.to_string()))?;
+            strict::from_json(text.as_bytes()).map_err(|problem| Error::bad_file(&path, problem))?;
         for required in [MODEL_FILE, OPTIMIZER_FILE] {
             let Some(digest) = manifest.files.get(required) else {
                 return Err(Error::bad_file(&path, format!("`files` does not list {required}")));
@@ -192,6 +194,13 @@ impl Checkpoint {
     pub fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
         let kind = |name: &str| self.model.kind(name).unwrap_or(Kind::Float);
         self.model.names().map(|name| Ok((name.to_owned(), self.model.load(name, kind(name), Device::Cpu)?))).collect()
+    }
+
+    /// Refuses a checkpoint whose tensors are not those of a draft: `parameters`, which are floating-point numbers, and
+    /// `buffers`.
+    pub fn same_tensors(&self, parameters: &[(String, Vec<i64>)], buffers: &[(String, Vec<i64>)]) -> Result<()> {
+        self.model.check(&[parameters, buffers].concat(), |_| false)?;
+        self.model.check_numbers(parameters)
     }
 
     /// Refuses a resumed run whose configuration would change the updates. `free` keys may differ; a key ending in a

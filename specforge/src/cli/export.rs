@@ -46,7 +46,10 @@ pub(super) fn run(args: &ExportArgs, output: &Output) -> Result<()> {
                 target: PathBuf::from(target),
                 kind: args.dtype.map(Dtype::kind),
             };
-            let report = export::export(&source, &args.format, out, args.engine)?;
+            let report = export::export(&source, &args.format, out, args.engine).map_err(|error| match error {
+                Error::Failed(problem) => Error::bad_file(&checkpoint.path, problem),
+                other => other,
+            })?;
             let configuration = json!({"checkpoint": checkpoint.path, "step": manifest.step, "format": args.format});
             record::write(&out.join(record::FILE_NAME), &configuration, 1)?;
             report

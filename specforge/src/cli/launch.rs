@@ -42,9 +42,15 @@ enum Processes {
     Number(usize),
 }
 
+/// Machines, and processes of a machine, far more than anybody has: lists are made of them.
+const MOST: usize = 1 << 16;
+
 fn positive(text: &str) -> Result<usize, String> {
     let number = text.parse().ok().filter(|number| *number > 0);
-    number.ok_or_else(|| "expected a number from 1 on".to_owned())
+    match number {
+        Some(number) if number > MOST => Err(format!("expected a number from 1 to {MOST}")),
+        number => number.ok_or_else(|| "expected a number from 1 on".to_owned()),
+    }
 }
 
 fn processes(text: &str) -> Result<Processes, String> {

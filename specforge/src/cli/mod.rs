@@ -139,10 +139,7 @@ impl Output {
 
 /// One line of progress on stderr.
 fn note(text: impl AsRef<str>) {
-    if progress::is_silent() {
-        return;
-    }
-    let _ = writeln!(std::io::stderr(), "{}", foreign::message(text.as_ref()));
+    progress::say(text.as_ref());
 }
 
 /// Progress whose total is known at the first report.

@@ -87,7 +87,11 @@ impl TokenCache {
             if !cache_path.is_file() {
                 return Ok(None);
             }
-            match TokenCache::open(&cache_path, &key) {
+            let opened = TokenCache::open(&cache_path, &key).and_then(|(cache, report)| {
+                cache.check_ids(tokenizer.id_limit())?;
+                Ok((cache, report))
+            });
+            match opened {
                 Ok((cache, mut report)) => {
                     check_share(&report, paths, config)?;
                     report.from_cache = true;

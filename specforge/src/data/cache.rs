@@ -180,6 +180,7 @@ impl TokenCache {
         let content_hash = hex(&header.content);
         let cache = Self { map, path: path.to_path_buf(), header, content_hash };
         cache.check_ranges()?;
+        cache.check_counts()?;
         let report = &cache.map[cache.header.report_offset as usize..];
         let report: BuildReport = serde_json::from_slice(report).map_err(|error| error.to_string())?;
         Ok((cache, report))
@@ -188,6 +189,9 @@ impl TokenCache {
     fn check_ranges(&self) -> Result<(), String> {
         let header = &self.header;
         let wrong = |what: &str| Err(format!("its {what} do not hold"));
+        if header.index_offset < HEADER_LENGTH as u64 {
+            return wrong("offsets");
+        }
         let index_length = header.documents.checked_mul(ENTRY_LENGTH as u64);
         if index_length.and_then(|length| header.index_offset.checked_add(length)) != Some(header.names_offset)
             || header.names_offset > header.report_offset
@@ -209,6 +213,33 @@ impl TokenCache {
             }
         }
         if position == header.index_offset { Ok(()) } else { wrong("lengths") }
+    }
+
+    /// Compares the counts of the header with what the documents hold.
+    fn check_counts(&self) -> Result<(), String> {
+        let of_document = |index: usize| {
+            let document = self.document(index);
+            let marks = document.supervised.iter().map(|mark| u64::from(*mark)).sum::<u64>();
+            let is_sound = document.supervised.iter().all(|mark| *mark <= 1);
+            is_sound.then_some((document.tokens.len() as u64, marks))
+        };
+        let sum = |one: (u64, u64), other: (u64, u64)| Some((one.0 + other.0, one.1 + other.1));
+        let counts = (0..self.len()).into_par_iter().map(of_document).try_reduce(|| (0, 0), sum);
+        match counts {
+            Some(counts) if counts == (self.header.tokens, self.header.supervised) => Ok(()),
+            Some(_) => Err("its counts do not hold".to_owned()),
+            None => Err("its marks of trained tokens do not hold".to_owned()),
+        }
+    }
+
+    /// Refuses tokens that a model of `limit` tokens does not have.
+    pub(super) fn check_ids(&self, limit: usize) -> Result<(), String> {
+        let beyond = |index: usize| {
+            let document = self.document(index);
+            let token = document.tokens.iter().find(|token| **token as usize >= limit)?;
+            Some(format!("document `{}` holds token {token}, the model has {limit}", document.id))
+        };
+        (0..self.len()).into_par_iter().find_map_first(beyond).map_or(Ok(()), Err)
     }
 }
 

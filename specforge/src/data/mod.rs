@@ -15,6 +15,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 
+mod added_tokens;
 pub mod build;
 pub mod cache;
 pub mod chat_template;

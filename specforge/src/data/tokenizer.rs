@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use tokenizers::{PostProcessorWrapper, Tokenizer};
 
+use super::added_tokens::{TokenFiles, read_object};
 use super::chat_template::{ChatTemplate, Prepared, TemplateSource};
 use super::conversation::{Conversation, Message};
 use crate::error::{Error, Result, foreign};
@@ -63,17 +64,27 @@ impl ChatTokenizer {
         let tokenizer = foreign::library(|| parse(&bytes)).map_err(contradiction).and_then(|read| read);
         let tokenizer = tokenizer.map_err(unreadable)?;
 
-        let config = read_object(&model_dir.join("tokenizer_config.json"))?;
-        let special_tokens = special_tokens(model_dir, &config)?;
-        let source = TemplateSource::find(model_dir, template_override, &config)?;
+        let model_config_path = model_dir.join("config.json");
+        let model_config = read_object(&model_config_path)?;
+        let model_vocab_size = vocab_size(&model_config_path, &model_config)?;
+        let files = TokenFiles::read(model_dir)?;
+        let completed = files.complete(&mut tokenizer, model_vocab_size)?;
+        let special_tokens = files.special_tokens();
+        let source = TemplateSource::find(model_dir, template_override, files.config())?;
         let template = match &source {
             Some(source) => Some(ChatTemplate::new(source, special_tokens.clone())?),
             None => None,
         };
         let eos_text = special_tokens.get("eos_token").and_then(Value::as_str).map(str::to_owned);
-        let model_config = read_object(&model_dir.join("config.json"))?;
-        let mut eos_ids = token_ids(&read_object(&model_dir.join("generation_config.json"))?, "eos_token_id");
-        eos_ids.extend(token_ids(&model_config, "eos_token_id"));
+        let generation_path = model_dir.join("generation_config.json");
+        let generation_config = read_object(&generation_path)?;
+        let mut eos_ids = Vec::new();
+        for (path, config) in [(&generation_path, &generation_config), (&model_config_path, &model_config)] {
+            for id in token_ids(path, config, "eos_token_id")? {
+                check_id(path, "eos_token_id", id, &tokenizer, model_vocab_size)?;
+                eos_ids.push(id);
+            }
+        }
         eos_ids.extend(eos_text.as_deref().and_then(|text| tokenizer.token_to_id(text)));
         let mut seen = HashSet::new();
         eos_ids.retain(|id| seen.insert(*id));
@@ -81,7 +92,6 @@ impl ChatTokenizer {
         let added = tokenizer.get_added_tokens_decoder();
         let special_ids = added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect();
         let vocab_size = tokenizer.get_vocab(true).values().max().map_or(0, |largest| *largest as usize + 1);
-        let model_vocab_size = config_value(&model_config, "vocab_size").and_then(Value::as_u64);
 
         let templates: Vec<String> = source
             .iter()
@@ -102,6 +112,10 @@ impl ChatTokenizer {
         }
         hash.update(Sha256::digest(Value::Object(special_tokens).to_string()));
         hash.update(Sha256::digest(format!("{eos_ids:?}")));
+        // tokenizer.json alone says all of the others.
+        if !completed.is_empty() {
+            hash.update(Sha256::digest(format!("{completed:?}")));
+        }
         Ok(Self {
             tokenizer,
             template,
@@ -110,7 +124,7 @@ impl ChatTokenizer {
             eos_ids,
             eos_text,
             vocab_size,
-            model_vocab_size: model_vocab_size.map(|size| size as usize),
+            model_vocab_size,
             fingerprint: hex(&hash.finalize()),
             parts,
         })
@@ -258,39 +272,43 @@ fn contradiction(words: String) -> String {
     format!("its parts do not fit each other ({words})")
 }
 
-/// An object from a JSON file; empty if the file is not there.
-fn read_object(path: &Path) -> Result<Map<String, Value>> {
-    if !path.is_file() {
-        return Ok(Map::new());
-    }
-    let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
-    serde_json::from_str(&text).map_err(|error| Error::bad_file(path, error.to_string()))
-}
-
-/// Special tokens by name, from tokenizer_config.json or the older special_tokens_map.json.
-fn special_tokens(model_dir: &Path, config: &Map<String, Value>) -> Result<Map<String, Value>> {
-    const NAMES: [&str; 7] =
-        ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
-    let older = read_object(&model_dir.join("special_tokens_map.json"))?;
-    let text = |value: &Value| value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned);
-    let find = |name: &str| config.get(name).or_else(|| older.get(name)).and_then(text);
-    Ok(NAMES.into_iter().filter_map(|name| Some((name.to_owned(), Value::from(find(name)?)))).collect())
-}
-
 /// A key of config.json; models with several parts keep the language model's under `text_config`.
 fn config_value<'a>(config: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
     let own = config.get(key).filter(|value| !value.is_null());
     own.or_else(|| config.get("text_config")?.get(key).filter(|value| !value.is_null()))
 }
 
+/// The model's number of tokens, where config.json says it.
+fn vocab_size(path: &Path, config: &Map<String, Value>) -> Result<Option<usize>> {
+    let Some(value) = config_value(config, "vocab_size") else { return Ok(None) };
+    let size = value.as_u64().filter(|size| (1..=u64::from(u32::MAX)).contains(size));
+    let size = size.ok_or_else(|| {
+        Error::bad_file(path, format!("`vocab_size`: expected a number from 1 to {}, got {value}", u32::MAX))
+    });
+    Ok(Some(size? as usize))
+}
+
 /// One id or a list of them.
-fn token_ids(config: &Map<String, Value>, key: &str) -> Vec<u32> {
-    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+fn token_ids(path: &Path, config: &Map<String, Value>, key: &str) -> Result<Vec<u32>> {
+    let id = |value: &Value| {
+        let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
+        id.ok_or_else(|| Error::bad_file(path, format!("`{key}`: expected a token id or a list of them, got {value}")))
+    };
     match config_value(config, key) {
-        Some(Value::Array(list)) => list.iter().filter_map(id).collect(),
-        Some(value) => id(value).into_iter().collect(),
-        None => Vec::new(),
+        Some(Value::Array(list)) => list.iter().map(id).collect(),
+        Some(value) => Ok(vec![id(value)?]),
+        None => Ok(Vec::new()),
     }
+}
+
+/// Refuses an id that stands for no token, or for none of the model's.
+fn check_id(path: &Path, key: &str, id: u32, tokenizer: &Tokenizer, limit: Option<usize>) -> Result<()> {
+    let problem = match (tokenizer.id_to_token(id), limit) {
+        (_, Some(limit)) if id as usize >= limit => format!("`{key}`: {id} is no token of a model with {limit} tokens"),
+        (None, _) => format!("`{key}`: {id} is no token of tokenizer.json"),
+        (Some(_), _) => return Ok(()),
+    };
+    Err(Error::bad_file(path, problem).with_hint("correct the id, or use the tokenizer that belongs to the model"))
 }
 
 /// Bytes as lower-case hexadecimal digits.

@@ -26,6 +26,9 @@ pub struct Placement {
     pub attempt: u64,
 }
 
+/// Processes of a run, far more than anybody has: lists are made of their number.
+const MOST_PROCESSES: usize = 1 << 20;
+
 /// Ports that a Slurm job's number is mapped to, where none is set: below the range that systems hand out themselves.
 const SLURM_PORTS: std::ops::Range<u64> = 20_000..30_000;
 
@@ -48,6 +51,11 @@ impl Placement {
             true => Ok(()),
             false => Err(Error::Usage(format!("{name} is {value}, expected less than {limit_name}, which is {limit}"))),
         };
+        if let Some(size) =
+            [placement.world_size, placement.local_world_size].into_iter().find(|&size| size > MOST_PROCESSES)
+        {
+            return Err(Error::Usage(format!("a run of {size} processes: expected at most {MOST_PROCESSES}")));
+        }
         below("RANK", placement.rank, "WORLD_SIZE", placement.world_size)?;
         below("LOCAL_RANK", placement.local_rank, "LOCAL_WORLD_SIZE", placement.local_world_size)?;
         Ok(Some(placement))
@@ -103,7 +111,7 @@ impl Placement {
             Some(text) => port("MASTER_PORT", &text)?,
             None => {
                 // Steps of one job may run side by side.
-                let mixed = of("SLURM_JOB_ID")? as u64 * 31 + of("SLURM_STEP_ID")? as u64;
+                let mixed = (of("SLURM_JOB_ID")? as u64).wrapping_mul(31).wrapping_add(of("SLURM_STEP_ID")? as u64);
                 (SLURM_PORTS.start + mixed % (SLURM_PORTS.end - SLURM_PORTS.start)) as u16
             }
         };
@@ -133,13 +141,13 @@ fn port(name: &str, text: &str) -> Result<u16> {
 
 /// Tasks of a node from `2(x3),1`: three nodes of two tasks, one of one.
 fn tasks_of_node(tasks: &str, node: usize) -> Option<usize> {
-    let mut nodes = 0;
+    let mut nodes = 0usize;
     for group in tasks.split(',') {
         let (count, times) = match group.split_once("(x") {
             Some((count, times)) => (count, times.strip_suffix(')')?.parse().ok()?),
             None => (group, 1),
         };
-        nodes += times;
+        nodes = nodes.saturating_add(times);
         if node < nodes {
             return count.parse().ok();
         }

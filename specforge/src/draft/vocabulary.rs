@@ -189,6 +189,12 @@ pub fn from_tensors(tensors: &[(String, Tensor)]) -> Result<Option<VocabMap>> {
 
 /// The target's rows that a draft's vocabulary names, `[DV, H]` of `[V, H]`.
 pub fn gather_rows(head: &Tensor, map: &VocabMap) -> Result<Tensor> {
+    if head.size().first() != Some(&map.target_size()) {
+        let (want, got) = (map.target_size(), head.size());
+        return Err(Error::Failed(format!(
+            "the vocabulary map is of a target with {want} tokens, its head is {got:?}"
+        )));
+    }
     let ids = Tensor::from_slice(map.target_ids()).f_to_device(head.device())?; // [DV]
     Ok(head.f_index_select(0, &ids)?) // [DV, H]
 }

@@ -20,12 +20,16 @@ use crate::draft::medusa::{HeadProjection, MedusaConfig};
 use crate::draft::vocabulary;
 use crate::error::{Error, Result};
 use crate::files;
-use crate::models::LlamaConfig;
+use crate::models::{LlamaConfig, limits};
 use crate::vocab::VocabMap;
-use crate::weights::{WeightsFolder, writer};
+use crate::weights::{WeightsFolder, quantised, writer};
 
 const ORIGINAL_FILE: &str = "medusa_lm_head.safetensors";
 const VLLM_FILE: &str = "model.safetensors";
+/// Keys of the numbers of heads and of their blocks.
+const ORIGINAL_COUNTS: [&str; 2] = ["medusa_num_heads", "medusa_num_layers"];
+/// The same in vLLM's layout.
+const VLLM_COUNTS: [&str; 2] = ["num_heads", "num_hidden_layers"];
 /// vLLM's tensor of the target ids of a smaller vocabulary.
 const TOKEN_MAP: &str = "token_map";
 
@@ -50,9 +54,16 @@ pub const VLLM: Format = Format {
 };
 
 /// What a checkpoint says of its heads.
-#[derive(Deserialize)]
 struct Description {
     draft: MedusaConfig,
+    hidden_size: i64,
+    vocab_size: i64,
+}
+
+/// The same, before it is checked.
+#[derive(Deserialize)]
+struct Words {
+    draft: Value,
     hidden_size: i64,
     vocab_size: i64,
 }
@@ -90,6 +101,12 @@ fn names(head: usize, config: &MedusaConfig, vllm: bool) -> Vec<(String, String)
 /// The tensors of a source under a layout's names.
 fn renamed(source: &Source, description: &Description, vllm: bool) -> Result<Vec<(String, Tensor)>> {
     let config = &description.draft;
+    let map = vocabulary::from_tensors(&source.tensors)?;
+    if let Some(map) = map.as_ref().filter(|map| map.target_size() != description.vocab_size) {
+        let (want, got) = (description.vocab_size, map.target_size());
+        return Err(Error::Failed(format!("the checkpoint's vocabulary tables: expected {want} tokens, got {got}")));
+    }
+    let rows = map.as_ref().map_or(description.vocab_size, VocabMap::draft_size);
     let find =
         |name: &str| source.tensors.iter().find(|(other, _)| other == name).map(|(_, tensor)| tensor.shallow_clone());
     let shared = match config.projection {
@@ -106,10 +123,24 @@ fn renamed(source: &Source, description: &Description, vllm: bool) -> Result<Vec
             let tied = || config.share_layers.then(|| find(&first_block)).flatten();
             let value = find(&trained).or_else(tied).or_else(|| shared.as_ref().map(Tensor::shallow_clone));
             let value = value.ok_or_else(|| Error::Failed(format!("the checkpoint holds no tensor `{trained}`")))?;
+            let (want, got) = (shape_of(&trained, description.hidden_size, rows), value.size());
+            if want != got {
+                let problem = format!("the checkpoint's tensor `{trained}`: expected {want:?}, got {got:?}");
+                return Err(Error::Failed(problem));
+            }
             tensors.push((exported, value.f_to_kind(kind)?));
         }
     }
     Ok(tensors)
+}
+
+/// Shape of a tensor by its name in training.
+fn shape_of(trained: &str, hidden: i64, vocabulary: i64) -> Vec<i64> {
+    match trained.rsplit_once('.') {
+        Some((_, "bias")) => vec![hidden],
+        _ if trained.contains("linear") => vec![hidden; 2],
+        _ => vec![vocabulary, hidden],
+    }
 }
 
 fn block_of(name: &str) -> &str {
@@ -131,8 +162,16 @@ fn target_head(source: &Source, description: &Description) -> Result<Tensor> {
 }
 
 fn describe(source: &Source) -> Result<Description> {
-    serde_json::from_value(source.description.clone())
-        .map_err(|error| Error::Failed(format!("the checkpoint is not one of Medusa heads: {error}")))
+    let failed = |problem: String| Error::Failed(format!("the checkpoint is not one of Medusa heads: {problem}"));
+    let Words { draft, hidden_size, vocab_size } =
+        serde_path_to_error::deserialize(&source.description).map_err(|error| failed(error.to_string()))?;
+    let draft = MedusaConfig::read(&draft).map_err(|error| failed(error.to_string()))?;
+    limits::within(&[
+        ("hidden_size", hidden_size, limits::MOST_HIDDEN),
+        ("vocab_size", vocab_size, limits::MOST_TOKENS),
+    ])
+    .map_err(failed)?;
+    Ok(Description { draft, hidden_size, vocab_size })
 }
 
 fn write_original(source: &Source, out: &Path) -> Result<()> {
@@ -193,40 +232,58 @@ pub(super) fn dtype(kind: Kind) -> &'static str {
     }
 }
 
-/// A number of config.json that must be there and at least 1.
+/// A number of config.json that must be there, at least 1, and no larger than any vocabulary.
 fn count(path: &Path, config: &Value, key: &str) -> Result<usize> {
-    let value = config.get(key);
-    value.and_then(Value::as_u64).filter(|&number| number > 0).map(|number| number as usize).ok_or_else(|| {
+    let (value, most) = (config.get(key), limits::MOST_TOKENS as u64);
+    let number = value.and_then(Value::as_u64).filter(|number| (1..=most).contains(number));
+    number.map(|number| number as usize).ok_or_else(|| {
         let got = value.map_or("nothing".to_owned(), Value::to_string);
-        Error::bad_file(path.join("config.json"), format!("`{key}`: expected a positive number, got {got}"))
+        Error::bad_file(path.join("config.json"), format!("`{key}`: expected a number from 1 to {most}, got {got}"))
     })
 }
 
-fn check_original(path: &Path, config: &Value) -> Result<ExportReport> {
-    let shared = match config.get("version").and_then(Value::as_str) {
-        Some("2") => true,
-        None | Some("1") => false,
+/// Number of heads and of their blocks. The file must hold weight and bias of each block: lists are made of both numbers.
+fn heads_and_layers(path: &Path, config: &Value, file: &str, [heads, layers]: [&str; 2]) -> Result<(usize, usize)> {
+    if let Some(problem) = quantised::configured(config) {
+        return Err(Error::bad_file(path.join("config.json"), problem).with_hint(quantised::HINT));
+    }
+    let (num_heads, num_layers) = (count(path, config, heads)?, count(path, config, layers)?);
+    let tensors = WeightsFolder::open(&path.join(file))?.names().count();
+    let needed = num_heads.checked_mul(num_layers).and_then(|blocks| blocks.checked_mul(2));
+    if needed.is_some_and(|needed| needed <= tensors) {
+        return Ok((num_heads, num_layers));
+    }
+    let problem = format!(
+        "`{heads}`, `{layers}`: expected as many heads and blocks as the {tensors} tensors of {file} make, got \
+         {num_heads} heads of {num_layers}"
+    );
+    Err(Error::bad_file(path.join("config.json"), problem))
+}
+
+/// Whether heads of the original layout share the target's projection.
+fn projection_of(path: &Path, config: &Value) -> Result<HeadProjection> {
+    match config.get("version") {
+        None | Some(Value::Null) => Ok(HeadProjection::Own),
+        Some(version) if version == "1" => Ok(HeadProjection::Own),
+        Some(version) if version == "2" => Ok(HeadProjection::Shared),
         Some(other) => {
-            let problem = format!("`version`: expected \"2\" or none, got \"{other}\"");
-            return Err(Error::bad_file(path.join("config.json"), problem));
+            let problem = format!("`version`: expected \"2\" or none, got {other}");
+            Err(Error::bad_file(path.join("config.json"), problem))
         }
-    };
-    let config = MedusaConfig {
-        num_heads: count(path, config, "medusa_num_heads")?,
-        num_layers: count(path, config, "medusa_num_layers")?,
-        projection: if shared { HeadProjection::Shared } else { HeadProjection::Own },
-        ..MedusaConfig::default()
-    };
+    }
+}
+
+fn check_original(path: &Path, config: &Value) -> Result<ExportReport> {
+    let projection = projection_of(path, config)?;
+    let (num_heads, num_layers) = heads_and_layers(path, config, ORIGINAL_FILE, ORIGINAL_COUNTS)?;
+    let config = MedusaConfig { num_heads, num_layers, projection, ..MedusaConfig::default() };
     let report = check_tensors(path, ORIGINAL_FILE, &config, false, None)?;
     Ok(ExportReport { format: ORIGINAL.name.to_owned(), ..report })
 }
 
 fn check_vllm(path: &Path, value: &Value) -> Result<ExportReport> {
-    let config = MedusaConfig {
-        num_heads: count(path, value, "num_heads")?,
-        num_layers: count(path, value, "num_hidden_layers")?,
-        ..MedusaConfig::default()
-    };
+    let (num_heads, num_layers) = heads_and_layers(path, value, VLLM_FILE, VLLM_COUNTS)?;
+    let config = MedusaConfig { num_heads, num_layers, ..MedusaConfig::default() };
     if value.get("medusa_fc_bias") != Some(&json!(true)) {
         return Err(Error::bad_file(
             path.join("config.json"),
@@ -296,12 +353,7 @@ fn check_tensors(
     let mut expected = Vec::new();
     for head in 0..config.num_heads {
         for (trained, exported) in names(head, config, vllm) {
-            let shape = match trained.rsplit_once('.') {
-                Some((_, "bias")) => vec![hidden.unwrap_or(-1)],
-                _ if trained.contains("linear") => vec![hidden.unwrap_or(-1); 2],
-                _ => vec![vocabulary.unwrap_or(-1), hidden.unwrap_or(-1)],
-            };
-            expected.push((exported, shape));
+            expected.push((exported, shape_of(&trained, hidden.unwrap_or(-1), vocabulary.unwrap_or(-1))));
         }
     }
     let is_map = |name: &str| name == TOKEN_MAP && map.is_some();
@@ -352,17 +404,10 @@ pub fn read(path: &Path) -> Result<Heads> {
     let report = super::check(path)?;
     let vllm = report.format == VLLM.name;
     let value = super::config(path)?;
-    let (heads_key, layers_key, file) = match vllm {
-        true => ("num_heads", "num_hidden_layers", VLLM_FILE),
-        false => ("medusa_num_heads", "medusa_num_layers", ORIGINAL_FILE),
-    };
-    let shared = !vllm && value.get("version").is_some();
-    let config = MedusaConfig {
-        num_heads: count(path, &value, heads_key)?,
-        num_layers: count(path, &value, layers_key)?,
-        projection: if shared { HeadProjection::Shared } else { HeadProjection::Own },
-        ..MedusaConfig::default()
-    };
+    let (keys, file) = if vllm { (VLLM_COUNTS, VLLM_FILE) } else { (ORIGINAL_COUNTS, ORIGINAL_FILE) };
+    let (num_heads, num_layers) = heads_and_layers(path, &value, file, keys)?;
+    let projection = if vllm { HeadProjection::Own } else { projection_of(path, &value)? };
+    let config = MedusaConfig { num_heads, num_layers, projection, ..MedusaConfig::default() };
     let weights = WeightsFolder::open(&path.join(file))?;
     let mut tensors = Vec::new();
     for head in 0..config.num_heads {

@@ -11,6 +11,7 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::files::StagedDir;
+use crate::strict;
 
 pub mod eagle3;
 pub mod medusa;
@@ -189,6 +190,6 @@ fn servable(report: &ExportReport, engine: Option<Engine>) -> Result<()> {
 
 fn config(path: &Path) -> Result<Value> {
     let path = path.join("config.json");
-    let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-    serde_json::from_str(&text).map_err(|error| Error::bad_file(&path, format!("not valid JSON: {error}")))
+    let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
+    strict::from_json(&text).map_err(|problem| Error::bad_file(&path, format!("not valid JSON: {problem}")))
 }

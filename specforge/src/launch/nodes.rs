@@ -28,6 +28,9 @@ const LOOK: Duration = Duration::from_millis(100);
 /// How long machine 0 keeps its store for the others to read how it all ended.
 const FAREWELL: Duration = Duration::from_secs(5);
 
+/// Processes of one machine, far more than any has.
+const MOST_PROCESSES: usize = 1 << 16;
+
 /// How a machine was started; what has to agree with the others.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Announcement {
@@ -295,8 +298,13 @@ fn meet(
     let mut wait = Wait::new(signal, sink);
     loop {
         for (node, words) in all.iter_mut().enumerate().filter(|(_, words)| words.is_none()) {
-            *words = store.try_get(&key(node))?.and_then(|text| read(&text));
-            let Some(words) = words else { continue };
+            let Some(text) = store.try_get(&key(node))? else { continue };
+            // Numbers of another machine: sums are made of them.
+            let read = read(&text).filter(|read: &Announcement| (1..=MOST_PROCESSES).contains(&read.processes));
+            let words = words.insert(read.ok_or_else(|| {
+                let problem = "what it says of itself cannot be read: is it of the same version?";
+                Error::Failed(format!("the launcher of node {node}: {problem}"))
+            })?);
             let (there, here) = ((words.nodes, words.max_restarts), (own_words.nodes, own_words.max_restarts));
             if there != here {
                 return Err(Error::Usage(format!(

@@ -9,9 +9,11 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::nn::{AttentionMask, KvCache, RopeConfig, RopeScaling};
+use crate::strict;
 use crate::weights::{SharedCopies, WeightsFolder};
 
 pub mod identity;
+pub mod limits;
 pub mod llama;
 
 pub use identity::TargetIdentity;
@@ -124,6 +126,35 @@ pub struct LayerShape {
     pub rope: RopeConfig,
 }
 
+impl LayerShape {
+    /// Refuses sizes that no layer has, and those that do not fit each other: they may come from a file.
+    pub fn check(&self) -> Result<(), String> {
+        let heads = self.num_attention_heads;
+        limits::within(&[
+            ("intermediate_size", self.intermediate_size, limits::WIDEST),
+            ("num_attention_heads", heads, limits::MOST_HEADS),
+            ("num_key_value_heads", self.num_key_value_heads, limits::MOST_HEADS),
+            ("head_dim", self.head_dim, limits::WIDEST / heads.max(1)),
+            ("max_position_embeddings", self.rope.max_position_embeddings, limits::LONGEST_CONTEXT),
+        ])?;
+        if heads % self.num_key_value_heads != 0 {
+            let groups = self.num_key_value_heads;
+            return Err(format!("`num_key_value_heads`: expected a divisor of the {heads} heads, got {groups}"));
+        }
+        if self.head_dim % 2 != 0 {
+            return Err(format!("`head_dim`: expected an even number, got {}", self.head_dim));
+        }
+        if self.rope.head_dim != self.head_dim {
+            let (heads, rope) = (self.head_dim, self.rope.head_dim);
+            return Err(format!("rope: `head_dim`: expected {heads}, the width of a head, got {rope}"));
+        }
+        if !(0.0..1.0).contains(&self.rms_norm_eps) {
+            return Err(format!("`rms_norm_eps`: expected a number from 0 to below 1, got {}", self.rms_norm_eps));
+        }
+        self.rope.check()
+    }
+}
+
 /// What a draft takes from its target where the target itself is not run: its sizes and the two tables on either side
 /// of its layers.
 #[derive(Debug)]
@@ -148,6 +179,7 @@ impl TargetTables {
 struct Family {
     model_type: &'static str,
     read_dimensions: fn(&Path) -> Result<Dimensions>,
+    check: fn(&Path) -> Result<()>,
     load: fn(&Path, &Loading<'_>) -> Result<Box<dyn TargetModel>>,
     load_tables: fn(&Path, &Loading<'_>) -> Result<TargetTables>,
     /// Names of the tensors behind [`TargetTables`]; a tied head is not there.
@@ -158,6 +190,7 @@ struct Family {
 const FAMILIES: &[Family] = &[Family {
     model_type: "llama",
     read_dimensions: llama::read_dimensions,
+    check: llama::check,
     load: llama::load,
     load_tables: llama::load_tables,
     table_names: &[llama::EMBEDDING, llama::HEAD],
@@ -214,6 +247,12 @@ pub fn read_dimensions(path: &Path) -> Result<Dimensions> {
     (family(path)?.read_dimensions)(path)
 }
 
+/// Refuses a Hugging Face folder whose weights are not what config.json says. Reads headers alone; to be asked before
+/// anything is made as large as config.json says.
+pub fn check(path: &Path) -> Result<()> {
+    (family(path)?.check)(path)
+}
+
 /// The family of a Hugging Face folder.
 fn family(path: &Path) -> Result<&'static Family> {
     let config_path = path.join("config.json");
@@ -221,9 +260,8 @@ fn family(path: &Path) -> Result<&'static Family> {
         return Err(Error::bad_file(path, "is not a model folder: config.json is not there")
             .with_hint("name a Hugging Face folder, or make one from a GGUF file with `specforge import`"));
     }
-    let text = std::fs::read_to_string(&config_path).map_err(Error::io("read", &config_path))?;
-    let config: ModelType =
-        serde_json::from_str(&text).map_err(|error| Error::bad_file(&config_path, error.to_string()))?;
+    let text = std::fs::read(&config_path).map_err(Error::io("read", &config_path))?;
+    let config: ModelType = strict::from_json(&text).map_err(|problem| Error::bad_file(&config_path, problem))?;
     FAMILIES.iter().find(|family| family.model_type == config.model_type).ok_or_else(|| {
         let known: Vec<&str> = FAMILIES.iter().map(|family| family.model_type).collect();
         let problem = format!("model_type `{}` is not supported; supported: {}", config.model_type, known.join(", "));

@@ -62,6 +62,28 @@ pub struct RopeConfig {
     pub scaling: RopeScaling,
 }
 
+impl RopeConfig {
+    /// What each pair of channels turns by at each position, `[D / 2]` float32 on the CPU.
+    pub fn frequencies(&self) -> Tensor {
+        inverse_frequencies(self)
+    }
+
+    /// Refuses numbers that make no finite tables: they come from files.
+    pub fn check(&self) -> Result<(), String> {
+        let attention_factor = match self.scaling {
+            RopeScaling::Yarn { attention_factor, .. } => attention_factor,
+            // The base grows with a power of D / (D - 2).
+            RopeScaling::Dynamic { .. } if self.head_dim <= 2 => f64::INFINITY,
+            _ => 1.0,
+        };
+        let frequencies = || inverse_frequencies(self).isfinite().all().int64_value(&[]) == 1;
+        match (attention_factor as f32).is_finite() && frequencies() {
+            true => Ok(()),
+            false => Err(format!("rope scaling: no finite frequencies follow from {self:?}")),
+        }
+    }
+}
+
 /// Rotary embedding of one model.
 #[derive(Debug)]
 pub struct Rope {

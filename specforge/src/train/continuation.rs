@@ -11,6 +11,54 @@ use crate::error::{Error, Result};
 use crate::optim::{OptimConfig, ScheduleConfig};
 use crate::strict;
 
+/// Where a run stands, as a checkpoint has it.
+#[derive(Debug, Clone, Copy)]
+pub struct Place {
+    /// Optimizer steps taken.
+    pub step: u64,
+    /// Epochs finished.
+    pub epoch: u64,
+    /// Batches of the next epoch that are used.
+    pub batch: u64,
+    /// Tokens of all batches used.
+    pub tokens: u64,
+}
+
+/// Whether the run of a checkpoint's own configuration, `then`, comes through this place; otherwise what is wrong with
+/// it. Its numbers are those of a file: nothing may be counted up to them before.
+pub fn is_on_the_way(then: &Value, order: &DataOrder, place: &Place) -> Result<(), String> {
+    let config: TrainConfig = strict::from_value(&then["train"], "train").map_err(|error| error.to_string())?;
+    config.validate().map_err(|error| error.to_string())?;
+    let total = config.total_steps(order).map_err(|error| error.to_string())?;
+    if place.step > total {
+        return Err(format!(
+            "`step`: expected at most {total}, as many as its configuration makes, got {}",
+            place.step
+        ));
+    }
+    if place.epoch >= config.epochs {
+        return Err(format!("`epoch`: expected a number below {}, got {}", config.epochs, place.epoch));
+    }
+    // Every batch is one step.
+    let (mut steps, mut length) = (0, 0);
+    for epoch in 0..=place.epoch {
+        steps += length;
+        length = order.epoch(epoch).map_err(|error| error.to_string())?.len() as u64;
+        if steps > place.step {
+            break;
+        }
+    }
+    if place.batch > length || steps + place.batch != place.step {
+        let Place { step, epoch, batch, .. } = place;
+        return Err(format!("`epoch`, `position`: {batch} batches of epoch {epoch} are not where step {step} is"));
+    }
+    let most = place.step.saturating_mul(config.batch_tokens as u64);
+    if place.tokens > most {
+        return Err(format!("`tokens_seen`: expected at most {most} after {} steps, got {}", place.step, place.tokens));
+    }
+    Ok(())
+}
+
 /// Refuses a continuation in which one of the `done` steps would have had another learning rate. `then` is the
 /// configuration that the checkpoint records; whatever decides the order of the data is known to be the same.
 pub fn same_learning_rates(
@@ -114,6 +162,35 @@ mod tests {
         outcome(wsd.clone(), longer.clone(), 13).unwrap();
         let error = outcome(wsd, longer, 14).unwrap_err().to_string();
         assert!(error.contains("step 14 had"), "{error}");
+    }
+
+    #[test]
+    fn a_place_that_a_run_does_not_come_through_is_refused() {
+        let then = json!({"train": {"epochs": 4, "batch_tokens": 10, "micro_batch_tokens": 10}});
+        let check = |step, epoch, batch, tokens| is_on_the_way(&then, &order(), &Place { step, epoch, batch, tokens });
+        for (step, epoch, batch) in [(0, 0, 0), (3, 0, 3), (4, 0, 4), (5, 1, 1), (16, 3, 4)] {
+            check(step, epoch, batch, 10 * step).unwrap();
+        }
+        for (step, epoch, batch, tokens, word) in [
+            (17, 3, 4, 0, "`step`: expected at most 16"),
+            (u64::MAX, 3, 4, 0, "`step`"),
+            (1 << 62, 0, 1 << 62, 0, "`step`"),
+            (4, 4, 0, 0, "`epoch`: expected a number below 4"),
+            (4, u64::MAX, 0, 0, "`epoch`"),
+            (5, 0, 5, 0, "5 batches of epoch 0 are not where step 5 is"),
+            (5, 1, 2, 0, "2 batches of epoch 1"),
+            (5, 1, u64::MAX, 0, "`position`"),
+            (5, 1, 1, 51, "`tokens_seen`: expected at most 50"),
+            (5, 1, 1, u64::MAX, "`tokens_seen`"),
+        ] {
+            let problem = check(step, epoch, batch, tokens).unwrap_err();
+            assert!(problem.contains(word), "{problem}");
+        }
+        // A configuration that would be counted for ever.
+        let endless = json!({"train": {"epochs": u64::MAX, "batch_tokens": 10, "micro_batch_tokens": 10}});
+        let problem =
+            is_on_the_way(&endless, &order(), &Place { step: 1, epoch: 0, batch: 1, tokens: 10 }).unwrap_err();
+        assert!(problem.contains("`train.epochs`: expected at most 100000"), "{problem}");
     }
 
     #[test]

@@ -23,7 +23,7 @@ pub mod trainer;
 #[cfg(test)]
 mod one_writer;
 
-pub use continuation::same_learning_rates;
+pub use continuation::{Place, is_on_the_way, same_learning_rates};
 pub use gradient_sums::GradientSums;
 pub use order::DataOrder;
 pub use parts::{Provenance, Split, TrainerParts, Writer};
@@ -76,6 +76,9 @@ impl Default for TrainConfig {
     }
 }
 
+/// Epochs that are counted through to know how many steps a run has.
+const MOST_EPOCHS: u64 = 100_000;
+
 impl TrainConfig {
     /// Checks values that the types allow and the loop does not.
     pub fn validate(&self) -> Result<()> {
@@ -117,6 +120,10 @@ impl TrainConfig {
         let most = self.max_steps.unwrap_or(u64::MAX);
         let mut steps = 0;
         for epoch in 0..self.epochs {
+            if epoch == MOST_EPOCHS {
+                let problem = format!("expected at most {MOST_EPOCHS}, or fewer steps in train.max_steps");
+                return Err(Error::config("train.epochs", format!("{problem}, got {}", self.epochs)));
+            }
             let of_epoch = order.epoch(epoch)?.len() as u64;
             steps += of_epoch;
             if steps >= most || of_epoch == 0 {

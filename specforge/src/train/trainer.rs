@@ -22,7 +22,7 @@ use super::parts::{TrainerParts, Writer, commonest_token_share};
 use super::seconds::{Activity, Clock, Seconds};
 use crate::checkpoint::{Checkpoint, Manifest, Measurements};
 use crate::dist::ReduceOp;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, TensorMismatch};
 use crate::optim::{AdamW, Group, ParameterSlot};
 use crate::progress::Progress;
 use crate::stop::Answer;
@@ -124,6 +124,14 @@ impl<'a> Trainer<'a> {
                 let _guard = tch::no_grad_guard();
                 // As float64, so that nothing stays mapped; the way there and back loses nothing.
                 let saved = checkpoint.model.load(&parameter.name, Kind::Double, parameter.value.device())?;
+                let (want, got) = (parameter.value.size(), saved.size());
+                if want != got {
+                    let mismatch = TensorMismatch {
+                        misshaped: vec![(parameter.name.clone(), want, got)],
+                        ..TensorMismatch::default()
+                    };
+                    return Err(Error::Tensors { path: checkpoint.model.path().to_path_buf(), mismatch });
+                }
                 parameter.value.shallow_clone().f_copy_(&saved)?;
             }
             let Manifest { step, epoch, position: batch, tokens_seen: tokens, owed, .. } = checkpoint.manifest;
@@ -140,6 +148,14 @@ impl<'a> Trainer<'a> {
         let mut optimizer = AdamW::new(slots.collect(), parts.optim, group, parts.parallel.shard_optimizer)?;
         if step > 0 {
             optimizer.load_state(resume.map(|checkpoint| &checkpoint.optimizer))?;
+            let taken = optimizer.steps_taken()?;
+            if taken > step {
+                let problem = format!("the optimizer's state is of step {taken}, the checkpoint of step {step}");
+                return Err(match resume {
+                    Some(checkpoint) => Error::bad_file(&checkpoint.path, problem),
+                    None => Error::Failed(problem),
+                });
+            }
         }
         let gradients = GradientSums::new(parameters, group, parts.parallel)?;
         let open = resume.map(|checkpoint| checkpoint.manifest.window.as_slice()).unwrap_or_default();

@@ -2,6 +2,9 @@
 //!
 //! Files are memory-mapped. On the CPU, tensors that are wanted as they are stored use the mapped pages themselves; every
 //! other case converts piece by piece and gives the pages back to the system, so peak memory stays near the weights' size.
+//!
+//! Files come from strangers. A header is compared with the length of its file before anything is made of its numbers,
+//! a name that stands twice is an error, and so is a tensor that holds something else than finite numbers.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -10,15 +13,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::{Mmap, UncheckedAdvice};
-use safetensors::{SafeTensorError, SafeTensors};
-use serde::Deserialize;
+use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use tch::{Device, Kind, Tensor};
 
+use super::index::{SHARD_INDEX, ShardIndex, is_old_buffer};
 use super::writer::kind_of;
+use super::{finite, quantised};
 use crate::error::{Error, Result, TensorMismatch};
+use crate::strict;
 
 const SINGLE_FILE: &str = "model.safetensors";
-const SHARD_INDEX: &str = "model.safetensors.index.json";
 
 /// Tensors are converted in pieces of this many stored bytes, whose pages are given back piece by piece.
 const PIECE_BYTES: usize = 8 << 20;
@@ -38,90 +42,79 @@ struct Entry {
 #[derive(Debug)]
 pub struct WeightsFolder {
     path: PathBuf,
-    files: Vec<Arc<Mmap>>,
-    /// Where each file lies.
-    paths: Vec<PathBuf>,
+    /// Each file's path and bytes.
+    files: Vec<(PathBuf, Arc<Mmap>)>,
     /// Length and time of the last change of each file, in bytes and nanoseconds.
     stamps: Vec<(u64, i128)>,
     entries: BTreeMap<String, Entry>,
-}
-
-#[derive(Deserialize)]
-struct ShardIndex {
-    weight_map: BTreeMap<String, String>,
 }
 
 impl WeightsFolder {
     /// Opens a folder with `model.safetensors` or a shard index, or a single safetensors file.
     pub fn open(path: &Path) -> Result<Self> {
         if path.is_file() {
-            return Self::open_files(path, &[path.to_path_buf()]);
+            return Self::open_files(path, &[path.to_path_buf()], None);
         }
         if !path.is_dir() {
             return Err(Error::bad_file(path, "no such folder")
                 .with_hint("name a folder with config.json, tokenizer.json and model.safetensors"));
         }
-        let single = path.join(SINGLE_FILE);
-        if single.is_file() {
-            return Self::open_files(path, &[single]);
-        }
-        let index_path = path.join(SHARD_INDEX);
-        if !index_path.is_file() {
+        let (single, index_path) = (path.join(SINGLE_FILE), path.join(SHARD_INDEX));
+        if !single.is_file() && !index_path.is_file() {
             return Err(Error::bad_file(path, format!("holds neither {SINGLE_FILE} nor {SHARD_INDEX}"))
                 .with_hint("convert .bin or .gguf weights first (`specforge import` reads GGUF)"));
         }
-        let text = std::fs::read_to_string(&index_path).map_err(Error::io("read", &index_path))?;
-        let index: ShardIndex =
-            serde_json::from_str(&text).map_err(|error| Error::bad_file(&index_path, error.to_string()))?;
-        let mut names: Vec<&String> = index.weight_map.values().collect();
-        names.sort();
-        names.dedup();
-        let files: Vec<PathBuf> = names.into_iter().map(|name| path.join(name)).collect();
+        if !index_path.is_file() {
+            return Self::open_files(path, &[single], None);
+        }
+        let index = ShardIndex::read(&index_path)?;
+        // Readers disagree which of the two counts: one of them is stale.
+        if single.is_file() && !index.files().contains(SINGLE_FILE) {
+            return Err(Error::bad_file(
+                path,
+                format!("holds {SINGLE_FILE} and an index of other files, {SHARD_INDEX}"),
+            )
+            .with_hint("remove the weights that are not meant: some programs read one of them, some the other"));
+        }
+        let files: Vec<PathBuf> = index.files().into_iter().map(|name| path.join(name)).collect();
         if let Some(absent) = files.iter().find(|file| !file.is_file()) {
             return Err(Error::bad_file(absent, format!("is named in {SHARD_INDEX} but not there"))
                 .with_hint("the download is incomplete: fetch the missing shard again"));
         }
-        let folder = Self::open_files(path, &files)?;
-        if let Some(name) = index.weight_map.keys().find(|name| !folder.entries.contains_key(*name)) {
-            return Err(Error::bad_file(&index_path, format!("lists `{name}`, which no shard holds")));
+        let folder = Self::open_files(path, &files, Some(&index))?;
+        for (name, file) in index.entries() {
+            let is_there = |entry: &Entry| folder.files[entry.file].0 == path.join(file);
+            if !folder.entries.get(name).is_some_and(is_there) && !is_old_buffer(name) {
+                return Err(Error::bad_file(&index_path, format!("lists `{name}` in {file}, which does not hold it")));
+            }
         }
         Ok(folder)
     }
 
-    fn open_files(path: &Path, paths: &[PathBuf]) -> Result<Self> {
+    /// Opens files. Where an index names another file for a tensor than the one it lies in, the tensor is passed over: it
+    /// was replaced. One that the index does not name counts wherever it lies.
+    fn open_files(path: &Path, paths: &[PathBuf], index: Option<&ShardIndex>) -> Result<Self> {
         let (mut files, mut stamps) = (Vec::new(), Vec::new());
         let mut entries = BTreeMap::new();
-        for (index, file_path) in paths.iter().enumerate() {
+        for (number, file_path) in paths.iter().enumerate() {
             let file = File::open(file_path).map_err(Error::io("open", file_path))?;
             let stamp = file.metadata().map_err(Error::io("look at", file_path))?;
             stamps.push((stamp.len(), i128::from(stamp.ctime()) * 1_000_000_000 + i128::from(stamp.ctime_nsec())));
             // SAFETY: weights are read-only inputs; replacing a file under a running program is not supported.
             let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", file_path))?;
-            let (header_length, metadata) = SafeTensors::read_metadata(&map).map_err(|error| {
-                let problem = match error {
-                    SafeTensorError::MetadataIncompleteBuffer => {
-                        format!("its header describes another length than its {} bytes", map.len())
-                    }
-                    other => other.to_string(),
-                };
-                Error::bad_file(file_path, format!("is not a whole safetensors file: {problem}"))
-                    .with_hint("the file is truncated or damaged: fetch or write it again")
-            })?;
-            let data_start = header_length + 8;
-            for (name, info) in metadata.tensors() {
-                let kind = kind_of(info.dtype).ok_or_else(|| {
-                    Error::bad_file(file_path, format!("`{name}` has the unsupported element type {:?}", info.dtype))
-                })?;
-                let shape = info.shape.iter().map(|&size| size as i64).collect();
-                let (start, end) = (data_start + info.data_offsets.0, data_start + info.data_offsets.1);
-                let entry = Entry { file: index, kind, shape, start, end };
-                if entries.insert(name.clone(), entry).is_some() {
+            for (name, entry) in entries_of(file_path, &map, number)? {
+                let listed = index.and_then(|index| index.file_of(&name));
+                if listed.is_some_and(|listed| path.join(listed) != *file_path) {
+                    continue;
+                }
+                if entries.contains_key(&name) {
                     return Err(Error::bad_file(file_path, format!("`{name}` is also in another shard")));
                 }
+                entries.insert(name, entry);
             }
-            files.push(Arc::new(map));
+            files.push((file_path.clone(), Arc::new(map)));
         }
-        Ok(Self { path: path.to_path_buf(), files, paths: paths.to_vec(), stamps, entries })
+        Ok(Self { path: path.to_path_buf(), files, stamps, entries })
     }
 
     /// The folder or file that was opened.
@@ -136,7 +129,7 @@ impl WeightsFolder {
 
     /// Each file with the names of its tensors, sorted.
     pub(super) fn by_file(&self) -> Vec<(&Path, Vec<&str>)> {
-        let mut files: Vec<(&Path, Vec<&str>)> = self.paths.iter().map(|path| (path.as_path(), Vec::new())).collect();
+        let mut files: Vec<(&Path, Vec<&str>)> = self.files.iter().map(|(path, _)| (path.as_path(), Vec::new())).collect();
         self.entries.iter().for_each(|(name, entry)| files[entry.file].1.push(name));
         files
     }
@@ -163,7 +156,66 @@ impl WeightsFolder {
 
     /// The elements of a tensor as stored: little-endian, row-major.
     pub fn bytes(&self, name: &str) -> Option<&[u8]> {
-        self.entries.get(name).map(|entry| &self.files[entry.file][entry.start..entry.end])
+        self.entries.get(name).map(|entry| self.bytes_of(entry))
+    }
+
+    fn bytes_of(&self, entry: &Entry) -> &[u8] {
+        &self.files[entry.file].1[entry.start..entry.end]
+    }
+
+    /// The file that holds a tensor; the folder for one that is not there.
+    pub fn file_of(&self, name: &str) -> &Path {
+        self.entries.get(name).map_or(&self.path, |entry| &self.files[entry.file].0)
+    }
+
+    /// Refuses weights that are quantised: by the names of any tensors, and by the element types of those of a model.
+    /// Integers are not taken for the numbers they stand for.
+    pub fn check_numbers(&self, expected: &[(String, Vec<i64>)]) -> Result<()> {
+        let refuse =
+            |name: &str, problem: String| Err(Error::bad_file(self.file_of(name), problem).with_hint(quantised::HINT));
+        for name in self.names() {
+            if let Some(method) = quantised::method_of(name) {
+                return refuse(name, format!("holds quantised weights ({method}), such as `{name}`"));
+            }
+        }
+        for (name, _) in expected {
+            match self.kind(name) {
+                None | Some(Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16) => {}
+                Some(kind) => {
+                    return refuse(
+                        name,
+                        format!("`{name}`: expected floating-point numbers, got {kind:?}: quantised weights?"),
+                    );
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether two tensors hold the same numbers, whatever their element types.
+    pub fn same_content(&self, left: &str, right: &str) -> Result<bool> {
+        let (one, other) = (self.entry(left)?, self.entry(right)?);
+        if one.shape != other.shape {
+            return Ok(false);
+        }
+        if one.kind == other.kind && self.bytes_of(one) == self.bytes_of(other) {
+            return Ok(true);
+        }
+        // Piece by piece, and in most cases the first one decides.
+        let count = one.shape.iter().product::<i64>();
+        let elements = PIECE_BYTES as i64 / 8;
+        for start in (0..count).step_by(elements as usize) {
+            let piece = |entry: &Entry| {
+                let width = entry.kind.elt_size_in_bytes();
+                let length = elements.min(count - start);
+                let bytes = &self.bytes_of(entry)[start as usize * width..][..length as usize * width];
+                Ok::<_, Error>(Tensor::f_from_data_size(bytes, &[length], entry.kind)?.f_to_kind(Kind::Double)?)
+            };
+            if !piece(one)?.f_equal(&piece(other)?)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Compares names and shapes with what a model expects. `ignored` names may be there or not.
@@ -197,7 +249,7 @@ impl WeightsFolder {
     }
 
     fn is_aligned(&self, entry: &Entry) -> bool {
-        let address = self.files[entry.file].as_ptr() as usize + entry.start;
+        let address = self.bytes_of(entry).as_ptr() as usize;
         address.is_multiple_of(entry.kind.elt_size_in_bytes())
     }
 
@@ -209,22 +261,31 @@ impl WeightsFolder {
     }
 
     /// Loads one tensor. On the CPU and in the stored element type the result shares the mapped pages, which stay
-    /// mapped for the life of the process and must not be written to.
+    /// mapped for the life of the process and must not be written to. What is not a finite number is refused, also where
+    /// it becomes infinite in the wanted type.
     pub fn load(&self, name: &str, kind: Kind, device: Device) -> Result<Tensor> {
         let entry = self.entry(name)?;
         if device == Device::Cpu && self.is_usable(entry, kind) {
-            let map = &self.files[entry.file];
-            leak_map(map);
+            self.refuse_non_finite(name, entry, self.bytes_of(entry), 0)?;
+            leak_map(&self.files[entry.file].1);
             // SAFETY: safetensors checked the size, the address is aligned, and `leak_map` keeps the bytes mapped.
-            return unsafe { tensor_over(&map[entry.start..entry.end], &entry.shape, kind) };
+            return unsafe { tensor_over(self.bytes_of(entry), &entry.shape, kind) };
         }
         let loaded = Tensor::f_empty(&entry.shape, (kind, device))?;
         let flat = loaded.f_view([-1])?;
+        let may_overflow = may_overflow(entry.kind, kind);
         let mut first = 0;
         self.read_pieces(name, |piece| {
             let length = piece.numel() as i64;
-            flat.f_narrow(0, first, length)?.f_copy_(piece)?;
+            let mut place = flat.f_narrow(0, first, length)?;
+            place.f_copy_(piece)?;
             first += length;
+            if may_overflow && !bool::try_from(place.f_isfinite()?.f_all()?)? {
+                let problem = format!("`{name}` holds numbers that are too large for {kind:?}");
+                return Err(
+                    Error::bad_file(self.file_of(name), problem).with_hint("load the weights as bfloat16 or float32")
+                );
+            }
             Ok(())
         })?;
         Ok(loaded)
@@ -233,10 +294,12 @@ impl WeightsFolder {
     /// Gives the elements of one tensor as stored, piece by piece, and gives the pages back to the system.
     pub(super) fn read_pieces(&self, name: &str, mut body: impl FnMut(&Tensor) -> Result<()>) -> Result<()> {
         let entry = self.entry(name)?;
-        let map = &self.files[entry.file];
+        let map = &self.files[entry.file].1;
         let is_aligned = self.is_aligned(entry);
-        for (index, piece) in map[entry.start..entry.end].chunks(PIECE_BYTES).enumerate() {
-            let length = (piece.len() / entry.kind.elt_size_in_bytes()) as i64;
+        let width = entry.kind.elt_size_in_bytes();
+        for (index, piece) in self.bytes_of(entry).chunks(PIECE_BYTES).enumerate() {
+            self.refuse_non_finite(name, entry, piece, index * PIECE_BYTES / width)?;
+            let length = (piece.len() / width) as i64;
             let source = if is_aligned {
                 // SAFETY: the address is aligned; this tensor does not outlive the loop, which the map does.
                 unsafe { tensor_over(piece, &[length], entry.kind)? }
@@ -251,6 +314,78 @@ impl WeightsFolder {
         }
         Ok(())
     }
+
+    /// `bytes` are a part of the tensor that begins with element `first`.
+    fn refuse_non_finite(&self, name: &str, entry: &Entry, bytes: &[u8], first: usize) -> Result<()> {
+        let hint = "the weights are damaged: fetch or write them again";
+        if entry.kind == Kind::Bool {
+            return match bytes.iter().position(|byte| *byte > 1) {
+                None => Ok(()),
+                Some(place) => {
+                    let problem = format!("`{name}`: element {} is neither true nor false", first + place);
+                    Err(Error::bad_file(self.file_of(name), problem).with_hint(hint))
+                }
+            };
+        }
+        match finite::first_non_finite(bytes, entry.kind) {
+            None => Ok(()),
+            Some((place, what)) => {
+                let problem = format!("`{name}`: expected finite numbers, element {} is {what}", first + place);
+                Err(Error::bad_file(self.file_of(name), problem).with_hint(hint))
+            }
+        }
+    }
+}
+
+/// Whether a finite number of one type may be infinite in the other.
+fn may_overflow(from: Kind, to: Kind) -> bool {
+    matches!(
+        (from, to),
+        (Kind::Double, Kind::Float | Kind::BFloat16 | Kind::Half)
+            | (Kind::Float, Kind::BFloat16 | Kind::Half)
+            | (Kind::BFloat16, Kind::Half)
+    )
+}
+
+/// The tensors that a file's header names.
+fn entries_of(path: &Path, map: &Mmap, file: usize) -> Result<Vec<(String, Entry)>> {
+    let broken = |problem: String| {
+        Error::bad_file(path, format!("is not a whole safetensors file: {problem}"))
+            .with_hint("the file is truncated or damaged: fetch or write it again")
+    };
+    let (header_length, metadata) = SafeTensors::read_metadata(map).map_err(|error| match error {
+        SafeTensorError::MetadataIncompleteBuffer => {
+            broken(format!("its header describes another length than its {} bytes", map.len()))
+        }
+        other => broken(other.to_string()),
+    })?;
+    let data_start = header_length + 8;
+    // The reader keeps the last of two tensors of one name.
+    if let Some(name) = strict::repeated_key(&map[8..data_start]) {
+        return Err(broken(format!("its header names `{name}` twice")));
+    }
+    let mut entries = Vec::new();
+    for (name, info) in metadata.tensors() {
+        let kind = kind_of(info.dtype).ok_or_else(|| unsupported(path, &name, info.dtype))?;
+        let shape: Option<Vec<i64>> = info.shape.iter().map(|&size| i64::try_from(size).ok()).collect();
+        // An empty tensor may claim any size along its other axes.
+        let elements =
+            |shape: &Vec<i64>| shape.iter().try_fold(8i64, |product, &size| product.checked_mul(size.max(1)));
+        let Some(shape) = shape.filter(|shape| elements(shape).is_some()) else {
+            return Err(broken(format!("`{name}` has the impossible shape {:?}", info.shape)));
+        };
+        let (start, end) = (data_start + info.data_offsets.0, data_start + info.data_offsets.1);
+        entries.push((name, Entry { file, kind, shape, start, end }));
+    }
+    Ok(entries)
+}
+
+fn unsupported(path: &Path, name: &str, dtype: Dtype) -> Error {
+    if quantised::is_narrow_float(dtype) {
+        return Error::bad_file(path, format!("holds quantised weights: `{name}` is of type {dtype:?}"))
+            .with_hint(quantised::HINT);
+    }
+    Error::bad_file(path, format!("`{name}` has the unsupported element type {dtype:?}"))
 }
 
 /// A tensor on the CPU that uses these bytes.
@@ -277,157 +412,5 @@ fn contiguous_strides(shape: &[i64]) -> Vec<i64> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::weights::write_tensors;
-
-    fn numbers(shape: &[i64], kind: Kind) -> Tensor {
-        let count: i64 = shape.iter().product();
-        (Tensor::arange(count, (Kind::Float, Device::Cpu)) / 8 - 3).to_kind(kind).view(shape)
-    }
-
-    fn write(path: &Path, tensors: &[(&str, Tensor)]) {
-        let tensors: Vec<_> = tensors.iter().map(|(name, value)| ((*name).to_owned(), value.shallow_clone())).collect();
-        write_tensors(path, &tensors, &[]).unwrap();
-    }
-
-    /// Two shards and their index.
-    fn sharded() -> tempfile::TempDir {
-        let folder = tempfile::tempdir().unwrap();
-        let shard = |number: u32| folder.path().join(format!("model-0000{number}-of-00002.safetensors"));
-        write(&shard(1), &[("a", numbers(&[2, 3], Kind::Float)), ("b", numbers(&[4], Kind::BFloat16))]);
-        write(&shard(2), &[("c", numbers(&[3, 1, 2], Kind::Half))]);
-        let index = r#"{"metadata": {"total_size": 44}, "weight_map": {"a": "model-00001-of-00002.safetensors",
-            "b": "model-00001-of-00002.safetensors", "c": "model-00002-of-00002.safetensors"}}"#;
-        std::fs::write(folder.path().join(SHARD_INDEX), index).unwrap();
-        folder
-    }
-
-    #[track_caller]
-    fn assert_refused(path: &Path, words: &[&str]) {
-        let error = WeightsFolder::open(path).unwrap_err();
-        let text = format!("{error} (hint: {})", error.hint().unwrap_or_default());
-        assert!(words.iter().all(|word| text.contains(word)), "{text}");
-        assert_eq!(error.exit_code(), 2);
-    }
-
-    #[test]
-    fn every_tensor_of_every_shard_is_found_and_converted() {
-        let folder = sharded();
-        let weights = WeightsFolder::open(folder.path()).unwrap();
-        assert_eq!(weights.names().collect::<Vec<_>>(), ["a", "b", "c"]);
-        assert_eq!(weights.shape("c"), Some([3, 1, 2].as_slice()));
-        assert_eq!(weights.kind("b"), Some(Kind::BFloat16));
-        for (name, shape) in [("a", [2i64, 3].as_slice()), ("b", &[4]), ("c", &[3, 1, 2])] {
-            for kind in [Kind::Float, Kind::BFloat16, Kind::Half, Kind::Double] {
-                let got = weights.load(name, kind, Device::Cpu).unwrap();
-                assert_eq!(got.kind(), kind);
-                assert!(got.equal(&numbers(shape, kind)), "{name} as {kind:?}"); // these numbers are exact in every type
-            }
-        }
-    }
-
-    #[test]
-    fn tensors_outlive_the_folder() {
-        let folder = sharded();
-        let tensor = WeightsFolder::open(folder.path()).unwrap().load("a", Kind::Float, Device::Cpu).unwrap();
-        drop(folder);
-        assert!(tensor.equal(&numbers(&[2, 3], Kind::Float)));
-    }
-
-    /// More than one piece, the last one short.
-    #[test]
-    fn a_large_tensor_is_converted_whole() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join(SINGLE_FILE);
-        let count = (2 * PIECE_BYTES / 2 + 77) as i64;
-        let want = Tensor::arange(count, (Kind::Int64, Device::Cpu)).remainder(251).to_kind(Kind::BFloat16);
-        write(&path, &[("w", want.shallow_clone())]);
-        let got = WeightsFolder::open(&path).unwrap().load("w", Kind::Float, Device::Cpu).unwrap();
-        assert!(got.equal(&want.to_kind(Kind::Float)));
-    }
-
-    /// Old writers did not pad the header, so elements may lie across their alignment.
-    #[test]
-    fn elements_that_lie_askew_and_empty_tensors_are_read() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join(SINGLE_FILE);
-        let mut header = r#"{"e":{"dtype":"F32","shape":[0,2],"data_offsets":[0,0]},"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#
-            .to_owned();
-        while header.len() % 4 != 1 {
-            header.push(' ');
-        }
-        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
-        bytes.extend(header.as_bytes());
-        bytes.extend([1.5f32, -2.0].iter().flat_map(|value| value.to_le_bytes()));
-        std::fs::write(&path, bytes).unwrap();
-        let weights = WeightsFolder::open(folder.path()).unwrap();
-        for kind in [Kind::Float, Kind::Half] {
-            let got = weights.load("w", kind, Device::Cpu).unwrap();
-            assert!(got.equal(&Tensor::from_slice(&[1.5f32, -2.0]).to_kind(kind)));
-            assert_eq!(weights.load("e", kind, Device::Cpu).unwrap().size(), [0, 2]);
-        }
-    }
-
-    #[test]
-    fn folders_without_weights_say_what_is_missing() {
-        let folder = tempfile::tempdir().unwrap();
-        assert_refused(&folder.path().join("absent"), &["absent", "no such folder", "name a folder"]);
-        assert_refused(folder.path(), &["neither model.safetensors nor model.safetensors.index.json", "import"]);
-    }
-
-    #[test]
-    fn broken_shard_sets_are_named() {
-        let folder = sharded();
-        let (index, second) = (folder.path().join(SHARD_INDEX), folder.path().join("model-00002-of-00002.safetensors"));
-        let whole = std::fs::read_to_string(&index).unwrap();
-        std::fs::write(&index, whole.replace(r#""c":"#, r#""absent": "model-00002-of-00002.safetensors", "c":"#))
-            .unwrap();
-        assert_refused(folder.path(), &["index.json", "`absent`", "no shard holds"]);
-        write(&second, &[("a", numbers(&[1], Kind::Float)), ("c", numbers(&[1], Kind::Float))]);
-        assert_refused(folder.path(), &["model-00002", "`a` is also in another shard"]);
-        std::fs::remove_file(&second).unwrap();
-        assert_refused(folder.path(), &["model-00002-of-00002.safetensors", "not there", "fetch the missing shard"]);
-        std::fs::write(&index, &whole[..whole.len() - 9]).unwrap();
-        assert_refused(folder.path(), &["index.json", "line"]);
-        std::fs::write(&index, "{}").unwrap();
-        assert_refused(folder.path(), &["index.json", "weight_map"]);
-    }
-
-    #[test]
-    fn damaged_files_are_refused() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join(SINGLE_FILE);
-        write(&path, &[("w", numbers(&[64], Kind::Float))]);
-        let whole = std::fs::read(&path).unwrap();
-        let longer = [whole.clone(), vec![0; 3]].concat();
-        let huge_header = [&u64::MAX.to_le_bytes(), &whole[8..]].concat();
-        let not_json = [&whole[..8], b"[", &whole[9..]].concat();
-        let pieces = [&whole[..0], &whole[..5], &whole[..20], &whole[..whole.len() - 1]];
-        for bytes in pieces.into_iter().chain([longer.as_slice(), &huge_header, &not_json]) {
-            std::fs::write(&path, bytes).unwrap();
-            assert_refused(
-                folder.path(),
-                &["model.safetensors", "not a whole safetensors file", "truncated or damaged"],
-            );
-        }
-        std::fs::write(&path, &whole[..whole.len() - 1]).unwrap();
-        assert_refused(folder.path(), &[&format!("another length than its {} bytes", whole.len() - 1)]);
-    }
-
-    #[test]
-    fn tensors_that_do_not_fit_are_listed_with_expected_and_got() {
-        let folder = sharded();
-        let weights = WeightsFolder::open(folder.path()).unwrap();
-        let expected = [("a", vec![2, 3]), ("b", vec![5]), ("d", vec![7])];
-        let expected = expected.map(|(name, shape)| (name.to_owned(), shape));
-        let text = weights.check(&expected, |_| false).unwrap_err().to_string();
-        for line in ["missing (1):\n    d [7]", "surplus (1):\n    c [3, 1, 2]", "b: expected [5], got [4]"] {
-            assert!(text.contains(line), "{text}");
-        }
-        assert!(!weights.check(&expected, |name| name == "c").unwrap_err().to_string().contains("surplus"));
-        assert!(weights.load("d", Kind::Float, Device::Cpu).unwrap_err().to_string().contains("missing (1):\n    d"));
-        let fitting = [("a", vec![2, 3]), ("b", vec![4]), ("c", vec![3, 1, 2])];
-        weights.check(&fitting.map(|(name, shape)| (name.to_owned(), shape)), |_| false).unwrap();
-    }
-}
+#[path = "folder_tests.rs"]
+mod tests;

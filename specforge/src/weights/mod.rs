@@ -1,11 +1,15 @@
 //! Files that hold tensors: reading Hugging Face folders, writing without ever leaving half a file.
 
 pub mod content;
+mod finite;
 pub mod folder;
 pub mod gguf;
+mod index;
+pub mod quantised;
 pub mod shared;
 pub mod writer;
 
 pub use folder::WeightsFolder;
+pub use index::is_old_buffer;
 pub use shared::SharedCopies;
 pub use writer::{write_bytes, write_tensors};

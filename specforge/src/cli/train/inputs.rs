@@ -28,6 +28,8 @@ pub(super) fn vocabulary(
     if VocabularyKeys::read(&config.draft)? == VocabularyKeys::default() {
         return Ok(None);
     }
+    // Tables of this size are made: it must be the weights' own.
+    models::check(&config.target.path)?;
     let target_size = plan::target_config(config)?.vocab_size;
     fits_vocabulary(tokenizer, target_size, &config.target.path)?;
     let corpus = Corpus { cache, documents, tokenizer, target_size };

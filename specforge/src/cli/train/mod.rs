@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::{Value, json};
-use tch::Device;
+use tch::{Device, Tensor};
 
 use super::{Output, note, record, signals};
-use crate::checkpoint::{self, Choice, Versions};
+use crate::checkpoint::manifest::MANIFEST_FILE;
+use crate::checkpoint::{self, Choice, Manifest, Versions};
 use crate::config::RunConfig;
 use crate::data::{self, TokenCache};
 use crate::device;
@@ -132,6 +133,10 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
         }
         let manifest = &checkpoint.manifest;
         let order = config.train.order(train_documents.iter().map(|&index| train_cache.length(index)).collect())?;
+        let Manifest { step, epoch, position, tokens_seen, .. } = *manifest;
+        let at = train::Place { step, epoch, batch: position, tokens: tokens_seen };
+        train::is_on_the_way(&manifest.configuration, &order, &at)
+            .map_err(|problem| Error::bad_file(checkpoint.path.join(MANIFEST_FILE), problem))?;
         train::same_learning_rates(&manifest.configuration, &config.train, &config.optim, &order, manifest.step)?;
     }
 
@@ -160,12 +165,19 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
     let draft = (algorithm.build)(&section, &context)?;
     // A resumed run has its values from the checkpoint, and other ranks have theirs from the first.
     if let (true, None, Some(from)) = (is_first, checkpoint, config.draft.get("init_from").and_then(Value::as_str)) {
-        let notes = export::eagle3::start_from(Path::new(from), draft.as_ref(), context.vocabulary)?;
+        let notes = export::eagle3::start_from(Path::new(from), draft.as_ref(), context.vocabulary, context.embedding)?;
         notes.iter().for_each(|line| note(format!("{from}: {line}")));
         note(format!("starting from the draft in {from}"));
     }
     for cache in [Some(&train_cache), eval_cache.as_ref()].into_iter().flatten() {
         draft.check_length(inputs::longest(cache))?;
+    }
+    if let Some(checkpoint) = checkpoint {
+        let shape = |(name, tensor): (&str, &Tensor)| (name.to_owned(), tensor.size());
+        let parameters: Vec<_> =
+            draft.parameters().iter().map(|parameter| shape((&parameter.name, &parameter.value))).collect();
+        let buffers: Vec<_> = draft.buffers().iter().map(|(name, tensor)| shape((name, tensor))).collect();
+        checkpoint.same_tensors(&parameters, &buffers)?;
     }
     draft.contract().iter().for_each(|line| note(format!("contract: {line}")));
     let held_out = eval_cache.as_ref().unwrap_or(&train_cache);

@@ -8,7 +8,6 @@
 //! Shape legend: `B` rows, `T` new rows or guesses of each, `R` new rows of all, `H` the draft's hidden size, `TH` the
 //! target's.
 
-use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use super::branches::Branches;
@@ -34,11 +33,13 @@ pub struct Eagle3Parts {
     pub tensors: Vec<(String, Tensor)>,
     /// Its own vocabulary, where it is smaller than the target's.
     pub vocabulary: Option<VocabMap>,
+    /// Its own embedding, where it has one although it is as wide as the target.
+    pub embedding: Option<Tensor>,
 }
 
 impl From<Imported> for Eagle3Parts {
-    fn from(Imported { shape, tensors, vocabulary, .. }: Imported) -> Self {
-        Self { shape, tensors, vocabulary }
+    fn from(Imported { shape, tensors, vocabulary, embedding, .. }: Imported) -> Self {
+        Self { shape, tensors, vocabulary, embedding }
     }
 }
 
@@ -49,12 +50,11 @@ impl Eagle3Parts {
         if draft.algorithm().name != crate::draft::eagle3::ALGORITHM.name {
             return Ok(None);
         }
-        let shape = draft.description().get("shape").cloned().unwrap_or(Value::Null);
-        let shape = serde_json::from_value(shape)
-            .map_err(|error| Error::Failed(format!("the shape of the draft in training: {error}")))?;
+        let shape = Eagle3Shape::from_description(&draft.description())
+            .map_err(|problem| Error::Failed(format!("the shape of the draft in training: {problem}")))?;
         let parameters = draft.parameters().iter();
         let tensors = parameters.map(|parameter| (parameter.name.clone(), parameter.value.detach())).collect();
-        Ok(Some(Self { shape, tensors, vocabulary: vocabulary::from_tensors(&draft.buffers())? }))
+        Ok(Some(Self { shape, tensors, vocabulary: vocabulary::from_tensors(&draft.buffers())?, embedding: None }))
     }
 }
 
@@ -101,12 +101,20 @@ impl Eagle3Drafter {
             return Err(Error::Failed(problem));
         }
         let (kind, device) = (target.kind(), target.device());
-        Self::with_embedding(parts, target.embedding(), (kind, device), tree, sampling)
+        let embedding = match &parts.embedding {
+            Some(own) if own.size() != target.embedding().size() => {
+                let (want, got) = (target.embedding().size(), own.size());
+                return Err(Error::Failed(format!("the draft's embedding: expected {want:?}, got {got:?}")));
+            }
+            Some(own) => own.f_to_device(device)?.f_to_kind(kind)?,
+            None => target.embedding().shallow_clone(),
+        };
+        Self::with_embedding(parts, &embedding, (kind, device), tree, sampling)
     }
 
-    /// The same, given what is needed of a target: its embedding `[V, TH]`.
+    /// The same, given the embedding that the draft reads: mostly the target's, `[V, TH]`.
     pub fn with_embedding(
-        Eagle3Parts { shape, tensors, vocabulary }: Eagle3Parts,
+        Eagle3Parts { shape, tensors, vocabulary, .. }: Eagle3Parts,
         embedding: &Tensor,
         (kind, device): (Kind, Device),
         tree: DynamicTree,
@@ -120,11 +128,13 @@ impl Eagle3Drafter {
             return Err(Error::Failed(problem));
         }
         let mut parameters = Vec::new();
-        for (name, value) in tensors {
+        let wanted = shape.tensors();
+        // Nothing counts that the shape does not ask for.
+        for (name, value) in tensors.into_iter().filter(|(name, _)| wanted.iter().any(|(want, _)| want == name)) {
             let value = value.detach().f_to_device(device)?.f_to_kind(kind)?;
             parameters.push(Parameter { name, value, decay: false });
         }
-        for (name, want) in shape.tensors() {
+        for (name, want) in wanted {
             let found = parameters.iter().find(|parameter| parameter.name == name);
             match found.map(|parameter| parameter.value.size()) {
                 Some(got) if got == want => {}

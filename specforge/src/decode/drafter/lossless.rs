@@ -61,7 +61,7 @@ fn eagle3(
         (name, value)
     };
     let tensors = (0..).zip(shape.tensors()).map(tensor).collect();
-    Eagle3Drafter::new(Eagle3Parts { shape, tensors, vocabulary }, target, tree, sampling).unwrap()
+    Eagle3Drafter::new(Eagle3Parts { shape, tensors, vocabulary, embedding: None }, target, tree, sampling).unwrap()
 }
 
 fn model<'a>(draft: LlamaTarget, target: &LlamaTarget, tree: DynamicTree, sampling: DraftSampling) -> ModelDrafter<'a> {

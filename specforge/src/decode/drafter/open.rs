@@ -11,11 +11,13 @@ use super::{
 };
 use crate::checkpoint;
 use crate::data::ChatTokenizer;
+use crate::draft::eagle3::Eagle3Shape;
 use crate::draft::medusa::MedusaConfig;
 use crate::draft::{self, DraftModel, vocabulary};
 use crate::error::{Error, Result};
 use crate::export;
 use crate::models::{self, TargetModel};
+use crate::strict;
 
 /// A drafter, and what it is called.
 pub struct Opened<'a> {
@@ -89,16 +91,16 @@ fn from_folder<'a>(
     let not_a_checkpoint = match checkpoint::find(folder) {
         Ok(found) => {
             return trained(&found.manifest.draft, &found.tensors()?, tree, target, sampling)
-                .map_err(|error| of_folder(&found.path, error));
+                .map_err(|error| of_checkpoint(&found.path, error));
         }
         Err(error) => error,
     };
     if !config_path.exists() {
         return Err(not_a_checkpoint);
     }
-    let text = std::fs::read_to_string(&config_path).map_err(Error::io("read", &config_path))?;
-    let config: Value = serde_json::from_str(&text)
-        .map_err(|error| Error::bad_file(&config_path, format!("not valid JSON: {error}")))?;
+    let text = std::fs::read(&config_path).map_err(Error::io("read", &config_path))?;
+    let config: Value = strict::from_json(&text)
+        .map_err(|problem| Error::bad_file(&config_path, format!("not valid JSON: {problem}")))?;
     // A run's own folder holds a config.json too: that of the run.
     if config.get("train").is_some() {
         return Err(not_a_checkpoint);
@@ -108,8 +110,14 @@ fn from_folder<'a>(
         return medusa(MedusaHeads::read(folder, target)?, tree, sampling);
     }
     if formats(&[export::eagle3::RAW, export::eagle3::SPECULATORS]) {
-        let imported = export::eagle3::read(folder, Some(target.dimensions().num_layers))?;
-        let notes = imported.warnings.clone();
+        let mut imported = export::eagle3::read(folder, Some(target.dimensions().num_layers))?;
+        let mut notes = imported.warnings.clone();
+        if let Some(own) = imported.embedding.take()
+            && export::eagle3::is_other_embedding(&own, target.embedding())?
+        {
+            notes.push("the draft has an embedding that is not the target's: the draft's own is used".to_owned());
+            imported.embedding = Some(own);
+        }
         let opened =
             eagle3(Eagle3Parts::from(imported), tree, target, sampling).map_err(|error| of_folder(folder, error))?;
         return Ok(Opened { notes, ..opened });
@@ -127,6 +135,17 @@ fn of_folder(folder: &Path, error: Error) -> Error {
     match error {
         Error::Failed(problem) => Error::bad_file(folder, problem),
         other => other,
+    }
+}
+
+/// An error over a checkpoint, whose manifest holds a configuration of its own.
+fn of_checkpoint(folder: &Path, error: Error) -> Error {
+    match error {
+        Error::Config { key, problem, hint } if key.starts_with("draft") => {
+            let path = folder.join(checkpoint::manifest::MANIFEST_FILE);
+            Error::BadFile { path, problem: format!("`{key}`: {problem}"), hint }
+        }
+        other => of_folder(folder, other),
     }
 }
 
@@ -150,10 +169,10 @@ fn trained<'a>(
         return medusa(MedusaHeads::new(&config, tensors, vocabulary.as_ref(), target)?, tree, sampling);
     }
     if algorithm == draft::eagle3::ALGORITHM.name {
-        let shape = serde_json::from_value(description["shape"].clone())
-            .map_err(|error| Error::Failed(format!("the checkpoint is none of an EAGLE-3 draft: {error}")))?;
+        let shape = Eagle3Shape::from_description(description)
+            .map_err(|problem| Error::Failed(format!("the checkpoint is none of an EAGLE-3 draft: {problem}")))?;
         let tensors = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
-        return eagle3(Eagle3Parts { shape, tensors, vocabulary }, tree, target, sampling);
+        return eagle3(Eagle3Parts { shape, tensors, vocabulary, embedding: None }, tree, target, sampling);
     }
     Err(Error::Failed(format!("decoding with drafts of the algorithm `{algorithm}` is not supported")))
 }

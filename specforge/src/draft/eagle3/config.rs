@@ -11,7 +11,7 @@ use crate::draft::distillation::DistillationLoss;
 use crate::draft::supervision::MaskAlignment;
 use crate::draft::vocabulary::VocabularyKeys;
 use crate::error::{Error, Result};
-use crate::models::{Dimensions, LayerShape, LlamaConfig};
+use crate::models::{Dimensions, LayerShape, LlamaConfig, limits};
 use crate::nn::RopeConfig;
 use crate::strict;
 
@@ -208,13 +208,18 @@ struct EagleKeys {
 
 impl DraftKeys {
     fn read(value: &Value) -> Result<Self> {
-        serde_json::from_value(value.clone()).map_err(|error| Error::config("draft.config", error.to_string()))
+        serde_path_to_error::deserialize(value).map_err(|error| {
+            let key = error.path().to_string();
+            let key = if key == "." { "draft.config".to_owned() } else { format!("draft.config.{key}") };
+            Error::config(key, error.inner().to_string())
+        })
     }
 
     /// Captured layers by Hugging Face's index, where the file names them.
     fn capture(&self) -> Result<Option<Vec<usize>>> {
         let outputs = self.eagle_config.eagle_aux_hidden_state_layer_ids.as_ref();
-        let shifted = outputs.map(|ids| ids.iter().map(|id| id + 1).collect::<Vec<_>>());
+        // A layer beyond all numbers is refused as one beyond the target.
+        let shifted = outputs.map(|ids| ids.iter().map(|id| id.saturating_add(1)).collect::<Vec<_>>());
         match (&self.eagle_aux_hidden_state_layer_ids, shifted) {
             (Some(inputs), Some(outputs)) if *inputs != outputs => {
                 let problem = format!(
@@ -290,7 +295,7 @@ impl Eagle3Shape {
         let vocabulary =
             VocabularyKeys { vocab_map: config.vocab_map.clone(), draft_vocab_size: config.draft_vocab_size };
         let draft_vocab_size = vocabulary.draft_size(target.vocab_size)?;
-        Ok(Self {
+        let shape = Self {
             hidden_size: own.hidden_size,
             target_hidden_size: target.hidden_size,
             num_target_layers: target.num_layers,
@@ -305,7 +310,46 @@ impl Eagle3Shape {
             norm_before_residual: keys.norm_before_residual,
             norm_output: keys.norm_output.unwrap_or(true),
             norm_feedback: keys.norm_feedback,
-        })
+        };
+        shape.check().map_err(|problem| Error::config("draft.config", problem))?;
+        Ok(shape)
+    }
+
+    /// Reads what a checkpoint says of its draft.
+    pub fn from_description(description: &Value) -> Result<Self, String> {
+        let shape = description.get("shape").unwrap_or(&Value::Null);
+        let shape: Self = serde_path_to_error::deserialize(shape).map_err(|error| {
+            let key = error.path().to_string();
+            let key = if key == "." { "shape".to_owned() } else { format!("shape.{key}") };
+            format!("`{key}`: {}", error.inner())
+        })?;
+        shape.check().map_err(|problem| format!("`shape`: {problem}"))?;
+        Ok(shape)
+    }
+
+    /// Refuses sizes that no draft has, and those that do not fit each other: they may come from a file.
+    pub fn check(&self) -> Result<(), String> {
+        limits::within(&[
+            ("hidden_size", self.hidden_size, limits::MOST_HIDDEN),
+            ("target_hidden_size", self.target_hidden_size, limits::MOST_HIDDEN),
+            ("vocab_size", self.vocab_size, limits::MOST_TOKENS),
+            ("draft_vocab_size", self.draft_vocab_size, self.vocab_size),
+            ("num_layers", limits::signed(self.num_layers), limits::MOST_LAYERS),
+            ("max_position_embeddings", self.max_position_embeddings, limits::LONGEST_CONTEXT),
+        ])?;
+        let last = match self.num_target_layers {
+            // Not every file says it.
+            0 => limits::MOST_LAYERS as usize,
+            layers => layers,
+        };
+        if last > limits::MOST_LAYERS as usize {
+            return Err(format!("`num_target_layers`: expected at most {}, got {last}", limits::MOST_LAYERS));
+        }
+        let ascending = !self.capture.is_empty() && self.capture.windows(2).all(|pair| pair[0] < pair[1]);
+        if !ascending || self.capture.last().is_some_and(|&index| index > last) {
+            return Err(format!("captured layers: expected indices up to {last}, low to high, got {:?}", self.capture));
+        }
+        self.layer.check()
     }
 
     /// Prefix of the tensors of a layer.

@@ -10,6 +10,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
 use super::{CONFIG_FILE, Layout};
@@ -17,6 +18,7 @@ use crate::draft::eagle3::Eagle3Shape;
 use crate::error::{Error, Result};
 use crate::models::LlamaConfig;
 use crate::nn::{RopeConfig, RopeScaling};
+use crate::weights::quantised;
 
 /// Tokens a chain proposes where nobody says otherwise, as speculators' own converter writes it.
 const SPECULATIVE_TOKENS: u32 = 3;
@@ -204,7 +206,6 @@ pub(super) struct Keys {
     pub(super) tie_word_embeddings: Option<bool>,
     parallel_drafting: Option<bool>,
     logit_scale: Option<f64>,
-    quantization_config: Option<Value>,
     layer_types: Option<Vec<String>>,
     pub(super) eagle_aux_hidden_state_layer_ids: Option<Vec<usize>>,
     pub(super) eagle_config: Option<EagleKeys>,
@@ -245,9 +246,12 @@ pub(super) fn parse(path: &Path, layout: Layout, config: &Value, num_target_laye
         Layout::Raw => config.clone(),
         Layout::Speculators => flattened(path, config)?,
     };
-    let keys: Keys = serde_json::from_value(values.clone()).map_err(|error| refuse(error.to_string()))?;
+    if let Some(problem) = quantised::configured(&values).or_else(|| quantised::configured(config)) {
+        return Err(refuse(problem).with_hint(quantised::HINT));
+    }
+    let keys: Keys = named(&values, "").map_err(refuse)?;
     let own: OwnKeys = match config.get("specforge") {
-        Some(own) => serde_json::from_value(own.clone()).map_err(|error| refuse(format!("`specforge`: {error}")))?,
+        Some(own) => named(own, "specforge.").map_err(refuse)?,
         None => OwnKeys::default(),
     };
     supported(&keys).map_err(refuse)?;
@@ -269,9 +273,6 @@ pub(super) fn parse(path: &Path, layout: Layout, config: &Value, num_target_laye
         )));
     }
     let target_hidden_size = keys.target_hidden_size.unwrap_or(sizes.hidden_size);
-    if !(1..=i64::from(i32::MAX)).contains(&target_hidden_size) {
-        return Err(refuse(format!("`target_hidden_size`: expected a positive number, got {target_hidden_size}")));
-    }
     let mut shape = Eagle3Shape {
         hidden_size: sizes.hidden_size,
         target_hidden_size,
@@ -290,6 +291,7 @@ pub(super) fn parse(path: &Path, layout: Layout, config: &Value, num_target_laye
         norm_feedback,
     };
     shape.layer.rope.max_position_embeddings = shape.max_position_embeddings;
+    shape.check().map_err(refuse)?;
     let alternative = match (layout, keys.norm_feedback, keys.norm_output) {
         (Layout::Raw, None, Some(norm_output)) => {
             Some(Eagle3Shape { norm_output, norm_feedback: false, ..shape.clone() })
@@ -302,6 +304,11 @@ pub(super) fn parse(path: &Path, layout: Layout, config: &Value, num_target_laye
     };
     let target = target.and_then(Value::as_str).filter(|name| !name.is_empty()).map(PathBuf::from);
     Ok(Parsed { values, keys, shape, alternative, target })
+}
+
+/// Keys of an object; the problem names the key.
+fn named<T: DeserializeOwned>(value: &Value, section: &str) -> Result<T, String> {
+    serde_path_to_error::deserialize(value).map_err(|error| format!("`{section}{}`: {}", error.path(), error.inner()))
 }
 
 /// What vLLM makes of a speculators configuration.
@@ -357,9 +364,6 @@ fn supported(keys: &Keys) -> Result<(), String> {
     }
     if let Some(scale) = keys.logit_scale.filter(|scale| *scale != 1.0) {
         return Err(format!("`logit_scale`: expected 1, got {scale}"));
-    }
-    if keys.quantization_config.is_some() {
-        return Err("`quantization_config`: quantised drafts are not supported".to_owned());
     }
     if let Some(kind) = keys.layer_types.iter().flatten().find(|kind| *kind != "full_attention") {
         return Err(format!("`layer_types`: expected full_attention, got {kind}"));

@@ -12,7 +12,6 @@
 
 use std::path::Path;
 
-use serde::Deserialize;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
@@ -29,7 +28,7 @@ mod pickled;
 mod read;
 mod warm_start;
 
-pub use read::{Imported, read};
+pub use read::{Imported, is_other_embedding, read};
 pub use warm_start::start_from;
 
 const CONFIG_FILE: &str = "config.json";
@@ -116,15 +115,9 @@ fn twin_norm(layer: usize) -> (String, String) {
     (format!("{prefix}.input_layernorm.weight"), format!("{prefix}.hidden_norm.weight"))
 }
 
-/// What a checkpoint says of its draft.
-#[derive(Deserialize)]
-struct Description {
-    shape: Eagle3Shape,
-}
-
 fn write(source: &Source, out: &Path, layout: Layout) -> Result<()> {
-    let Description { shape } = serde_json::from_value(source.description.clone())
-        .map_err(|error| Error::Failed(format!("the checkpoint is not one of an EAGLE-3 draft: {error}")))?;
+    let shape = Eagle3Shape::from_description(&source.description)
+        .map_err(|problem| Error::Failed(format!("the checkpoint is not one of an EAGLE-3 draft: {problem}")))?;
     if !shape.norm_output {
         return Err(Error::Failed(
             "the draft was trained with `norm_output: false`, but every engine norms before the projection".to_owned(),
@@ -192,6 +185,10 @@ fn check(path: &Path, _: &Value) -> Result<ExportReport> {
             Some(name) => format!("target {} is not here: its sizes were not compared", name.display()),
             None => "config.json names no target: its sizes were not compared".to_owned(),
         }),
+    }
+    if folder.embedding().is_some() {
+        let what = "holds an embedding although it is as wide as the target";
+        warnings.push(format!("{what}: vLLM uses it where it differs from the target's, SGLang never"));
     }
     let engines = Engine::ALL.map(|engine| engines::report(engine, &folder, target.as_ref())).to_vec();
     let parameters = shape.tensors().iter().map(|(_, shape)| shape.iter().product::<i64>() as u64).sum();

@@ -14,6 +14,9 @@ use crate::weights::WeightsFolder;
 
 const EMBEDDING: &str = "embed_tokens.weight";
 
+/// Rows of an embedding that are converted at a time to be compared.
+const ROWS_COMPARED: i64 = 4096;
+
 /// A draft read from a folder.
 #[derive(Debug)]
 pub struct Imported {
@@ -26,6 +29,9 @@ pub struct Imported {
     pub tensors: Vec<(String, Tensor)>,
     /// The draft's own vocabulary, where it is smaller than the target's.
     pub vocabulary: Option<VocabMap>,
+    /// An embedding that the folder holds although its draft is as wide as the target: to be compared with the target's,
+    /// of which it mostly is a copy.
+    pub embedding: Option<Tensor>,
     /// What was left out.
     pub warnings: Vec<String>,
 }
@@ -36,8 +42,26 @@ pub fn read(path: &Path, num_target_layers: Option<usize>) -> Result<Imported> {
     let names = folder.shape.tensors();
     let take = |(name, _): (String, Vec<i64>)| folder.tensors.get(&name).map(|tensor| (name, tensor.shallow_clone()));
     let tensors = names.into_iter().filter_map(take).collect();
+    let embedding = folder.embedding().map(Tensor::shallow_clone);
     let Folder { shape, alternative, vocabulary, warnings, .. } = folder;
-    Ok(Imported { shape, alternative, tensors, vocabulary, warnings })
+    Ok(Imported { shape, alternative, tensors, vocabulary, embedding, warnings })
+}
+
+/// Whether an embedding that came with a draft holds other numbers than the target's, as far as its element type tells.
+pub fn is_other_embedding(own: &Tensor, target: &Tensor) -> Result<bool> {
+    if own.size() != target.size() {
+        return Ok(true);
+    }
+    let kind = own.kind();
+    let rows = own.size()[0];
+    for start in (0..rows).step_by(ROWS_COMPARED as usize) {
+        let count = ROWS_COMPARED.min(rows - start);
+        let theirs = target.f_narrow(0, start, count)?.f_to_device(Device::Cpu)?.f_to_kind(kind)?;
+        if !own.f_narrow(0, start, count)?.f_equal(&theirs)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// An opened folder whose tensors fit its configuration.
@@ -69,11 +93,11 @@ impl Folder {
         })?;
         let parsed = config::parse(&config_path, layout, &values, num_target_layers)?;
         let shape = parsed.shape;
-        let (weights_path, tensors, stored) = weights(path, &shape)?;
+        let (weights_path, tensors, stored) = weights(path)?;
         fit(&weights_path, &tensors, &shape, layout)?;
         let kind = one_kind(&weights_path, &tensors)?;
         let vocabulary = vocabulary(&weights_path, &tensors, &shape)?;
-        let mut warnings = Vec::new();
+        let warnings = Vec::new();
         for layer in 1..shape.num_layers {
             let (norm, twin) = twin_norm(layer);
             if tensors.get(&twin).is_some_and(|value| !value.equal(&tensors[&norm])) {
@@ -81,11 +105,14 @@ impl Folder {
                 return Err(Error::bad_file(&weights_path, problem));
             }
         }
-        if shape.hidden_size == shape.target_hidden_size && tensors.contains_key(EMBEDDING) {
-            warnings.push(format!("`{EMBEDDING}` is not used: a draft of the target's width shares the target's"));
-        }
         let (values, keys, alternative, target) = (parsed.values, parsed.keys, parsed.alternative, parsed.target);
         Ok(Self { layout, values, keys, shape, alternative, target, kind, tensors, stored, vocabulary, warnings })
+    }
+
+    /// An embedding beside the target's, of the same width.
+    pub(super) fn embedding(&self) -> Option<&Tensor> {
+        let shares = self.shape.hidden_size == self.shape.target_hidden_size;
+        self.tensors.get(EMBEDDING).filter(|_| shares)
     }
 
     pub(super) fn tensor_count(&self) -> usize {
@@ -98,10 +125,10 @@ impl Folder {
 }
 
 /// The file of weights, its tensors by the names of training, and their names in the file.
-fn weights(path: &Path, shape: &Eagle3Shape) -> Result<(PathBuf, BTreeMap<String, Tensor>, Vec<String>)> {
+fn weights(path: &Path) -> Result<(PathBuf, BTreeMap<String, Tensor>, Vec<String>)> {
     let (weights_path, older) = (path.join(WEIGHTS_FILE), path.join(pickled::FILE));
     if !weights_path.is_file() && older.is_file() {
-        let tensors = pickled::tensors(&older, shape)?;
+        let tensors = pickled::tensors(&older)?;
         return Ok((older, tensors, Vec::new()));
     }
     let weights = WeightsFolder::open(&weights_path)?;

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use serde_json::Value;
+use tch::Tensor;
 
-use super::read::read;
+use super::read::{is_other_embedding, read};
 use crate::draft::DraftModel;
 use crate::draft::eagle3::Eagle3Shape;
 use crate::error::{Error, Result};
@@ -12,11 +12,17 @@ use crate::vocab::VocabMap;
 
 /// Copies the values of the draft in a folder into a draft in training, whose `description` is that of a checkpoint.
 /// Everything that decides what the values mean must be the same in both; the error names what is not, and the key.
+/// `embedding` is the target's.
 /// Returns what a user should know.
-pub fn start_from(path: &Path, draft: &dyn DraftModel, vocabulary: Option<&VocabMap>) -> Result<Vec<String>> {
+pub fn start_from(
+    path: &Path,
+    draft: &dyn DraftModel,
+    vocabulary: Option<&VocabMap>,
+    embedding: &Tensor,
+) -> Result<Vec<String>> {
     let description = draft.description();
-    let own: Eagle3Shape = serde_json::from_value(description.get("shape").cloned().unwrap_or(Value::Null))
-        .map_err(|error| Error::config("draft.init_from", format!("this draft is no EAGLE-3 draft: {error}")))?;
+    let own = Eagle3Shape::from_description(&description)
+        .map_err(|problem| Error::config("draft.init_from", format!("this draft is no EAGLE-3 draft: {problem}")))?;
     let imported = read(path, Some(own.num_target_layers))?;
     let fits = |shape: &Eagle3Shape| differences(shape, &own).is_empty();
     let (shape, mut notes) = match &imported.alternative {
@@ -48,6 +54,13 @@ pub fn start_from(path: &Path, draft: &dyn DraftModel, vocabulary: Option<&Vocab
             Error::bad_file(path, format!("holds no tensor `{}` of shape {:?}", parameter.name, parameter.value.size()))
         })?;
         parameter.value.shallow_clone().f_copy_(value)?;
+    }
+    if let Some(own) = &imported.embedding
+        && is_other_embedding(own, embedding)?
+    {
+        notes.push(
+            "warning: it has an embedding that is not the target's; the draft is trained on the target's".to_owned(),
+        );
     }
     notes.extend(imported.warnings);
     Ok(notes)

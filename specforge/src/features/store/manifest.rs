@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use super::element::Element;
 use crate::error::{Error, Result};
 use crate::files;
-use crate::models::TargetIdentity;
+use crate::models::{TargetIdentity, limits};
+use crate::strict;
 
 /// Name of the manifest in a store's folder.
 pub const MANIFEST_FILE: &str = "store.json";
@@ -75,8 +76,8 @@ impl StoreManifest {
         }
         let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
         let again = "capture into another folder, or fetch the store again";
-        let value: serde_json::Value = serde_json::from_slice(&text)
-            .map_err(|error| Error::bad_file(&path, format!("not valid JSON: {error}")).with_hint(again))?;
+        let value: serde_json::Value = strict::from_json(&text)
+            .map_err(|problem| Error::bad_file(&path, format!("not valid JSON: {problem}")).with_hint(again))?;
         // Another version may have other keys: it is looked at first.
         let version = value.get("format_version").and_then(serde_json::Value::as_u64);
         if version != Some(u64::from(FORMAT_VERSION)) {
@@ -98,9 +99,12 @@ impl StoreManifest {
             let (last, got) = (self.num_layers, &self.layers);
             return Err(format!("`layers`: expected ascending numbers, the last of them {last}, got {got:?}"));
         }
-        if self.hidden_size < 1 || self.vocab_size < 1 || self.shard_tokens < 1 {
-            return Err("`hidden_size`, `vocab_size`, `shard_tokens`: expected numbers above 0".to_owned());
-        }
+        limits::within(&[
+            ("hidden_size", self.hidden_size, limits::MOST_HIDDEN),
+            ("vocab_size", self.vocab_size, limits::MOST_TOKENS),
+            ("num_layers", limits::signed(self.num_layers), limits::MOST_LAYERS),
+            ("shard_tokens", limits::signed(self.shard_tokens), i64::MAX - 1),
+        ])?;
         if let Some(shard) = self.shards.iter().find(|shard| shard.file.contains('/') || shard.file.starts_with('.')) {
             return Err(format!("`shards`: expected names of files in this folder, got `{}`", shard.file));
         }
@@ -110,6 +114,10 @@ impl StoreManifest {
         };
         if let Some(shard) = self.shards.iter().find(|shard| !whole(shard)) {
             return Err(format!("`shards`: counts of `{}` cannot be right", shard.file));
+        }
+        let total = self.shards.iter().try_fold(0u64, |sum, shard| sum.checked_add(shard.bytes));
+        if total.is_none_or(|total| total >= 1 << 56) {
+            return Err("`shards`: their sizes cannot be right: they sum up to more than any disk holds".to_owned());
         }
         match self.shards.windows(2).find(|pair| pair[0].file >= pair[1].file) {
             Some(pair) => Err(format!("`shards`: expected names in order, got `{}` twice or too late", pair[1].file)),

@@ -15,6 +15,7 @@ use super::manifest::{ShardEntry, StoreManifest};
 use super::probe::{self, Probes};
 use crate::error::{Error, Result};
 use crate::files::Digests;
+use crate::strict;
 use crate::weights::writer::{TensorBytes, host_bytes, write_bytes};
 
 // Numbers are used in the mapped bytes as they lie.
@@ -236,6 +237,9 @@ impl Shard {
 
     fn from_map(path: PathBuf, map: Mmap, manifest: &StoreManifest, entry: &ShardEntry) -> Result<Self, String> {
         let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|error| error.to_string())?;
+        if let Some(name) = strict::repeated_key(&map[8..8 + header]) {
+            return Err(format!("its header names `{name}` twice"));
+        }
         let find = |name: &str, dtype: Dtype, shape: &[usize]| {
             let info = metadata.info(name).ok_or_else(|| format!("has no tensor `{name}`"))?;
             if info.dtype != dtype || info.shape != shape {

@@ -1,5 +1,7 @@
 //! What must hold of every forward pass, on a tiny random model: caches, batches, packs and trees change nothing.
 
+use serde_json::Value;
+
 use super::*;
 use crate::nn::noise;
 
@@ -307,6 +309,10 @@ fn configurations_that_cannot_be_run_are_named() {
         ("head_dim", (-2).into()),
         ("num_hidden_layers", u64::MAX.into()),
         ("vocab_size", i64::MAX.into()),
+        ("vocab_size", i64::from(i32::MAX).into()),
+        ("max_position_embeddings", i64::MAX.into()),
+        ("rms_norm_eps", (-1e-5).into()),
+        ("rms_norm_eps", 1e308.into()),
         ("rope_theta", 0.into()),
         ("hidden_act", "gelu".into()),
     ] {
@@ -319,6 +325,15 @@ fn configurations_that_cannot_be_run_are_named() {
         (r#"{"rope_type": "dynamic", "factor": 0}"#, "factor"),
         (r#"{"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}"#, "low_freq_factor"),
         (r#"{"rope_type": "default", "partial_rotary_factor": 0.5}"#, "partial_rotary_factor"),
+        (r#"{"rope_type": "yarn", "factor": 2.0, "attention_factor": 1e308}"#, "no finite frequencies"),
+        (
+            r#"{"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": -3}"#,
+            "original_max_position_embeddings",
+        ),
+        (
+            r#"{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1e-308, "high_freq_factor": 1e308}"#,
+            "no finite",
+        ),
     ] {
         for key in ["rope_scaling", "rope_parameters"] {
             let problem = check(key, serde_json::from_str(scaling).unwrap());
@@ -364,5 +379,75 @@ fn weights_of_a_folder_are_checked() {
         "wrong shape (1):\n    model.embed_tokens.weight: expected [50, 24], got [51, 24]",
     ] {
         assert!(problem.contains(line), "{problem}");
+    }
+}
+
+/// A folder of the small configuration with these tensors, opened as the loaders do it: whether the head is the embedding,
+/// and what is to be said.
+fn fitted(tied: bool, change: &dyn Fn(&mut Vec<(String, Tensor)>)) -> Result<(bool, Vec<String>)> {
+    let folder = tempfile::tempdir().unwrap();
+    let config = LlamaConfig { tie_word_embeddings: tied, ..config() };
+    let filled =
+        |(stream, (name, shape)): (usize, (String, Vec<i64>))| (name, noise::normal(&shape, 1.0, 3, stream as u64));
+    let mut tensors: Vec<(String, Tensor)> = config.tensors().into_iter().enumerate().map(filled).collect();
+    change(&mut tensors);
+    crate::weights::write_tensors(&folder.path().join("model.safetensors"), &tensors, &[]).unwrap();
+    let weights = WeightsFolder::open(folder.path())?;
+    let (config, warnings) = config.fit(&weights)?;
+    let built =
+        LlamaTarget::build(config.clone(), Device::Cpu, &mut |name, _| weights.load(name, Kind::Float, Device::Cpu))?;
+    let is_embedding = built.head().equal(built.embedding());
+    assert_eq!(config.tie_word_embeddings, is_embedding);
+    Ok((is_embedding, warnings))
+}
+
+/// What a file holds counts, not what config.json says of it, and not a name.
+#[test]
+fn a_head_that_is_not_the_embedding_is_used_and_said() {
+    let push = |name: &str, value: Tensor| {
+        move |tensors: &mut Vec<(String, Tensor)>| tensors.push((name.to_owned(), value.shallow_clone()))
+    };
+    assert_eq!(fitted(true, &|_| {}).unwrap(), (true, Vec::new()));
+    // An equal head, also in another element type, is none.
+    let equal = |tensors: &mut Vec<(String, Tensor)>| tensors.push((HEAD.to_owned(), tensors[0].1.copy()));
+    assert_eq!(fitted(true, &equal).unwrap(), (true, Vec::new()));
+    let wider =
+        |tensors: &mut Vec<(String, Tensor)>| tensors.push((HEAD.to_owned(), tensors[0].1.to_kind(Kind::Double)));
+    assert_eq!(fitted(true, &wider).unwrap(), (true, Vec::new()));
+    // One number is enough.
+    let other = |tensors: &mut Vec<(String, Tensor)>| {
+        let head = tensors[0].1.copy();
+        let _ = head.get(49).get(23).fill_(7.0);
+        tensors.push((HEAD.to_owned(), head));
+    };
+    let (tied, warnings) = fitted(true, &other).unwrap();
+    assert!(!tied && warnings.len() == 1, "{warnings:?}");
+    assert!(
+        warnings[0]
+            .contains("config.json says that the head is the embedding, but `lm_head.weight` holds other numbers")
+    );
+    // And it must be a head of this model.
+    let short = fitted(true, &push(HEAD, Tensor::ones([49, 24], (Kind::Float, Device::Cpu)))).unwrap_err().to_string();
+    assert!(short.contains("lm_head.weight: expected [50, 24], got [49, 24]"), "{short}");
+    let codes = fitted(true, &push(HEAD, Tensor::ones([50, 24], (Kind::Int8, Device::Cpu)))).unwrap_err().to_string();
+    assert!(codes.contains("`lm_head.weight`: expected floating-point numbers, got Int8"), "{codes}");
+}
+
+#[test]
+fn rotary_buffers_are_compared_with_the_configuration() {
+    let name = "model.layers.0.self_attn.rotary_emb.inv_freq";
+    let with = |value: Tensor| {
+        move |tensors: &mut Vec<(String, Tensor)>| tensors.push((name.to_owned(), value.shallow_clone()))
+    };
+    let right = config().rope().unwrap().frequencies();
+    for kind in [Kind::Float, Kind::Half, Kind::BFloat16] {
+        assert_eq!(fitted(false, &with(right.to_kind(kind))).unwrap().1, Vec::<String>::new(), "{kind:?}");
+    }
+    for wrong in [&right * 1.5, right.narrow(0, 0, 3), right.shallow_clone() * f64::NAN] {
+        let warnings = fitted(false, &with(wrong)).unwrap().1;
+        assert!(
+            warnings.len() == 1 && warnings[0].contains(&format!("`{name}` holds other frequencies")),
+            "{warnings:?}"
+        );
     }
 }

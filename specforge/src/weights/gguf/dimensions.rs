@@ -21,7 +21,7 @@ pub(super) struct Dimensions {
 }
 
 /// Keys that change what the network computes in a way this family does not have, and the value that changes nothing.
-const FOREIGN: [(&str, Neutral); 11] = [
+const FOREIGN: [(&str, Neutral); 19] = [
     ("expert_count", Neutral::Number(0.0)),
     ("expert_used_count", Neutral::Number(0.0)),
     ("attention.sliding_window", Neutral::Number(0.0)),
@@ -33,6 +33,14 @@ const FOREIGN: [(&str, Neutral); 11] = [
     ("residual_scale", Neutral::Number(1.0)),
     ("use_parallel_residual", Neutral::Flag(false)),
     ("attention.causal", Neutral::Flag(true)),
+    ("expert_shared_count", Neutral::Number(0.0)),
+    ("leading_dense_block_count", Neutral::Number(0.0)),
+    ("final_logit_softcapping", Neutral::Number(0.0)),
+    ("attn_logit_softcapping", Neutral::Number(0.0)),
+    ("attention.output_scale", Neutral::Number(1.0)),
+    ("attention.temperature_scale", Neutral::Number(0.0)),
+    ("nextn_predict_layers", Neutral::Number(0.0)),
+    ("altup.num_inputs", Neutral::Number(0.0)),
 ];
 
 #[derive(Debug, Clone, Copy)]
@@ -44,6 +52,7 @@ enum Neutral {
 impl Dimensions {
     /// Reads and checks the sizes.
     pub(super) fn read(metadata: &Metadata) -> Result<Self> {
+        refuse_part(metadata)?;
         let architecture = metadata.need("general.architecture", Metadata::text)?;
         if architecture != "llama" {
             return Err(metadata
@@ -77,6 +86,18 @@ impl Dimensions {
             context: size(metadata, "context_length")?,
         })
     }
+}
+
+/// Refuses one file of several that are a model together.
+fn refuse_part(metadata: &Metadata) -> Result<()> {
+    let count = metadata.whole("split.count")?.unwrap_or(1);
+    if count <= 1 {
+        return Ok(());
+    }
+    let number = metadata.whole("split.no")?.unwrap_or(0).saturating_add(1);
+    Err(metadata
+        .bad(format!("is part {number} of {count} of a split GGUF file; expected the whole model in one file"))
+        .with_hint("join the parts first: `llama-gguf-split --merge` with the first part and a new name"))
 }
 
 /// Width of a head. The rotary turns all of it, or the file is refused.

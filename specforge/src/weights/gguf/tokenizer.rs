@@ -26,6 +26,9 @@ const TYPE_CONTROL: u64 = 3;
 const TYPE_USER_DEFINED: u64 = 4;
 const TYPE_BYTE: u64 = 6;
 
+/// Bytes of a token. Merges are looked for at every place of one, each by both halves.
+const LONGEST_TOKEN: usize = 1024;
+
 /// SentencePiece's stand-in for a space.
 const SPACE: &str = "\u{2581}";
 
@@ -133,6 +136,11 @@ impl<'a> Vocabulary<'a> {
         }
         let mut ids = HashMap::with_capacity(tokens.len());
         for (id, token) in tokens.iter().enumerate() {
+            if token.len() > LONGEST_TOKEN {
+                let problem =
+                    format!("`{TOKENS}`: token {id} has {} bytes; expected at most {LONGEST_TOKEN}", token.len());
+                return Err(metadata.bad(problem));
+            }
             if let Some(first) = ids.insert(*token, id) {
                 return Err(metadata.bad(format!("`{TOKENS}`: {token:?} stands twice, as {first} and as {id}")));
             }
