@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::template::TemplateArgs;
 use super::{LazyProgress, Output, note, numbers, signals};
 use crate::config::Dtype;
-use crate::data::ChatTokenizer;
 use crate::decode::regenerate::{self, RegenOptions, RegenReport};
 use crate::device;
 use crate::error::{Error, Result};
@@ -17,6 +17,8 @@ pub(super) struct RegenArgs {
     /// Model folder.
     #[arg(long)]
     target: PathBuf,
+    #[command(flatten)]
+    template: TemplateArgs,
     /// Prompts, one conversation a line. Assistant messages in them are dropped and answered anew.
     #[arg(long)]
     prompts: PathBuf,
@@ -65,7 +67,7 @@ pub(super) fn run(args: &RegenArgs, output: &Output) -> Result<()> {
     options.check()?;
     let device = device::choose(&args.device)?;
     let stop = signals::watch()?;
-    let tokenizer = ChatTokenizer::load(&args.target, None)?;
+    let tokenizer = args.template.tokenizer(&args.target)?;
     let target = models::load_target(&args.target, args.dtype.kind(), device)?;
     let progress = LazyProgress::new("regen", "rows");
     let report = regenerate::run(&options, target.as_ref(), &tokenizer, &stop.arrived, &mut |state| {

@@ -27,7 +27,7 @@ const _: () = assert!(cfg!(target_endian = "little"), "the token cache needs a l
 
 const MAGIC: &[u8; 8] = b"SPECTOKS";
 /// Rises with every change of this layout, and with every change of how documents are rendered, masked or cut.
-pub(super) const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 2;
 const HEADER_LENGTH: usize = 256;
 const ENTRY_LENGTH: usize = 32;
 
