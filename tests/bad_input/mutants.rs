@@ -84,7 +84,9 @@ fn replacements() -> Vec<Value> {
 fn places(value: &Value, at: &mut Vec<String>, into: &mut Vec<Vec<String>>) {
     let children: Vec<(String, &Value)> = match value {
         Value::Object(map) => map.iter().map(|(key, value)| (key.clone(), value)).collect(),
-        Value::Array(list) => list.iter().take(2).enumerate().map(|(index, value)| (index.to_string(), value)).collect(),
+        Value::Array(list) => {
+            list.iter().take(2).enumerate().map(|(index, value)| (index.to_string(), value)).collect()
+        }
         _ => Vec::new(),
     };
     for (key, child) in children {
@@ -260,7 +262,8 @@ fn medusa_source() -> (Value, Vec<(String, Tensor)>) {
             (format!("{head}.1.weight"), vec![TOKENIZER_SIZE, 32]),
         ]
     };
-    let tensors = (0..2).flat_map(shapes).zip(0..).map(|((name, shape), stream)| (name, noise::normal(&shape, 0.2, 2, stream)));
+    let tensors =
+        (0..2).flat_map(shapes).zip(0..).map(|((name, shape), stream)| (name, noise::normal(&shape, 0.2, 2, stream)));
     (description, tensors.collect())
 }
 
@@ -300,7 +303,10 @@ fn subjects<'a>(root: &Path, target: &'a dyn TargetModel, target_path: &'a Path)
     write_model(&tokens, &json!({}));
     let more = [
         ("generation_config.json", json!({"eos_token_id": [2, 3]})),
-        ("special_tokens_map.json", json!({"eos_token": {"content": "<|end|>"}, "additional_special_tokens": ["<|a|>"]})),
+        (
+            "special_tokens_map.json",
+            json!({"eos_token": {"content": "<|end|>"}, "additional_special_tokens": ["<|a|>"]}),
+        ),
         ("added_tokens.json", json!({})),
         (
             "tokenizer_config.json",
@@ -320,9 +326,7 @@ fn subjects<'a>(root: &Path, target: &'a dyn TargetModel, target_path: &'a Path)
 
     // Drafts: exports of three layouts, read as an engine's files and opened to decode with.
     let sampling = DraftSampling::Greedy;
-    let decode = move |folder: &Path| {
-        open::open(folder.to_str(), None, (target, target_path), sampling).map(drop)
-    };
+    let decode = move |folder: &Path| open::open(folder.to_str(), None, (target, target_path), sampling).map(drop);
     let eagle3 = eagle3_exports::source(&eagle3_exports::shape(), target_path, Kind::Float);
     for format in ["eagle3", "speculators"] {
         let out = root.join(format);
@@ -358,7 +362,8 @@ fn subjects<'a>(root: &Path, target: &'a dyn TargetModel, target_path: &'a Path)
     }
 
     // Checkpoints of both algorithms.
-    let drafts = [("medusa checkpoint", description, tensors), ("eagle3 checkpoint", eagle3.description, eagle3.tensors)];
+    let drafts =
+        [("medusa checkpoint", description, tensors), ("eagle3 checkpoint", eagle3.description, eagle3.tensors)];
     for (name, draft, tensors) in drafts {
         let path = save_checkpoint(&root.join(name), draft, &tensors);
         let folder = path.clone();

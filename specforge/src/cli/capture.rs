@@ -6,6 +6,7 @@ use std::rc::Rc;
 use clap::Args;
 use serde::Serialize;
 
+use super::template::TemplateArgs;
 use super::{Output, note, signals, train};
 use crate::config::RunConfig;
 use crate::device;
@@ -27,6 +28,8 @@ pub(super) struct CaptureArgs {
     /// Override one value, as `section.key=value`. May be given several times.
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
+    #[command(flatten)]
+    template: TemplateArgs,
     /// Folder of the store; `target.feature_store` where it is not given. A store left by a stopped run is continued.
     #[arg(long)]
     out: Option<PathBuf>,
@@ -57,7 +60,8 @@ struct Report {
 }
 
 pub(super) fn run(args: &CaptureArgs, stop: &Stop, output: &Output) -> Result<()> {
-    let config = RunConfig::load(&args.config, &args.set)?;
+    let mut config = RunConfig::load(&args.config, &args.set)?;
+    args.template.apply(&mut config.data)?;
     let out = args.out.as_ref().or(config.target.feature_store.as_ref()).ok_or_else(|| {
         Error::Usage("--out: name the store's folder here, or as target.feature_store in the configuration".to_owned())
     })?;

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use tch::Device;
 
 use super::numbers;
+use super::template::TemplateArgs;
 use crate::config::Dtype;
 use crate::data::ChatTokenizer;
 use crate::decode::drafter::{DraftSampling, Opened, open};
@@ -22,6 +23,8 @@ pub(super) struct DecodingArgs {
     /// Model folder.
     #[arg(long)]
     pub(super) target: PathBuf,
+    #[command(flatten)]
+    template: TemplateArgs,
     /// Who guesses: an exported draft, a run's output folder or checkpoint, a smaller model with the same tokenizer, or
     /// `prompt-lookup`.
     #[arg(long, value_name = "DIR")]
@@ -72,7 +75,7 @@ impl DecodingArgs {
         self.processors()?;
         self.policy()?;
         let device = self.device()?;
-        let tokenizer = ChatTokenizer::load(&self.target, None)?;
+        let tokenizer = self.template.tokenizer(&self.target)?;
         let target = models::load_target(&self.target, self.dtype.kind(), device)?;
         super::train::fits_vocabulary(&tokenizer, target.dimensions().vocab_size, &self.target)?;
         Ok(Models { target, tokenizer })

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
+use super::template::TemplateArgs;
 use super::{LazyProgress, Output, note, numbers};
 use crate::data::{self, BuildReport, ChatTokenizer, DataConfig, Statistics, TokenCache};
 use crate::error::{Error, Result, foreign};
@@ -16,6 +17,8 @@ pub(super) struct InspectArgs {
     /// Model folder whose tokenizer and chat template are used.
     #[arg(long)]
     target: PathBuf,
+    #[command(flatten)]
+    template: TemplateArgs,
     /// Files of conversations.
     #[arg(long, required = true, num_args = 1..)]
     data: Vec<PathBuf>,
@@ -57,7 +60,7 @@ struct Shown {
 
 pub(super) fn run(args: &InspectArgs, output: &Output) -> Result<()> {
     let config = DataConfig { train: args.data.clone(), max_length: args.max_length, ..DataConfig::default() };
-    let tokenizer = ChatTokenizer::load(&args.target, None)?;
+    let tokenizer = args.template.tokenizer(&args.target)?;
     let progress = LazyProgress::new("tokenise", "conversations");
     let (cache, build) =
         TokenCache::build_or_open(&args.data, &tokenizer, &config, &|done, total| progress.set(done, total))?;

@@ -26,6 +26,7 @@ mod numbers;
 mod record;
 mod regen;
 mod signals;
+mod template;
 mod train;
 mod tree;
 mod vocab;

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
+use super::template::TemplateArgs;
 use super::{LazyProgress, Output, note, numbers};
 use crate::config::Dtype;
-use crate::data::ChatTokenizer;
 use crate::decode::regenerate::{self, GenerationConfig, OnLength, RegenOptions, RegenReport};
 use crate::device;
 use crate::error::{Error, Result, foreign};
@@ -19,6 +19,8 @@ pub(super) struct RegenArgs {
     /// Model folder.
     #[arg(long)]
     target: PathBuf,
+    #[command(flatten)]
+    template: TemplateArgs,
     /// Prompts, one conversation a line. Assistant messages in them are dropped and answered anew.
     #[arg(long)]
     prompts: PathBuf,
@@ -109,7 +111,7 @@ pub(super) fn run(args: &RegenArgs, stop: &Stop, output: &Output) -> Result<()> 
     };
     options.check()?;
     let device = device::choose(&args.device)?;
-    let tokenizer = ChatTokenizer::load(&args.target, None)?;
+    let tokenizer = args.template.tokenizer(&args.target)?;
     let target = models::load_target(&args.target, args.dtype.kind(), device)?;
     own.warnings.iter().for_each(|line| note(format!("warning: {line}")));
     note(chosen(&options));

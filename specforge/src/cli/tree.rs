@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 
+use super::template::TemplateArgs;
 use super::{LazyProgress, Output, note, numbers};
 use crate::config::Dtype;
-use crate::data::ChatTokenizer;
 use crate::decode::drafter::MedusaHeads;
 use crate::decode::drafter::path_rates::{self, HeadRates, PathRates};
 use crate::decode::engine::EngineOptions;
@@ -28,6 +28,8 @@ pub(super) struct TreeArgs {
     /// Model folder.
     #[arg(long)]
     target: PathBuf,
+    #[command(flatten)]
+    template: TemplateArgs,
     /// Folder of exported Medusa heads.
     #[arg(long)]
     draft: PathBuf,
@@ -100,13 +102,13 @@ pub(super) fn run(args: &TreeArgs, output: &Output) -> Result<()> {
     processors.check().map_err(|problem| Error::Usage(format!("--{problem}")))?;
     let device = device::choose(&args.device)?;
     let prompts = read_prompts(args)?;
-    let tokenizer = ChatTokenizer::load(&args.target, None)?;
+    let tokenizer = args.template.tokenizer(&args.target)?;
     let mut encoded = Vec::with_capacity(prompts.len());
     for prompt in &prompts {
         // Everything up to the first question: what comes behind it belongs to answers that are not here.
         let question = prompt.messages.iter().position(|message| message.role == "user").unwrap_or(0);
         let prepared = tokenizer.prepare(&prompt.messages, prompt.tools.as_ref())?;
-        let text = prepared.with_arguments(&prompt.template_arguments).render(question + 1, true)?;
+        let text = prepared.with_arguments(&prompt.template_arguments)?.render(question + 1, true)?;
         encoded.push(tokenizer.encode(&text)?);
     }
     let target = models::load_target(&args.target, args.dtype.kind(), device)?;

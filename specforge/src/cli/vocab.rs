@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 
+use super::template::TemplateArgs;
 use super::{Output, note, numbers, train};
 use crate::config::RunConfig;
 use crate::data;
@@ -22,6 +23,8 @@ pub(super) struct VocabArgs {
     /// Override one value, as `section.key=value`. May be given several times.
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
+    #[command(flatten)]
+    template: TemplateArgs,
     /// Tokens the draft shall be able to name.
     #[arg(long, value_name = "N", allow_hyphen_values = true, value_parser = numbers::at_least(1i64))]
     draft_vocab_size: i64,
@@ -50,7 +53,8 @@ struct Report {
 }
 
 pub(super) fn run(args: &VocabArgs, output: &Output) -> Result<()> {
-    let config = RunConfig::load(&args.config, &args.set)?;
+    let mut config = RunConfig::load(&args.config, &args.set)?;
+    args.template.apply(&mut config.data)?;
     config.data.check()?;
     let target_size = plan::target_config(&config)?.vocab_size;
     let tokenizer = config.data.tokenizer(&config.target.path)?;

@@ -1,21 +1,18 @@
 //! The model's own chat template, rendered as transformers renders it (`utils/chat_template_utils.py`, 5.8).
 //!
-//! `{% generation %}` blocks, with which a template marks what the assistant says, become filter blocks. Rendered plainly
-//! they print their body; rendered with marks, the body stands between two sequences of private-use characters, which
-//! are taken out again and leave the spans behind. (transformers uses a call block; minijinja's would not see a
-//! namespace that the body only assigns to.)
+//! `{% generation %}` blocks mark what the assistant says. Rendered plainly they print their body; rendered with marks,
+//! the body stands between two sequences of private-use characters, which are taken out again and leave the spans behind.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use minijinja::syntax::SyntaxConfig;
-use minijinja::value::Serde;
-use minijinja::{Environment, ErrorKind, Value};
 use serde_json::{Map, Value as Json};
 
 use super::conversation::Message;
-use super::python::{self, Day};
+use super::jinja::{self, Beginning, Context, Day, Fault, Limits, Value};
 use crate::error::{Error, Result, foreign};
 
 /// `strftime_now` always answers this day, the one Llama's templates fall back to: the same data must give the same
@@ -101,7 +98,9 @@ impl TemplateSource {
         if !templates.contains_key(DEFAULT) {
             let names = foreign::listed(templates.keys(), 8);
             let problem = format!("`chat_template` lists [{names}], expected one called `{DEFAULT}`");
-            return Err(Error::bad_file(path, problem).with_hint("name one file with data.chat_template"));
+            return Err(
+                Error::bad_file(path, problem).with_hint("name one file with --chat-template or data.chat_template")
+            );
         }
         Ok(Self { path: path.to_path_buf(), templates })
     }
@@ -110,7 +109,7 @@ impl TemplateSource {
 /// A compiled template.
 #[derive(Debug)]
 pub struct ChatTemplate {
-    environment: Environment<'static>,
+    templates: BTreeMap<String, jinja::Template>,
     path: PathBuf,
     /// Special tokens by the names templates use, then the user's own arguments.
     globals: Map<String, Json>,
@@ -119,26 +118,16 @@ pub struct ChatTemplate {
 impl ChatTemplate {
     /// Compiles it. `special_tokens` are `bos_token`, `eos_token` and so on.
     pub fn new(source: &TemplateSource, special_tokens: Map<String, Json>) -> Result<Self> {
-        let mut environment = environment()?;
-        for (name, text) in &source.templates {
-            let compile = |environment: &mut Environment<'static>, name: String, text: String| {
-                let refuse = |problem: String| {
-                    Error::bad_file(&source.path, problem)
-                        .with_hint("correct it, or name another with data.chat_template")
-                };
-                let compiled = foreign::library(|| environment.add_template_owned(name.clone(), text));
-                let compiled =
-                    compiled.map_err(|words| refuse(format!("the chat template `{name}` fails: {words}")))?;
-                compiled.map_err(|error| refuse(format!("the chat template `{name}` is not valid: {error}")))
-            };
-            let (plain, blocks) = rewrite_generation_blocks(text, "__generation");
-            compile(&mut environment, name.clone(), plain)?;
-            if blocks > 0 {
-                let (marked, _) = rewrite_generation_blocks(text, "__marked_generation");
-                compile(&mut environment, marked_name(name), marked)?;
+        let compile = |(name, text): (&String, &String)| match jinja::compile(text) {
+            Ok(template) => Ok((name.clone(), template)),
+            Err(fault) => {
+                let problem = format!("the chat template `{name}` is not valid: {}", fault.text());
+                Err(Error::bad_file(&source.path, problem)
+                    .with_hint("correct it, or name another with --chat-template or data.chat_template"))
             }
-        }
-        Ok(Self { environment, path: source.path.clone(), globals: special_tokens })
+        };
+        let templates = source.templates.iter().map(compile).collect::<Result<_>>()?;
+        Ok(Self { templates, path: source.path.clone(), globals: special_tokens })
     }
 
     /// Adds values every rendering is given.
@@ -147,14 +136,56 @@ impl ChatTemplate {
     }
 
     /// A conversation, ready to be rendered many times.
-    pub fn prepare(&self, messages: &[Message], tools: Option<&Json>) -> Prepared<'_> {
-        let messages = messages.iter().map(|message| Value::from(Serde(message))).collect();
-        Prepared {
-            template: self,
-            messages,
-            tools: tools.map_or_else(|| Value::from(()), |tools| Value::from(Serde(tools))),
-            arguments: Map::new(),
+    pub fn prepare(&self, messages: &[Message], tools: Option<&Json>) -> Result<Prepared<'_>> {
+        let value = |json: &Json| Value::from_json(json).map_err(|fault| self.failure(&fault, 0));
+        let mut bytes = tools.map_or(0, size_of_json);
+        let mut list = Vec::with_capacity(messages.len());
+        for message in messages {
+            let json = serde_json::to_value(message).map_err(|error| Error::Failed(error.to_string()))?;
+            bytes += size_of_json(&json);
+            list.push(value(&json)?);
         }
+        let mut globals = Context::new();
+        for (key, json) in &self.globals {
+            bytes += size_of_json(json);
+            globals.insert(Arc::from(key.as_str()), value(json)?);
+        }
+        globals.insert(Arc::from("tools"), tools.map_or(Ok(Value::None), value)?);
+        globals.insert(Arc::from("documents"), Value::None);
+        let has_tools = tools.is_some() && self.templates.contains_key(TOOL_USE);
+        let name = if has_tools { TOOL_USE } else { DEFAULT };
+        let Some(compiled) = self.templates.get(name) else {
+            return Err(Error::bad_file(&self.path, format!("has no template `{name}`")));
+        };
+        Ok(Prepared { template: self, compiled, messages: list, globals, bytes, renderings: Cell::new(0) })
+    }
+
+    /// The template's own words where it has some, else what went wrong and on which line. What takes too much ends the
+    /// work: the next conversation would take it too.
+    fn failure(&self, fault: &Fault, line: usize) -> Error {
+        let place = if line > 0 { format!(" (line {line})") } else { String::new() };
+        match fault {
+            Fault::Raised(words) => {
+                Error::Failed(format!("the chat template refuses it: {}", foreign::one_line(words)))
+            }
+            Fault::Failed(problem) => {
+                Error::Failed(format!("the chat template of {} fails: {problem}{place}", self.path.display()))
+            }
+            Fault::Limit(problem) => {
+                Error::bad_file(&self.path, format!("the chat template is not usable: {problem}{place}"))
+                    .with_hint("correct it, or name another with --chat-template or data.chat_template")
+            }
+        }
+    }
+}
+
+/// About how many bytes a value takes when it is printed.
+fn size_of_json(json: &Json) -> usize {
+    match json {
+        Json::String(text) => text.len() + 8,
+        Json::Array(list) => list.iter().map(size_of_json).sum::<usize>() + 8,
+        Json::Object(object) => object.iter().map(|(key, value)| key.len() + size_of_json(value)).sum::<usize>() + 8,
+        _ => 8,
     }
 }
 
@@ -162,142 +193,79 @@ impl ChatTemplate {
 #[derive(Debug)]
 pub struct Prepared<'a> {
     template: &'a ChatTemplate,
+    compiled: &'a jinja::Template,
     messages: Vec<Value>,
-    tools: Value,
-    /// The conversation's own; they replace the globals.
-    arguments: Map<String, Json>,
+    /// What every rendering is given besides the messages.
+    globals: Context,
+    bytes: usize,
+    renderings: Cell<usize>,
 }
 
 /// A rendered text and the byte ranges its template marks as generated.
 pub type Marked = (String, Vec<Range<usize>>);
 
 impl Prepared<'_> {
-    /// The same, with values that only this conversation gives its template.
-    pub fn with_arguments(mut self, arguments: &Map<String, Json>) -> Self {
-        self.arguments.extend(arguments.clone());
-        self
+    /// The same, with values that only this conversation gives its template; they replace the others.
+    pub fn with_arguments(mut self, arguments: &Map<String, Json>) -> Result<Self> {
+        for (key, json) in arguments {
+            let value = Value::from_json(json).map_err(|fault| self.template.failure(&fault, 0))?;
+            self.bytes += size_of_json(json);
+            self.globals.insert(Arc::from(key.as_str()), value);
+        }
+        Ok(self)
     }
 
     /// Renders the first `count` messages.
     pub fn render(&self, count: usize, add_generation_prompt: bool) -> Result<String> {
-        self.render_with(self.name(), count, add_generation_prompt)
+        self.render_with(None, count, add_generation_prompt)
     }
 
     /// Renders the first `count` messages and says what the template's generation blocks enclose. None if it has no
     /// such blocks, or if marking them changes the text.
     pub fn render_marked(&self, count: usize) -> Result<Option<Marked>> {
-        let marked_name = marked_name(self.name());
-        if self.template.environment.get_template(&marked_name).is_err() {
+        if !self.compiled.has_generation {
             return Ok(None);
         }
         let plain = self.render(count, false)?;
         if plain.contains(OPEN_MARK) || plain.contains(CLOSE_MARK) {
             return Ok(None);
         }
-        let marked = self.render_with(&marked_name, count, false)?;
+        let marked = self.render_with(Some((OPEN_MARK, CLOSE_MARK)), count, false)?;
         Ok(take_out_marks(&marked).filter(|(text, _)| *text == plain))
     }
 
-    fn name(&self) -> &'static str {
-        let for_tools = !self.tools.is_none() && self.template.environment.get_template(TOOL_USE).is_ok();
-        if for_tools { TOOL_USE } else { DEFAULT }
+    /// Renders the first `count` messages, and in the same pass beginnings of them: `wanted` says how many messages, in
+    /// ascending order, and whether with a generation prompt. None for the beginnings if the template looks ahead.
+    pub(super) fn render_with_beginnings(
+        &self,
+        count: usize,
+        wanted: Vec<(usize, bool)>,
+    ) -> Result<(String, Option<Vec<Beginning>>)> {
+        let (context, limits) = self.context(count, false)?;
+        let rendered = jinja::render_with_beginnings(self.compiled, &context, wanted, &limits, TEMPLATE_DAY);
+        rendered.map_err(|(fault, line)| self.template.failure(&fault, line))
     }
 
-    fn render_with(&self, name: &str, count: usize, add_generation_prompt: bool) -> Result<String> {
-        let mut context: BTreeMap<&str, Value> = BTreeMap::from([
-            ("messages", Value::from(self.messages[..count.min(self.messages.len())].to_vec())),
-            ("tools", self.tools.clone()),
-            ("documents", Value::from(())),
-            ("add_generation_prompt", Value::from(add_generation_prompt)),
-        ]);
-        for (key, value) in self.template.globals.iter().chain(&self.arguments) {
-            context.insert(key, Value::from(Serde(value)));
-        }
-        let environment = &self.template.environment;
-        let render = || environment.get_template(name).and_then(|template| template.render(context));
-        match foreign::library(render) {
-            Ok(rendered) => rendered.map_err(|error| Error::Failed(self.refusal(&error))),
-            Err(words) => {
-                Err(Error::bad_file(&self.template.path, format!("the chat template cannot be used: {words}")))
-            }
-        }
+    /// How many times the template ran from its start.
+    pub(super) fn renderings(&self) -> usize {
+        self.renderings.get()
     }
 
-    /// The template's own words where it has some, else what went wrong and on which line.
-    fn refusal(&self, error: &minijinja::Error) -> String {
-        match (error.kind(), error.detail()) {
-            (ErrorKind::InvalidOperation, Some(detail)) if detail.starts_with(RAISED) => {
-                format!("the chat template refuses it: {}", foreign::one_line(detail.trim_start_matches(RAISED)))
-            }
-            _ => format!("the chat template of {} fails: {error}", self.template.path.display()),
-        }
+    fn render_with(&self, marks: Option<(&str, &str)>, count: usize, add_generation_prompt: bool) -> Result<String> {
+        let (context, limits) = self.context(count, add_generation_prompt)?;
+        let rendered = jinja::render(self.compiled, &context, marks, &limits, TEMPLATE_DAY);
+        rendered.map_err(|(fault, line)| self.template.failure(&fault, line))
     }
-}
 
-/// Marks errors that the template itself raised.
-const RAISED: &str = "raised: ";
-
-fn environment() -> Result<Environment<'static>> {
-    let mut environment = Environment::new();
-    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-    environment.set_syntax(syntax.map_err(|error| Error::Failed(error.to_string()))?);
-    // Plain text, whatever the template is called.
-    environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-    environment.set_formatter(|out, _, value| Ok(out.write_str(&python::text_of(value))?));
-    environment.set_unknown_method_callback(python::unknown_method);
-    environment.add_filter("tojson", python::tojson);
-    environment.add_filter("trim", python::trim);
-    environment.add_filter(python::PLAIN_INDENT, minijinja::filters::indent);
-    environment.add_filter("indent", python::indent);
-    environment.add_filter("string", |value: &Value| python::text_of(value));
-    environment.add_function("raise_exception", |message: &Value| -> Result<Value, minijinja::Error> {
-        Err(minijinja::Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{message}")))
-    });
-    environment.add_function("strftime_now", |pattern: &str| TEMPLATE_DAY.format(pattern));
-    environment.add_test("iterable", python::is_iterable);
-    environment.add_test("sequence", python::is_sequence);
-    environment.add_filter("__generation", |body: String| body);
-    environment.add_filter("__marked_generation", |body: String| format!("{OPEN_MARK}{body}{CLOSE_MARK}"));
-    Ok(environment)
-}
-
-fn marked_name(name: &str) -> String {
-    format!("{name} with marks")
-}
-
-/// Turns `{% generation %}` into the start of a filter block and `{% endgeneration %}` into its end, keeping the signs that
-/// control white space. Also returns how many blocks there are.
-fn rewrite_generation_blocks(template: &str, filter: &str) -> (String, usize) {
-    let mut out = String::with_capacity(template.len());
-    let (mut rest, mut blocks) = (template, 0);
-    while let Some(start) = rest.find("{%") {
-        out.push_str(&rest[..start]);
-        rest = &rest[start..];
-        // Behind the opening: the two may not share their percent sign.
-        let Some(end) = rest[2..].find("%}").map(|end| end + 4) else { break };
-        let tag = &rest[..end];
-        let inner = &tag[2..end - 2];
-        let before =
-            inner.chars().next().filter(|sign| matches!(sign, '-' | '+')).map(String::from).unwrap_or_default();
-        let after =
-            inner.chars().next_back().filter(|sign| matches!(sign, '-' | '+')).map(String::from).unwrap_or_default();
-        match inner.trim_matches(['-', '+']).trim() {
-            "generation" => {
-                blocks += 1;
-                out.push_str(&format!("{{%{before} filter {filter} {after}%}}"));
-            }
-            "endgeneration" => out.push_str(&format!("{{%{before} endfilter {after}%}}")),
-            _ => {
-                // Only the opening is passed over: a string inside the tag may hold what looks like its end.
-                out.push_str("{%");
-                rest = &rest[2..];
-                continue;
-            }
-        }
-        rest = &rest[end..];
+    fn context(&self, count: usize, add_generation_prompt: bool) -> Result<(Context, Limits)> {
+        self.renderings.set(self.renderings.get() + 1);
+        let mut context = self.globals.clone();
+        let messages = self.messages[..count.min(self.messages.len())].to_vec();
+        let messages = Value::list(messages).map_err(|fault| self.template.failure(&fault, 0))?;
+        context.insert(Arc::from("messages"), messages);
+        context.insert(Arc::from("add_generation_prompt"), Value::Bool(add_generation_prompt));
+        Ok((context, Limits::new(self.bytes)))
     }
-    out.push_str(rest);
-    (out, blocks)
 }
 
 /// The text without marks, and what they enclosed. None if they do not pair up.
@@ -336,7 +304,7 @@ pub(super) mod tests {
                     {% endif %}\n{{ message.role }}: {{ message['content'] | trim }}\n{% endfor %}\n{% if \
                     add_generation_prompt %}>{% endif %}\n";
         let compiled = template(text);
-        let prepared = compiled.prepare(&dialogue(), None);
+        let prepared = compiled.prepare(&dialogue(), None).unwrap();
         assert_eq!(prepared.render(3, true).unwrap(), "<s>\nuser: hi\nassistant: ho\n>");
         assert_eq!(prepared.render(1, false).unwrap(), "<s>\nuser: hi\n");
     }
@@ -345,12 +313,12 @@ pub(super) mod tests {
     fn refusals_are_told_in_the_templates_words() {
         let compiled =
             template("{% if messages | length > 1 %}{{ raise_exception('roles must alternate') }}{% endif %}");
-        let prepared = compiled.prepare(&dialogue(), None);
+        let prepared = compiled.prepare(&dialogue(), None).unwrap();
         assert!(prepared.render(1, false).is_ok());
         let message = prepared.render(2, false).unwrap_err().to_string();
         assert_eq!(message, "the chat template refuses it: roles must alternate");
         let compiled = template("{{ messages[0].missing.key }}");
-        let message = compiled.prepare(&dialogue(), None).render(1, false).unwrap_err().to_string();
+        let message = compiled.prepare(&dialogue(), None).unwrap().render(1, false).unwrap_err().to_string();
         assert!(message.contains("test.jinja fails: undefined value"), "{message}");
         let source = TemplateSource {
             path: PathBuf::from("x.jinja"),
@@ -366,13 +334,13 @@ pub(super) mod tests {
                     {%- generation -%}\n  {{ message.content }}<e>\n  {%- endgeneration %}\n\
                     {% else %}{{ message.content }}{% endif %}\n{% endfor %}";
         let compiled = template(text);
-        let prepared = compiled.prepare(&dialogue(), None);
+        let prepared = compiled.prepare(&dialogue(), None).unwrap();
         let (text, spans) = prepared.render_marked(3).unwrap().unwrap();
         assert_eq!(text, prepared.render(3, false).unwrap());
         assert_eq!(text, "user:hiassistant:ho<e>user:hu");
         assert_eq!(spans.into_iter().map(|span| &text[span]).collect::<Vec<_>>(), ["ho<e>"]);
         let plain = template("{{ messages[0].content }}");
-        assert!(plain.prepare(&dialogue(), None).render_marked(1).unwrap().is_none());
+        assert!(plain.prepare(&dialogue(), None).unwrap().render_marked(1).unwrap().is_none());
     }
 
     #[test]
@@ -380,38 +348,14 @@ pub(super) mod tests {
         let text = "{% set ns = namespace(n=0) %}{% for m in messages %}{% generation %}{% set ns.n = ns.n + 1 %}\
                     {{ loop.index }}{% endgeneration %}{% endfor %}{{ ns.n }}";
         let compiled = template(text);
-        let (text, spans) = compiled.prepare(&dialogue(), None).render_marked(3).unwrap().unwrap();
+        let (text, spans) = compiled.prepare(&dialogue(), None).unwrap().render_marked(3).unwrap().unwrap();
         assert_eq!((text.as_str(), spans), ("1233", vec![0..1, 1..2, 2..3]));
     }
 
     #[test]
     fn nothing_is_not_iterable() {
         let text = "{{ tools is iterable }} {{ 'a' is iterable }} {{ 'a' is sequence }} {{ 1 is sequence }} {{ x is iterable }}";
-        assert_eq!(template(text).prepare(&[], None).render(0, false).unwrap(), "False True True False True");
-    }
-
-    #[test]
-    fn only_generation_tags_are_rewritten() {
-        let (text, blocks) =
-            rewrite_generation_blocks("{{ '{%' }}{%+ generation -%}x{%endgeneration%}{% set a = 1 %}", "f");
-        assert_eq!(text, "{{ '{%' }}{%+ filter f -%}x{% endfilter %}{% set a = 1 %}");
-        assert_eq!(blocks, 1);
-        for text in ["{% unclosed", "{%}", "{%-}", "{%%}", "{%-%}", "{{ x }}{%"] {
-            assert_eq!(rewrite_generation_blocks(text, "f"), (text.to_owned(), 0));
-        }
-    }
-
-    #[test]
-    fn an_indent_takes_no_memory_that_nobody_can_mean() {
-        let render = |text: &str| template(text).prepare(&[], None).render(0, false);
-        assert_eq!(
-            render("{{ 'a\nb' | indent(2) }} {{ 'a\nb' | indent(width=1, first=true) }}").unwrap(),
-            "a\n  b  a\n b"
-        );
-        for text in ["{{ 'a' | indent(99999999999999) }}", "{{ 'a' | indent(width=99999999999999) }}"] {
-            let message = render(text).unwrap_err().to_string();
-            assert!(message.contains("indent: a width of 99999999999999 is not supported"), "{message}");
-        }
+        assert_eq!(template(text).prepare(&[], None).unwrap().render(0, false).unwrap(), "False True True False True");
     }
 
     #[test]
@@ -422,9 +366,9 @@ pub(super) mod tests {
         ]);
         let source = TemplateSource::from_json(Path::new("c.json"), &list).unwrap();
         let compiled = ChatTemplate::new(&source, Map::new()).unwrap();
-        assert_eq!(compiled.prepare(&[], None).render(0, false).unwrap(), "plain");
+        assert_eq!(compiled.prepare(&[], None).unwrap().render(0, false).unwrap(), "plain");
         let tools = serde_json::json!([{"name": "<f>"}]);
-        assert_eq!(compiled.prepare(&[], Some(&tools)).render(0, false).unwrap(), r#"[{"name": "<f>"}]"#);
+        assert_eq!(compiled.prepare(&[], Some(&tools)).unwrap().render(0, false).unwrap(), r#"[{"name": "<f>"}]"#);
         let message = TemplateSource::from_json(Path::new("c.json"), &serde_json::json!([])).unwrap_err().to_string();
         assert!(message.contains("expected one called `default`"), "{message}");
     }
@@ -448,6 +392,6 @@ pub(super) mod tests {
     fn arguments_and_the_fixed_day_reach_the_template() {
         let mut compiled = template("{{ strftime_now('%d %b %Y') }} {{ enable_thinking }}");
         compiled.add_arguments(&Map::from_iter([("enable_thinking".to_owned(), false.into())]));
-        assert_eq!(compiled.prepare(&[], None).render(0, false).unwrap(), "26 Jul 2024 False");
+        assert_eq!(compiled.prepare(&[], None).unwrap().render(0, false).unwrap(), "26 Jul 2024 False");
     }
 }

@@ -23,7 +23,9 @@ use std::ops::Range;
 use super::Supervise;
 use super::chat_template::Prepared;
 use super::conversation::{Conversation, Message};
+use super::jinja::Beginning;
 use super::marks::Finish;
+use super::said;
 use super::tokenizer::{ChatTokenizer, Encoded};
 use crate::error::{Error, Result};
 
@@ -41,13 +43,14 @@ pub struct Span {
 pub enum SpanEnd {
     /// Where the span ends.
     Exact,
-    /// At the last special token that starts at this byte or later: the end of turn. Template text after it is not the
-    /// model's. Without such a token, where the span ends.
+    /// At the first token behind this byte that ends a sequence: there the model stops, whatever the template writes
+    /// after it. Without one at the last special token behind this byte, without that where the span ends.
     EndOfTurn {
         /// One past the last byte of the message's content.
         after: usize,
     },
-    /// At the last special token that only white space follows, else where the span ends.
+    /// At the first token that ends a sequence and that only special tokens and white space follow, else at the last
+    /// special token that only white space follows, else where the span ends.
     BeforeWhiteSpace,
     /// Where the span ends, without a token that reaches beyond: the answer was cut off, and what follows was not said.
     Cut,
@@ -95,21 +98,28 @@ pub fn render_supervised(
     };
     // What follows the last trained message adds nothing to train, and can make a template rewrite what precedes.
     let count = last + 1;
-    let text = prepared.render(count, false)?;
-    if let Some(spans) = boundary_spans(&prepared, messages, &turns, &text) {
+    let (text, spans) = boundaries(&prepared, messages, &turns, count)?;
+    if let Some(spans) = spans {
+        for (&index, span) in turns.iter().zip(&spans) {
+            complete(messages, index, said::missing(&messages[index], &text[span.range.clone()]))?;
+        }
         return Ok((vec![Rendered { text, spans, turn: None }], Method::RenderBoundaries));
     }
     // Blocks do not say which message they are of: marks of single messages need a document for each turn.
     let marks = messages[..count].iter().any(|message| message.marks.leave_something_out());
     let marked = if marks { None } else { prepared.render_marked(count)? };
     if let Some((text, mut ranges)) = marked.filter(|(_, ranges)| !ranges.is_empty()) {
+        for &index in &turns {
+            complete(messages, index, said::missing_content(&messages[index], &text))?;
+        }
         if supervise == Supervise::LastTurn {
             ranges.drain(..ranges.len() - 1);
         }
         let spans = ranges.into_iter().map(|range| Span { range, end: SpanEnd::BeforeWhiteSpace }).collect();
         return Ok((vec![Rendered { text, spans, turn: None }], Method::GenerationBlocks));
     }
-    let documents = turns.iter().map(|&index| one_turn(&prepared, messages, index)).collect::<Result<_>>()?;
+    let documents =
+        turns.iter().map(|&index| one_turn(tokenizer, &prepared, messages, index)).collect::<Result<_>>()?;
     Ok((documents, Method::FanOut))
 }
 
@@ -133,7 +143,38 @@ fn replies(messages: &[Message]) -> Vec<usize> {
     (first..messages.len()).filter(|&index| messages[index].is_assistant()).collect()
 }
 
-/// The span of every turn, or None if the template rewrites history.
+/// The rendering of the first `count` messages and the span of every turn, or None if the template rewrites history.
+fn boundaries(
+    prepared: &Prepared<'_>,
+    messages: &[Message],
+    turns: &[usize],
+    count: usize,
+) -> Result<(String, Option<Vec<Span>>)> {
+    let pair = |&index: &usize| [(index, true), (index + 1, false)];
+    let wanted = turns.iter().flat_map(pair).filter(|&(end, _)| end < count).collect();
+    let (text, beginnings) = prepared.render_with_beginnings(count, wanted)?;
+    let Some(beginnings) = beginnings else {
+        let spans = boundary_spans(prepared, messages, turns, &text);
+        return Ok((text, spans));
+    };
+    // Lengths of the renderings, where they begin the whole.
+    let mut ends = beginnings.iter().map(|Beginning { shared, behind }| {
+        text.get(*shared..).filter(|rest| rest.starts_with(behind.as_str())).map(|_| shared + behind.len())
+    });
+    let mut spans: Vec<Span> = Vec::with_capacity(turns.len());
+    for &index in turns {
+        let before = ends.next().flatten();
+        let through = if index + 1 < count { ends.next().flatten() } else { Some(text.len()) };
+        let (Some(before), Some(through)) = (before, through) else { return Ok((text, None)) };
+        if through < before || spans.last().is_some_and(|previous| previous.range.end > before) {
+            return Ok((text, None));
+        }
+        spans.push(turn_span(&messages[index], &text, before..through));
+    }
+    Ok((text, Some(spans)))
+}
+
+/// The same with two renderings for each turn, for templates that look ahead.
 fn boundary_spans(prepared: &Prepared<'_>, messages: &[Message], turns: &[usize], full: &str) -> Option<Vec<Span>> {
     let mut spans: Vec<Span> = Vec::with_capacity(turns.len());
     for &index in turns {
@@ -155,22 +196,83 @@ fn boundary_spans(prepared: &Prepared<'_>, messages: &[Message], turns: &[usize]
     Some(spans)
 }
 
-/// A document that ends with one turn and trains only it.
-fn one_turn(prepared: &Prepared<'_>, messages: &[Message], index: usize) -> Result<Rendered> {
+/// Refuses a turn whose document does not hold what the assistant said: the target would be trained to say something
+/// else in its place.
+fn complete(messages: &[Message], index: usize, missing: Option<(String, String)>) -> Result<()> {
+    match missing {
+        None => Ok(()),
+        Some((key, words)) => Err(at_turn(
+            messages,
+            index,
+            &format!(
+                "the chat template leaves out a part of its `{key}`: {words:?} does not stand in the text; {REMEDY}, or take it out of the record"
+            ),
+        )),
+    }
+}
+
+/// What can make a template and its data agree.
+const REMEDY: &str = "template arguments (--template-arguments, data.template_arguments) or another template \
+                      (--chat-template, data.chat_template) can make them agree";
+
+fn at_turn(messages: &[Message], index: usize, problem: &str) -> Error {
     let turn = messages[..=index].iter().filter(|message| message.is_assistant()).count();
-    let place = |problem: String| Error::Failed(format!("assistant turn {turn} (message {}): {problem}", index + 1));
-    let before = prepared.render(index, true).map_err(|error| place(error.to_string()))?;
-    let text = prepared.render(index + 1, false).map_err(|error| place(error.to_string()))?;
-    if !text.starts_with(&before) {
-        return Err(place(format!(
-            "the chat template rewrites it: the model is given {}, but the finished turn reads {}; \
-             data.template_arguments or data.chat_template can make them agree",
+    Error::Failed(format!("assistant turn {turn} (message {}): {problem}", index + 1))
+}
+
+/// A document that ends with one turn and trains only it.
+fn one_turn(
+    tokenizer: &ChatTokenizer,
+    prepared: &Prepared<'_>,
+    messages: &[Message],
+    index: usize,
+) -> Result<Rendered> {
+    let message = &messages[index];
+    let turn = messages[..=index].iter().filter(|message| message.is_assistant()).count();
+    let place = |error: Error| match error {
+        Error::Failed(problem) => at_turn(messages, index, &problem),
+        fatal => fatal,
+    };
+    let before = prepared.render(index, true).map_err(place)?;
+    let text = prepared.render(index + 1, false).map_err(place)?;
+    let missing = text.strip_prefix(before.as_str()).map(|said| said::missing(message, said));
+    if missing == Some(None) {
+        let span = turn_span(message, &text, before.len()..text.len());
+        return Ok(Rendered { text, spans: vec![span], turn: Some(turn) });
+    }
+    if let Some(spoken) = spoken_turn(tokenizer, prepared, message, (index, &before, &text)) {
+        return Ok(Rendered { turn: Some(turn), ..spoken });
+    }
+    complete(messages, index, missing.flatten())?;
+    Err(at_turn(
+        messages,
+        index,
+        &format!(
+            "the chat template rewrites it: the model is given {}, but the finished turn reads {}; {REMEDY}",
             around_difference(&before, &text),
             around_difference(&text, &before),
-        )));
-    }
-    let span = turn_span(&messages[index], &text, before.len()..text.len());
-    Ok(Rendered { text, spans: vec![span], turn: Some(turn) })
+        ),
+    ))
+}
+
+/// A turn as the target says it: its prompt, which opens a thought, and behind it what was said, to the end of turn. The
+/// templates of R1's distillations drop that thought from finished turns, so no rendering holds the two together.
+fn spoken_turn(
+    tokenizer: &ChatTokenizer,
+    prepared: &Prepared<'_>,
+    message: &Message,
+    (index, before, finished): (usize, &str, &str),
+) -> Option<Rendered> {
+    let history = prepared.render(index, false).ok()?;
+    let spoken = said::behind_an_open_thought(message, before.strip_prefix(history.as_str())?)?;
+    let ending = match said::ending(message, finished) {
+        Some(ending) => ending,
+        None => tokenizer.eos_token()?,
+    };
+    let text = format!("{before}{}{ending}", spoken.trim_end());
+    let span = turn_span(message, &text, before.len()..text.len());
+    let after = before.len() + spoken.trim_end().len();
+    Some(Rendered { text, spans: vec![Span { end: SpanEnd::EndOfTurn { after }, ..span }], turn: None })
 }
 
 fn turn_span(message: &Message, text: &str, range: Range<usize>) -> Span {
@@ -205,6 +307,7 @@ pub fn token_mask(tokenizer: &ChatTokenizer, text: &str, encoded: &Encoded, span
         while token < ids.len() && offsets[token].0 < range.end {
             token += 1;
         }
+        let ends = |at: usize| tokenizer.eos_token_ids().contains(&ids[at]);
         let special =
             |from: usize| (first..token).rev().find(|&at| offsets[at].0 >= from && tokenizer.is_special(ids[at]));
         let end_of_turn = match *end {
@@ -215,20 +318,24 @@ pub fn token_mask(tokenizer: &ChatTokenizer, text: &str, encoded: &Encoded, span
                 }
                 None
             }
-            SpanEnd::EndOfTurn { after } => special(after),
-            SpanEnd::BeforeWhiteSpace => {
-                special(range.start).filter(|&at| text[offsets[at].1.min(range.end)..range.end].trim().is_empty())
+            SpanEnd::EndOfTurn { after } => {
+                (first..token).find(|&at| offsets[at].0 >= after && ends(at)).or_else(|| special(after))
             }
+            SpanEnd::BeforeWhiteSpace => special(range.start)
+                .filter(|&at| text[offsets[at].1.min(range.end)..range.end].trim().is_empty())
+                .map(|last| {
+                    let is_tail = |at: &usize| {
+                        let (start, end) = offsets[*at];
+                        tokenizer.is_special(ids[*at]) || text[start..end.max(start)].trim().is_empty()
+                    };
+                    let tail = (first..=last).rev().take_while(is_tail);
+                    tail.filter(|&at| ends(at)).last().unwrap_or(last)
+                }),
         };
         let stop = match end_of_turn {
             Some(at) => at + 1,
             // Some families end a turn with the token that opens the next one; it is what the model must say.
-            None if !matches!(end, SpanEnd::Exact | SpanEnd::Cut)
-                && token < ids.len()
-                && tokenizer.eos_token_ids().contains(&ids[token]) =>
-            {
-                token + 1
-            }
+            None if !matches!(end, SpanEnd::Exact | SpanEnd::Cut) && token < ids.len() && ends(token) => token + 1,
             None => token,
         };
         mask[first..stop].fill(1);
@@ -359,6 +466,160 @@ mod tests {
         let message =
             trained(strict, &talk(&[("system", "s"), ("user", "u"), ("assistant", "a")]), Supervise::Assistant);
         assert_eq!(message.unwrap_err().to_string(), "the chat template refuses it: user first");
+    }
+
+    /// One pass must find what two renderings for each turn find, or give way to them.
+    #[test]
+    fn one_pass_finds_what_many_renderings_find() {
+        let bodies = [
+            "{{ m.role }}:{{ m.content }}<|im_end|>",
+            "{{ loop.index }}{{ m.content }}{% if loop.first %}F{% endif %}<|im_end|>",
+            "{{ m.content }}{% if not loop.last %},{% endif %}",
+            "{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ m.content }}<|im_end|>",
+            "{{ m.content }}{% if loop.index == messages | length %}!{% endif %}",
+            "{{ m.content }}{{ loop.nextitem.role if loop.nextitem is defined }}",
+            "{{ m.content }}{% if m == messages[-1] %}!{% endif %}",
+            "{{ m.content }}{% for x in messages[1:] %}{{ loop.length }}{% endfor %}",
+            "{{ m.content }}{{ messages[0].role }}{{ messages[3].role if messages[3] is defined }}",
+            "{% if add_generation_prompt %}+{% endif %}{{ m.content }}",
+            "{% if loop.index > 3 %}{% break %}{% endif %}{{ m.content }}",
+            "{{ j() }}{{ m.content }}",
+            "{{ m.content }}{{ all | length }}",
+            "{% set all = m.content %}{{ all }}",
+            "{% macro f() %}{{ messages | length }}{% endmacro %}{{ f() }}{{ m.content }}",
+            "{{ m.content }}{{ loop }}",
+        ];
+        let loops = [
+            ("", "messages", ""),
+            ("{% set all = messages %}", "all", ""),
+            ("{% if messages[0].role == 'system' %}{% set messages = messages[1:] %}{% endif %}", "messages", ""),
+            ("{% set rest = messages[1:] if messages[0].role == 'system' else messages %}", "rest", ""),
+            ("", "messages | reverse", ""),
+            (
+                "",
+                "messages",
+                "{% if messages[-1].role == 'user' and add_generation_prompt %}<u>{% elif add_generation_prompt %}<x>{% endif %}",
+            ),
+            ("", "messages", "{% for m in messages %}{{ m.role[0] if add_generation_prompt }}{% endfor %}"),
+            ("{% for m in messages %}{{ m.role[0] }}{% endfor %}", "messages", "{{ ns.n }}{% set ns.n = 70 %}"),
+            ("{% set c = cycler('a', 'b') %}", "messages", "{{ c.next() }}{{ '<g>' if add_generation_prompt }}"),
+            ("{% set all = messages %}", "messages", "{{ '<g>' if add_generation_prompt }}{{ all | length }}"),
+            ("{% set all = messages %}", "messages", "{% for m in all[1:] %}{{ m.role[0] }}{% endfor %}"),
+            ("", "messages", "{{ '<g>' ~ messages | length if add_generation_prompt }}"),
+        ];
+        let conversations = [
+            talk(&[
+                ("system", "s"),
+                ("user", "a"),
+                ("assistant", "b"),
+                ("user", "c"),
+                ("assistant", "d"),
+                ("user", "e"),
+            ]),
+            talk(&[
+                ("user", "a"),
+                ("assistant", "b"),
+                ("assistant", "bb"),
+                ("user", "c"),
+                ("tool", "t"),
+                ("assistant", "d"),
+            ]),
+        ];
+        let (mut in_one_pass, mut all) = (0, 0);
+        for (before, over, behind) in loops {
+            for body in bodies {
+                let text = format!(
+                    "{{% set ns = namespace(n=0) %}}{{% set j = joiner() %}}{before}{{% for m in {over} %}}{body}{{% endfor %}}{behind}"
+                );
+                let text = if body.contains("j()") { text } else { text.replace("{% set j = joiner() %}", "") };
+                let tokenizer = tiny_tokenizer(&text);
+                for conversation in &conversations {
+                    let prepared = tokenizer.prepare(&conversation.messages, None).unwrap();
+                    let turns = replies(&conversation.messages);
+                    let count = turns.last().unwrap() + 1;
+                    let Ok((text, spans)) = boundaries(&prepared, &conversation.messages, &turns, count) else {
+                        continue;
+                    };
+                    assert_eq!(text, prepared.render(count, false).unwrap(), "{text}");
+                    in_one_pass += usize::from(prepared.renderings() == 2);
+                    all += 1;
+                    assert_eq!(spans, boundary_spans(&prepared, &conversation.messages, &turns, &text), "{text}");
+                }
+            }
+        }
+        assert!(in_one_pass > 50 && in_one_pass < all, "{in_one_pass} of {all}");
+    }
+
+    #[test]
+    fn a_long_conversation_is_rendered_once() {
+        let turns: Vec<(&str, &str)> = [("user", "hi"), ("assistant", "ho")].into_iter().cycle().take(600).collect();
+        let dialogue = talk(&turns);
+        let tokenizer = tiny_tokenizer(CHATML);
+        let prepared = tokenizer.prepare(&dialogue.messages, None).unwrap();
+        let (_, spans) = boundaries(&prepared, &dialogue.messages, &replies(&dialogue.messages), 600).unwrap();
+        assert_eq!((spans.unwrap().len(), prepared.renderings()), (300, 1));
+    }
+
+    #[test]
+    fn supervision_ends_at_the_first_token_that_stops_the_model() {
+        let dialogue = talk(&[("user", "hi"), ("assistant", "ho"), ("user", "hu"), ("assistant", "ha")]);
+        for behind in ["<|endoftext|>", "\n<|endoftext|>", "<s></s>\n<|im_end|>"] {
+            let template = CHATML.replace("'<|im_end|>' + '\n'", &format!("'<|im_end|>{behind}'"));
+            let (runs, _) = trained(&template, &dialogue, Supervise::Assistant).unwrap();
+            assert_eq!(runs, [["ho<|im_end|>", "ha<|im_end|>"]], "{behind:?}");
+        }
+        // What the content itself holds is not its end.
+        let dialogue = talk(&[("user", "hi"), ("assistant", "a<|im_end|>b")]);
+        assert_eq!(trained(CHATML, &dialogue, Supervise::Assistant).unwrap().0, [["a<|im_end|>b<|im_end|>"]]);
+    }
+
+    #[test]
+    fn a_turn_that_the_template_cuts_is_refused() {
+        let cutting = CHATML.replace("message['content'] +", "message['content'].split('</think>')[-1].strip() +");
+        let message = trained(
+            &cutting,
+            &talk(&[("user", "hi"), ("assistant", "<think>\nhm hm\n</think>\nho")]),
+            Supervise::Assistant,
+        );
+        let message = message.unwrap_err().to_string();
+        assert!(
+            message.starts_with("assistant turn 1 (message 2): the chat template leaves out a part of its `content`"),
+            "{message}"
+        );
+        assert!(message.contains("hm hm") && message.contains("--chat-template"), "{message}");
+        let mut dialogue = talk(&[("user", "hi"), ("assistant", "ho"), ("user", "hu"), ("assistant", "ha")]);
+        dialogue.messages[1].extra.insert("reasoning_content".to_owned(), "because".into());
+        let message = trained(CHATML, &dialogue, Supervise::Assistant).unwrap_err().to_string();
+        assert!(message.contains("`reasoning_content`: \"because\""), "{message}");
+        // Only turns that are trained must be whole.
+        assert!(trained(CHATML, &dialogue, Supervise::LastTurn).is_ok());
+        assert!(trained(CHATML, &dialogue, Supervise::All).is_ok());
+    }
+
+    /// As the templates of R1's distillations: the prompt opens a thought, finished turns drop it.
+    #[test]
+    fn what_is_said_behind_an_open_thought_is_trained_as_it_was_said() {
+        let template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1] + '<|im_end|>' }}\
+                        {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}";
+        let said = [
+            ("user", "hi"),
+            ("assistant", "hm\n</think>\n\nho"),
+            ("user", "hu"),
+            ("assistant", "<think>\nha\n</think>\n\nhe"),
+        ];
+        let (runs, method) = trained(template, &talk(&said), Supervise::Assistant).unwrap();
+        assert_eq!(method, Method::FanOut);
+        assert_eq!(runs, [["hm\n</think>\n\nho<|im_end|>"], ["ha\n</think>\n\nhe<|im_end|>"]]);
+        let message = trained(
+            template,
+            &talk(&said[..1].iter().copied().chain([("assistant", "ho")]).collect::<Vec<_>>()),
+            Supervise::Assistant,
+        );
+        let message = message.unwrap_err().to_string();
+        assert!(
+            message.contains("the chat template rewrites it") && message.contains("--template-arguments"),
+            "{message}"
+        );
     }
 
     #[test]

@@ -195,15 +195,15 @@ impl ChatTokenizer {
     pub fn prepare(&self, messages: &[Message], tools: Option<&Value>) -> Result<Prepared<'_>> {
         let template = self.template.as_ref().ok_or_else(|| {
             Error::bad_file(&self.folder, "has no chat template, which conversations are rendered with")
-                .with_hint("name a Jinja file with data.chat_template, or give preformatted `text`")
+                .with_hint("name a Jinja file with --chat-template or data.chat_template, or give preformatted `text`")
         })?;
-        Ok(template.prepare(messages, tools))
+        template.prepare(messages, tools)
     }
 
     /// The same, with the conversation's own template arguments.
     pub fn prepare_conversation(&self, conversation: &Conversation) -> Result<Prepared<'_>> {
         let Conversation { messages, tools, template_arguments, .. } = conversation;
-        Ok(self.prepare(messages, tools.as_ref())?.with_arguments(template_arguments))
+        self.prepare(messages, tools.as_ref())?.with_arguments(template_arguments)
     }
 
     /// Tokens that end a sequence: those of generation_config.json, config.json and tokenizer_config.json.

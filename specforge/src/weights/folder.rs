@@ -129,7 +129,8 @@ impl WeightsFolder {
 
     /// Each file with the names of its tensors, sorted.
     pub(super) fn by_file(&self) -> Vec<(&Path, Vec<&str>)> {
-        let mut files: Vec<(&Path, Vec<&str>)> = self.files.iter().map(|(path, _)| (path.as_path(), Vec::new())).collect();
+        let mut files: Vec<(&Path, Vec<&str>)> =
+            self.files.iter().map(|(path, _)| (path.as_path(), Vec::new())).collect();
         self.entries.iter().for_each(|(name, entry)| files[entry.file].1.push(name));
         files
     }

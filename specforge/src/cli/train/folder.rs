@@ -132,7 +132,8 @@ impl RunFolder {
             note(format!("what came after step {step} was moved to {}", aside.display()));
         }
         // Rows of measurements that the checkpoint still owes are written when those are made up for.
-        let unwritten = checkpoint.as_ref().filter(|checkpoint| !checkpoint.manifest.owed.is_nothing()).map(|_| "eval/");
+        let unwritten =
+            checkpoint.as_ref().filter(|checkpoint| !checkpoint.manifest.owed.is_nothing()).map(|_| "eval/");
         let tracker = Tracker::open_before(store.root(), step, unwritten)?;
         Ok((Writer { store, tracker }, checkpoint))
     }

@@ -229,7 +229,7 @@ pub fn run(
 
 impl Chat for ChatTokenizer {
     fn prompt(&self, messages: &[Message], tools: Option<&Value>, arguments: &Map<String, Value>) -> Result<Vec<u32>> {
-        self.encode(&self.prepare(messages, tools)?.with_arguments(arguments).render(messages.len(), true)?)
+        self.encode(&self.prepare(messages, tools)?.with_arguments(arguments)?.render(messages.len(), true)?)
     }
 
     fn text(&self, tokens: &[u32]) -> Result<String> {

@@ -175,7 +175,7 @@ fn answer(
     let mut submit = |engine: &mut Engine<'_>, question: usize, turn: usize, messages: &mut Vec<Message>| {
         messages.push(Message::new("user", questions[question].turns[turn].as_str()));
         let Question { tools, template_arguments, .. } = &questions[question];
-        let prepared = tokenizer.prepare(messages, tools.as_ref())?.with_arguments(template_arguments);
+        let prepared = tokenizer.prepare(messages, tools.as_ref())?.with_arguments(template_arguments)?;
         let prompt = tokenizer.encode(&prepared.render(messages.len(), true)?)?;
         let tag = question as u64 * TURNS + turn as u64;
         prompts.insert(tag, prompt.clone());
