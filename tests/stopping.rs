@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use serde_json::{Value, json};
-use specforge::checkpoint::{self, CheckpointStore, Direction, RetentionConfig, Versions};
+use specforge::checkpoint::{self, CheckpointStore, Direction, Inputs, RetentionConfig, Versions};
 use specforge::config::RunConfig;
 use specforge::data::{PackedBatch, TokenCache, split};
 use specforge::dist::{ParallelConfig, ProcessGroup};
@@ -145,7 +145,7 @@ impl World {
                     configuration: self.workspace.configuration.clone(),
                     versions: Versions::current(),
                     data_hashes: BTreeMap::new(),
-                    target: Vec::new(),
+                    inputs: Inputs::new(),
                 },
                 stop: &wish,
             };

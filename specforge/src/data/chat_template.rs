@@ -247,6 +247,7 @@ impl Prepared<'_> {
     }
 
     /// How many times the template ran from its start.
+    #[cfg(test)]
     pub(super) fn renderings(&self) -> usize {
         self.renderings.get()
     }

@@ -62,7 +62,7 @@ impl ChatTokenizer {
         let unreadable =
             |problem: String| Error::bad_file(&path, format!("is not a tokenizer this program can read: {problem}"));
         let tokenizer = foreign::library(|| parse(&bytes)).map_err(contradiction).and_then(|read| read);
-        let tokenizer = tokenizer.map_err(unreadable)?;
+        let mut tokenizer = tokenizer.map_err(unreadable)?;
 
         let model_config_path = model_dir.join("config.json");
         let model_config = read_object(&model_config_path)?;

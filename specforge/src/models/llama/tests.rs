@@ -404,7 +404,7 @@ fn fitted(tied: bool, change: &dyn Fn(&mut Vec<(String, Tensor)>)) -> Result<(bo
 /// What a file holds counts, not what config.json says of it, and not a name.
 #[test]
 fn a_head_that_is_not_the_embedding_is_used_and_said() {
-    let push = |name: &str, value: Tensor| {
+    let push = |name: &'static str, value: Tensor| {
         move |tensors: &mut Vec<(String, Tensor)>| tensors.push((name.to_owned(), value.shallow_clone()))
     };
     assert_eq!(fitted(true, &|_| {}).unwrap(), (true, Vec::new()));
