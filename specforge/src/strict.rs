@@ -60,6 +60,14 @@ pub fn repeated_key(text: &[u8]) -> Option<String> {
     found
 }
 
+/// The first tensor that the header of a safetensors file names twice, whatever else is wrong with it. Its own reader keeps
+/// the last of two.
+pub fn repeated_tensor(file: &[u8]) -> Option<String> {
+    let length = u64::from_le_bytes(file.first_chunk().copied()?);
+    let end = usize::try_from(length).ok()?.checked_add(8)?;
+    repeated_key(file.get(8..end)?)
+}
+
 /// Walks a value and notes the first repeated key.
 struct Keys<'a> {
     found: &'a mut Option<String>,

@@ -11,6 +11,7 @@ use serde_json::Value;
 use crate::fixture::{Workspace, contents, litter, output_of, stderr_of};
 
 mod bench;
+mod checkpoints;
 mod data;
 mod export;
 mod forged;

@@ -6,7 +6,7 @@ use serde_json::json;
 use specforge::weights;
 use tch::{Device, Kind, Tensor};
 
-use super::{Case, check, edit_json, train, truncate};
+use super::{Case, check, edit_json, train, train_with, truncate};
 use crate::fixture::{Workspace, model_config, model_tensors};
 
 fn edit_model(workspace: &Workspace, edit: impl FnOnce(&mut Vec<(String, Tensor)>)) {
@@ -204,6 +204,115 @@ fn models() {
             exit_code: 2,
             expected: &[
                 "{}/model/model-00002-of-00002.safetensors: is named in model.safetensors.index.json but not there",
+            ],
+        },
+        Case {
+            name: "a vocabulary that no weights have, to choose tokens from",
+            spoil: |workspace| {
+                edit_json(&workspace.path("model/config.json"), |config| config["vocab_size"] = json!(4_000_000));
+                train_with(workspace, "draft.draft_vocab_size=64")
+            },
+            exit_code: 2,
+            expected: &["{}/model", "model.embed_tokens.weight: expected [4000000, 32], got [454, 32]"],
+        },
+        Case {
+            name: "a vocabulary beyond all",
+            spoil: |workspace| {
+                edit_json(&workspace.path("model/config.json"), |config| config["vocab_size"] = json!(2147483647));
+                train_with(workspace, "draft.draft_vocab_size=64")
+            },
+            exit_code: 2,
+            expected: &["{}/model/config.json", "`vocab_size`: expected a number from 1 to 4194304, got 2147483647"],
+        },
+        Case {
+            name: "a key of config.json that stands twice",
+            spoil: |workspace| {
+                let path = workspace.path("model/config.json");
+                let text = fs::read_to_string(&path).unwrap().replacen('{', r#"{"hidden_size": 64, "#, 1);
+                fs::write(&path, text).unwrap();
+                train(workspace)
+            },
+            exit_code: 2,
+            expected: &["{}/model/config.json: names `hidden_size` twice"],
+        },
+        Case {
+            name: "quantised weights, by the configuration",
+            spoil: |workspace| {
+                edit_json(&workspace.path("model/config.json"), |config| {
+                    config["quantization_config"] = json!({"quant_method": "awq", "bits": 4});
+                });
+                train(workspace)
+            },
+            exit_code: 2,
+            expected: &[
+                "{}/model/config.json: the weights are quantised (`quantization_config`: awq, 4 bits)",
+                "hint: name the folder",
+            ],
+        },
+        Case {
+            name: "quantised weights, by a file beside the configuration",
+            spoil: |workspace| {
+                fs::write(workspace.path("model/quantize_config.json"), "{}").unwrap();
+                train(workspace)
+            },
+            exit_code: 2,
+            expected: &["{}/model/config.json: the weights are quantised: quantize_config.json lies beside it"],
+        },
+        Case {
+            name: "bare integers for weights",
+            spoil: |workspace| {
+                edit_model(workspace, |tensors| tensors[3].1 = (&tensors[3].1 * 100).to_kind(Kind::Int8));
+                train(workspace)
+            },
+            exit_code: 2,
+            expected: &["{}/model/model.safetensors: `model.layers.0.", "expected floating-point numbers, got Int8"],
+        },
+        Case {
+            name: "packed weights",
+            spoil: |workspace| {
+                edit_model(workspace, |tensors| {
+                    tensors[3].0 = tensors[3].0.replace(".weight", ".qweight");
+                    tensors[3].1 = tensors[3].1.to_kind(Kind::Int);
+                });
+                train(workspace)
+            },
+            exit_code: 2,
+            expected: &["{}/model/model.safetensors: holds quantised weights (GPTQ or AWQ), such as `model.layers.0."],
+        },
+        Case {
+            name: "a weight that is no number",
+            spoil: |workspace| {
+                edit_model(workspace, |tensors| {
+                    let _ = tensors[0].1.get(453).get(31).fill_(f64::NAN);
+                });
+                train(workspace)
+            },
+            exit_code: 2,
+            expected: &[
+                "{}/model/model.safetensors: `model.embed_tokens.weight`: expected finite numbers, element 14527 is NaN",
+            ],
+        },
+        Case {
+            name: "two answers to which weights are meant",
+            spoil: |workspace| {
+                let index = json!({"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}});
+                fs::write(workspace.path("model/model.safetensors.index.json"), index.to_string()).unwrap();
+                train(workspace)
+            },
+            exit_code: 2,
+            expected: &["{}/model: holds model.safetensors and an index of other files", "hint: remove the weights"],
+        },
+        Case {
+            name: "a token with a role that the model has no row for",
+            spoil: |workspace| {
+                edit_json(&workspace.path("model/tokenizer_config.json"), |config| {
+                    config["mask_token"] = json!("<|mask|>")
+                });
+                train(workspace)
+            },
+            exit_code: 2,
+            expected: &[
+                "{}/model/tokenizer_config.json: `mask_token`: the token `<|mask|>` has the id 454, the model has 454",
             ],
         },
         Case {

@@ -99,12 +99,12 @@ impl TokenFiles {
         ROLES.into_iter().filter_map(|role| Some((role.to_owned(), Value::from(of_role(role)?)))).collect()
     }
 
-    /// Where a role's token is looked for. A tokenizer_config.json that lists the added tokens knows the roles too; of
+    /// Where a role's token is looked for. A tokenizer_config.json that lists the added tokens knows the roles too; beside
     /// older ones, special_tokens_map.json counts first.
-    fn in_order(&self) -> [&File; 2] {
+    fn in_order(&self) -> Vec<&File> {
         match self.config.keys.contains_key(DECODER) {
-            true => [&self.config, &self.roles],
-            false => [&self.roles, &self.config],
+            true => vec![&self.config],
+            false => vec![&self.roles, &self.config],
         }
     }
 
@@ -216,9 +216,7 @@ impl TokenFiles {
             }
             all.push(named);
         }
-        let files: &[&File] =
-            if self.config.keys.contains_key(DECODER) { &[&self.config] } else { &[&self.config, &self.roles] };
-        for file in files {
+        for file in self.in_order().into_iter().rev() {
             for (role, value) in &file.keys {
                 let is_own = role.ends_with("_token") && !ROLES.contains(&role.as_str());
                 let is_token = value.is_string() || value.get("content").is_some_and(Value::is_string);

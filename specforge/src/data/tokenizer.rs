@@ -55,8 +55,11 @@ impl ChatTokenizer {
     pub fn load(model_dir: &Path, template_override: Option<&Path>) -> Result<Self> {
         let path = model_dir.join("tokenizer.json");
         if !path.is_file() {
-            return Err(Error::bad_file(&path, "is not there")
-                .with_hint("name a Hugging Face folder with tokenizer.json; slow tokenizers must be converted first"));
+            let hint = match model_dir.join("snapshots").is_dir() {
+                true => "this is a folder of the hub's cache: name one of those in `snapshots`",
+                false => "name a Hugging Face folder with tokenizer.json; slow tokenizers must be converted first",
+            };
+            return Err(Error::bad_file(&path, "is not there").with_hint(hint));
         }
         let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
         let unreadable =

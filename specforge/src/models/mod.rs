@@ -257,8 +257,11 @@ pub fn check(path: &Path) -> Result<()> {
 fn family(path: &Path) -> Result<&'static Family> {
     let config_path = path.join("config.json");
     if !config_path.is_file() {
-        return Err(Error::bad_file(path, "is not a model folder: config.json is not there")
-            .with_hint("name a Hugging Face folder, or make one from a GGUF file with `specforge import`"));
+        let hint = match path.join("snapshots").is_dir() {
+            true => "this is a folder of the hub's cache: name one of those in `snapshots`",
+            false => "name a Hugging Face folder, or make one from a GGUF file with `specforge import`",
+        };
+        return Err(Error::bad_file(path, "is not a model folder: config.json is not there").with_hint(hint));
     }
     let text = std::fs::read(&config_path).map_err(Error::io("read", &config_path))?;
     let config: ModelType = strict::from_json(&text).map_err(|problem| Error::bad_file(&config_path, problem))?;

@@ -99,11 +99,11 @@ impl VocabFile {
             )
             .with_hint("name a file that `specforge vocab` wrote, or a `vocab_mapping.pt` of PyTorch 1.6 or later")
         };
-        let tensors = SafeTensors::deserialize(&bytes).map_err(damaged)?;
-        let (length, header) = SafeTensors::read_metadata(&bytes).map_err(damaged)?;
-        if let Some(name) = strict::repeated_key(&bytes[8..8 + length]) {
+        if let Some(name) = strict::repeated_tensor(&bytes) {
             return Err(wrong(format!("its header names `{name}` twice")));
         }
+        let tensors = SafeTensors::deserialize(&bytes).map_err(damaged)?;
+        let (_, header) = SafeTensors::read_metadata(&bytes).map_err(damaged)?;
         let map = tables(&tensors).map_err(wrong)?;
         let text = header.metadata().as_ref().and_then(|metadata| metadata.get(RECORD_KEY));
         let record = text.map(|text| record(text, &map)).transpose().map_err(wrong)?;

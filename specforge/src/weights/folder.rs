@@ -354,6 +354,10 @@ fn entries_of(path: &Path, map: &Mmap, file: usize) -> Result<Vec<(String, Entry
         Error::bad_file(path, format!("is not a whole safetensors file: {problem}"))
             .with_hint("the file is truncated or damaged: fetch or write it again")
     };
+    // The reader keeps the last of two tensors of one name.
+    if let Some(name) = strict::repeated_tensor(map) {
+        return Err(broken(format!("its header names `{name}` twice")));
+    }
     let (header_length, metadata) = SafeTensors::read_metadata(map).map_err(|error| match error {
         SafeTensorError::MetadataIncompleteBuffer => {
             broken(format!("its header describes another length than its {} bytes", map.len()))
@@ -361,10 +365,6 @@ fn entries_of(path: &Path, map: &Mmap, file: usize) -> Result<Vec<(String, Entry
         other => broken(other.to_string()),
     })?;
     let data_start = header_length + 8;
-    // The reader keeps the last of two tensors of one name.
-    if let Some(name) = strict::repeated_key(&map[8..data_start]) {
-        return Err(broken(format!("its header names `{name}` twice")));
-    }
     let mut entries = Vec::new();
     for (name, info) in metadata.tensors() {
         let kind = kind_of(info.dtype).ok_or_else(|| unsupported(path, &name, info.dtype))?;

@@ -236,10 +236,10 @@ impl Shard {
     }
 
     fn from_map(path: PathBuf, map: Mmap, manifest: &StoreManifest, entry: &ShardEntry) -> Result<Self, String> {
-        let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|error| error.to_string())?;
-        if let Some(name) = strict::repeated_key(&map[8..8 + header]) {
+        if let Some(name) = strict::repeated_tensor(&map) {
             return Err(format!("its header names `{name}` twice"));
         }
+        let (header, metadata) = SafeTensors::read_metadata(&map).map_err(|error| error.to_string())?;
         let find = |name: &str, dtype: Dtype, shape: &[usize]| {
             let info = metadata.info(name).ok_or_else(|| format!("has no tensor `{name}`"))?;
             if info.dtype != dtype || info.shape != shape {
