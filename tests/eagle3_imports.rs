@@ -5,8 +5,10 @@ use std::io::Write;
 use std::path::Path;
 
 use serde_json::{Value, json};
+use specforge::decode::drafter::{DraftSampling, open};
 use specforge::export::eagle3::read;
 use specforge::export::{Engine, check, check_for, export};
+use specforge::models::{TargetModel, load_target};
 use specforge::weights;
 use tch::{Kind, Tensor};
 
@@ -338,4 +340,26 @@ fn every_damage_is_refused_by_name() {
     }
     // And the sound one is still found sound.
     check(&sound).unwrap();
+}
+
+/// An embedding beside the target's is mostly a copy of it, rounded to the draft's own type: compared, not passed over.
+#[test]
+fn an_embedding_that_comes_with_a_draft_is_compared_with_the_targets() {
+    let (folder, target) = workspace();
+    let out = folder.path().join("out");
+    export(&source(&shape(), &target, Kind::Half), "eagle3", &out, None).unwrap();
+    let model = load_target(&target, Kind::Float, tch::Device::Cpu).unwrap();
+    let notes = |embedding: Tensor| {
+        change_tensors(&out, |tensors| {
+            tensors.retain(|(name, _)| name != "embed_tokens.weight");
+            tensors.push(("embed_tokens.weight".to_owned(), embedding));
+        });
+        open::open(out.to_str(), None, (model.as_ref(), &target), DraftSampling::Greedy).unwrap().notes
+    };
+    let own = model.embedding().to_kind(Kind::Half);
+    assert_eq!(notes(own.copy()), Vec::<String>::new());
+    let other = own.copy();
+    let _ = other.get(100).get(3).fill_(9.0);
+    let notes = notes(other);
+    assert!(notes.len() == 1 && notes[0].contains("the draft's own is used"), "{notes:?}");
 }

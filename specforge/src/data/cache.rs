@@ -421,3 +421,27 @@ pub fn split(cache: &TokenCache, eval_fraction: f64) -> (Vec<usize>, Vec<usize>)
     let to_train = |index: &usize| (cache.conversation_key(*index) >> 11) as f64 / (1u64 << 53) as f64 >= eval_fraction;
     (0..cache.len()).partition(to_train)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A cache of one document, opened again. Its checksums hold, whatever is in it.
+    fn written(tokens: &[u32], marks: &[u8]) -> Result<TokenCache, String> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("one.tokens");
+        let mut writer = CacheWriter::create(&path, &path, [7; 32]).unwrap();
+        writer.add("one", 0, tokens, marks).unwrap();
+        writer.finish(&BuildReport::default()).unwrap();
+        TokenCache::open(&path, &[7; 32]).map(|(cache, _)| cache)
+    }
+
+    #[test]
+    fn numbers_that_cannot_be_are_found_behind_sound_checksums() {
+        let cache = written(&[1, 2, 9], &[0, 1, 1]).unwrap();
+        cache.check_ids(10).unwrap();
+        let problem = cache.check_ids(9).unwrap_err();
+        assert_eq!(problem, "document `one` holds token 9, the model has 9");
+        assert_eq!(written(&[1, 2, 9], &[0, 2, 1]).unwrap_err(), "its marks of trained tokens do not hold");
+    }
+}
