@@ -236,6 +236,10 @@ fn tokenise_record(
             (rendered, Some(method))
         }
         Sample::Text { text, .. } => (vec![whole_text(text.clone(), 0)], None),
+        Sample::Completion { prompt, completion, finish: Some(Finish::Length), .. } => {
+            outcome.cut_answers = 1;
+            (vec![whole_text(format!("{prompt}{completion}"), prompt.len())], None)
+        }
         Sample::Completion { prompt, completion, .. } => (vec![completed(tokenizer, prompt, completion)?], None),
     };
     outcome.method = method;

@@ -280,12 +280,13 @@ fn what_trains_nothing_is_dropped_and_counted() {
 fn preformatted_text_is_taken_as_it_is() {
     let workshop = Workshop::new();
     let content = "{\"text\": \"<s>all of it</s>\"}\n{\"prompt\": \"2+2=\", \"completion\": \"4\"}\n\
-                   {\"prompt\": \"a\", \"completion\": \"b<|im_end|>\"}\n";
+                   {\"prompt\": \"a\", \"completion\": \"b<|im_end|>\"}\n\
+                   {\"prompt\": \"a\", \"completion\": \"cut\", \"finish_reason\": \"length\"}\n";
     let paths = [workshop.write("text.jsonl", content)];
     let (cache, _) = workshop.build(&paths).unwrap();
     let texts: Vec<String> =
-        (0..3).map(|index| document_text(&workshop.tokenizer, &cache.document(index), false).unwrap()).collect();
-    assert_eq!(texts, ["⟦<s>all of it</s>⟧", "2+2=⟦4<|im_end|>⟧", "a⟦b<|im_end|>⟧"]);
+        (0..4).map(|index| document_text(&workshop.tokenizer, &cache.document(index), false).unwrap()).collect();
+    assert_eq!(texts, ["⟦<s>all of it</s>⟧", "2+2=⟦4<|im_end|>⟧", "a⟦b<|im_end|>⟧", "a⟦cut⟧"]);
     assert_eq!(cache.document(0).id, "text.jsonl:1");
 }
 

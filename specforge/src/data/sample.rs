@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use super::marks::Marks;
+use super::marks::{Finish, Marks};
 use crate::error::{Error, Result};
 
 /// One message, as the chat template sees it.
@@ -87,6 +87,8 @@ pub enum Sample {
         prompt: String,
         /// What it answers.
         completion: String,
+        /// Why the answer ended, where the file says so.
+        finish: Option<Finish>,
     },
 }
 
