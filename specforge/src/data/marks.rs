@@ -31,6 +31,8 @@ pub struct Marks {
     pub token_ids: Option<Vec<u32>>,
     /// Hash of the prompt's tokens that the answer was generated from.
     pub prompt_hash: Option<String>,
+    /// Hash of the vocabulary that the ids are of.
+    pub vocabulary_hash: Option<String>,
 }
 
 impl Marks {
@@ -170,12 +172,13 @@ pub(super) fn of_message(
         }
     }
     let token_ids = extra.shift_remove("token_ids").map(|value| ids_of(&value)).transpose()?;
-    let prompt_hash = match extra.shift_remove("prompt_hash") {
-        None => None,
-        Some(Value::String(hash)) => Some(hash),
-        Some(_) => return Err("`prompt_hash`: expected a string".to_owned()),
+    let mut hash = |key: &str| match extra.shift_remove(key) {
+        None => Ok(None),
+        Some(Value::String(hash)) => Ok(Some(hash)),
+        Some(_) => Err(format!("`{key}`: expected a string")),
     };
-    Ok(Marks { train, finish, token_ids, prompt_hash })
+    let (prompt_hash, vocabulary_hash) = (hash("prompt_hash")?, hash("vocabulary_hash")?);
+    Ok(Marks { train, finish, token_ids, prompt_hash, vocabulary_hash })
 }
 
 /// Whether a record is to be trained, and what it says about its messages in a list of its own. `messages` has the marks
