@@ -12,7 +12,7 @@ use super::conversation::{self, Conversation, Parsed, Rejections, Sample, parse_
 use super::loss_mask::{Method, Rendered, Span, SpanEnd, render_supervised, token_mask};
 use super::marks::{Finish, PassedOver, PassedOverCounts};
 use super::reader::{Record, SourceFile};
-use super::recorded::{self, Recorded};
+use super::recorded::{self, Ids, Recorded, Vocabulary};
 use super::report::BuildReport;
 use super::tokenizer::{ChatTokenizer, hex};
 use super::{DataConfig, Supervise, TooLong};
@@ -29,7 +29,7 @@ const REASONS_KEPT: usize = 100;
 struct Outcome {
     documents: Vec<Tokenised>,
     method: Option<Method>,
-    recorded: bool,
+    ids: Option<Ids>,
     cut_answers: usize,
     passed_over: PassedOver,
     without_supervision: usize,
@@ -186,6 +186,7 @@ fn tokenise(
     let mut report = BuildReport { conversations: total, ..BuildReport::default() };
     let mut rejections = Rejections { total, ..Rejections::default() };
     let mut passed_over = PassedOverCounts::default();
+    let vocabulary = Vocabulary::default();
     for (done, chunk) in records.chunks(CHUNK).enumerate() {
         progress((done * CHUNK) as u64, total as u64);
         // What ends the build may take its time over every record: the others need not find out.
@@ -194,7 +195,7 @@ fn tokenise(
             if ended.load(Ordering::Relaxed) {
                 return Err(Error::Failed("not looked at".to_owned()));
             }
-            let outcome = tokenise_record(source, record, tokenizer, config);
+            let outcome = tokenise_record(source, record, (tokenizer, &vocabulary), config);
             ended.fetch_or(matches!(&outcome, Err(error) if !matches!(error, Error::Failed(_))), Ordering::Relaxed);
             outcome
         });
@@ -212,6 +213,13 @@ fn tokenise(
     }
     progress(total as u64, total as u64);
     report.warnings = passed_over.warnings();
+    if report.foreign_token_ids > 0 {
+        report.warnings.push(format!(
+            "{} conversations have token ids of another tokenizer: their text is trained, as any other's. What this target \
+             says itself is learned better; `specforge regen` asks it",
+            report.foreign_token_ids
+        ));
+    }
     rejections.check(config.max_bad_share)?;
     report.rejected_count = rejections.errors.len();
     report.rejected = rejections.errors.iter().take(REASONS_KEPT).map(Error::to_string).collect();
@@ -233,9 +241,11 @@ fn take(outcome: Outcome, writer: &mut CacheWriter<'_>, report: &mut BuildReport
     report.without_supervision += outcome.without_supervision;
     report.truncated += outcome.truncated;
     report.too_long += outcome.too_long;
-    let several = outcome.recorded && outcome.documents.len() > 1;
+    let recorded = outcome.ids == Some(Ids::Own);
+    let several = recorded && outcome.documents.len() > 1;
     report.fanned_out += usize::from(outcome.method == Some(Method::FanOut) || several);
-    report.from_token_ids += usize::from(outcome.recorded);
+    report.from_token_ids += usize::from(recorded);
+    report.foreign_token_ids += usize::from(outcome.ids == Some(Ids::Foreign));
     report.cut_answers += outcome.cut_answers;
     report.by_generation_blocks += usize::from(outcome.method == Some(Method::GenerationBlocks));
     for Tokenised { id, conversation, tokens, supervised } in outcome.documents {
@@ -248,7 +258,7 @@ fn take(outcome: Outcome, writer: &mut CacheWriter<'_>, report: &mut BuildReport
 fn tokenise_record(
     source: &SourceFile,
     record: &Record,
-    tokenizer: &ChatTokenizer,
+    (tokenizer, vocabulary): (&ChatTokenizer, &Vocabulary),
     config: &DataConfig,
 ) -> Result<Outcome> {
     let name = || record_name(source.path(), record.line);
@@ -262,10 +272,10 @@ fn tokenise_record(
     if let Sample::Conversation(conversation) = &sample {
         let cut = |message: &&super::Message| message.marks.finish == Some(Finish::Length);
         outcome.cut_answers = conversation.messages.iter().filter(cut).count();
+        outcome.ids = Some(vocabulary.ids_of(tokenizer, conversation));
     }
     let (rendered, method) = match &sample {
-        Sample::Conversation(talk) if recorded::is_recorded(talk) => {
-            outcome.recorded = true;
+        Sample::Conversation(talk) if outcome.ids == Some(Ids::Own) => {
             let documents = recorded::documents(tokenizer, talk, config.supervise)?;
             outcome.without_supervision = usize::from(documents.is_empty());
             let several = documents.len() > 1;
@@ -281,6 +291,10 @@ fn tokenise_record(
             (rendered, Some(method))
         }
         Sample::Text { text, .. } => (vec![whole_text(text.clone(), 0)], None),
+        Sample::Completion { prompt, completion, finish: Some(Finish::Length), .. } => {
+            outcome.cut_answers = 1;
+            (vec![whole_text(format!("{prompt}{completion}"), prompt.len())], None)
+        }
         Sample::Completion { prompt, completion, .. } => (vec![completed(tokenizer, prompt, completion)?], None),
     };
     outcome.method = method;

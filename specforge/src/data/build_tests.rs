@@ -280,12 +280,13 @@ fn what_trains_nothing_is_dropped_and_counted() {
 fn preformatted_text_is_taken_as_it_is() {
     let workshop = Workshop::new();
     let content = "{\"text\": \"<s>all of it</s>\"}\n{\"prompt\": \"2+2=\", \"completion\": \"4\"}\n\
-                   {\"prompt\": \"a\", \"completion\": \"b<|im_end|>\"}\n";
+                   {\"prompt\": \"a\", \"completion\": \"b<|im_end|>\"}\n\
+                   {\"prompt\": \"a\", \"completion\": \"cut\", \"finish_reason\": \"length\"}\n";
     let paths = [workshop.write("text.jsonl", content)];
     let (cache, _) = workshop.build(&paths).unwrap();
     let texts: Vec<String> =
-        (0..3).map(|index| document_text(&workshop.tokenizer, &cache.document(index), false).unwrap()).collect();
-    assert_eq!(texts, ["⟦<s>all of it</s>⟧", "2+2=⟦4<|im_end|>⟧", "a⟦b<|im_end|>⟧"]);
+        (0..4).map(|index| document_text(&workshop.tokenizer, &cache.document(index), false).unwrap()).collect();
+    assert_eq!(texts, ["⟦<s>all of it</s>⟧", "2+2=⟦4<|im_end|>⟧", "a⟦b<|im_end|>⟧", "a⟦cut⟧"]);
     assert_eq!(cache.document(0).id, "text.jsonl:1");
 }
 
@@ -510,6 +511,18 @@ fn answers_with_token_ids_take_their_own_way_into_the_cache() {
     drop(cache);
     let (cache, report) = workshop.build(&paths).unwrap();
     assert_eq!((report.truncated, cache.length(0)), (1, workshop.config.max_length));
+    workshop.config.max_length = 2048;
+    // Ids of another vocabulary say nothing here; that the answer was cut off still holds.
+    let mut foreign = record("ha");
+    foreign["messages"][1]["vocabulary_hash"] = "0123456789abcdef".into();
+    drop(cache);
+    let other = tiny_tokenizer(CHATML);
+    let own = std::mem::replace(&mut workshop.tokenizer, other);
+    let (cache, report) = workshop.build(&[workshop.write("foreign.jsonl", &format!("{foreign}\n"))]).unwrap();
+    assert_eq!((report.from_token_ids, report.foreign_token_ids, report.cut_answers), (0, 1, 1));
+    assert!(report.warnings[0].contains("1 conversations have token ids of another tokenizer"), "{report:?}");
+    assert_eq!(trained_text(&workshop, &cache, 0), "ha");
+    workshop.tokenizer = own;
     let paths = [workshop.write("edited.jsonl", &format!("{}\n", record("ha")))];
     let message = workshop.build(&paths).unwrap_err().to_string();
     assert!(message.contains("edited.jsonl:1: message 2: `content` is not what `token_ids` spell"), "{message}");

@@ -65,7 +65,9 @@ pub fn parse_record(bytes: &[u8], fallback_id: impl FnOnce() -> String) -> Resul
         Some(Value::String(text)) => Ok(Some(text.clone())),
         Some(other) => Err(format!("`{key}`: expected a string, got {}", kind_of(other))),
     };
-    let train = marks::of_record(&object, &mut [])?;
+    let mut answer = Marks::default();
+    let train = marks::of_record(&object, &mut [Some(&mut answer)])?;
+    let train = train && answer.train != Some(false);
     if object.contains_key("chosen") {
         return Err(
             "holds answers to choose from (`chosen`, `rejected`), and one is trained here: write the wanted one \
@@ -79,7 +81,8 @@ pub fn parse_record(bytes: &[u8], fallback_id: impl FnOnce() -> String) -> Resul
     if let Some(prompt) = string("prompt")? {
         let completion = string("completion")?.ok_or("`prompt` is there, `completion` is not")?;
         refuse_unwanted(&object, &mut passed_over)?;
-        return Ok(Parsed { sample: Sample::Completion { id, prompt, completion }, train, passed_over });
+        let sample = Sample::Completion { id, prompt, completion, finish: answer.finish };
+        return Ok(Parsed { sample, train, passed_over });
     }
     Err(what_it_is_instead(&object))
 }

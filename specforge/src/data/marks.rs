@@ -31,6 +31,8 @@ pub struct Marks {
     pub token_ids: Option<Vec<u32>>,
     /// Hash of the prompt's tokens that the answer was generated from.
     pub prompt_hash: Option<String>,
+    /// Hash of the vocabulary that the ids are of.
+    pub vocabulary_hash: Option<String>,
 }
 
 impl Marks {
@@ -60,8 +62,8 @@ const RECORD_TRAIN_KEYS: [&str; 6] = ["weight", "train", "trainable", "loss_mask
 const DETAIL_KEYS: [&str; 2] = ["train_detail", "training_detail"];
 const FINISH_KEYS: [&str; 2] = ["finish", "finish_reason"];
 
-/// Keys that decide how a conversation is rendered elsewhere. (`documents`, `id`, `source` and the like do not.)
-const RENDERING_KEYS: [&str; 14] = [
+/// Keys that decide elsewhere how a conversation is rendered, or are part of what is said.
+const RENDERING_KEYS: [&str; 20] = [
     "chat_template",
     "template_kwargs",
     "template_arguments",
@@ -76,6 +78,12 @@ const RENDERING_KEYS: [&str; 14] = [
     "rejected",
     "input_ids",
     "token_ids",
+    "image",
+    "images",
+    "audio",
+    "audios",
+    "video",
+    "videos",
 ];
 /// Words that a number or a truth value makes a decision of.
 const TRAINING_WORDS: [&str; 15] = [
@@ -95,6 +103,9 @@ const TRAINING_WORDS: [&str; 15] = [
     "supervised",
     "learn",
 ];
+
+/// Words that make a decision only where they are true.
+const LEAVING_OUT_WORDS: [&str; 6] = ["ignore", "ignored", "skip", "skipped", "exclude", "excluded"];
 
 /// Keys that were passed over, each as it is named in a warning.
 pub type PassedOver = Vec<String>;
@@ -161,12 +172,13 @@ pub(super) fn of_message(
         }
     }
     let token_ids = extra.shift_remove("token_ids").map(|value| ids_of(&value)).transpose()?;
-    let prompt_hash = match extra.shift_remove("prompt_hash") {
-        None => None,
-        Some(Value::String(hash)) => Some(hash),
-        Some(_) => return Err("`prompt_hash`: expected a string".to_owned()),
+    let mut hash = |key: &str| match extra.shift_remove(key) {
+        None => Ok(None),
+        Some(Value::String(hash)) => Ok(Some(hash)),
+        Some(_) => Err(format!("`{key}`: expected a string")),
     };
-    Ok(Marks { train, finish, token_ids, prompt_hash })
+    let (prompt_hash, vocabulary_hash) = (hash("prompt_hash")?, hash("vocabulary_hash")?);
+    Ok(Marks { train, finish, token_ids, prompt_hash, vocabulary_hash })
 }
 
 /// Whether a record is to be trained, and what it says about its messages in a list of its own. `messages` has the marks
@@ -218,8 +230,16 @@ pub(super) fn passed_over_in_record(object: &Map<String, Value>) -> impl Iterato
 }
 
 fn looks_decisive(key: &str, value: &Value) -> bool {
-    let key = key.to_lowercase();
-    if RENDERING_KEYS.contains(&key.as_str()) {
+    let empty = match value {
+        Value::Array(list) => list.is_empty(),
+        Value::String(text) => text.is_empty(),
+        Value::Object(object) => object.is_empty(),
+        _ => false,
+    };
+    if empty {
+        return false;
+    }
+    if RENDERING_KEYS.contains(&key.to_lowercase().as_str()) {
         return true;
     }
     let number = |value: &Value| value.is_number() || value.is_boolean();
@@ -227,7 +247,28 @@ fn looks_decisive(key: &str, value: &Value) -> bool {
         Value::Array(list) => list.iter().any(number),
         other => number(other),
     };
-    decides && key.split(|letter: char| !letter.is_alphanumeric()).any(|word| TRAINING_WORDS.contains(&word))
+    let said = value.as_bool().unwrap_or_else(|| value.as_f64() != Some(0.0));
+    decides
+        && words(key).iter().any(|word| {
+            let word = word.as_str();
+            TRAINING_WORDS.contains(&word) || (said && LEAVING_OUT_WORDS.contains(&word))
+        })
+}
+
+/// `lossMask`, `loss_mask` and `loss-mask` have the words `loss` and `mask`.
+fn words(key: &str) -> Vec<String> {
+    let mut words = vec![String::new()];
+    let mut small = false;
+    for letter in key.chars() {
+        if !letter.is_alphanumeric() || (small && letter.is_uppercase()) {
+            words.push(String::new());
+        }
+        if let Some(word) = words.last_mut().filter(|_| letter.is_alphanumeric()) {
+            word.extend(letter.to_lowercase());
+        }
+        small = letter.is_lowercase();
+    }
+    words
 }
 
 /// What all keys together say, taken out of the object.
@@ -333,9 +374,11 @@ mod tests {
         assert_eq!((marks, passed_over.len()), (Marks::default(), 1));
         assert!(super::tests::marks("user", json!({"weight": 0})).unwrap().1.is_empty());
         let record = json!({"id": 1, "source": "x", "quality_weight": 0.3, "label": "math", "chat_template": "y",
-                            "weight": 1, "labels": [1, 2]});
+                            "weight": 1, "labels": [1, 2], "images": [], "ignore": false, "strain": 1});
         let named: Vec<String> = passed_over_in_record(record.as_object().unwrap()).collect();
         assert_eq!(named, ["`quality_weight`", "`chat_template`", "`labels`"]);
+        let record = json!({"lossMask": [0, 1], "ignore": true, "images": ["x.png"], "isTrained": false});
+        assert_eq!(passed_over_in_record(record.as_object().unwrap()).count(), 4);
     }
 
     #[test]

@@ -429,7 +429,7 @@ mod tests {
             ("[{\"a\": 1}],\n[{\"a\": 2}]", 1, "got `,`"),
             ("{\n\"a\": 1}\n42", 3, "got `42`"),
             ("[]{\n\"data\": [{\"a\": 1}] oops\n}", 2, "behind the list of `data`"),
-            ("[{\"a\": 1}]\n\n[{\"a\":", 3, "the file ends"),
+            ("[{\"a\": 1},\n{\"a\": 2}]\n[{\"a\":", 3, "the file ends"),
         ] {
             let (at, problem) = find_records(content.as_bytes()).unwrap_err();
             assert!(at == line && problem.contains(word), "{content}: {at} {problem}");

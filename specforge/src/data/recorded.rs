@@ -7,6 +7,10 @@
 //! The next turn joins the same document where its prompt begins with all of that. Where the template writes an answer
 //! another way once it is history (R1 drops the thoughts), or the text splits into other tokens, it begins a document of
 //! its own, as the target saw it.
+//!
+//! Ids are of one vocabulary. Beside another they mean nothing, and the text is trained like anybody's.
+
+use std::sync::OnceLock;
 
 use sha2::{Digest, Sha256};
 
@@ -25,9 +29,39 @@ pub(super) struct Recorded {
     pub(super) turn: usize,
 }
 
-/// Whether answers of this conversation are known as token ids.
-pub(super) fn is_recorded(conversation: &Conversation) -> bool {
-    conversation.messages.iter().any(|message| message.marks.token_ids.is_some())
+/// Tells vocabularies apart; written beside an answer.
+pub fn vocabulary_hash(tokenizer: &ChatTokenizer) -> String {
+    tokenizer.vocabulary_hash().chars().take(16).collect()
+}
+
+/// Whose ids the answers of a conversation are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ids {
+    /// It has none.
+    None,
+    /// The tokenizer's own.
+    Own,
+    /// Another tokenizer's.
+    Foreign,
+}
+
+/// A vocabulary that is hashed when it is first asked for.
+#[derive(Debug, Default)]
+pub(super) struct Vocabulary(OnceLock<String>);
+
+impl Vocabulary {
+    /// Whether answers of this conversation are known as ids, and of which vocabulary.
+    pub(super) fn ids_of(&self, tokenizer: &ChatTokenizer, conversation: &Conversation) -> Ids {
+        let mut answers = conversation.messages.iter().filter(|message| message.marks.token_ids.is_some()).peekable();
+        if answers.peek().is_none() {
+            return Ids::None;
+        }
+        let foreign = |message: &Message| {
+            let own = || self.0.get_or_init(|| vocabulary_hash(tokenizer));
+            message.marks.vocabulary_hash.as_ref().is_some_and(|hash| hash != own())
+        };
+        if answers.any(foreign) { Ids::Foreign } else { Ids::Own }
+    }
 }
 
 /// Tells prompts apart by their tokens; written beside an answer, and compared before it is trained.
@@ -53,8 +87,8 @@ pub(super) fn documents(
         let prompt = tokenizer.encode(&prompt)?;
         if messages[index].marks.prompt_hash.as_ref().is_some_and(|hash| *hash != prompt_hash(&prompt)) {
             return Err(place(
-                "the prompt is not the one that `token_ids` were generated from: template, template arguments, \
-                 tokenizer or an earlier message differ; use what `regen` used, or run it again"
+                "the prompt is not the one that `token_ids` were generated from: template, template arguments or an \
+                 earlier message differ; use what `regen` used, run it again, or remove `token_ids` to train the text"
                     .to_owned(),
             ));
         }
@@ -140,6 +174,7 @@ mod tests {
                 finish: Some(if stop { Finish::Stop } else { Finish::Length }),
                 token_ids: Some(ids.clone()),
                 prompt_hash: Some(prompt_hash(&prompt)),
+                vocabulary_hash: Some(vocabulary_hash(tokenizer)),
             };
             messages.push(Message { marks, ..Message::new("assistant", text) });
         }

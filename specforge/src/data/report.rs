@@ -29,6 +29,8 @@ pub struct BuildReport {
     pub by_generation_blocks: usize,
     /// Conversations trained from the token ids their answers were generated as.
     pub from_token_ids: usize,
+    /// Conversations whose token ids are another tokenizer's: their text is trained.
+    pub foreign_token_ids: usize,
     /// Answers that were cut off: no end of turn is trained behind them.
     pub cut_answers: usize,
     /// Keys that look as if they decided about training or rendering and are not understood, by file.

@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
-use super::marks::Marks;
+use super::marks::{Finish, Marks};
 use crate::error::{Error, Result};
 
 /// One message, as the chat template sees it.
@@ -40,15 +40,17 @@ impl Message {
     pub fn to_record(&self) -> Result<Value> {
         let failed = |error: serde_json::Error| Error::Failed(error.to_string());
         let mut record = serde_json::to_value(self).map_err(failed)?;
-        let Marks { finish, token_ids, prompt_hash, .. } = &self.marks;
+        let Marks { finish, token_ids, prompt_hash, vocabulary_hash, .. } = &self.marks;
         if let Some(finish) = finish {
             record["finish"] = serde_json::to_value(finish).map_err(failed)?;
         }
         if let Some(token_ids) = token_ids {
             record["token_ids"] = Value::from(token_ids.as_slice());
         }
-        if let Some(prompt_hash) = prompt_hash {
-            record["prompt_hash"] = Value::from(prompt_hash.as_str());
+        for (key, hash) in [("prompt_hash", prompt_hash), ("vocabulary_hash", vocabulary_hash)] {
+            if let Some(hash) = hash {
+                record[key] = Value::from(hash.as_str());
+            }
         }
         Ok(record)
     }
@@ -87,6 +89,8 @@ pub enum Sample {
         prompt: String,
         /// What it answers.
         completion: String,
+        /// Why the answer ended, where the file says so.
+        finish: Option<Finish>,
     },
 }
 

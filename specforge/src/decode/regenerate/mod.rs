@@ -7,7 +7,8 @@
 //! Files, for `--out answers.jsonl`:
 //! - `answers.jsonl`: one line a finished row: everything the prompt's row held, and `messages` with the answers. Beside
 //!   the text of an answer stand `token_ids`, what the target really said with the stop token where it said one; `finish`,
-//!   why it ended (`stop` or `length`); and `prompt_hash`, which names the prompt's tokens. Training takes the ids (see
+//!   why it ended (`stop` or `length`); `prompt_hash` and `vocabulary_hash`, which name the prompt's tokens and what ids
+//!   stand for. Training takes the ids (see
 //!   [`crate::data::recorded`]); the text shows special tokens as well. While the run lasts rows stand in the order they
 //!   finish; at the end in that of the prompts, so that a run that was killed and went on leaves the file of one that was
 //!   not.
@@ -32,7 +33,7 @@ use sha2::{Digest, Sha256};
 use super::autoregressive::{Finish, Finished, Generator, Request};
 use crate::data::Marks;
 use crate::data::conversation::Message;
-use crate::data::recorded::prompt_hash;
+use crate::data::recorded::{self, prompt_hash};
 use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Error, Result};
 use crate::models::TargetModel;
@@ -208,6 +209,8 @@ trait Chat {
     fn stop_tokens(&self) -> Vec<u32>;
     /// Tells tokenizers and templates apart.
     fn fingerprint(&self) -> String;
+    /// Tells vocabularies apart.
+    fn vocabulary_hash(&self) -> String;
 }
 
 /// Answers every prompt that is not answered yet. Stops early, with everything finished so far on disk, once `stop` is
@@ -242,6 +245,10 @@ impl Chat for ChatTokenizer {
 
     fn fingerprint(&self) -> String {
         ChatTokenizer::fingerprint(self).to_owned()
+    }
+
+    fn vocabulary_hash(&self) -> String {
+        recorded::vocabulary_hash(self)
     }
 }
 
@@ -339,6 +346,7 @@ impl Dialogue {
 struct Job<'a> {
     options: &'a RegenOptions,
     chat: &'a dyn Chat,
+    vocabulary_hash: String,
     prompts: &'a Prompts,
     answers: AnswerFile,
     errors: ErrorFile,
@@ -375,6 +383,7 @@ impl<'a> Job<'a> {
         Self {
             options,
             chat,
+            vocabulary_hash: chat.vocabulary_hash(),
             prompts,
             answers,
             errors,
@@ -464,7 +473,13 @@ impl<'a> Job<'a> {
             dialogue.rest.clear();
         }
         let prompt_hash = Some(std::mem::take(&mut dialogue.prompt_hash));
-        let marks = Marks { train: None, finish: Some(answer.finish), token_ids: Some(answer.tokens), prompt_hash };
+        let marks = Marks {
+            train: None,
+            finish: Some(answer.finish),
+            token_ids: Some(answer.tokens),
+            prompt_hash,
+            vocabulary_hash: Some(self.vocabulary_hash.clone()),
+        };
         dialogue.messages.push(Message { marks, ..Message::new("assistant", text) });
         dialogue.turns += 1;
         self.proceed(generator, row, dialogue)

@@ -37,6 +37,10 @@ impl Chat for Letters {
     fn fingerprint(&self) -> String {
         "letters".to_owned()
     }
+
+    fn vocabulary_hash(&self) -> String {
+        "a to z".to_owned()
+    }
 }
 
 struct Bench {
