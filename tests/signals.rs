@@ -31,10 +31,10 @@ impl Watched {
         Self { child, lines, seen: Vec::new() }
     }
 
-    /// Waits for a line that begins so.
+    /// Waits for a line that begins so, behind the name of a rank where there is one.
     fn wait_for(&mut self, beginning: &str) {
         let started = Instant::now();
-        while !self.seen.iter().any(|line| line.starts_with(beginning)) {
+        while !self.seen.iter().any(|line| begins(line, beginning)) {
             let left = PATIENCE.saturating_sub(started.elapsed());
             let line = self.lines.recv_timeout(left);
             self.seen.push(line.unwrap_or_else(|error| panic!("no line `{beginning}`: {error}\n{:#?}", self.seen)));
@@ -57,7 +57,7 @@ impl Watched {
         }
         let output = self.child.wait_with_output().unwrap();
         self.seen.extend(self.lines.iter());
-        let said = self.seen.iter().filter(|line| line.starts_with("stopping")).cloned().collect();
+        let said = self.seen.iter().filter(|line| begins(line, "stopping")).cloned().collect();
         (output.status, String::from_utf8(output.stdout).unwrap(), said)
     }
 
@@ -67,6 +67,10 @@ impl Watched {
         assert_eq!((status.signal(), stdout.as_str()), (Some(number), ""), "{status}: {said:?}");
         assert!(said.len() == 1 && said[0].contains("nothing to save"), "{said:?}");
     }
+}
+
+fn begins(line: &str, beginning: &str) -> bool {
+    line.trim_start_matches("[rank 0] ").starts_with(beginning)
 }
 
 fn make_fifo(path: &Path) {
@@ -112,10 +116,10 @@ fn before_the_loop_training_ends_at_once_and_leaves_nothing() {
 #[test]
 fn an_unfinished_file_goes_with_the_process() {
     let mut workspace = Workspace::new();
-    fs::write(workspace.path("conversations.jsonl"), conversations(60_000)).unwrap();
+    fs::write(workspace.path("conversations.jsonl"), conversations(20_000)).unwrap();
     workspace.set("train.max_steps", 1_000_000);
     // Wherever the signal falls, either the cache is there or it is not.
-    for wait in [0, 30, 100, 300, 1000] {
+    for wait in [0, 100, 1000] {
         let mut run = Watched::start(&mut workspace.train_command("run", &[]));
         run.wait_for("tokenise");
         thread::sleep(Duration::from_millis(wait));
@@ -138,7 +142,7 @@ fn an_unfinished_file_goes_with_the_process() {
 #[test]
 fn an_evaluation_is_left_for_the_next_part() {
     let mut workspace = Workspace::new();
-    fs::write(workspace.path("held-out.jsonl"), conversations(30_000)).unwrap();
+    fs::write(workspace.path("held-out.jsonl"), conversations(8_000)).unwrap();
     workspace.set("data.eval", vec![json!(workspace.path("held-out.jsonl"))]).set("eval.max_tokens", 0);
     workspace.set("train.micro_batch_tokens", 64).set("train.max_steps", 5);
     let mut run = Watched::start(&mut workspace.train_command("run", &[]));
@@ -178,7 +182,7 @@ fn an_evaluation_is_left_for_the_next_part() {
 #[test]
 fn ranks_that_have_nothing_to_save_end_together() {
     let mut workspace = Workspace::new();
-    fs::write(workspace.path("held-out.jsonl"), conversations(30_000)).unwrap();
+    fs::write(workspace.path("held-out.jsonl"), conversations(8_000)).unwrap();
     workspace.set("data.eval", vec![json!(workspace.path("held-out.jsonl"))]).set("eval.max_tokens", 0);
     let mut launch = specforge(&["launch", "--nproc-per-node", "2", "--max-restarts", "3"]);
     let train = workspace.train_command("run", &[]);
@@ -223,7 +227,7 @@ fn commands_that_measure_end_at_once() {
 #[test]
 fn commands_that_keep_their_work_say_so() {
     let mut workspace = Workspace::new();
-    fs::write(workspace.path("conversations.jsonl"), conversations(20_000)).unwrap();
+    fs::write(workspace.path("conversations.jsonl"), conversations(6_000)).unwrap();
     workspace.set("train.micro_batch_tokens", 64);
     let path = |name: &str| workspace.path(name).display().to_string();
     let (config, store) = (workspace.config().display().to_string(), path("store"));

@@ -173,3 +173,50 @@ fn a_value_that_is_not_finite_stops_the_run_and_overwrites_nothing() {
     assert!(contents(&checkpoint("fresh")) == before, "the checkpoint changed");
     assert_eq!(newest("fresh"), Some(step - 1));
 }
+
+/// What an evaluation reads is chosen by content: the same from files in another order, and as much as the plan says.
+#[test]
+fn an_evaluation_reads_a_part_that_does_not_depend_on_the_order_of_files() {
+    let mut workspace = Workspace::new();
+    workspace.set("data.eval_fraction", 0.5).set("train.eval_every", 3).set("eval.max_tokens", 300);
+    let plan = json_of(&mut workspace.train_command("run", &["--plan"]));
+    let tokens = plan["evaluation"]["tokens"].as_u64().unwrap();
+    assert!((200..=300).contains(&tokens), "{plan}");
+    // Before the first step, after the third, and after the fourth, which is the last.
+    assert_eq!(plan["evaluation"]["evaluations"], 3);
+    let share = plan["evaluation"]["share"].as_f64().unwrap();
+    assert!(share > 0.0 && share < 1.0, "{share}");
+    let all = json_of(&mut workspace.train_command("run", &["--plan", "--set", "eval.max_tokens=0"]));
+    assert!(all["evaluation"]["tokens"].as_u64().unwrap() > 1000 && all["evaluation"]["share"].as_f64() > Some(share));
+    let none = json_of(&mut workspace.train_command("run", &["--plan", "--set", "data.eval_fraction=0"]));
+    assert_eq!(none["evaluation"], Value::Null);
+
+    let path = workspace.path("conversations.jsonl");
+    let lines = fs::read_to_string(&path).unwrap();
+    let part = workspace.train("part", &[]);
+    let whole = workspace.train("whole", &["--set", "eval.max_tokens=0"]);
+    assert_ne!(part["start"]["loss"], whole["start"]["loss"]);
+    fs::write(&path, lines.lines().rev().map(|line| format!("{line}\n")).collect::<String>()).unwrap();
+    assert_eq!(workspace.train("turned", &[])["start"], part["start"]);
+}
+
+/// A name that no evaluation of the run gives is refused before anything is loaded, and one of the log's names is taken.
+#[test]
+fn the_best_checkpoint_is_that_of_a_metric_that_is_measured() {
+    let mut workspace = Workspace::new();
+    workspace.set("train.eval_every", 1).set("checkpoint.best_is", "lower");
+    let lower = |name: &str| format!("checkpoint.best_metric={name}");
+    let output = output_of(&mut workspace.train_command("none", &["--set", &lower("eval/los")]));
+    let message = stderr_of(&output);
+    assert_eq!(output.status.code(), Some(2), "{message}");
+    assert!(message.contains("checkpoint.best_metric") && message.contains("head3/chain"), "{message}");
+    assert!(!message.contains("loading") && !workspace.path("none").exists(), "{message}");
+    workspace.train("run", &["--set", &lower("eval/head2/loss")]);
+    let read = |name: &str| -> Value { serde_json::from_slice(&fs::read(workspace.path(name)).unwrap()).unwrap() };
+    let best = read("run/best.json");
+    assert_eq!(best["metric"], "head2/loss");
+    let log = fs::read_to_string(workspace.path("run/metrics.jsonl")).unwrap();
+    let rows = log.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()).filter(|row| row["step"] != 0);
+    let lowest = rows.filter_map(|row| row["eval/head2/loss"].as_f64()).fold(f64::INFINITY, f64::min);
+    assert_eq!(best["value"].as_f64(), Some(lowest));
+}
