@@ -14,6 +14,7 @@ use specforge::data::{ChatTokenizer, PackedBatch, TokenCache, split};
 use specforge::dist::{BucketTime, ParallelConfig, ProcessGroup, Store};
 use specforge::draft::{self, DraftContext, DraftModel, Parameter};
 use specforge::features::{FeatureBatch, FeatureSource, OnlineFeatures, StoredFeatures};
+use specforge::files::Digests;
 use specforge::models::{self, Dimensions, TargetIdentity, TargetTables};
 use specforge::nn::noise;
 use specforge::stop::Stop;
@@ -22,6 +23,8 @@ use specforge::train::{GradientSums, Provenance, Split, TrainReport, Trainer, Tr
 use tch::{Device, Kind, Tensor};
 
 use crate::fixture::{Workspace, json_of, specforge};
+
+mod kept;
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 /// A rank that waits longer for a peer fails.
@@ -54,6 +57,8 @@ struct World {
     workspace: Workspace,
     tokenizer: ChatTokenizer,
     cache: TokenCache,
+    /// What ranks kept that kept states.
+    kept: kept::Counts,
 }
 
 /// How a run is cut.
@@ -86,20 +91,24 @@ impl World {
         let config = RunConfig::from_value(&workspace.configuration).unwrap();
         let tokenizer = config.data.tokenizer(&config.target.path).unwrap();
         let cache = TokenCache::build_or_open(&config.data.train, &tokenizer, &config.data, &|_, _| ()).unwrap().0;
-        Self { workspace, tokenizer, cache }
+        Self { workspace, tokenizer, cache, kept: kept::Counts::default() }
     }
 
-    fn source(&self, config: &RunConfig, kind: Kind) -> (TargetTables, Box<dyn FeatureSource>) {
+    fn source(&self, config: &RunConfig, kind: Kind) -> (TargetTables, Box<dyn FeatureSource + '_>) {
         let path = &config.target.path;
         if let Some(folder) = &config.target.feature_store {
             let tables = models::load_tables(path, kind, Device::Cpu).unwrap();
             let identity = TargetIdentity::read(path).unwrap();
-            let stored =
-                StoredFeatures::open(folder, &identity, &tables, self.tokenizer.fingerprint(), &|_, _| ()).unwrap();
+            let (tokenizer, digests) = (self.tokenizer.fingerprint(), Digests::unnoted());
+            let stored = StoredFeatures::open(folder, &identity, &tables, tokenizer, &digests, &|_, _| ()).unwrap();
             return (tables, Box::new(stored));
         }
         let target: Rc<dyn models::TargetModel> = models::load_target(path, kind, Device::Cpu).unwrap().into();
-        (TargetTables::of(target.as_ref()), Box::new(OnlineFeatures::new(target)))
+        let (tables, online) = (TargetTables::of(target.as_ref()), OnlineFeatures::new(target));
+        match config.target.keep_hidden_states {
+            true => (tables, Box::new(kept::Counted::new(online, &self.kept))),
+            false => (tables, Box::new(online)),
+        }
     }
 
     /// Trains. `signal` says which rank was told to stop before it began, and by what.
@@ -156,7 +165,7 @@ impl World {
                     configuration: configuration.clone(),
                     versions: Versions::current(),
                     data_hashes,
-                    target: Vec::new(),
+                    inputs: BTreeMap::new(),
                 },
                 stop: &stop,
             };

@@ -13,6 +13,9 @@ use specforge::nn::noise;
 use crate::fixture::{Workspace, contents, json_of, litter, output_of, specforge, stderr_of};
 use crate::processes::{logged_step, wait_for};
 
+mod content;
+mod going_back;
+
 const STEPS: u64 = 40;
 
 /// A run of 40 steps with 20 between checkpoints, evaluated now and then.

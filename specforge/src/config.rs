@@ -53,9 +53,13 @@ pub struct TargetConfig {
     /// Element type of target and draft; the optimizer's masters are float32 in any case.
     #[serde(default)]
     pub dtype: Dtype,
-    /// Keep every document's hidden states in memory, so that later epochs do not run the target again.
+    /// Keep documents' hidden states in the host's memory, so that later epochs do not run the target again.
     #[serde(default)]
     pub keep_hidden_states: bool,
+    /// Most MiB of them that a process keeps; half of what is free at its start, shared with the machine's other processes,
+    /// without a number.
+    #[serde(default)]
+    pub keep_hidden_mib: Option<u64>,
     /// A store that `specforge capture` made: hidden states are read from it, and the target's layers are not loaded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub feature_store: Option<PathBuf>,

@@ -206,8 +206,9 @@ pub fn send(host: &Tensor, device: Device) -> Tensor {
     page_locked(host, device).to_device_(device, host.kind(), true, false)
 }
 
-/// A copy from ordinary host memory waits for the device, one from page-locked memory takes its turn.
-fn page_locked(host: &Tensor, device: Device) -> Tensor {
+/// A tensor of the host in memory that the system never moves, for copies to and from this device: a copy from ordinary
+/// host memory waits for the device, one from page-locked memory takes its turn.
+pub fn page_locked(host: &Tensor, device: Device) -> Tensor {
     if device == Device::Cpu || host.numel() == 0 {
         return host.shallow_clone();
     }

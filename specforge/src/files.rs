@@ -9,9 +9,11 @@ use serde::Serialize;
 
 use crate::error::{Error, Result};
 
+mod digests;
 mod once;
 mod unfinished;
 
+pub use digests::{Digests, hexadecimal};
 pub use once::{Maker, open_or_make};
 use unfinished::{Unfinished, begun};
 pub use unfinished::{abandon, is_abandoned};

@@ -28,6 +28,23 @@ pub fn keep_freed() {
     }
 }
 
+/// Bytes that the system could still give out: what is free or only holds copies of files, within the limit of the group
+/// of processes that this one belongs to. Nothing where the system does not say.
+pub fn available() -> Option<u64> {
+    let read = |path: &str| std::fs::read_to_string(path).ok();
+    let mebibytes = meminfo(&read("/proc/meminfo")?, "MemAvailable")?;
+    let number = |path| read(path)?.trim().parse::<u64>().ok();
+    let group = number("/sys/fs/cgroup/memory.max").zip(number("/sys/fs/cgroup/memory.current"));
+    Some(group.map_or(mebibytes, |(most, taken)| mebibytes.min(most.saturating_sub(taken))))
+}
+
+/// A line of /proc/meminfo, in bytes.
+fn meminfo(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kibibytes.checked_mul(1024)
+}
+
 #[cfg(test)]
 mod tests {
     use libmimalloc_sys::{mi_is_in_heap_region, mi_option_get};
@@ -50,5 +67,13 @@ mod tests {
         assert_eq!(options(), [10, 2]);
         keep_freed();
         assert_eq!(options(), [KEPT_FOR, 0]);
+    }
+
+    #[test]
+    fn the_system_says_what_is_available() {
+        let text = "MemTotal:       24689764 kB\nMemFree:         1 kB\nMemAvailable:   21031236 kB\n";
+        assert_eq!(meminfo(text, "MemAvailable"), Some(21_031_236 * 1024));
+        assert_eq!(meminfo(text, "Mem"), None);
+        assert!(available().is_none_or(|bytes| bytes > 0));
     }
 }

@@ -60,7 +60,7 @@ pub struct Memory {
     pub optimizer: u64,
     /// float32 gradients, and among several processes the buckets in which they are summed.
     pub gradients: u64,
-    /// Hidden states kept for later epochs.
+    /// Hidden states kept for later epochs, in the host's memory.
     pub hidden_states: u64,
     /// Working memory of one micro-batch, estimated.
     pub activations: u64,
@@ -94,6 +94,8 @@ pub struct EvaluationPlan {
 struct Counted {
     data: DataPlan,
     steps: Option<u64>,
+    /// Training tokens whose states the rank with the most keeps; nothing where none are kept.
+    kept_tokens: Option<u64>,
     /// Tokens that are trained on, over all steps.
     trained_tokens: Option<f64>,
     /// Tokens of an evaluation.
@@ -114,7 +116,7 @@ impl Plan {
             target.tensors().iter().map(|(_, shape)| shape.iter().product::<i64>() as u64).sum();
         let width = config.target.dtype.kind().elt_size_in_bytes() as u64;
         let masters = if config.target.dtype == Dtype::Float32 { 0 } else { 4 };
-        let counted = data_plan(config)?;
+        let counted = data_plan(config, world_size as usize)?;
         let whole_optimizer = size.trainable * (8 + masters);
         let optimizer = match config.parallel.shard_optimizer {
             true => whole_optimizer.div_ceil(world_size),
@@ -122,9 +124,12 @@ impl Plan {
         };
         let gradients = size.trainable * if world_size > 1 { 8 } else { 4 };
         let activations = activations(config, &target, size.captured, width);
-        let kept_tokens =
-            counted.data.tokens.filter(|_| config.target.keep_hidden_states).unwrap_or(0).div_ceil(world_size);
-        let hidden_states = kept_tokens * size.captured * target.hidden_size as u64 * width;
+        let kept_tokens = counted.kept_tokens.unwrap_or(0).saturating_add(match config.target.keep_hidden_states {
+            true => counted.held_out_tokens.unwrap_or(0).div_ceil(world_size),
+            false => 0,
+        });
+        let most_kept = config.target.keep_hidden_mib.map_or(u64::MAX, |mebibytes| mebibytes.saturating_mul(1 << 20));
+        let hidden_states = (kept_tokens * size.captured * target.hidden_size as u64 * width).min(most_kept);
         // The embedding is a look-up; the target's head is not run for training.
         let embedding = (target.vocab_size * target.hidden_size) as u64;
         let heads = if target.tie_word_embeddings { 1 } else { 2 };
@@ -211,7 +216,8 @@ fn evaluation_plan(config: &RunConfig, counted: &Counted, target: f64, draft: f6
     Some(EvaluationPlan { tokens, evaluations, share: evaluating / (evaluating + training) })
 }
 
-fn data_plan(config: &RunConfig) -> Result<Counted> {
+fn data_plan(config: &RunConfig, world_size: usize) -> Result<Counted> {
+    let keeps = config.target.keep_hidden_states;
     if config.target.path.join("tokenizer.json").is_file() {
         let tokenizer = config.data.tokenizer(&config.target.path)?;
         let open = |files| Ok::<_, Error>(TokenCache::build_or_open(files, &tokenizer, &config.data, &|_, _| {})?.0);
@@ -231,9 +237,14 @@ fn data_plan(config: &RunConfig) -> Result<Counted> {
         let steps = config.train.total_steps(&order)?;
         config.optim.schedule.check_length(steps)?;
         let of_epoch = order.epoch(0)?.len().max(1);
+        let kept_tokens = match keeps && world_size > 1 {
+            true => Some(order.with_owners(world_size)?.most_owned_tokens()),
+            false => Some(tokens).filter(|_| keeps),
+        };
         return Ok(Counted {
             data: DataPlan { tokens: Some(tokens), supervised: Some(cache.supervised_tokens()), estimated: false },
             steps: Some(steps),
+            kept_tokens,
             trained_tokens: Some(tokens as f64 * steps as f64 / of_epoch as f64),
             held_out_tokens: Some(evaluated.iter().map(|&index| eval_cache.length(index) as u64).sum()),
         });
@@ -255,6 +266,7 @@ fn data_plan(config: &RunConfig) -> Result<Counted> {
     Ok(Counted {
         data: DataPlan { tokens, supervised: None, estimated: true },
         steps,
+        kept_tokens: tokens.filter(|_| keeps).map(|tokens| tokens.div_ceil(world_size as u64)),
         trained_tokens: steps.map(|steps| steps as f64 * config.train.batch_tokens as f64),
         held_out_tokens: held_out.map(|tokens| tokens.min(most)),
     })
@@ -289,7 +301,7 @@ impl fmt::Display for Plan {
             ("  draft", size(memory.draft)),
             ("  gradients", size(memory.gradients)),
             ("  optimizer", size(memory.optimizer)),
-            ("  hidden", format!("{} of states kept", size(memory.hidden_states))),
+            ("  hidden", format!("{} of states kept, in the host's memory", size(memory.hidden_states))),
             ("  activations", format!("{} (estimated)", size(memory.activations))),
             ("tokens", tokens),
             ("steps", self.steps.map_or_else(unknown, |steps| steps.to_string())),

@@ -43,6 +43,9 @@ pub struct Manifest {
     pub versions: Versions,
     /// Digests of the data the run reads, by name.
     pub data_hashes: BTreeMap<String, String>,
+    /// Everything the run reads, by content; empty in checkpoints of older versions.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub inputs: BTreeMap<String, String>,
     /// What was measured at this step, by the names of [`RetentionConfig::best_metric`](super::RetentionConfig), such as
     /// `acceptance_length`; the log has them behind `eval/`. Empty where nothing was. Those that are not finite are left
     /// out on saving.
@@ -213,7 +216,7 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Refuses a resumed run on other data.
+    /// Refuses a resumed run on other data: for checkpoints that say no more about what the run read.
     pub fn same_data(&self, now: &BTreeMap<String, String>) -> Result<()> {
         if &self.manifest.data_hashes == now {
             return Ok(());

@@ -18,6 +18,8 @@ const BEST_FILE: &str = "best.json";
 const LOCK_FILE: &str = ".lock";
 /// Folders under construction or being deleted.
 const PARTIAL_PREFIX: &str = ".partial-";
+/// Folders of checkpoints that a run went back behind.
+const ASIDE_PREFIX: &str = "set-aside-";
 /// Where `files::StagedDir` holds a folder that is being replaced, under the name `old`.
 const REPLACED_PREFIX: &str = ".replaced-";
 
@@ -104,18 +106,36 @@ impl CheckpointStore {
         Ok(value.is_finite() && self.retention.is_better(value, record))
     }
 
-    /// Deletes checkpoints of later steps, for a run that goes back to an earlier one and takes another way from
-    /// there. Returns what was deleted.
-    pub fn discard_after(&self, step: u64) -> Result<Vec<PathBuf>> {
-        let mut discarded = Vec::new();
-        for (later, path) in step_folders(&self.root)? {
-            if later > step {
-                self.remove(&path)?;
-                discarded.push(path);
-            }
+    /// Moves checkpoints of later steps out of the way, for a run that goes back to an earlier one and takes another way
+    /// from there: into a folder of their own, with copies of the run's `files` as they are. Nothing where there are none.
+    pub fn set_aside_after(&self, step: u64, files: &[&str]) -> Result<Option<PathBuf>> {
+        let later: Vec<_> = step_folders(&self.root)?.into_iter().filter(|(later, _)| *later > step).collect();
+        if later.is_empty() {
+            return Ok(None);
+        }
+        let mut names = (1..).map(|number: u64| self.root.join(format!("{ASIDE_PREFIX}{number}")));
+        let aside = names.find(|path| !path.exists()).unwrap_or_else(|| self.root.join(ASIDE_PREFIX));
+        files::create_dir_all(&aside)?;
+        for name in files.iter().filter(|name| self.root.join(name).is_file()) {
+            let copy = aside.join(name);
+            fs::copy(self.root.join(name), &copy).map_err(Error::io("write", &copy))?;
+        }
+        // The latest first: a kill on the way leaves a run that ended earlier.
+        for (later, path) in later.into_iter().rev() {
+            fs::rename(&path, aside.join(folder_name(later))).map_err(Error::io("move aside", &path))?;
         }
         self.point_at_best(&self.scan()?)?;
-        Ok(discarded)
+        Ok(Some(aside))
+    }
+
+    /// The folder.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Which checkpoints stay.
+    pub fn retention(&self) -> &RetentionConfig {
+        &self.retention
     }
 
     /// Updates the pointer to the best checkpoint and deletes those that need not stay.
@@ -215,6 +235,7 @@ fn remove_any(path: &Path) -> Result<()> {
 mod tests {
     use tch::{Device, Kind};
 
+    use super::super::choice::Choice;
     use super::super::manifest::{Versions, read};
     use super::super::retention::Direction;
     use super::*;
@@ -312,8 +333,52 @@ mod tests {
         save(&one, 25, 0.0);
         assert_eq!(steps(&one), [25, 50]);
         assert!(!root.path().join(BEST_FILE).exists());
-        assert_eq!(one.discard_after(25).unwrap(), [one.folder_of(50)]);
-        assert_eq!(steps(&one), [25]);
+        assert_eq!(steps(&one), [25, 50]);
+    }
+
+    #[test]
+    fn going_back_moves_what_came_later_out_of_the_way() {
+        let root = tempfile::tempdir().unwrap();
+        let store = CheckpointStore::open(root.path(), by_score(0, Direction::Higher)).unwrap();
+        for step in 1..=4 {
+            save(&store, 10 * step, step as f64);
+        }
+        fs::write(root.path().join("log"), "40 lines").unwrap();
+        assert_eq!(store.set_aside_after(40, &["log"]).unwrap(), None);
+        let aside = root.path().join("set-aside-1");
+        assert_eq!(store.set_aside_after(20, &["log", "absent"]).unwrap(), Some(aside.clone()));
+        assert_eq!(steps(&store), [10, 20]);
+        // What was set aside is a folder of checkpoints like any other, and the best is one of those that are left.
+        assert_eq!(names(&aside), ["log", "step-00000030", "step-00000040"]);
+        assert_eq!(read(&scan(&aside).unwrap().latest().unwrap().path).unwrap().manifest.step, 40);
+        assert!(fs::read_to_string(root.path().join(BEST_FILE)).unwrap().contains("step-00000020"));
+        save(&store, 25, 0.0);
+        assert_eq!(store.set_aside_after(10, &[]).unwrap(), Some(root.path().join("set-aside-2")));
+        assert_eq!(steps(&store), [10]);
+    }
+
+    #[test]
+    fn a_choice_is_found_or_told_what_there_is() {
+        let root = tempfile::tempdir().unwrap();
+        let store = CheckpointStore::open(root.path(), by_score(0, Direction::Higher)).unwrap();
+        assert_eq!(store.choose(Choice::Newest).unwrap(), (None, vec![]));
+        for choice in [Choice::Best, Choice::Step(3)] {
+            assert!(store.choose(choice).unwrap_err().to_string().contains("there are steps none at all"));
+        }
+        for (step, score) in [(10, 1.0), (20, 5.0), (30, 2.0)] {
+            save(&store, step, score);
+        }
+        let chosen = |choice| store.choose(choice).unwrap().0.unwrap();
+        assert_eq!(chosen(Choice::Newest), store.folder_of(30));
+        assert_eq!(chosen(Choice::Best), store.folder_of(20));
+        assert_eq!(chosen(Choice::Step(10)), store.folder_of(10));
+        let error = store.choose(Choice::Step(11)).unwrap_err().to_string();
+        assert!(error.contains("no whole checkpoint of step 11: there are steps 10, 20, 30"), "{error}");
+        // A damaged one is not there, and the message says why.
+        fs::write(store.folder_of(20).join(MANIFEST_FILE), "{").unwrap();
+        let error = store.choose(Choice::Step(20)).unwrap_err().to_string();
+        assert!(error.contains("there are steps 10, 30;") && error.contains("passed over"), "{error}");
+        assert_eq!(chosen(Choice::Best), store.folder_of(30));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::features::OnlineFeatures;
 use crate::features::store::{Capture, CaptureReport, Element, LAYER_CONVENTION, Overview, StoreManifest};
 use crate::features::store::{capture, manifest};
-use crate::files;
+use crate::files::{self, Digests};
 use crate::models::{self, Dimensions, TargetIdentity};
 use crate::progress::Progress;
 use crate::stop::{Answer, Stop};
@@ -81,9 +81,10 @@ pub(super) fn run(args: &CaptureArgs, stop: &Stop, output: &Output) -> Result<()
     if shard_tokens == 0 {
         return Err(Error::Usage("--shard-tokens: expected a number above 0, got 0".to_owned()));
     }
+    let digests = Digests::in_cache(&config.data.cache_dir);
     let wanted = StoreManifest {
         format_version: manifest::FORMAT_VERSION,
-        target: TargetIdentity::read(&config.target.path)?,
+        target: TargetIdentity::read_whole(&config.target.path, &digests, &train::check_progress("read the target"))?,
         target_dtype: config.target.dtype.name().to_owned(),
         hidden_size: dimensions.hidden_size,
         vocab_size: dimensions.vocab_size,
@@ -97,7 +98,7 @@ pub(super) fn run(args: &CaptureArgs, stop: &Stop, output: &Output) -> Result<()
         shards: Vec::new(),
     };
     let caches: Vec<_> = caches.iter().collect();
-    let capture = Capture::prepare(out, wanted.clone(), &caches, &train::check_progress())?;
+    let capture = Capture::prepare(out, wanted.clone(), &caches, &digests, &train::check_progress("check the store"))?;
     for (_, problem) in capture.damaged() {
         note(format!("warning: {problem}; captured again"));
     }

@@ -1,5 +1,6 @@
 //! Turns files into a token cache: in parallel, in order, and only if no cache of the same content exists.
 
+use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
@@ -13,7 +14,7 @@ use super::report::BuildReport;
 use super::tokenizer::{ChatTokenizer, hex};
 use super::{DataConfig, TooLong};
 use crate::error::{Error, Result};
-use crate::files::{self, Maker};
+use crate::files::{self, Digests, Maker};
 
 /// Records that are tokenised between two writes.
 const CHUNK: usize = 1024;
@@ -51,8 +52,9 @@ impl TokenCache {
         if paths.is_empty() {
             return Err(Error::config("data.train", "names no file").with_hint("list JSONL or JSON files to read"));
         }
-        let sources = paths.iter().map(|path| SourceFile::open(path)).collect::<Result<Vec<_>>>()?;
-        let key = cache_key(&sources, tokenizer, config);
+        let inputs: Vec<Result<Input<'_>>> = paths.par_iter().map(|path| Input::new(path, &config.cache_dir)).collect();
+        let inputs = inputs.into_iter().collect::<Result<Vec<_>>>()?; // the first error, whichever came first
+        let key = cache_key(&inputs, tokenizer, config);
         let cache_path = config.cache_dir.join(format!("{}.tokens", &hex(&key)[..24]));
         let mut note = None;
         let reopen = || {
@@ -75,6 +77,7 @@ impl TokenCache {
             maker.write(|temporary| {
                 let mut writer = CacheWriter::create(temporary, &cache_path, key)?;
                 let progress = |done, total| maker.report(done, total);
+                let sources = inputs.iter().map(Input::source).collect::<Result<Vec<_>>>()?;
                 let report = tokenise(&sources, tokenizer, config, &mut writer, &progress)?;
                 writer.finish(&report)
             })?;
@@ -88,19 +91,47 @@ impl TokenCache {
     }
 }
 
+/// A file and its digest. It is opened only where its digest is not noted, or where it has to be tokenised.
+struct Input<'a> {
+    path: &'a Path,
+    digest: String,
+    opened: OnceCell<SourceFile>,
+}
+
+impl<'a> Input<'a> {
+    fn new(path: &'a Path, cache: &Path) -> Result<Self> {
+        let opened = OnceCell::new();
+        let digest = Digests::in_cache(cache).of(path, "sha256", || {
+            let source = SourceFile::open(path)?;
+            let digest = hex(&Sha256::digest(source.bytes()));
+            // What was digested is what is tokenised: a pipe can be read only once.
+            let _ = opened.set(source);
+            Ok(digest)
+        })?;
+        Ok(Self { path, digest, opened })
+    }
+
+    fn source(&self) -> Result<&SourceFile> {
+        if let Some(source) = self.opened.get() {
+            return Ok(source);
+        }
+        let source = SourceFile::open(self.path)?;
+        Ok(self.opened.get_or_init(|| source))
+    }
+}
+
 /// A hash of everything that decides what the cache holds.
-fn cache_key(sources: &[SourceFile], tokenizer: &ChatTokenizer, config: &DataConfig) -> [u8; 32] {
-    let contents: Vec<_> = sources.par_iter().map(|source| Sha256::digest(source.bytes())).collect();
+fn cache_key(inputs: &[Input<'_>], tokenizer: &ChatTokenizer, config: &DataConfig) -> [u8; 32] {
     let mut hash = Sha256::new();
     hash.update(VERSION.to_le_bytes());
     hash.update(tokenizer.fingerprint());
     hash.update((tokenizer.id_limit() as u64).to_le_bytes());
     hash.update((config.max_length as u64).to_le_bytes());
     hash.update(format!("{:?} {:?}", config.supervise, config.too_long));
-    for (source, content) in sources.iter().zip(contents) {
-        hash.update(content);
+    for input in inputs {
+        hash.update(&input.digest);
         // Records without a name are called after their file.
-        hash.update(Sha256::digest(record_name(source.path(), 0)));
+        hash.update(Sha256::digest(record_name(input.path, 0)));
     }
     hash.finalize().into()
 }
@@ -113,14 +144,14 @@ fn check_share(report: &BuildReport, paths: &[PathBuf], config: &DataConfig) -> 
 }
 
 fn tokenise(
-    sources: &[SourceFile],
+    sources: &[&SourceFile],
     tokenizer: &ChatTokenizer,
     config: &DataConfig,
     writer: &mut CacheWriter<'_>,
     progress: &dyn Fn(u64, u64),
 ) -> Result<BuildReport> {
     let records: Vec<(&SourceFile, &Record)> =
-        sources.iter().flat_map(|source| source.records().iter().map(move |record| (source, record))).collect();
+        sources.iter().flat_map(|&source| source.records().iter().map(move |record| (source, record))).collect();
     let total = records.len();
     let mut report = BuildReport { conversations: total, ..BuildReport::default() };
     let mut rejections = Rejections { total, ..Rejections::default() };
@@ -144,7 +175,7 @@ fn tokenise(
     (report.documents, report.tokens, report.supervised_tokens) = (documents as usize, tokens, supervised);
     if documents == 0 {
         let BuildReport { rejected_count, without_supervision, too_long, .. } = report;
-        let path = sources.first().map_or(Path::new(""), SourceFile::path);
+        let path = sources.first().map_or(Path::new(""), |source| source.path());
         let problem = format!(
             "no document to train on is left of {total} records: {rejected_count} cannot be used, \
              {without_supervision} without supervised tokens, {too_long} too long"

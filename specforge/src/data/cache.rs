@@ -16,6 +16,7 @@ use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
+use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::report::BuildReport;
@@ -121,6 +122,24 @@ impl TokenCache {
     /// SHA-256 of all documents with names and masks, as hexadecimal digits.
     pub fn content_hash(&self) -> &str {
         &self.content_hash
+    }
+
+    /// SHA-256 of tokens and masks of all documents in order, as hexadecimal digits. Unlike the content's hash it does not
+    /// know names, which change with those of files.
+    pub fn token_hash(&self) -> String {
+        let document = |index| {
+            let Document { tokens, supervised, .. } = self.document(index);
+            let mut hash = Sha256::new();
+            hash.update(self.conversation_key(index).to_le_bytes());
+            hash.update((tokens.len() as u64).to_le_bytes());
+            tokens.iter().for_each(|token| hash.update(token.to_le_bytes()));
+            hash.update(supervised);
+            hash.finalize()
+        };
+        let documents: Vec<_> = (0..self.len()).into_par_iter().map(document).collect();
+        let mut hash = Sha256::new();
+        documents.iter().for_each(|digest| hash.update(digest));
+        hex(&hash.finalize())
     }
 
     /// Number of tokens of all documents.

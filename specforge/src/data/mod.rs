@@ -37,7 +37,7 @@ pub use pack::{PackedBatch, assemble, pack};
 pub use report::BuildReport;
 pub use stats::{Statistics, document_runs, document_text, mask_runs};
 pub use text_stream::TextStream;
-pub use tokenizer::ChatTokenizer;
+pub use tokenizer::{ChatTokenizer, TokenizerParts};
 
 /// Where training text comes from and how it becomes tokens.
 #[derive(Serialize, Deserialize, Clone, Debug)]

@@ -36,6 +36,18 @@ pub struct ChatTokenizer {
     vocab_size: usize,
     model_vocab_size: Option<usize>,
     fingerprint: String,
+    parts: TokenizerParts,
+}
+
+/// Digests of what a tokenizer was made of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenizerParts {
+    /// tokenizer.json
+    pub tokenizer: String,
+    /// Text of the chat template and of those it is chosen from; nothing where there is none.
+    pub template: Option<String>,
+    /// Special tokens by their role, and those that end a sequence.
+    pub special_tokens: String,
 }
 
 impl ChatTokenizer {
@@ -76,6 +88,17 @@ impl ChatTokenizer {
         let vocab_size = tokenizer.get_vocab(true).values().max().map_or(0, |largest| *largest as usize + 1);
         let model_vocab_size = config_value(&model_config, "vocab_size").and_then(Value::as_u64);
 
+        let templates: Vec<String> = source
+            .iter()
+            .flat_map(|source| &source.templates)
+            .map(|(name, text)| format!("{}{}", hex(&Sha256::digest(name)), hex(&Sha256::digest(text))))
+            .collect();
+        let special = format!("{} {eos_ids:?}", Value::Object(special_tokens.clone()));
+        let parts = TokenizerParts {
+            tokenizer: hex(&Sha256::digest(&bytes)),
+            template: source.is_some().then(|| hex(&Sha256::digest(templates.concat()))),
+            special_tokens: hex(&Sha256::digest(special)),
+        };
         let mut hash = Sha256::new();
         hash.update(Sha256::digest(&bytes));
         for (name, text) in source.iter().flat_map(|source| &source.templates) {
@@ -94,6 +117,7 @@ impl ChatTokenizer {
             vocab_size,
             model_vocab_size: model_vocab_size.map(|size| size as usize),
             fingerprint: hex(&hash.finalize()),
+            parts,
         })
     }
 
@@ -195,6 +219,11 @@ impl ChatTokenizer {
     /// A hash of everything that decides which tokens a conversation becomes.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
+    }
+
+    /// Digests of what it was made of, one by one.
+    pub fn parts(&self) -> &TokenizerParts {
+        &self.parts
     }
 
     /// The model folder.

@@ -39,6 +39,7 @@ pub const ALGORITHM: Algorithm = Algorithm {
     summary: "several heads on the target's last hidden state (Cai et al. 2024)",
     selection_metric: "simulated_acceptance_length",
     figures,
+    free_on_resume: &[],
     resolve: |section| Ok(json!(MedusaConfig::read(section)?)),
     size: |section, target| {
         let draft_vocabulary = vocabulary::draft_size(section, target.vocab_size)?;

@@ -131,6 +131,8 @@ pub struct Algorithm {
     /// Names of all figures of an evaluation, from a configuration alone: `loss`, those of [`DraftModel::metrics`] and those
     /// of [`DraftModel::summary`].
     pub figures: fn(&Value) -> Result<Vec<String>>,
+    /// Keys of the `draft` section that change memory and speed, never an update: a resumed run may have others.
+    pub free_on_resume: &'static [&'static str],
     /// Checks a configuration and fills in defaults.
     pub resolve: fn(&Value) -> Result<Value>,
     /// Size from configuration and target dimensions, before any weight is loaded.

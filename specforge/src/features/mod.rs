@@ -31,4 +31,8 @@ pub struct FeatureBatch<'a> {
 pub trait FeatureSource {
     /// The hidden states of a batch, by Hugging Face's `hidden_states` index.
     fn features<'a>(&self, batch: &'a PackedBatch, capture: &[usize]) -> Result<FeatureBatch<'a>>;
+    /// Whether a document costs less the second time, so that it should always come to the same rank.
+    fn remembers(&self) -> bool {
+        false
+    }
 }

@@ -3,14 +3,17 @@
 //! A document is found by its tokens: neither the order of files nor packing nor what else the store holds matters, and
 //! a document that was tokenised in another way is not found rather than trained on wrongly.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
-use super::store::{Store, manifest, verify};
+use super::store::{Element, Store, StoreManifest, manifest, verify};
 use super::{FeatureBatch, FeatureSource};
 use crate::data::{PackedBatch, TokenCache};
 use crate::error::{Error, Result};
+use crate::files::{Digests, hexadecimal};
 use crate::models::{Dimensions, TargetIdentity, TargetTables};
 
 /// A feature source that runs nothing.
@@ -23,16 +26,17 @@ pub struct StoredFeatures {
 }
 
 impl StoredFeatures {
-    /// Opens a store for this target and tokenizer, and refuses it if it is another's. Every checksum is verified, and
-    /// the target's head is asked about a sample of rows. `progress` is told how many bytes are checked, and of how many.
+    /// Opens a store for this target and tokenizer, and refuses it if it is another's. Every checksum is verified that is
+    /// not noted, and the target's head is asked about a sample of rows. `progress` is told how many bytes are checked, and of how many.
     pub fn open(
         folder: &Path,
         target: &TargetIdentity,
         tables: &TargetTables,
         tokenizer: &str,
+        digests: &Digests,
         progress: &(dyn Fn(u64, u64) + Sync),
     ) -> Result<Self> {
-        let manifest = manifest::StoreManifest::read(folder)?;
+        let manifest = StoreManifest::read(folder)?;
         let mut differences: Vec<String> = Vec::new();
         for what in target.differences(&manifest.target) {
             differences.push(format!("{what} of {} are not those it was captured from", target.path.display()));
@@ -55,7 +59,7 @@ impl StoredFeatures {
             return Err(Error::bad_file(folder, problem)
                 .with_hint("capture a store of this target, or correct target.path and target.feature_store"));
         }
-        let store = Store::open(folder, progress)?;
+        let store = Store::open(folder, digests, progress)?;
         verify::verify(&store, &tables.head)?;
         let (kind, device) = (tables.head.kind(), tables.head.device());
         Ok(Self { folder: folder.to_path_buf(), store, kind, device })
@@ -88,6 +92,31 @@ impl StoredFeatures {
                 Err(self.incomplete(problem))
             }
         }
+    }
+
+    /// A digest of the shards that hold these documents. Shards that were added since do not change it.
+    pub fn digest(&self, splits: &[(&TokenCache, &[usize])]) -> String {
+        let ids = |cache: &TokenCache, index| -> Vec<i64> {
+            cache.document(index).tokens.iter().map(|&token| i64::from(token)).collect()
+        };
+        let documents = splits.iter().flat_map(|(cache, documents)| documents.iter().map(|&index| ids(cache, index)));
+        let used: BTreeSet<usize> = documents.filter_map(|ids| self.store.find(&ids)).map(|(shard, _)| shard).collect();
+        let manifest = self.store.manifest();
+        let entries = used.into_iter().map(|shard| &manifest.shards[shard]);
+        let mut shards: Vec<String> = entries.map(|entry| format!("{} {:08x}\n", entry.bytes, entry.crc32c)).collect();
+        shards.sort_unstable();
+        hexadecimal(&Sha256::digest(shards.concat()))
+    }
+
+    /// Whether the store holds, to the bit, what a target of this element type computes. `dtype` is the type's name.
+    pub fn is_exact(&self, dtype: &str) -> bool {
+        let StoreManifest { element, target_dtype, .. } = self.store.manifest();
+        let keeps = match element {
+            Element::Float32 => true,
+            Element::Bfloat16 => self.kind == Kind::BFloat16,
+            Element::Float8 => false,
+        };
+        keeps && target_dtype == dtype
     }
 
     /// Places of captured states in the store's list.

@@ -1,8 +1,9 @@
 //! What tells one target from another: hidden states and drafts are worth something for their own target alone.
 //!
-//! Reading a whole model again costs minutes where it is large, so that only its two tables are read whole. Of every other
-//! tensor name, type, shape and a few bytes at both ends count, which another training run of the same architecture
-//! does not share.
+//! Reading a whole model again costs minutes where it is large, so that a quick look reads only its two tables whole. Of
+//! every other tensor name, type, shape and a few bytes at both ends count, which another training run of the same
+//! architecture does not share. Where a run depends on every number, the whole content counts: it is read once, and then
+//! noted for as long as the files stay untouched.
 
 use std::path::{Path, PathBuf};
 
@@ -11,7 +12,8 @@ use sha2::{Digest, Sha256};
 
 use super::family;
 use crate::error::{Error, Result};
-use crate::weights::WeightsFolder;
+use crate::files::Digests;
+use crate::weights::{WeightsFolder, content};
 
 /// Bytes at either end of a tensor that are looked at.
 const SAMPLE_BYTES: usize = 4096;
@@ -30,15 +32,21 @@ pub struct TargetIdentity {
     pub samples: String,
     /// CRC-32C of each of embedding and head, whole.
     pub tables: String,
+    /// Digest of every byte of every tensor; nothing where nobody has looked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub content: Option<String>,
 }
 
 impl TargetIdentity {
-    /// What identifies the model, without where it lies.
-    pub fn digests(self) -> Vec<String> {
-        vec![self.config, self.tensors, self.samples, self.tables]
+    /// Reads a model folder whole, but for files whose digests are noted. `progress` is told how many bytes have been read,
+    /// and of how many.
+    pub fn read_whole(path: &Path, digests: &Digests, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<Self> {
+        let quick = Self::read(path)?;
+        let content = content::digest(&WeightsFolder::open(path)?, digests, progress)?;
+        Ok(Self { content: Some(content), ..quick })
     }
 
-    /// Reads a model folder.
+    /// Takes a quick look at a model folder.
     pub fn read(path: &Path) -> Result<Self> {
         let family = family(path)?;
         let config_path = path.join("config.json");
@@ -60,6 +68,7 @@ impl TargetIdentity {
             tensors: hex(&tensors.finalize()),
             samples: hex(&samples.finalize()),
             tables: tables.join(" "),
+            content: None,
         })
     }
 
@@ -73,7 +82,10 @@ impl TargetIdentity {
         };
         compare("config.json", &self.config, &other.config);
         compare("names, types or shapes of the tensors", &self.tensors, &other.tensors);
-        compare("the weights", &self.samples, &other.samples);
+        // Somebody who has not looked at the whole knows no difference there.
+        let whole = |own: &Self, of: &Self| own.content.as_ref().filter(|_| of.content.is_some()).cloned();
+        let weights = |own: &Self, of: &Self| format!("{} {:?}", own.samples, whole(own, of));
+        compare("the weights", &weights(self, other), &weights(other, self));
         compare("embedding or head", &self.tables, &other.tables);
         differences
     }

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use tch::Tensor;
 
 use super::parts::Provenance;
+use crate::checkpoint::inputs;
 use crate::dist::{ProcessGroup, ReduceOp};
 use crate::draft::Parameter;
 use crate::error::{Error, Result};
@@ -62,7 +63,10 @@ fn fingerprint(provenance: &Provenance, parameters: &[Parameter]) -> BTreeMap<St
     for (name, hash) in &provenance.data_hashes {
         values.insert(format!("3 digest of the data, {name}"), hash.clone());
     }
-    values.insert("3 digest of the target".to_owned(), provenance.target.join(" "));
+    // Where the draft starts is the first rank's business.
+    for (name, digest) in provenance.inputs.iter().filter(|(name, _)| *name != inputs::STARTING_DRAFT.name) {
+        values.insert(format!("3 digest of the {name}"), digest.clone());
+    }
     for (index, Parameter { name, value, .. }) in parameters.iter().enumerate() {
         values.insert(format!("4 parameter {index:04}"), format!("{name} {:?} {:?}", value.kind(), value.size()));
     }
@@ -125,8 +129,8 @@ mod tests {
 
     fn provenance(configuration: Value, hash: &str, target: &str) -> Provenance {
         let data_hashes = BTreeMap::from([("train".to_owned(), hash.to_owned())]);
-        let target = vec![target.to_owned()];
-        Provenance { configuration, versions: Versions::current(), data_hashes, target }
+        let inputs = BTreeMap::from([(inputs::TARGET_WEIGHTS.name.to_owned(), target.to_owned())]);
+        Provenance { configuration, versions: Versions::current(), data_hashes, inputs }
     }
 
     fn configuration(rate: f64, place: usize) -> Value {
@@ -157,7 +161,7 @@ mod tests {
         let words = [
             ["optim.learning_rate", "expected 0.1, got 0.2"],
             ["digest of the data, train", "expected x, got y"],
-            ["digest of the target", "expected t, got u"],
+            ["digest of the target's weights", "expected t, got u"],
             ["parameter 0000", "got a.weight Float [2, 4]"],
         ];
         for (answers, words) in refused.iter().zip(words) {

@@ -3,12 +3,19 @@
 //! Documents are shuffled and packed into global batches of at most `batch_tokens` tokens. Each global batch is shared out
 //! over the ranks, and a rank's share is split into micro-batches of at most `micro_batch_tokens`. Sharing and splitting
 //! change memory and speed, never the update.
+//!
+//! Where a document costs less the second time, it has an owner: a rank that it comes to in every epoch. Owners are chosen
+//! once, so that every rank has the same tokens in all and, as nearly as can be, in every batch of the first epochs.
 
 use std::cmp::Reverse;
+use std::collections::BTreeMap;
 
 use crate::data;
 use crate::error::{Error, Result};
 use crate::nn::noise;
+
+/// Tells the order of an epoch's batches from the order of its documents.
+const BATCHES: u64 = 1 << 63;
 
 /// Order of the documents of a training run.
 #[derive(Debug, Clone)]
@@ -18,7 +25,12 @@ pub struct DataOrder {
     batch_tokens: usize,
     micro_batch_tokens: usize,
     seed: u64,
+    /// Rank of each document, where documents have owners.
+    owners: Option<Vec<u32>>,
 }
+
+/// Epochs whose batches owners balance. Always so many, whatever the run's length: a run that grows keeps its owners.
+const BALANCED_EPOCHS: u64 = 8;
 
 /// Documents of one optimizer step, as indices into the training split: the same for any number of ranks.
 pub type GlobalBatch = Vec<usize>;
@@ -32,14 +44,59 @@ impl DataOrder {
             return Err(Error::config("train.micro_batch_tokens", problem)
                 .with_hint("raise train.micro_batch_tokens or lower data.max_length"));
         }
-        Ok(Self { lengths, batch_tokens, micro_batch_tokens, seed })
+        Ok(Self { lengths, batch_tokens, micro_batch_tokens, seed, owners: None })
     }
 
-    /// All global batches of one epoch.
+    /// Gives every document an owner among `world_size` ranks.
+    ///
+    /// Longest first, each goes to the rank that has the fewest tokens in the batches that the document is in, those of
+    /// [`BALANCED_EPOCHS`] epochs together; of equal ones to the one with the fewest in all.
+    pub fn with_owners(mut self, world_size: usize) -> Result<Self> {
+        let epochs = (0..BALANCED_EPOCHS).map(|epoch| self.epoch(epoch)).collect::<Result<Vec<_>>>()?;
+        // Batch of each document in each epoch, and tokens of each rank in each batch.
+        let mut batch_of = vec![vec![0; self.lengths.len()]; epochs.len()];
+        let mut loads: Vec<Vec<u64>> = epochs.iter().map(|batches| vec![0; batches.len() * world_size]).collect();
+        for (batches, batch_of) in epochs.iter().zip(&mut batch_of) {
+            for (number, batch) in batches.iter().enumerate() {
+                batch.iter().for_each(|&document| batch_of[document] = number * world_size);
+            }
+        }
+        let mut longest_first: Vec<usize> = (0..self.lengths.len()).collect();
+        longest_first.sort_by_key(|&document| Reverse(self.lengths[document])); // stable: equal lengths keep their order
+        let mut totals = vec![0; world_size];
+        let mut owners = vec![0; self.lengths.len()];
+        for document in longest_first {
+            let load = |rank: usize| -> u64 {
+                loads.iter().zip(&batch_of).map(|(loads, batch_of)| loads[batch_of[document] + rank]).sum()
+            };
+            let owner = (0..world_size).min_by_key(|&rank| (load(rank), totals[rank])).unwrap_or(0);
+            owners[document] = owner as u32;
+            totals[owner] += self.lengths[document] as u64;
+            for (loads, batch_of) in loads.iter_mut().zip(&batch_of) {
+                loads[batch_of[document] + owner] += self.lengths[document] as u64;
+            }
+        }
+        self.owners = Some(owners);
+        Ok(self)
+    }
+
+    /// Tokens of the rank that owns most; of all documents where none has an owner.
+    pub fn most_owned_tokens(&self) -> u64 {
+        let mut totals: BTreeMap<u32, u64> = BTreeMap::new();
+        for (document, &length) in self.lengths.iter().enumerate() {
+            *totals.entry(self.owners.as_ref().map_or(0, |owners| owners[document])).or_default() += length as u64;
+        }
+        totals.into_values().max().unwrap_or(0)
+    }
+
+    /// All global batches of one epoch. Packing takes long documents first and leaves short ones for the end, so that the
+    /// batches are shuffled too.
     pub fn epoch(&self, epoch: u64) -> Result<Vec<GlobalBatch>> {
         let order = noise::permutation(self.lengths.len(), self.seed, epoch);
         let lengths: Vec<usize> = order.iter().map(|&document| self.lengths[document]).collect();
-        data::pack(&lengths, &order, self.batch_tokens)
+        let mut packed = data::pack(&lengths, &order, self.batch_tokens)?;
+        let order = noise::permutation(packed.len(), self.seed, epoch ^ BATCHES);
+        Ok(order.into_iter().map(|batch| std::mem::take(&mut packed[batch])).collect())
     }
 
     /// Micro-batches of one rank of `world_size`; none where there are fewer documents than ranks.
@@ -47,9 +104,12 @@ impl DataOrder {
         self.split(&self.share(batch, rank, world_size))
     }
 
-    /// Documents of one rank, in the batch's own order. Ranks are balanced by tokens: the longest document left goes to
-    /// the rank with the fewest, the lower one of two.
+    /// Documents of one rank, in the batch's own order: those that it owns. Without owners ranks are balanced by tokens:
+    /// the longest document left goes to the rank with the fewest, the lower one of two.
     fn share(&self, batch: &[usize], rank: usize, world_size: usize) -> Vec<usize> {
+        if let Some(owners) = &self.owners {
+            return batch.iter().copied().filter(|&document| owners[document] as usize == rank).collect();
+        }
         let mut places: Vec<usize> = (0..batch.len()).collect();
         places.sort_by_key(|&place| Reverse(self.lengths[batch[place]])); // stable: equal lengths keep their order
         let mut loads = vec![0; world_size];
@@ -109,6 +169,26 @@ mod tests {
         assert_ne!(epoch, order.epoch(1).unwrap());
     }
 
+    /// Long and short documents are spread over the whole epoch, though packing takes the long ones first.
+    #[test]
+    fn the_ends_of_an_epoch_are_alike() {
+        let mut random = noise::keyed_stream(3, 1);
+        // Many short documents and a long tail.
+        let lengths: Vec<usize> = (0..1500).map(|_| 20 + 1200 / (1 + (random() % 40) as usize)).collect();
+        let mean = |batches: &[GlobalBatch]| {
+            let documents = batches.concat();
+            documents.iter().map(|&document| lengths[document] as f64).sum::<f64>() / documents.len() as f64
+        };
+        let (mut first, mut last) = (0.0, 0.0);
+        for seed in 0..10 {
+            let epoch = DataOrder::new(lengths.clone(), 2048, 2048, seed).unwrap().epoch(seed % 3).unwrap();
+            let tenth = epoch.len() / 10;
+            first += mean(&epoch[..tenth]);
+            last += mean(&epoch[epoch.len() - tenth..]);
+        }
+        assert!((first / last - 1.0).abs() < 0.15, "{first} tokens at the start, {last} at the end");
+    }
+
     #[test]
     fn the_micro_batch_size_does_not_change_the_global_batches() {
         let lengths: Vec<usize> = (0..50).map(|index| 5 + index % 20).collect();
@@ -153,6 +233,62 @@ mod tests {
         let share = |rank| order.micro_batches(&[4, 0, 3, 2, 1], rank, 2).concat();
         // 9 to rank 0, then 5 and 4 to rank 1, and of two ranks with 9 tokens the lower takes the first 2.
         assert_eq!((share(0), share(1)), (vec![4, 1], vec![0, 3, 2]));
+    }
+
+    /// Documents as they are found: many short ones, some long.
+    fn corpus(count: usize, most: usize) -> Vec<usize> {
+        let mut random = noise::keyed_stream(8, 2);
+        let mut uniform = || (random() >> 11) as f64 / (1u64 << 53) as f64;
+        (0..count).map(|_| ((40.0 / (0.02 + uniform() * uniform())) as usize).clamp(20, most)).collect()
+    }
+
+    /// Every batch is dealt whole, every document comes to the same rank in every epoch, and no rank waits much longer for
+    /// the slowest than chance would make it.
+    #[test]
+    fn owners_are_for_life_and_share_the_work() {
+        let lengths = corpus(4000, 1000);
+        for (world_size, most) in [(2, 1.03), (4, 1.1), (8, 1.35)] {
+            let order = DataOrder::new(lengths.clone(), 16_384, 2048, 5).unwrap().with_owners(world_size).unwrap();
+            let mut owners: Vec<Option<usize>> = vec![None; lengths.len()];
+            let mut tokens = vec![0; world_size];
+            let (mut slowest, mut mean) = (0, 0.0);
+            for epoch in 0..4 {
+                for batch in order.epoch(epoch).unwrap() {
+                    let mut loads = Vec::new();
+                    let mut dealt = 0;
+                    for rank in 0..world_size {
+                        let own = order.micro_batches(&batch, rank, world_size).concat();
+                        dealt += own.len();
+                        loads.push(own.iter().map(|&document| lengths[document]).sum::<usize>());
+                        for document in own {
+                            assert_eq!(*owners[document].get_or_insert(rank), rank, "document {document}");
+                            tokens[rank] += lengths[document];
+                        }
+                    }
+                    assert_eq!(dealt, batch.len());
+                    slowest += loads.iter().max().unwrap();
+                    mean += loads.iter().sum::<usize>() as f64 / world_size as f64;
+                }
+            }
+            assert!(owners.iter().all(Option::is_some));
+            let imbalance = slowest as f64 / mean;
+            assert!(imbalance < most, "{world_size} ranks: {imbalance}");
+            let share = 4 * lengths.iter().sum::<usize>() / world_size;
+            assert!(tokens.iter().all(|&own| own.abs_diff(share) * 50 < share), "{tokens:?}");
+            assert_eq!(order.most_owned_tokens() * 4, *tokens.iter().max().unwrap() as u64);
+        }
+    }
+
+    #[test]
+    fn owners_change_no_batch() {
+        let lengths = corpus(300, 400);
+        let order = || DataOrder::new(lengths.clone(), 2048, 512, 1).unwrap();
+        assert_eq!(order().epoch(2).unwrap(), order().with_owners(3).unwrap().epoch(2).unwrap());
+        assert_eq!(order().most_owned_tokens(), lengths.iter().sum::<usize>() as u64);
+        // One rank owns everything, in the batch's own order.
+        let alone = order().with_owners(1).unwrap();
+        let batch = &alone.epoch(0).unwrap()[0];
+        assert_eq!(&alone.micro_batches(batch, 0, 1).concat(), batch);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 
 use super::TrainConfig;
-use crate::checkpoint::{CheckpointStore, Versions};
+use crate::checkpoint::{CheckpointStore, Inputs, Versions};
 use crate::data::{self, PackedBatch, TokenCache};
 use crate::dist::{ParallelConfig, ProcessGroup};
 use crate::draft::DraftModel;
@@ -43,8 +43,8 @@ pub struct Provenance {
     pub versions: Versions,
     /// Content hashes of the data.
     pub data_hashes: BTreeMap<String, String>,
-    /// What identifies the target's files: the ranks compare it, checkpoints do not record it.
-    pub target: Vec<String>,
+    /// Everything the run reads, by content.
+    pub inputs: Inputs,
 }
 
 /// Where a run leaves what it does.

@@ -105,7 +105,10 @@ impl<'a> Trainer<'a> {
         config.validate()?;
         parts.optim.validate()?;
         parts.parallel.validate()?;
-        let order = config.order(parts.train.lengths())?;
+        let mut order = config.order(parts.train.lengths())?;
+        if parts.source.remembers() && group.is_distributed() {
+            order = order.with_owners(group.world_size())?;
+        }
         let total_steps = config.total_steps(&order)?;
         if total_steps == 0 {
             return Err(Error::Usage("there is nothing to train on: the training split is empty".to_owned()));
@@ -469,6 +472,7 @@ impl<'a> Trainer<'a> {
             draft: self.parts.draft.description(),
             versions: provenance.versions,
             data_hashes: provenance.data_hashes,
+            inputs: provenance.inputs,
             metrics,
             owed,
             window,

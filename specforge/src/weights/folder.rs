@@ -39,6 +39,8 @@ struct Entry {
 pub struct WeightsFolder {
     path: PathBuf,
     files: Vec<Arc<Mmap>>,
+    /// Where each file lies.
+    paths: Vec<PathBuf>,
     /// Length and time of the last change of each file, in bytes and nanoseconds.
     stamps: Vec<(u64, i128)>,
     entries: BTreeMap<String, Entry>,
@@ -92,7 +94,7 @@ impl WeightsFolder {
         for (index, file_path) in paths.iter().enumerate() {
             let file = File::open(file_path).map_err(Error::io("open", file_path))?;
             let stamp = file.metadata().map_err(Error::io("look at", file_path))?;
-            stamps.push((stamp.len(), i128::from(stamp.mtime()) * 1_000_000_000 + i128::from(stamp.mtime_nsec())));
+            stamps.push((stamp.len(), i128::from(stamp.ctime()) * 1_000_000_000 + i128::from(stamp.ctime_nsec())));
             // SAFETY: weights are read-only inputs; replacing a file under a running program is not supported.
             let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", file_path))?;
             let (header_length, metadata) = SafeTensors::read_metadata(&map).map_err(|error| {
@@ -119,7 +121,7 @@ impl WeightsFolder {
             }
             files.push(Arc::new(map));
         }
-        Ok(Self { path: path.to_path_buf(), files, stamps, entries })
+        Ok(Self { path: path.to_path_buf(), files, paths: paths.to_vec(), stamps, entries })
     }
 
     /// The folder or file that was opened.
@@ -130,6 +132,13 @@ impl WeightsFolder {
     /// Length and time of the last change of each file, in bytes and nanoseconds.
     pub fn stamps(&self) -> &[(u64, i128)] {
         &self.stamps
+    }
+
+    /// Each file with the names of its tensors, sorted.
+    pub(super) fn by_file(&self) -> Vec<(&Path, Vec<&str>)> {
+        let mut files: Vec<(&Path, Vec<&str>)> = self.paths.iter().map(|path| (path.as_path(), Vec::new())).collect();
+        self.entries.iter().for_each(|(name, entry)| files[entry.file].1.push(name));
+        files
     }
 
     /// Names of all tensors, sorted.

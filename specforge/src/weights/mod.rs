@@ -1,5 +1,6 @@
 //! Files that hold tensors: reading Hugging Face folders, writing without ever leaving half a file.
 
+pub mod content;
 pub mod folder;
 pub mod gguf;
 pub mod shared;

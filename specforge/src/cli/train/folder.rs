@@ -3,41 +3,75 @@
 use serde_json::Value;
 
 use super::super::note;
-use super::RESUMABLE;
-use crate::checkpoint::{self, Checkpoint, CheckpointStore};
+use crate::checkpoint::{self, Checkpoint, CheckpointStore, Choice};
 use crate::config::RunConfig;
 use crate::dist::Placement;
 use crate::draft::Algorithm;
 use crate::error::{Error, Result};
 use crate::eval::acceptance::in_training;
+use crate::tracking::{self, Tracker};
+use crate::train::Writer;
 
-/// Whether a run goes on from the newest checkpoint.
+/// Whether a run goes on from a checkpoint, and from which.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Resume {
     /// Begins anew; a checkpoint is an error.
     No,
     /// Goes on; no checkpoint is an error.
-    Yes,
-    /// Goes on where there is one: what a launcher's restart wants, whenever the first start ended.
+    From(Choice),
+    /// Goes on from the newest where there is one: what a launcher's restart wants, whenever the first start ended, and
+    /// wherever that one went on from.
     IfThere,
 }
 
 impl Resume {
     /// `--resume` and the number of restarts so far decide.
-    pub(super) fn wanted(asked: bool, placement: Option<&Placement>) -> Self {
-        match placement {
-            Some(placement) if placement.attempt > 0 => Resume::IfThere,
-            _ if asked => Resume::Yes,
-            _ => Resume::No,
+    pub(super) fn wanted(asked: Option<Choice>, placement: Option<&Placement>) -> Self {
+        match (asked, placement) {
+            (_, Some(placement)) if placement.attempt > 0 => Resume::IfThere,
+            (Some(choice), _) => Resume::From(choice),
+            (None, _) => Resume::No,
         }
     }
 }
 
+/// Keys that may differ between a run and its continuation: they change how long, how often, where and in what pieces,
+/// never an update. The first three decide learning rates too, which are compared by themselves. A draft names further ones
+/// of its own.
+const FREE: &[&str] = &[
+    "train.epochs",
+    "train.max_steps",
+    "optim.schedule.total_steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.save_every",
+    "train.micro_batch_tokens",
+    "train.chunk_mib",
+    "train.output_dir",
+    "checkpoint",
+    "eval",
+    "parallel",
+    "target.config",
+    "target.keep_hidden_states",
+    "target.keep_hidden_mib",
+    "data.cache_dir",
+    // What is in these files is compared, and not where they lie.
+    "data.train",
+    "data.eval",
+    "data.max_bad_share",
+    "draft.vocab_map",
+];
+
+/// Further keys that say where something lies, where the checkpoint says what was there.
+const PLACES: &[&str] = &["target.path", "target.feature_store", "data.chat_template", "draft.init_from"];
+
 /// The folder, held by this process.
 pub(super) struct RunFolder {
-    pub(super) store: CheckpointStore,
+    store: CheckpointStore,
     /// What to go on from.
     pub(super) checkpoint: Option<Checkpoint>,
+    /// Whether that one was asked for by name, so that later ones are not part of the run any more.
+    went_back: bool,
 }
 
 impl RunFolder {
@@ -49,10 +83,14 @@ impl RunFolder {
         let chosen = if config.eval.every > 0 { in_training::METRIC } else { algorithm.selection_metric };
         retention.best_metric.get_or_insert_with(|| chosen.to_owned());
         let store = CheckpointStore::open(out, retention)?;
-        let (latest, warnings) = store.latest()?;
+        let choice = match resume {
+            Resume::From(choice) => choice,
+            Resume::No | Resume::IfThere => Choice::Newest,
+        };
+        let (chosen, warnings) = store.choose(choice)?;
         warnings.iter().for_each(|warning| note(format!("warning: {warning}")));
-        let checkpoint = match (latest, resume) {
-            (Some(path), Resume::Yes | Resume::IfThere) => Some(checkpoint::read(&path)?),
+        let checkpoint = match (chosen, resume) {
+            (Some(path), Resume::From(_) | Resume::IfThere) => Some(checkpoint::read(&path)?),
             (Some(path), Resume::No) => {
                 return Err(Error::bad_file(
                     out,
@@ -60,7 +98,7 @@ impl RunFolder {
                 )
                 .with_hint("continue it with --resume, or choose another train.output_dir"));
             }
-            (None, Resume::Yes) => {
+            (None, Resume::From(_)) => {
                 return Err(
                     Error::bad_file(out, "holds no checkpoint to resume from").with_hint("start without --resume")
                 );
@@ -68,9 +106,34 @@ impl RunFolder {
             (None, Resume::No | Resume::IfThere) => None,
         };
         if let Some(checkpoint) = &checkpoint {
-            checkpoint.same_configuration(resolved, RESUMABLE)?;
+            let own: Vec<String> = algorithm.free_on_resume.iter().map(|key| format!("draft.{key}")).collect();
+            let mut free: Vec<&str> = FREE.iter().copied().chain(own.iter().map(String::as_str)).collect();
+            match checkpoint.names_inputs() {
+                true => free.extend(PLACES),
+                false => note(format!(
+                    "warning: {} is of an older version and does not say what target, tokenizer and store it was trained \
+                     with: they are not compared",
+                    checkpoint.path.display()
+                )),
+            }
+            checkpoint.same_configuration(resolved, &free)?;
             note(format!("resuming from {}", checkpoint.path.display()));
         }
-        Ok(Self { store, checkpoint })
+        Ok(Self { store, checkpoint, went_back: choice != Choice::Newest })
+    }
+
+    /// Opens the run's log where its checkpoint was taken. Later checkpoints make room if the run goes back behind them.
+    pub(super) fn start_log(self) -> Result<(Writer, Option<Checkpoint>)> {
+        let Self { store, checkpoint, went_back } = self;
+        let manifest = checkpoint.as_ref().map(|checkpoint| &checkpoint.manifest);
+        let step = manifest.map(|manifest| manifest.step);
+        if let Some(step) = step.filter(|_| went_back)
+            && let Some(aside) = store.set_aside_after(step, &[tracking::METRICS_FILE])?
+        {
+            note(format!("what came after step {step} was moved to {}", aside.display()));
+        }
+        let unwritten = manifest.filter(|manifest| !manifest.owed.is_nothing()).map(|_| "eval/");
+        let tracker = Tracker::open_before(store.root(), step, unwritten)?;
+        Ok((Writer { store, tracker }, checkpoint))
     }
 }

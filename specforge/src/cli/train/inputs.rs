@@ -8,11 +8,12 @@ use tch::Device;
 use super::super::{LazyProgress, note};
 use crate::config::RunConfig;
 use crate::data::{BuildReport, ChatTokenizer, TokenCache};
-use crate::device;
 use crate::draft;
 use crate::draft::vocabulary::{Corpus, Vocabulary, VocabularyKeys};
 use crate::error::{Error, Result};
 use crate::features::{FeatureSource, OnlineFeatures, RememberedFeatures, StoredFeatures};
+use crate::files::Digests;
+use crate::memory;
 use crate::models::{self, Loading, TargetIdentity, TargetTables};
 use crate::plan;
 use crate::weights::SharedCopies;
@@ -76,13 +77,14 @@ pub(super) struct Target {
     pub(super) model: Option<Rc<dyn models::TargetModel>>,
 }
 
-/// Loads the target. With a store, the layers are loaded only to decode with. On the CPU, the `local_world_size`
-/// processes of this machine share the weights.
+/// Loads the target that `identity` was read of. With a store, the layers are loaded only to decode with. On the CPU, the
+/// `local_world_size` processes of this machine share the weights.
 pub(super) fn target(
     config: &RunConfig,
     device: Device,
     local_world_size: usize,
     tokenizer: &ChatTokenizer,
+    identity: &TargetIdentity,
 ) -> Result<Target> {
     let (path, kind) = (&config.target.path, config.target.dtype.kind());
     let progress = LazyProgress::new("convert the target", "MiB");
@@ -95,7 +97,6 @@ pub(super) fn target(
         note: &|line| note(line),
     };
     let loading = Loading { kind, device, copies: (local_world_size > 1).then_some(copies) };
-    note(format!("loading {} on {}", path.display(), device::name(device)));
     if let Some(folder) = &config.target.feature_store {
         let decodes = config.eval.every > 0;
         let model: Option<Rc<dyn models::TargetModel>> =
@@ -104,29 +105,53 @@ pub(super) fn target(
             Some(model) => TargetTables::of(model.as_ref()),
             None => models::load_tables_with(path, &loading)?,
         };
-        let identity = TargetIdentity::read(path)?;
-        let stored = StoredFeatures::open(folder, &identity, &tables, tokenizer.fingerprint(), &check_progress())?;
+        let digests = Digests::in_cache(&config.data.cache_dir);
+        let progress = check_progress("check the store");
+        let stored = StoredFeatures::open(folder, identity, &tables, tokenizer.fingerprint(), &digests, &progress)?;
         return Ok(Target { tables, source: Source::Stored(Box::new(stored)), model });
     }
     let model: Rc<dyn models::TargetModel> = models::load_target_with(path, &loading)?.into();
     let tables = TargetTables::of(model.as_ref());
     let online = OnlineFeatures::new(Rc::clone(&model));
     let source = match config.target.keep_hidden_states {
-        true => Source::Remembered(RememberedFeatures::new(online)),
+        true => Source::Remembered(RememberedFeatures::new(online, device, kept_bytes(config, local_world_size))),
         false => Source::Online(online),
     };
     Ok(Target { tables, source, model: Some(model) })
 }
 
-/// Says how much of a large store is checked.
-pub(in crate::cli) fn check_progress() -> impl Fn(u64, u64) + Sync {
-    /// Smaller stores are checked before anybody asks.
+/// Most bytes of hidden states that this process keeps.
+pub(super) fn kept_bytes(config: &RunConfig, local_world_size: usize) -> u64 {
+    /// Training needs memory too, and so does whoever else is on the machine.
+    const SHARE_OF_FREE: u64 = 2;
+    match (config.target.keep_hidden_mib, memory::available()) {
+        (Some(mebibytes), _) => mebibytes.saturating_mul(1 << 20),
+        (None, Some(free)) => free / SHARE_OF_FREE / local_world_size.max(1) as u64,
+        (None, None) => u64::MAX,
+    }
+}
+
+/// Says that a rank cannot keep all the states it would, once.
+pub(super) fn say_what_is_kept(wanted: u64, limit: u64) {
+    if wanted > limit {
+        let share = 100.0 * limit as f64 / wanted as f64;
+        let (wanted, limit) = (wanted >> 20, limit >> 20);
+        note(format!(
+            "target.keep_hidden_states: all states of a rank take {wanted} MiB, {limit} MiB may be kept: {share:.0} % of the \
+             tokens are computed once, the others in every epoch (target.keep_hidden_mib sets the limit)"
+        ));
+    }
+}
+
+/// Says how much of something large is read.
+pub(in crate::cli) fn check_progress(label: &'static str) -> impl Fn(u64, u64) + Sync {
+    /// Less is read before anybody asks.
     const WORTH_SAYING: u64 = 4 << 30;
     let progress = std::sync::OnceLock::new();
     move |done, total| {
         if total > WORTH_SAYING {
             let unit = "MiB";
-            let bar = progress.get_or_init(|| crate::progress::Progress::new("check the store", total >> 20, unit));
+            let bar = progress.get_or_init(|| crate::progress::Progress::new(label, total >> 20, unit));
             bar.set(done >> 20, "");
         }
     }

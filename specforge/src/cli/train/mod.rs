@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tch::Device;
 
 use super::{Output, note, record, signals};
-use crate::checkpoint::Versions;
+use crate::checkpoint::{self, Choice, Versions};
 use crate::config::RunConfig;
 use crate::data::{self, TokenCache};
 use crate::device;
@@ -18,18 +18,18 @@ use crate::error::{Error, Result};
 use crate::eval::acceptance::in_training::{self, InTraining};
 use crate::export;
 use crate::files;
-use crate::models::TargetIdentity;
 use crate::plan::Plan;
 use crate::progress;
 use crate::shim;
 use crate::stop::{Answer, Stop};
-use crate::tracking::Tracker;
-use crate::train::{self, Provenance, Split, Trainer, TrainerParts, Writer};
+use crate::train::{self, Provenance, Split, Trainer, TrainerParts};
 
+mod content;
 mod folder;
 mod inputs;
 mod report;
 
+use content::Content;
 use folder::{Resume, RunFolder};
 use inputs::{Source, Target};
 pub(super) use inputs::{check_progress, fits_context, fits_vocabulary, tokens};
@@ -45,9 +45,9 @@ pub(super) struct TrainArgs {
     /// Print parameters, memory, tokens, steps and disk, and stop. Loads no weights.
     #[arg(long)]
     plan: bool,
-    /// Go on from the newest checkpoint of the output folder.
-    #[arg(long)]
-    resume: bool,
+    /// Go on from a checkpoint of the output folder: a step, `best`, or the newest. Later checkpoints are set aside.
+    #[arg(long, value_name = "STEP", num_args = 0..=1, default_missing_value = "newest")]
+    resume: Option<Choice>,
     /// auto, cpu, cuda or cuda:N.
     #[arg(long, default_value = "auto")]
     device: String,
@@ -97,7 +97,9 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
 
     // Data: tokens first, so that mistakes in it show before any weight is loaded.
     config.data.check()?;
+    let mut content = Content::new(config, checkpoint);
     let tokenizer = config.data.tokenizer(&config.target.path)?;
+    content.tokenizer(&tokenizer)?;
     let train_cache = inputs::tokens(config, &config.data.train, &tokenizer)?;
     let eval_cache = match config.data.eval.is_empty() {
         true => None,
@@ -119,8 +121,15 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
         data_hashes.insert("vocabulary".to_owned(), vocabulary.file.map.hash());
     }
     // Before anything in the output folder is touched.
+    content.data(&train_cache, eval_cache.as_ref())?;
+    content.vocabulary(vocabulary.as_ref().map(|vocabulary| &vocabulary.file.map))?;
+    if is_first {
+        content.starting_draft()?;
+    }
     if let Some(checkpoint) = checkpoint {
-        checkpoint.same_data(&data_hashes)?;
+        if !checkpoint.names_inputs() {
+            checkpoint.same_data(&data_hashes)?;
+        }
         let manifest = &checkpoint.manifest;
         let order = config.train.order(train_documents.iter().map(|&index| train_cache.length(index)).collect())?;
         train::same_learning_rates(&manifest.configuration, &config.train, &config.optim, &order, manifest.step)?;
@@ -129,7 +138,9 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
     // Target and draft.
     let kind = config.target.dtype.kind();
     let local_world_size = placement.map_or(1, |placement| placement.local_world_size);
-    let Target { tables, source, model } = inputs::target(config, device, local_world_size, &tokenizer)?;
+    note(format!("loading {} on {}", config.target.path.display(), device::name(device)));
+    let identity = content.target()?;
+    let Target { tables, source, model } = inputs::target(config, device, local_world_size, &tokenizer, &identity)?;
     let dimensions = tables.dimensions;
     inputs::fits_vocabulary(&tokenizer, dimensions.vocab_size, &config.target.path)?;
     for cache in [Some(&train_cache), eval_cache.as_ref()].into_iter().flatten() {
@@ -157,15 +168,31 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
         draft.check_length(inputs::longest(cache))?;
     }
     draft.contract().iter().for_each(|line| note(format!("contract: {line}")));
-    if let Source::Stored(stored) = &source {
-        let held_out = eval_cache.as_ref().unwrap_or(&train_cache);
-        let eval = (held_out, data::first_tokens(held_out, &eval_documents, config.eval.max_tokens));
-        stored.require(&draft.capture(), &[(&train_cache, &train_documents), eval])?;
-    }
-
     let held_out = eval_cache.as_ref().unwrap_or(&train_cache);
-    let prompts = in_training::prompts(&config.eval, held_out, &eval_documents, dimensions.max_position_embeddings);
     let evaluated = data::first_tokens(held_out, &eval_documents, config.eval.max_tokens);
+    let states = match &source {
+        Source::Stored(stored) => {
+            let splits = [(&train_cache, train_documents.as_slice()), (held_out, evaluated)];
+            stored.require(&draft.capture(), &splits)?;
+            // Held-out documents that an evaluation reads may be more or fewer from one part of a run to the next.
+            let digest = stored.digest(&splits[..1]);
+            checkpoint::inputs::stored(stored.is_exact(config.target.dtype.name()), &digest)
+        }
+        Source::Online(_) | Source::Remembered(_) => checkpoint::inputs::COMPUTED.to_owned(),
+    };
+    content.states(states)?;
+    if let Source::Remembered(kept) = &source {
+        let length = |cache: &TokenCache, documents: &[usize]| {
+            documents.iter().map(|&index| cache.length(index) as u64).sum::<u64>()
+        };
+        let tokens = length(&train_cache, &train_documents) + length(held_out, evaluated);
+        let token = draft.capture().len() as u64 * dimensions.hidden_size as u64 * kind.elt_size_in_bytes() as u64;
+        let ranks = placement.map_or(1, |placement| placement.world_size) as u64;
+        inputs::say_what_is_kept(tokens.div_ceil(ranks) * token, kept.limit());
+    }
+    let run_inputs = content.inputs();
+
+    let prompts = in_training::prompts(&config.eval, held_out, &eval_documents, dimensions.max_position_embeddings);
     if evaluated.len() < eval_documents.len() {
         let (some, all) = (evaluated.len(), eval_documents.len());
         note(format!("evaluations read {some} of {all} held-out documents; eval.max_tokens says how much"));
@@ -201,13 +228,8 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
         with.check(draft.as_ref())?;
     }
     let out = &config.train.output_dir;
-    let (writer, checkpoint) = match folder {
-        Some(RunFolder { store, checkpoint }) => {
-            let manifest = checkpoint.as_ref().map(|checkpoint| &checkpoint.manifest);
-            let unwritten = manifest.filter(|manifest| !manifest.owed.is_nothing()).map(|_| "eval/");
-            let tracker = Tracker::open_before(out, manifest.map(|manifest| manifest.step), unwritten)?;
-            (Some(Writer { store, tracker }), checkpoint)
-        }
+    let (writer, checkpoint) = match folder.map(RunFolder::start_log).transpose()? {
+        Some((writer, checkpoint)) => (Some(writer), checkpoint),
         None => (None, None),
     };
     let parts = TrainerParts {
@@ -225,9 +247,7 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
             configuration: resolved.clone(),
             versions: Versions::current(),
             data_hashes,
-            // Read where there is somebody to compare it with.
-            target: meeting
-                .map_or(Ok(Vec::new()), |_| TargetIdentity::read(&config.target.path).map(TargetIdentity::digests))?,
+            inputs: run_inputs,
         },
         stop,
     };
@@ -268,22 +288,3 @@ fn choose_device(name: &str, placement: Option<&Placement>) -> Result<Device> {
 
 /// The map that a run chose itself, in its output folder.
 const VOCABULARY_FILE: &str = "vocab.safetensors";
-
-/// Keys that may differ between a run and its continuation: they change how long and how often, never an update. The
-/// first three decide learning rates too, which are compared by themselves.
-const RESUMABLE: &[&str] = &[
-    "train.epochs",
-    "train.max_steps",
-    "optim.schedule.total_steps",
-    "train.log_every",
-    "train.eval_every",
-    "train.save_every",
-    "train.micro_batch_tokens",
-    "train.output_dir",
-    "checkpoint",
-    "eval",
-    "parallel",
-    "data.cache_dir",
-    // The map's hash is compared instead: where the file lies changes nothing.
-    "draft.vocab_map",
-];

@@ -43,6 +43,7 @@ pub const ALGORITHM: Algorithm = Algorithm {
     summary: "one layer on three of the target's hidden states, trained on its own drafts (Li et al. 2025)",
     selection_metric: "simulated_acceptance_length",
     figures,
+    free_on_resume: &["recompute"],
     resolve: |section| Ok(json!(Eagle3Config::read(section)?)),
     size: |section, target| size(&Eagle3Config::read(section)?, target),
     capture: |section, target| Ok(capture(&Eagle3Config::read(section)?.shape(target)?)),

@@ -20,7 +20,7 @@ use super::shard::{self, ShardWriter};
 use crate::data::{self, PackedBatch, TokenCache};
 use crate::error::{Error, Result};
 use crate::features::FeatureSource;
-use crate::files;
+use crate::files::{self, Digests};
 
 const LOCK_FILE: &str = ".lock";
 /// Beginnings of the names of unfinished files: ours, and those of the safetensors crate.
@@ -106,6 +106,7 @@ impl<'a> Capture<'a> {
         folder: &Path,
         wanted: StoreManifest,
         caches: &'a [&'a TokenCache],
+        digests: &Digests,
         progress: &(dyn Fn(u64, u64) + Sync),
     ) -> Result<Self> {
         let existing = read_existing(folder)?;
@@ -118,7 +119,7 @@ impl<'a> Capture<'a> {
                     return Err(Error::bad_file(folder, problem)
                         .with_hint("capture into another folder, or ask for what this one holds"));
                 }
-                let (store, damaged) = Store::open_sound(folder, existing.clone(), progress);
+                let (store, damaged) = Store::open_sound(folder, existing.clone(), digests, progress);
                 (Some(store), damaged)
             }
         };
@@ -126,6 +127,8 @@ impl<'a> Capture<'a> {
         if let Some(store) = &store {
             // The folder may have been moved since; the first name stays, and with it every byte of the manifest.
             manifest.target.path.clone_from(&store.manifest().target.path);
+            // One of an older version does not know the whole content, and keeps its bytes.
+            manifest.target.content.clone_from(&store.manifest().target.content);
             manifest.data.clone_from(&store.manifest().data);
             manifest.shards.clone_from(&store.manifest().shards);
         }

@@ -2,7 +2,8 @@
 //!
 //! Checksums are verified on opening and not when a shard is first used. That reads the store once, at the speed of the
 //! disk, before a run that reads it in every epoch; in return a damaged store is refused before the first step and not
-//! in the middle of the night, and what fits into memory is there when training begins.
+//! in the middle of the night. Checksums of files that nobody touched since are noted: the processes of a machine share
+//! the reading, and later starts are spared it.
 
 use std::hash::{DefaultHasher, Hasher};
 use std::ops::Range;
@@ -16,6 +17,7 @@ use super::element::Element;
 use super::manifest::StoreManifest;
 use super::shard::Shard;
 use crate::error::{Error, Result};
+use crate::files::Digests;
 
 /// An open store.
 #[derive(Debug)]
@@ -28,8 +30,8 @@ pub struct Store {
 
 impl Store {
     /// Opens a store all of whose shards are sound. `progress` is told how many bytes are checked, and of how many.
-    pub fn open(folder: &Path, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<Self> {
-        let (store, damaged) = Self::open_sound(folder, StoreManifest::read(folder)?, progress);
+    pub fn open(folder: &Path, digests: &Digests, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<Self> {
+        let (store, damaged) = Self::open_sound(folder, StoreManifest::read(folder)?, digests, progress);
         match damaged.into_iter().next() {
             None => Ok(store),
             Some((file, problem)) => Err(Error::bad_file(folder, format!("shard {file} cannot be used: {problem}"))
@@ -42,11 +44,12 @@ impl Store {
     pub fn open_sound(
         folder: &Path,
         mut manifest: StoreManifest,
+        digests: &Digests,
         progress: &(dyn Fn(u64, u64) + Sync),
     ) -> (Self, Vec<(String, String)>) {
         let (total, done) = (manifest.bytes(), AtomicU64::new(0));
         let open = |entry| {
-            let opened = Shard::open(folder, &manifest, entry).map(|shard| (entry.clone(), shard));
+            let opened = Shard::open(folder, &manifest, entry, digests).map(|shard| (entry.clone(), shard));
             progress(done.fetch_add(entry.bytes, Ordering::Relaxed) + entry.bytes, total);
             opened.map_err(|problem| (entry.file.clone(), problem))
         };

@@ -14,6 +14,7 @@ use super::float8;
 use super::manifest::{ShardEntry, StoreManifest};
 use super::probe::{self, Probes};
 use crate::error::{Error, Result};
+use crate::files::Digests;
 use crate::weights::writer::{TensorBytes, host_bytes, write_bytes};
 
 // Numbers are used in the mapped bytes as they lie.
@@ -212,17 +213,23 @@ pub struct Shard {
 
 impl Shard {
     /// Maps a shard and checks length, checksum, names, types, shapes, offsets and ids. A problem is given in words.
-    pub fn open(folder: &Path, manifest: &StoreManifest, entry: &ShardEntry) -> Result<Self, String> {
+    pub fn open(
+        folder: &Path,
+        manifest: &StoreManifest,
+        entry: &ShardEntry,
+        digests: &Digests,
+    ) -> Result<Self, String> {
         let path = folder.join(&entry.file);
         let map = map(&path).map_err(|error| error.to_string())?;
         let named = |problem: String| format!("{}: {problem}", path.display());
         if map.len() as u64 != entry.bytes {
             return Err(named(format!("is truncated or longer: expected {} bytes, got {}", entry.bytes, map.len())));
         }
-        let checksum = crc32c::crc32c(&map);
-        if checksum != entry.crc32c {
-            let problem = format!("is damaged: expected CRC-32C {:08x}, got {checksum:08x}", entry.crc32c);
-            return Err(named(problem));
+        let checksum = digests.of(&path, "crc32c", || Ok(format!("{:08x}", crc32c::crc32c(&map))));
+        let checksum = checksum.map_err(|error| error.to_string())?;
+        let expected = format!("{:08x}", entry.crc32c);
+        if checksum != expected {
+            return Err(named(format!("is damaged: expected CRC-32C {expected}, got {checksum}")));
         }
         Self::from_map(path.clone(), map, manifest, entry).map_err(named)
     }
