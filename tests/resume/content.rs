@@ -118,7 +118,7 @@ fn a_target_and_data_in_another_place_are_the_same() {
 /// Exact states are the target's own: a run may move between the two.
 #[test]
 fn a_run_may_go_on_from_a_store_that_holds_the_states_to_the_bit() {
-    let mut workspace = workspace(medusa());
+    let workspace = workspace(medusa());
     workspace.train("undisturbed", &[]);
     first_half(&workspace, "online");
     first_half(&workspace, "rounded");

@@ -89,7 +89,7 @@ fn a_checkpoint_that_is_not_there_is_an_error_that_says_what_is() {
         assert!(contents(&workspace.path("run")) == before, "something changed");
     }
     let output = output_of(&mut workspace.train_command("empty", &["--resume", "15"]));
-    assert!(stderr_of(&output).contains("there are steps none at all"), "{}", stderr_of(&output));
+    assert!(stderr_of(&output).contains("there is none"), "{}", stderr_of(&output));
 }
 
 /// A launcher's restart goes on from the newest checkpoint, also where the run was told to go back to an older one.

@@ -58,11 +58,14 @@ impl CheckpointStore {
     fn absent(&self, problem: &str, scan: &Scan) -> Error {
         let steps: Vec<String> = scan.checkpoints.iter().map(|found| found.manifest.step.to_string()).collect();
         let (there, hint) = match steps.is_empty() {
-            true => ("none at all".to_owned(), "start without --resume"),
-            false => (steps.join(", "), "name one of these steps, or take the newest with --resume alone"),
+            true => ("there is none".to_owned(), "start without --resume"),
+            false => (
+                format!("there are steps {}", steps.join(", ")),
+                "name one of these steps, or take the newest with --resume alone",
+            ),
         };
         let damaged: String = scan.warnings.iter().map(|warning| format!("; {warning}")).collect();
-        Error::bad_file(self.root(), format!("{problem}: there are steps {there}{damaged}")).with_hint(hint)
+        Error::bad_file(self.root(), format!("{problem}: {there}{damaged}")).with_hint(hint)
     }
 }
 

@@ -363,7 +363,7 @@ mod tests {
         let store = CheckpointStore::open(root.path(), by_score(0, Direction::Higher)).unwrap();
         assert_eq!(store.choose(Choice::Newest).unwrap(), (None, vec![]));
         for choice in [Choice::Best, Choice::Step(3)] {
-            assert!(store.choose(choice).unwrap_err().to_string().contains("there are steps none at all"));
+            assert!(store.choose(choice).unwrap_err().to_string().contains("there is none"));
         }
         for (step, score) in [(10, 1.0), (20, 5.0), (30, 2.0)] {
             save(&store, step, score);
