@@ -182,3 +182,29 @@ fn a_checkpoint_is_read_by_any_world_size() {
         assert!(parameters <= 1e-5, "{parameters:e}");
     }
 }
+
+/// Two ranks that keep states make the updates of one that does not; stopped and gone on with, they end in the same bytes,
+/// whatever they may keep.
+#[test]
+fn ranks_that_keep_states_change_nothing() {
+    let mut workspace = workspace(eagle3());
+    // Three epochs of some seven batches.
+    workspace.set("train.max_steps", 21).set("train.eval_every", 10);
+    workspace.set("optim.schedule", json!({"kind": "constant", "warmup_steps": 2}));
+    workspace.train("alone", &[]);
+    let keeping = ["--set", "target.keep_hidden_states=true"];
+    json_of(&mut launch_command(&workspace, 2, "kept", &keeping));
+    assert_same_run(&workspace, "kept", "alone", 21);
+    let half = [&keeping[..], &["--set", "train.max_steps=10"]].concat();
+    json_of(&mut launch_command(&workspace, 2, "resumed", &half));
+    let none = [&keeping[..], &["--resume", "--set", "target.keep_hidden_mib=0"]].concat();
+    let output = crate::fixture::output_of(&mut launch_command(&workspace, 2, "resumed", &none));
+    let message = crate::fixture::stderr_of(&output);
+    assert!(output.status.success(), "{message}");
+    let said = message.matches("0 % of the tokens are computed once").count();
+    assert_eq!(said, 1, "{message}");
+    for name in ["model.safetensors", "optimizer.safetensors"] {
+        let read = |run: &str| fs::read(workspace.path(run).join("step-00000021").join(name)).unwrap();
+        assert!(read("resumed") == read("kept"), "{name} differs");
+    }
+}

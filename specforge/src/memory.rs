@@ -31,11 +31,25 @@ pub fn keep_freed() {
 /// Bytes that the system could still give out: what is free or only holds copies of files, within the limit of the group
 /// of processes that this one belongs to. Nothing where the system does not say.
 pub fn available() -> Option<u64> {
-    let read = |path: &str| std::fs::read_to_string(path).ok();
-    let mebibytes = meminfo(&read("/proc/meminfo")?, "MemAvailable")?;
-    let number = |path| read(path)?.trim().parse::<u64>().ok();
-    let group = number("/sys/fs/cgroup/memory.max").zip(number("/sys/fs/cgroup/memory.current"));
-    Some(group.map_or(mebibytes, |(most, taken)| mebibytes.min(most.saturating_sub(taken))))
+    let read = |name: &str| std::fs::read_to_string(name).ok();
+    let of_system = meminfo(&read("/proc/meminfo")?, "MemAvailable")?;
+    let of_group = |name: &str| read(&format!("/sys/fs/cgroup/memory.{name}"));
+    let group = of_group("max").zip(of_group("current")).zip(of_group("stat"));
+    let left = group.and_then(|((most, taken), figures)| left_to_group(&most, &taken, &figures));
+    Some(left.map_or(of_system, |left| left.min(of_system)))
+}
+
+/// What is left to a group of processes with a limit, by the files of its control group. Copies of files count as taken
+/// there, though the system gives them up.
+fn left_to_group(most: &str, taken: &str, figures: &str) -> Option<u64> {
+    let most: u64 = most.trim().parse().ok()?; // `max` is no limit
+    let taken: u64 = taken.trim().parse().ok()?;
+    let figure = |name: &str| {
+        let line = figures.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.and_then(|number| number.trim().parse::<u64>().ok()).unwrap_or(0)
+    };
+    let copies = figure("inactive_file").saturating_add(figure("active_file"));
+    Some(most.saturating_sub(taken.saturating_sub(copies)))
 }
 
 /// A line of /proc/meminfo, in bytes.
@@ -75,5 +89,9 @@ mod tests {
         assert_eq!(meminfo(text, "MemAvailable"), Some(21_031_236 * 1024));
         assert_eq!(meminfo(text, "Mem"), None);
         assert!(available().is_none_or(|bytes| bytes > 0));
+        let figures = "anon 700\nfile 250\ninactive_file 200\nactive_file 50\n";
+        assert_eq!(left_to_group("1000\n", "950\n", figures), Some(300));
+        assert_eq!(left_to_group("max\n", "950\n", figures), None);
+        assert_eq!(left_to_group("900\n", "950\n", ""), Some(0));
     }
 }

@@ -8,9 +8,13 @@ use specforge::config::RunConfig;
 use specforge::data::{PackedBatch, split};
 use specforge::error::Result;
 use specforge::features::{FeatureBatch, FeatureSource, OnlineFeatures, RememberedFeatures};
+use specforge::plan::Plan;
 use tch::{Device, Kind};
 
 use super::{Cut, WHOLE, World, largest};
+
+/// Three epochs, and some of a fourth.
+const STEPS: usize = 24;
 
 /// Documents computed and bytes kept by each rank of the last run.
 pub type Counts = Mutex<Vec<(u64, u64)>>;
@@ -48,7 +52,7 @@ fn every_document_is_computed_once_by_the_rank_that_keeps_it() {
     let world = World::new();
     let mut configuration = world.workspace.configuration.clone();
     configuration["draft"] = json!({"algorithm": "eagle3", "capture": [0, 1], "ttt_steps": 2});
-    configuration["train"]["max_steps"] = json!(14);
+    configuration["train"]["max_steps"] = json!(STEPS);
     configuration["train"]["eval_every"] = json!(5);
     let whole = world.train("kept-whole", &configuration, Kind::Double, WHOLE, None);
 
@@ -57,7 +61,8 @@ fn every_document_is_computed_once_by_the_rank_that_keeps_it() {
     let (train, held_out) = split(&world.cache, config.data.eval_fraction);
     let lengths: Vec<usize> = train.iter().map(|&index| world.cache.length(index)).collect();
     let order = config.train.order(lengths.clone()).unwrap();
-    assert!(3 * order.epoch(0).unwrap().len() < 14, "{}", order.epoch(0).unwrap().len());
+    let epochs: usize = (0..3).map(|epoch| order.epoch(epoch).unwrap().len()).sum();
+    assert!(epochs < STEPS, "three epochs are {epochs} steps");
     let documents: Vec<usize> = [train.clone(), held_out].concat();
     let distinct: HashSet<&[u32]> = documents.iter().map(|&index| world.cache.document(index).tokens).collect();
     let tokens: usize = distinct.iter().map(|tokens| tokens.len()).sum();
@@ -83,5 +88,10 @@ fn every_document_is_computed_once_by_the_rank_that_keeps_it() {
         let share = held / counts.len() as u64;
         let uneven = counts.iter().map(|(_, held)| held.abs_diff(share)).max().unwrap();
         assert!(uneven * 4 < share.max(1), "{ranks} ranks: {counts:?}");
+        // The plan knows it, in the configuration's own element type of half the width.
+        let config = RunConfig::from_value(&configuration).unwrap();
+        let planned = 2 * Plan::new(&config, ranks.max(1)).unwrap().memory.hidden_states;
+        let most = counts.iter().map(|(_, held)| *held).max().unwrap();
+        assert!(planned.abs_diff(most) * 6 < most, "{ranks} ranks: {planned} planned, {most} kept");
     }
 }

@@ -190,6 +190,11 @@ fn training_is_that_of_the_cpu() {
         let Some((got, short)) = train(&workspace, "cuda", &[]) else { return };
         near(&got["end"], &want["end"], 1e-4, algorithm);
 
+        // States that are kept on the host come back as they were.
+        let keeping = ["--set", "target.keep_hidden_states=true", "--set", "train.max_steps=8"];
+        let (kept, _) = train(&workspace, "kept", &keeping).unwrap();
+        near(&kept["end"], &workspace.train("cpu-long", &["--set", "train.max_steps=8"])["end"], 1e-4, "kept states");
+
         for (element, tolerance) in [("float32", 1e-4), ("float8", 0.05)] {
             let mut store = specforge(&["capture", "--json", "--device", "cuda", "--dtype", element, "--config"]);
             store.arg(workspace.config()).arg("--out").arg(workspace.path(element));

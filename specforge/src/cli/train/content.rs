@@ -109,6 +109,9 @@ impl<'a> Content<'a> {
 
 /// A digest of the files of a published draft: its tensors and what describes them.
 fn folder_digest(folder: &Path, digests: &Digests) -> Result<String> {
+    if folder.is_file() {
+        return digests.sha256(folder);
+    }
     let mut files = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(Error::io("read", folder))? {
         let file = entry.map_err(Error::io("read", folder))?.path();
