@@ -448,7 +448,7 @@ fn marks_are_honoured_where_a_template_rewrites_history_and_marks_its_own() {
     let mut workshop = Workshop::new();
     workshop.tokenizer = tiny_tokenizer(
         "{% for m in messages %}<|im_start|>{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}\
-         {{ m.content if loop.last else m.content | upper }}{% endgeneration %}{% endif %}<|im_end|>{% endfor %}\
+         {{ m.content if loop.last else '~' + m.content }}{% endgeneration %}{% endif %}<|im_end|>{% endfor %}\
          {% if add_generation_prompt %}<|im_start|>{% endif %}",
     );
     let record = |marks: Value| {
@@ -458,7 +458,7 @@ fn marks_are_honoured_where_a_template_rewrites_history_and_marks_its_own() {
         json!({"messages": [user("a"), first, user("b"), {"role": "assistant", "content": "ha"}]})
     };
     for (marks, documents, method, text) in [
-        (json!({}), 1, 1, "HO<|im_end|>"),
+        (json!({}), 1, 1, "~ho<|im_end|>"),
         (json!({"finish": "length"}), 2, 0, "ho"),
         (json!({"weight": 0}), 1, 0, "ha<|im_end|>"),
     ] {
