@@ -35,7 +35,7 @@ fn gather(folder: &Path) -> Result<()> {
             let ids: Vec<i64> = shard.id_bytes(document).as_chunks().0.iter().map(|&id| i64::from_le_bytes(id)).collect();
             store.find(&ids);
             for layer in 0..manifest.layers.len() {
-                store.gather(layer, &[(number, shard.rows_of(document))])?;
+                let _ = store.gather(layer, &[(number, shard.rows_of(document))])?;
             }
         }
     }

@@ -36,12 +36,14 @@ fn shrunk() -> Vec<PathBuf> {
     maps.lines().filter_map(ends_early).collect()
 }
 
-/// The file of a line such as `7f01-7f02 r--s 00001000 08:01 1234   /a/file`, where it is too short for it.
+/// The file of a line such as `7f01-7f02 r--s 00001000 08:01 1234   /a/file`, shared and too short for its mapping.
 fn ends_early(line: &str) -> Option<PathBuf> {
     let hex = |digits: &str| u64::from_str_radix(digits, 16).ok();
     let mut fields = line.split_ascii_whitespace();
     let (start, end) = fields.next()?.split_once('-')?;
-    let offset = hex(fields.nth(1)?)?;
+    // A library is mapped for this process alone, with holes where it ends.
+    fields.next().filter(|kind| kind.ends_with('s'))?;
+    let offset = hex(fields.next()?)?;
     let path = PathBuf::from(&line[line.find(" /")? + 1..]);
     let last_page = offset + hex(end)?.checked_sub(hex(start)?)?.saturating_sub(PAGE);
     (fs::metadata(&path).ok()?.len() <= last_page).then_some(path)
