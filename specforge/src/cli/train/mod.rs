@@ -279,6 +279,8 @@ const RESUMABLE: &[&str] = &[
     "train.eval_every",
     "train.save_every",
     "train.micro_batch_tokens",
+    // Where a run met more than it may skip, more may be allowed.
+    "train.skip_non_finite",
     "train.output_dir",
     "checkpoint",
     "eval",
