@@ -119,9 +119,8 @@ fn one_conversation_is_learned_by_heart() {
     }
 }
 
-/// The embedding of one token is NaN, and one document holds that token.
-#[test]
-fn a_value_that_is_not_finite_stops_the_run_and_overwrites_nothing() {
+/// Two epochs of documents, one of which holds a token that no other does.
+fn with_a_zebra() -> Workspace {
     let mut workspace = Workspace::new();
     let poisoned = json!({"id": "poisoned", "messages": [
         {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Zebras. ZZZZ, many zebras."},
@@ -134,9 +133,11 @@ fn a_value_that_is_not_finite_stops_the_run_and_overwrites_nothing() {
         .set("train.epochs", 2)
         .set("train.max_steps", Value::Null)
         .set("train.save_every", 1);
-    let sound = workspace.train("sound", &[]);
-    assert!(sound["steps"].as_u64().unwrap() > 10);
+    workspace
+}
 
+/// The embedding of that token becomes NaN.
+fn poison(workspace: &Workspace) {
     let config = model_config(&json!({}));
     let tokenizer: Value = serde_json::from_slice(&fs::read(workspace.path("model/tokenizer.json")).unwrap()).unwrap();
     let token = tokenizer["model"]["vocab"]["Z"].as_i64().unwrap();
@@ -144,6 +145,14 @@ fn a_value_that_is_not_finite_stops_the_run_and_overwrites_nothing() {
     drop(tensors[0].1.get(token).fill_(f64::NAN));
     assert_eq!(tensors[0].0, "model.embed_tokens.weight");
     weights::write_tensors(&workspace.path("model/model.safetensors"), &tensors, &[]).unwrap();
+}
+
+#[test]
+fn a_value_that_is_not_finite_stops_the_run_and_overwrites_nothing() {
+    let workspace = with_a_zebra();
+    let sound = workspace.train("sound", &[]);
+    assert!(sound["steps"].as_u64().unwrap() > 10);
+    poison(&workspace);
 
     // A run that meets it at once, and one that goes on from a sound checkpoint of the run above.
     let run = |out: &str, arguments: &[&str]| {
@@ -219,4 +228,70 @@ fn the_best_checkpoint_is_that_of_a_metric_that_is_measured() {
     let rows = log.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()).filter(|row| row["step"] != 0);
     let lowest = rows.filter_map(|row| row["eval/head2/loss"].as_f64()).fold(f64::INFINITY, f64::min);
     assert_eq!(best["value"].as_f64(), Some(lowest));
+}
+
+/// Each epoch meets the poisoned document once. A step that is passed over leaves nothing behind but its number, also where
+/// the run goes on in another process, and one too many ends the run.
+#[test]
+fn some_steps_that_are_not_finite_may_be_passed_over() {
+    let mut workspace = with_a_zebra();
+    workspace.set("optim.schedule", json!({"kind": "constant", "warmup_steps": 2}));
+    workspace.set("train.log_every", 3).set("train.skip_non_finite", 2);
+    poison(&workspace);
+    let run = |out: &str, arguments: &[&str]| output_of(&mut workspace.train_command(out, arguments));
+    let output = run("whole", &[]);
+    let (message, report) = (stderr_of(&output), serde_json::from_slice::<Value>(&output.stdout).unwrap());
+    assert!(output.status.success(), "{message}");
+    assert_eq!(report["skipped_steps"], 2);
+    let lines: Vec<&str> = message.lines().filter(|line| line.starts_with("warning: step ")).collect();
+    assert!(lines.len() == 2 && lines.iter().all(|line| line.contains("poisoned")), "{message}");
+    assert!(lines[0].contains("skipped, 1 of 2") && lines[1].contains("skipped, 2 of 2"), "{lines:?}");
+    let step: u64 = lines[0].split(' ').nth(2).unwrap().trim_end_matches(':').parse().unwrap();
+
+    let folder = |out: &str, step: u64| workspace.path(out).join(format!("step-{step:08}"));
+    let tensors = |step: u64| tensors_of(&folder("whole", step).join("optimizer.safetensors"));
+    for ((name, before), (_, after)) in tensors(step - 1).iter().zip(&tensors(step)) {
+        assert_eq!(largest_difference(before, after), 0.0, "{name} of a step that was passed over");
+    }
+    let figures = |out: &str| {
+        let text = fs::read_to_string(workspace.path(out).join("metrics.jsonl")).unwrap();
+        let rows = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let kept = |mut row: Value| {
+            let clock = |name: &str| name == "time" || name.ends_with("_seconds") || name.ends_with("_per_second");
+            row.as_object_mut().unwrap().retain(|name, _| !clock(name));
+            row
+        };
+        rows.map(kept).collect::<Vec<_>>()
+    };
+    let rows = figures("whole");
+    let logged: Vec<&Value> = rows.iter().filter(|row| row.get("train/loss").is_some()).collect();
+    assert!(logged.len() > 3 && logged.last().unwrap()["train/skipped_steps"] == 2.0, "{rows:?}");
+    for row in &logged {
+        let of = |name: &str| row[format!("train/{name}")].as_f64().unwrap_or_else(|| panic!("{name}: {row}"));
+        assert!(of("loss") > 0.1 && of("head1/loss") > 0.1, "{row}");
+        assert!(of("gradient_norm") > 0.0 && of("gradient_norm") <= of("gradient_norm_max"), "{row}");
+        assert!(of("gradient_norm_mean") > 0.0 && of("gradient_norm_mean") <= of("gradient_norm_max"), "{row}");
+    }
+
+    // In two parts: the same bytes, the same figures.
+    let stop = format!("train.max_steps={step}");
+    assert!(run("parts", &["--set", &stop]).status.success());
+    let output = run("parts", &["--resume"]);
+    assert!(output.status.success(), "{}", stderr_of(&output));
+    let steps = report["steps"].as_u64().unwrap();
+    for name in ["model.safetensors", "optimizer.safetensors"] {
+        let read = |out: &str| fs::read(folder(out, steps).join(name)).unwrap();
+        assert!(read("whole") == read("parts"), "{name}");
+    }
+    let last = |out: &str| figures(out).into_iter().rfind(|row| row.get("train/loss").is_some());
+    assert_eq!(last("whole"), last("parts"));
+
+    // One too many, with the first of them in an earlier process; a run that ended so may be allowed more.
+    assert!(run("short", &["--set", &stop, "--set", "train.skip_non_finite=1"]).status.success());
+    let output = run("short", &["--resume", "--set", "train.skip_non_finite=1"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr_of(&output).contains("is not finite; stopped before the update"), "{}", stderr_of(&output));
+    let output = run("short", &["--resume"]);
+    assert!(output.status.success(), "{}", stderr_of(&output));
+    assert_eq!(serde_json::from_slice::<Value>(&output.stdout).unwrap()["skipped_steps"], 2);
 }

@@ -171,10 +171,10 @@ const CUBLAS_WORKSPACE: &str = "CUBLAS_WORKSPACE_CONFIG";
 const REPEATABLE_WORKSPACES: [&str; 2] = [":4096:8", ":16:8"];
 
 /// Lets cuBLAS compute the same bits every time, unless the environment has a setting of its own. To be called before
-/// anything that starts a thread or opens CUDA.
+/// anything else that starts a thread, or opens CUDA.
 pub fn prepare_determinism() {
     if env::var_os(CUBLAS_WORKSPACE).is_none() {
-        // SAFETY: no other thread runs yet that could read the environment.
+        // SAFETY: no thread runs yet but the one that waits for signals, which does not look at the environment.
         unsafe { env::set_var(CUBLAS_WORKSPACE, REPEATABLE_WORKSPACES[0]) };
     }
 }

@@ -217,7 +217,7 @@ impl Error {
                 _ => None,
             },
             Error::NonFinite { .. } => {
-                Some("lower optim.learning_rate, or look at the named documents with `specforge inspect`".to_owned())
+                Some("lower optim.learning_rate, look at the named documents with `specforge inspect`, or pass over single steps with train.skip_non_finite".to_owned())
             }
             Error::Peer { .. } => Some(
                 "another process of the run ended first, or could not be reached: the first message of the other ranks \

@@ -38,6 +38,9 @@ pub struct Manifest {
     pub position: u64,
     /// Tokens trained on since the start of the run.
     pub tokens_seen: u64,
+    /// Steps among them that changed nothing, because something was not finite.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub skipped_steps: u64,
     /// The run's resolved configuration.
     pub configuration: serde_json::Value,
     /// What wrote this.
@@ -61,6 +64,12 @@ pub struct Manifest {
     pub files: BTreeMap<String, FileDigest>,
     /// What rebuilds the draft from its tensors, without the run's configuration.
     pub draft: serde_json::Value,
+}
+
+/// Whether there is nothing to say. serde hands over a reference.
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// Ways to measure a draft on what is held out.
@@ -92,6 +101,9 @@ pub struct OpenWindow {
     pub sums: Vec<Option<f64>>,
     /// Rows behind each sum.
     pub counts: Vec<f64>,
+    /// Norms of the gradients: the last, the sum, the largest, and how many.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gradient_norms: Vec<f64>,
 }
 
 /// What wrote a checkpoint.

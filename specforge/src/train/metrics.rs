@@ -8,6 +8,7 @@ use crate::checkpoint::OpenWindow;
 use crate::dist::{ProcessGroup, ReduceOp};
 use crate::draft::{DraftModel, Tally};
 use crate::error::{Error, Result};
+use crate::optim::StepReport;
 
 /// Running sums of a draft's metrics.
 #[derive(Debug, Default)]
@@ -16,6 +17,11 @@ pub struct Window {
     objective: Option<Tensor>,
     counts: Vec<f64>,
     steps: u64,
+    /// Whether a step was taken out again.
+    is_short: bool,
+    /// `[4]` float64 of the gradients' norms: the last one, the sum, the largest, and how many there were. The same on every
+    /// rank.
+    norms: Option<Tensor>,
 }
 
 impl Window {
@@ -31,9 +37,32 @@ impl Window {
         self.counts.iter_mut().zip(&tally.counts).for_each(|(total, count)| *total += count);
     }
 
-    /// Marks the end of an optimizer step: the objective is averaged over steps.
-    pub fn end_step(&mut self) {
+    /// Adds an optimizer step with its micro-batches on this rank: the objective is averaged over steps. A step that changed
+    /// nothing adds only its rows, which nobody knows yet without waiting for the device: see [`Window::take_out`].
+    pub fn end_step(&mut self, tallies: &[Tally], report: &StepReport) -> Result<()> {
+        let refused = report.refused.f_to_kind(Kind::Bool)?;
+        for Tally { objective, sums, counts } in tallies {
+            let [objective, sums] = [objective, sums].map(|values| values.f_masked_fill(&refused, 0.0));
+            self.add(&Tally { objective: objective?, sums: sums?, counts: counts.clone() });
+        }
         self.steps += 1;
+        let norm = report.gradient_norm.f_to_kind(Kind::Double)?;
+        let before = match self.norms.take() {
+            Some(norms) => norms,
+            None => Tensor::f_zeros([4], (Kind::Double, norm.device()))?,
+        };
+        let (sum, largest, count) =
+            (before.f_get(1)? + &norm, before.f_get(2)?.f_maximum(&norm)?, before.f_get(3)? + 1.0);
+        let after = Tensor::f_stack(&[norm, sum, largest, count], 0)?; // [4]
+        self.norms = Some(before.f_where_self(&refused, &after)?);
+        Ok(())
+    }
+
+    /// Takes a step out again that changed nothing, with this rank's rows of each metric.
+    pub fn take_out(&mut self, rows: &[f64]) {
+        self.counts.iter_mut().zip(rows).for_each(|(total, count)| *total -= count);
+        self.steps = self.steps.saturating_sub(1);
+        self.is_short = true;
     }
 
     /// What a checkpoint keeps of a window in which no line was logged yet: one entry for each rank, none where no step was
@@ -47,6 +76,8 @@ impl Window {
             Some(sums) => Vec::<f64>::try_from(sums.f_to_device(Device::Cpu)?)?,
             None => Vec::new(),
         };
+        let norms =
+            self.norms.as_ref().map(|norms| Vec::<f64>::try_from(norms.f_to_device(Device::Cpu)?)).transpose()?;
         // JSON has no NaN.
         let known = |value: f64| Some(value).filter(|value| value.is_finite());
         let own = OpenWindow {
@@ -54,6 +85,7 @@ impl Window {
             objective: known(objective),
             sums: sums.into_iter().map(known).collect(),
             counts: self.counts.clone(),
+            gradient_norms: norms.unwrap_or_default(),
         };
         group.all_gather_bytes(json!(own).to_string().as_bytes())?.iter().map(|bytes| read(bytes)).collect()
     }
@@ -70,7 +102,9 @@ impl Window {
             false if group.is_first() => &states[..],
             false => &[],
         };
-        let mut window = Self { steps, ..Self::default() };
+        let norms = states.first().map(|state| state.gradient_norms.as_slice()).filter(|norms| norms.len() == 4);
+        let norms = norms.map(|norms| Tensor::from_slice(norms).f_to_device(device)).transpose()?;
+        let mut window = Self { steps, norms, ..Self::default() };
         let on_device = |values: &[Option<f64>]| {
             let values: Vec<f64> = values.iter().map(|value| value.unwrap_or(f64::NAN)).collect();
             Tensor::from_slice(&values).f_to_device(device)
@@ -83,7 +117,8 @@ impl Window {
     }
 
     /// Reads the averages over all ranks from the device and starts a new window: `loss`, every metric, and derived
-    /// figures. A metric without a row in the window is left out. Every rank must call this, whatever it has added.
+    /// figures; of training steps the gradients' norms too. A metric without a row in the window is left out, and everything
+    /// is where no step changed anything. Every rank must call this, whatever it has added.
     pub fn take(&mut self, draft: &dyn DraftModel, group: &ProcessGroup) -> Result<Vec<(String, f64)>> {
         let window = std::mem::take(self);
         let names = draft.metrics();
@@ -98,11 +133,21 @@ impl Window {
         let counts = Tensor::from_slice(&counts);
         group.all_reduce(&counts, ReduceOp::Sum)?;
         let (sums, counts) = (Vec::<f64>::try_from(on_device)?, Vec::<f64>::try_from(counts)?);
+        if window.steps == 0 && window.is_short {
+            return Ok(Vec::new());
+        }
         let averages: Vec<f64> = sums[1..].iter().zip(&counts).map(|(sum, count)| sum / count.max(1.0)).collect();
         let mut values = vec![("loss".to_owned(), sums[0] / window.steps.max(1) as f64)];
         let named = names.into_iter().zip(&averages).zip(&counts);
         values.extend(named.filter(|(_, count)| **count > 0.0).map(|((name, average), _)| (name, *average)));
         values.extend(draft.summary(&averages));
+        let norms = window.norms.map_or(Ok(Vec::new()), Vec::<f64>::try_from)?;
+        if let &[last, sum, largest, count] = norms.as_slice()
+            && count > 0.0
+        {
+            let named = [("", last), ("_mean", sum / count), ("_max", largest)];
+            values.extend(named.map(|(part, value)| (format!("gradient_norm{part}"), value)));
+        }
         Ok(values)
     }
 }

@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 
 pub mod agreement;
 pub mod continuation;
+mod finite;
 pub mod gradient_sums;
 mod held_out;
 pub mod metrics;
@@ -29,6 +30,9 @@ pub use order::DataOrder;
 pub use parts::{Provenance, Split, TrainerParts, Writer};
 pub use seconds::Seconds;
 pub use trainer::{TrainReport, Trainer};
+
+/// Whoever loses more steps than this has another problem; the optimizer keeps a list of that length.
+const MOST_SKIPPED: u64 = 10_000;
 
 /// The `train` section of a configuration.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -56,6 +60,8 @@ pub struct TrainConfig {
     pub chunk_mib: usize,
     /// Whether a GPU has to compute the same bits every time, which takes longer. A CPU does anyway.
     pub deterministic: bool,
+    /// Steps with a loss or a gradient that is not finite that a run passes over before it ends at the next one.
+    pub skip_non_finite: u64,
 }
 
 impl Default for TrainConfig {
@@ -72,6 +78,7 @@ impl Default for TrainConfig {
             save_every: 200,
             chunk_mib: 64,
             deterministic: false,
+            skip_non_finite: 0,
         }
     }
 }
@@ -101,6 +108,10 @@ impl TrainConfig {
                     format!("expected at most {}, got {value}", i32::MAX),
                 ));
             }
+        }
+        if self.skip_non_finite > MOST_SKIPPED {
+            let problem = format!("expected at most {MOST_SKIPPED}, got {}", self.skip_non_finite);
+            return Err(Error::config("train.skip_non_finite", problem));
         }
         if self.micro_batch_tokens > self.batch_tokens {
             let problem =

@@ -14,6 +14,7 @@ use tch::{Kind, Tensor};
 
 use super::DataOrder;
 use super::agreement;
+use super::finite::FiniteSteps;
 use super::gradient_sums::GradientSums;
 use super::held_out::HeldOut;
 use super::metrics::Window;
@@ -22,6 +23,7 @@ use super::parts::{TrainerParts, Writer, commonest_token_share};
 use super::seconds::{Activity, Clock, Seconds};
 use crate::checkpoint::{Checkpoint, Manifest, Measurements};
 use crate::dist::ReduceOp;
+use crate::draft::Tally;
 use crate::error::{Error, Result, TensorMismatch};
 use crate::optim::{AdamW, Group, ParameterSlot};
 use crate::progress::Progress;
@@ -34,6 +36,8 @@ pub struct TrainReport {
     pub steps: u64,
     /// Steps the configuration asks for.
     pub total_steps: u64,
+    /// Steps among them that changed nothing, because something was not finite.
+    pub skipped_steps: u64,
     /// Tokens that passed through the draft in this part, on all ranks.
     pub tokens: u64,
     /// Tokens a second of training alone, evaluations and checkpoints left out.
@@ -76,8 +80,6 @@ pub struct Trainer<'a> {
     window: Window,
     clock: Clock,
     progress: Option<Progress>,
-    /// Of the last step, on the device.
-    gradient_norm: Tensor,
     position: Position,
     /// Steps done before this process began.
     first_step: u64,
@@ -90,12 +92,8 @@ pub struct Trainer<'a> {
     saved_at: Option<u64>,
     /// The signal that a rank was sent: the same on every rank.
     stopped_by: Cell<Option<i32>>,
-    /// Documents of the steps whose finiteness has not been read from the device yet.
-    unchecked: Vec<(u64, Vec<String>)>,
+    finite: FiniteSteps,
 }
-
-/// Document names quoted in an error.
-const NAMES_SHOWN: usize = 6;
 
 impl<'a> Trainer<'a> {
     /// Prepares a run, from a checkpoint or from the draft's initial values. Every rank of the group must call this; the
@@ -118,7 +116,7 @@ impl<'a> Trainer<'a> {
         let parameters = parts.draft.parameters();
         agreement::same_run(group, &parts.provenance, parameters)?;
         let held_out = HeldOut::new(&parts.eval, config.micro_batch_tokens, parts.draft, group)?;
-        let mut start = [0; 6];
+        let mut start = [0; 7];
         if let Some(checkpoint) = resume {
             for parameter in parameters {
                 let _guard = tch::no_grad_guard();
@@ -135,9 +133,10 @@ impl<'a> Trainer<'a> {
                 parameter.value.shallow_clone().f_copy_(&saved)?;
             }
             let Manifest { step, epoch, position: batch, tokens_seen: tokens, owed, .. } = checkpoint.manifest;
-            start = [step, epoch, batch, tokens, u64::from(owed.evaluation), u64::from(owed.decoding)];
+            let skipped = checkpoint.manifest.skipped_steps;
+            start = [step, epoch, batch, tokens, u64::from(owed.evaluation), u64::from(owed.decoding), skipped];
         }
-        let [step, epoch, batch, tokens, evaluation, decoding] = agreement::numbers(group, start)?;
+        let [step, epoch, batch, tokens, evaluation, decoding, skipped] = agreement::numbers(group, start)?;
         let owed = Measurements { evaluation: evaluation > 0, decoding: decoding > 0 && parts.decoding.0 > 0 };
         let position = Position { step, epoch, batch, tokens };
         agreement::parameters(group, parameters)?;
@@ -157,10 +156,10 @@ impl<'a> Trainer<'a> {
                 });
             }
         }
+        optimizer.skip_non_finite(config.skip_non_finite, skipped)?;
         let gradients = GradientSums::new(parameters, group, parts.parallel)?;
         let open = resume.map(|checkpoint| checkpoint.manifest.window.as_slice()).unwrap_or_default();
         let window = Window::restore(open, parameters[0].value.device(), group)?;
-        let gradient_norm = Tensor::from(0f32);
         let first_step = position.step;
         Ok(Self {
             parts,
@@ -171,7 +170,6 @@ impl<'a> Trainer<'a> {
             window,
             clock: Clock::start(),
             progress: None,
-            gradient_norm,
             position,
             owed,
             saved_at: (first_step > 0).then_some(first_step),
@@ -179,7 +177,7 @@ impl<'a> Trainer<'a> {
             first_step,
             total_steps,
             horizon,
-            unchecked: Vec::new(),
+            finite: FiniteSteps::new(config.skip_non_finite, skipped),
         })
     }
 
@@ -241,6 +239,7 @@ impl<'a> Trainer<'a> {
             report.commonest_token_share = commonest_token_share(&self.parts.train, &self.parts.eval);
         }
         report.steps = self.position.step;
+        report.skipped_steps = self.finite.skipped();
         report.tokens = self.position.tokens - first_tokens;
         report.tokens_per_second = self.clock.all().rate();
         report.time = self.clock.all().seconds;
@@ -259,7 +258,8 @@ impl<'a> Trainer<'a> {
         let own = self.order.micro_batches(batch, group.rank(), group.world_size());
         self.gradients.start()?;
         let device = self.gradients.totals()[0].device();
-        let mut objective = Tensor::f_zeros([], (Kind::Double, device))?;
+        let (mut objective, mut tallies) =
+            (Tensor::f_zeros([], (Kind::Double, device))?, Vec::with_capacity(own.len()));
         for (index, documents) in own.iter().enumerate() {
             let part = self.parts.train.batch(documents);
             self.clock.was(Activity::Data);
@@ -268,21 +268,20 @@ impl<'a> Trainer<'a> {
             let is_last = index + 1 == own.len();
             let tally = self.gradients.add(is_last, |gradients| draft.accumulate(&features, &counts, gradients))?;
             objective += &tally.objective;
-            self.window.add(&tally);
+            tallies.push(tally);
             self.clock.was(Activity::Draft);
         }
         self.gradients.finish()?;
         group.all_reduce(&objective, ReduceOp::Sum)?;
         self.clock.was(if group.is_distributed() { Activity::Communication } else { Activity::Draft });
-        self.window.end_step();
         let optim = self.parts.optim;
         // The schedule counts finished steps: the first update uses its value at 0.
         let rate = optim.schedule.learning_rate(optim.learning_rate, self.position.step, self.horizon);
         let report = self.optimizer.step(self.gradients.totals(), rate, optim.max_gradient_norm, &objective)?;
-        self.gradient_norm = report.gradient_norm;
+        self.window.end_step(&tallies, &report)?;
         let tokens = whole.ids.len() as u64;
         self.position.tokens += tokens;
-        self.unchecked.push((step, whole.documents));
+        self.finite.note(step, whole.documents, total_counts(&tallies));
         self.position.step = step;
         self.position.batch += 1;
         // Reading the flag costs a wait for a GPU and nothing on a CPU.
@@ -413,30 +412,28 @@ impl<'a> Trainer<'a> {
         }
     }
 
-    /// Stops the run if a step since the last check met NaN or infinity. Parameters are then those before that step.
+    /// Stops the run if a step since the last check met NaN or infinity and may not be passed over. Parameters are then
+    /// those before that step.
     fn check_finite(&mut self) -> Result<()> {
-        let Some(bad) = self.optimizer.non_finite()?.fatal else {
-            self.unchecked.clear();
-            return Ok(());
-        };
-        let step = bad.step;
-        let names = self.unchecked.iter().find(|(at, _)| *at == step).map(|(_, names)| names.as_slice());
-        let names = names.unwrap_or_default();
-        let mut batch = names.iter().take(NAMES_SHOWN).cloned().collect::<Vec<_>>().join(", ");
-        if names.len() > NAMES_SHOWN {
-            batch.push_str(&format!(" and {} more documents", names.len() - NAMES_SHOWN));
-        }
-        Err(Error::NonFinite { step, what: bad.what.to_owned(), batch })
+        let Self { finite, window, progress, optimizer, .. } = self;
+        finite.check(optimizer, |line, rows| {
+            window.take_out(rows);
+            if let Some(progress) = progress {
+                progress.println(line);
+            }
+        })
     }
 
     fn log(&mut self) -> Result<()> {
         let step = self.position.step;
         let optim = self.parts.optim;
         let mut values = self.window.take(self.parts.draft, self.parts.group)?;
-        values.push(("gradient_norm".to_owned(), self.gradient_norm.double_value(&[])));
         let rate = optim.schedule.learning_rate(optim.learning_rate, step - 1, self.horizon);
         values.push(("learning_rate".to_owned(), rate));
         values.push(("tokens".to_owned(), self.position.tokens as f64));
+        if self.parts.config.skip_non_finite > 0 {
+            values.push(("skipped_steps".to_owned(), self.finite.skipped() as f64));
+        }
         self.clock.was(self.waiting());
         let spent = self.clock.take_line();
         values.push(("tokens_per_second".to_owned(), spent.rate()));
@@ -484,6 +481,7 @@ impl<'a> Trainer<'a> {
             epoch: self.position.epoch,
             position: self.position.batch,
             tokens_seen: self.position.tokens,
+            skipped_steps: self.finite.skipped(),
             configuration: provenance.configuration,
             draft: self.parts.draft.description(),
             versions: provenance.versions,
@@ -509,6 +507,7 @@ impl<'a> Trainer<'a> {
     fn empty_report(&self) -> TrainReport {
         TrainReport {
             steps: self.position.step,
+            skipped_steps: 0,
             total_steps: self.total_steps,
             tokens: 0,
             tokens_per_second: 0.0,
@@ -521,6 +520,16 @@ impl<'a> Trainer<'a> {
             stopped_by: None,
         }
     }
+}
+
+/// This rank's rows of each metric.
+fn total_counts(tallies: &[Tally]) -> Vec<f64> {
+    let mut total: Vec<f64> = Vec::new();
+    for Tally { counts, .. } in tallies {
+        total.resize(counts.len(), 0.0);
+        total.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
+    }
+    total
 }
 
 /// One line for people: the loss and the derived figures. Those of single parts are in the log.

@@ -19,6 +19,9 @@ pub(super) fn text(report: &TrainReport) -> String {
         "{} of {} steps, {} tokens, {:.0} tokens/s in training",
         report.steps, report.total_steps, report.tokens, report.tokens_per_second
     ));
+    if report.skipped_steps > 0 {
+        lines.push(format!("{} steps changed nothing: a loss or a gradient was not finite", report.skipped_steps));
+    }
     let parts = Some(report.time.listed()).filter(|parts| !parts.is_empty());
     let parts = parts.map_or(String::new(), |parts| format!(": {parts}"));
     lines.push(format!("{:.1} seconds{parts}", report.seconds));
