@@ -145,7 +145,7 @@ impl World {
                     configuration: self.workspace.configuration.clone(),
                     versions: Versions::current(),
                     data_hashes: BTreeMap::new(),
-                    target: Vec::new(),
+                    inputs: BTreeMap::new(),
                 },
                 stop: &wish,
             };
