@@ -14,10 +14,9 @@ fn read() -> Result<()> {
     let before = std::fs::read(&path).unwrap_or_default();
     if let Ok(mut manifest) = serde_json::from_slice::<Value>(&before) {
         for name in ["model.safetensors", "optimizer.safetensors"] {
-            if let (Some(place), Ok(digest)) = (
-                manifest.pointer_mut(&format!("/files/{name}")),
-                FileDigest::of(&Path::new(FOLDER).join(name)),
-            ) {
+            if let (Some(place), Ok(digest)) =
+                (manifest.pointer_mut(&format!("/files/{name}")), FileDigest::of(&Path::new(FOLDER).join(name)))
+            {
                 *place = json!(digest);
             }
         }

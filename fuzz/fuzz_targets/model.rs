@@ -6,7 +6,4 @@ fn read() -> specforge::error::Result<()> {
     specforge_fuzz::specforge(&[&["generate", "--json", "--target", "model"], &prompt[..]].concat())
 }
 
-specforge_fuzz::target!(
-    &["model/config.json", "model/model.safetensors.index.json", "model/model.safetensors"],
-    read
-);
+specforge_fuzz::target!(&["model/config.json", "model/model.safetensors.index.json", "model/model.safetensors"], read);

@@ -9,7 +9,7 @@ use specforge::features::store::manifest::StoreManifest;
 use specforge::features::store::reader::Store;
 
 fn read() -> Result<()> {
-    let (path, folder) = (Path::new("store/manifest.json"), Path::new("store"));
+    let (path, folder) = (Path::new("store/store.json"), Path::new("store"));
     let before = std::fs::read(path).unwrap_or_default();
     let shard = std::fs::read("store/shard-00000.safetensors").unwrap_or_default();
     if let Ok(mut manifest) = serde_json::from_slice::<Value>(&before) {
@@ -32,7 +32,8 @@ fn gather(folder: &Path) -> Result<()> {
     let store = Store::open(folder, &|_, _| {})?;
     for (number, shard) in store.shards().iter().enumerate() {
         for document in 0..shard.len() {
-            let ids: Vec<i64> = shard.id_bytes(document).as_chunks().0.iter().map(|&id| i64::from_le_bytes(id)).collect();
+            let ids: Vec<i64> =
+                shard.id_bytes(document).as_chunks().0.iter().map(|&id| i64::from_le_bytes(id)).collect();
             store.find(&ids);
             for layer in 0..manifest.layers.len() {
                 let _ = store.gather(layer, &[(number, shard.rows_of(document))])?;
@@ -42,4 +43,4 @@ fn gather(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-specforge_fuzz::target!(&["store/manifest.json", "store/shard-00000.safetensors"], read);
+specforge_fuzz::target!(&["store/store.json", "store/shard-00000.safetensors"], read);

@@ -6,7 +6,8 @@ use std::path::Path;
 use specforge::data::{ChatTokenizer, TextStream};
 use specforge::error::Result;
 
-const TEXTS: [&str; 5] = ["", "Hello, world 12 345 <|im_start|>", "  a\n\n\tb ", "\u{0}\u{fffd}\u{1f600} \u{301}中文", "ǅ ß İ ﬁ"];
+const TEXTS: [&str; 5] =
+    ["", "Hello, world 12 345 <|im_start|>", "  a\n\n\tb ", "\u{0}\u{fffd}\u{1f600} \u{301}中文", "ǅ ß İ ﬁ"];
 
 fn read() -> Result<()> {
     let tokenizer = ChatTokenizer::load(Path::new("model"), None)?;

@@ -67,7 +67,8 @@ fn make(folder: &Path) {
     run(&["capture", "--config", "run.json", "--out", "store", "--device", "cpu"]);
     for name in ["a.trace", "b.trace"] {
         let prompt = ["--prompt", "why", "--max-new-tokens", "4", "--trace", name];
-        run(&[&["generate", "--json", "--target", "model", "--draft", "medusa", "--device", "cpu"], &prompt[..]].concat());
+        run(&[&["generate", "--json", "--target", "model", "--draft", "medusa", "--device", "cpu"], &prompt[..]]
+            .concat());
     }
     // As SafeAILab publishes its drafts; the map alone, which the reader of such files looks at first.
     fs::create_dir("pickled").expect("a folder");
