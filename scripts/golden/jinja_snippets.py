@@ -365,6 +365,127 @@ b' }}
 {% for x in [1] %}{% set loop = 2 %}{{ loop }}{% endfor %}
 {% for x in [3, 4] %}{% set x = x * 2 %}{{ x }}{{ loop.index }}{% endfor %}
 {% for x in [1, 2] -%}  {{ x }}  {%- endfor %}
+{% set x = 2 %}{{ -2 ** x }} {{ (-2) ** x }} {{ -x ** 2 }}
+{% macro f() %}{{ y }}{% endmacro %}[{{ f() }}]{% set y = 1 %}[{{ f() }}]
+{% for i in [1,2] %}{% set z = i %}{% endfor %}{{ z is defined }}
+{% set z = 0 %}{% for i in [1,2] %}{{ z }}{% set z = i %}{{ z }}{% endfor %}{{ z }}
+{% if false %}{% set q = 1 %}{% endif %}{{ q is defined }}{{ q }}
+{% for i in [1,2] %}{% if loop.first %}{% set q = 'a' %}{% else %}{{ q }}{% endif %}{% endfor %}
+{% set a = 1 %}{% block b %}{{ a }}{% set a = 2 %}{{ a }}{% endblock %}{{ a }}
+{% set ns = namespace(x=1) %}{% macro f() %}{% set ns.x = ns.x + 1 %}{% endmacro %}{{ f() }}{{ f() }}{{ ns.x }}
+{% macro outer() %}{% macro inner() %}i{{ varargs }}{% endmacro %}{{ inner(1) }}{% endmacro %}{{ outer() }}
+{% macro f(x) %}{{ caller(x) if caller else 'none' }}{% endmacro %}{{ f(1) }}{% call(y) f(2) %}c{{ y }}{% endcall %}
+{% call(y=3) (messages[0].get)('role') %}{% endcall %}
+{% macro f() %}{{ caller(1) }}{% endmacro %}{% call(a, b='q') f() %}{{ a }}{{ b }}{% endcall %}
+{% with a = 1 %}{% set b = a %}{% endwith %}{{ b is defined }}{{ a is defined }}
+{% filter indent(2) %}a
+b{% endfilter %}
+{% for x in range(3) %}{% for y in range(x) %}{{ x }}{{ y }}{% else %}e{% endfor %},{% endfor %}
+{% for k, v in messages[0]|dictsort %}{{ k }}={{ v }};{% endfor %}
+{% for m in messages %}{{ m|tojson }}{{ ',' if not loop.last }}{% endfor %}
+{{ messages|map('tojson')|join('\n') }}{{ messages|map(attribute='content')|map('trim')|map('length')|list }}
+{{ messages|selectattr('role','ne','user')|list|tojson }}{{ messages|rejectattr('role','in',['user','x'])|map(attribute='role')|list }}
+{{ messages|sum(attribute='nothing') }}
+{{ messages|groupby('role')|map('last')|map('length')|list }}
+{{ [1,2,3]|select('divisibleby', 2)|list }}{{ [1,2,3]|reject('in', [1])|list }}{{ ['a',1]|select('string')|list }}{{ [[1],[2]]|map('first')|list }}{{ [3,1]|map('string')|sort|join }}
+{{ ['x']|map('replace','x','y')|list }}{{ [' a ']|map('trim')|first }}{{ ['ab']|map('first')|list }}{{ [{'a':{'b':1}}]|map(attribute='a.b')|list }}{{ ['1','2']|map('int')|sum }}
+{{ {'a':1}|items|list }}{{ {'b':2,'a':1}|dictsort|first }}{{ ({'a':1}|items|list)[0][1] }}
+{{ 'abc'|list|join('-') }}{{ 'abc'|first|upper }}{{ 'abc'|last }}{{ 'a-b'.split('-')|last }}{{ ('a b c'.split()|length) * 2 }}
+{{ '%s' % none }}{{ '%s' % [1,2] }}{{ '%s,%s' % ('a','b') }}{{ '%d%%' % 5 }}{{ '%(x)s' % {'x':1} }}{{ '%5.2f|%-6s|%06d' % (3.14159,'ab',42) }}
+{{ 'abc' * 2 ~ 'x' }}{{ ['a'] * 3 }}{{ (1,2) + (3,) }}{{ [1] + [2] == [1,2] }}{{ 'b' > 'a' }}{{ [1,2] > [1] }}
+{{ 10 // 3 }}{{ -10 // 3 }}{{ 10 % -3 }}{{ 10.0 / 4 }}{{ 2 ** 10 }}{{ 7 // 2.0 }}{{ 1e3 }}{{ 1.50 }}{{ 100000000000000000000.0 }}{{ 0.1 * 3 }}{{ 1 / 3 }}
+{{ true + 1 }}{{ true and 'x' }}{{ '' or 'y' }}{{ none or 0 }}{{ not [] }}{{ 1 < 2 < 3 }}{{ 3 > 2 > 2 }}{{ 'a' in {'a':1} }}{{ 2 not in [1] }}
+{{ (messages[0] is mapping) and (messages is iterable) }}{{ 5 is between }}
+{{ 'x' is eq 'x' }}{{ 3 is ge 2 }}{{ 'A' is lower }}{{ 'abc' is in 'xabcx' }}{{ [] is empty }}
+{{ 1.0 is integer }}{{ 1 is float }}{{ '1' is number }}{{ true is integer }}{{ none is string }}{{ (1,) is sequence }}
+{{ "a'b" }}{{ ["a'b", 'a"b', 'a\'"b'] }}{{ {'k': "v'"} }}{{ ['\\', '\t', '\r', '\x00', '\u00e9', '\u3042'] }}
+{{ messages[0].items()|list }}{{ messages[0].keys()|list|sort }}{{ messages[0].values()|list }}{{ messages[0].get('x', []) }}
+{{ ''|default('d') }}|{{ ''|default('d', true) }}|{{ x|default }}|{{ x.y|default('z') }}
+{{ x.y is defined }}
+{{ messages[0].x.y is defined }}
+{{ messages[0]['x'] is defined }}{{ messages[0].x|default('n') }}{{ messages[7] is defined }}{{ messages[7]|default('n') }}
+{{ (x or {}).y|default('q') }}{{ x ~ 'a' }}{{ x|int if false }}{{ [x]|join }}{{ x == '' }}{{ x|e }}
+{{ x|int }}
+{{ x|float }}
+{{ x|abs }}
+{{ x|sort }}{{ x|unique|list }}{{ x|reverse|list }}{{ x|first is defined }}{{ x|sum }}{{ x|batch(2)|list }}{{ x|map('upper')|list }}{{ x|tojson|length if false }}
+{{ x|dictsort }}
+{{ x|items|list }}{{ x|replace('a','b') }}{{ x|trim }}{{ x|title }}{{ x|wordcount }}{{ x|string|length }}{{ x|center(3) }}|
+{{ x|indent }}
+{{ x|wordwrap }}
+{{ x|round }}
+{{ 'Hello'|center(11)|replace(' ', '.') }}{{ 'Hello'.center(10, '*') }}{{ 'x'.rjust(3,'0') }}{{ '5'.zfill(3) }}{{ '-5'.zfill(4) }}{{ 'a\tb'.expandtabs(4) }}
+{{ 'a.b.c'.rsplit('.', 1) }}{{ 'k=v=w'.partition('=') }}{{ 'k=v=w'.rpartition('=') }}{{ 'a\nb\r\nc'.splitlines() }}{{ 'xay'.strip('xy') }}{{ 'test.py'.removesuffix('.py') }}{{ 'abc'.translate('abc'.maketrans('a','b')) }}
+{{ 'abc'.isalpha() }}{{ 'ab1'.isalnum() }}{{ '１'.isdigit() }}{{ 'Ⅷ'.isnumeric() }}{{ 'ǅ'.istitle() }}{{ 'ß'.isupper() }}{{ ''.isspace() }}{{ 'a_1'.isidentifier() }}{{ '\n'.isprintable() }}
+{{ 'ŉ'.upper() }}{{ 'ﬁ'.capitalize() }}{{ 'İ'.lower() | length }}{{ 'ΑΣ'.lower() }}{{ 'o\'neil'.title() }}{{ 'ﬁ x'.title() }}{{ 'ǆ'.capitalize() }}{{ 'ʰA'.title() }}{{ 'ªb'.istitle() }}
+{{ 12345.678 | round(1) }}{{ 1e100 }}{{ 123456789.123456789 }}{{ 1e-10 }}{{ 3.0e0 }}{{ -1.5e-5 }}{{ 2.0 ** 0.5 }}{{ 10 ** -2 }}{{ 1_000.5 }}
+{{ [1.0, 2.50, 1e16, 1e-5, -0.0] }}{{ {'f': 0.1} }}{{ (0.1,) }}{{ [true, none, 1.0]|tojson }}{{ 1e16|tojson }}{{ 1e22|int }}{{ 0.1 + 0.7 }}
+{{ range(10)[2:8:3]|list }}{{ range(5)|last }}{{ range(3)|reverse|list }}{{ 2 in range(3) }}{{ range(3) == range(0,3) }}{{ range(0) and 1 }}{{ range(1,0)|list }}
+{{ 'abcdef'[4:1:-1] }}{{ 'abcdef'[::-2] }}{{ [1,2,3,4][-3:-1] }}{{ [1,2,3][5:] }}{{ 'añb'[1] }}{{ 'añb'[::-1] }}{{ (1,2,3)[1:] }}{{ 'abc'[-5:2] }}
+{%- if messages -%} y {%- endif -%} {{ ' z ' -}}   w
+{#- a -#}  b  {#- c #}  d {# e -#}  f
+{{- 'a' }} b {{ 'c' -}} d
+{% set s = 'a' -%}   b {%- set t = 'c' %} d
+{% if true %}a{% else %}b{% endif %}{% if not true %}a{% else %}b{% endif %}{% if true and not false %}c{% endif %}{% if (1,) %}d{% endif %}{% if 0.0 %}e{% endif %}{% if '0' %}f{% endif %}
+{% if x is defined %}a{% elif messages|length == 2 %}b{% endif %}{% if x %}c{% endif %}{% if not x %}d{% endif %}
+{% for a in [1,2,3] if a > 1 %}{{ loop.index }}{{ loop.first }}{{ loop.previtem }}{{ a }};{% endfor %}
+{% for a in [1,2,3] if loop %}{{ a }}{% endfor %}
+{% for a, b in {'x': 1, 'y': 2}|dictsort(reverse=true) %}{{ a }}{{ b }}{% endfor %}{% for i, (a, b) in [(1,(2,3))] %}{{ i+a+b }}{% endfor %}
+{% for x in [1,2,3,4,5] %}{% if x % 2 %}{% continue %}{% endif %}{{ x }}{% if x >= 4 %}{% break %}{% endif %}{% endfor %}
+{% set ns = namespace(l=[]) %}{% for m in messages %}{% set ns.l = ns.l + [m.role] %}{% endfor %}{{ ns.l|join(',') }}{{ ns }}
+{% set ns = namespace(a=1) %}{{ ns.a }}{{ ns['a'] }}{{ ns.b|default('n') }}{{ ns is mapping }}{{ ns is iterable }}{{ ns|string }}
+{{ namespace(1) }}
+{{ namespace([('a', 1)]).a }}
+{{ dict(a=1).a }}{{ dict(a=1, **{'b': 2}) }}{{ dict({'a': 1}, a=2) }}{{ {**{'a':1}} }}
+{{ [*[1,2]] }}
+{{ messages[0].role if messages else 'none' }}{{ 'a' if false }}|{{ ('a' if false)|default('q') }}{{ 'x' if true else y.z }}
+{{ joiner }}
+{{ cycler(1,2).next() }}{% set c = cycler(1,2) %}{{ c.next() }}{{ c.next() }}{{ c.next() }}{{ c.current }}
+{% for i in range(4) %}{{ loop.cycle('o','e') }}{{ loop.changed(i // 2) }}{% endfor %}
+{% for i in [1] %}{{ loop.cycle() }}{% endfor %}
+{% for x in [[1,[2]],3] recursive %}{{ loop(x) if x is iterable else x }}{{ loop.depth0 }}{% endfor %}
+{{ '<a href="x">' | e }}{{ '&amp;' | e }}{{ '<b>' | safe }}{{ '<b>x</b>' | striptags }}{{ 'a & b' | urlencode }}{{ '<' | forceescape | e }}{{ ('<' | e)[0] }}{{ ('<' | e) | length }}
+{{ ('<a>' | safe) ~ '<b>' }}{{ ('<a>' | safe) + '<b>' }}{{ '<x>' + ('<a>' | safe) }}{{ ('<%s>' | safe) % '<' }}{{ ('{}' | safe).format('<') }}{{ ('-' | safe).join(['<', '>']) }}{{ [('<' | safe), '<'] | join }}{{ ('<' | safe) * 2 }}
+{{ 'text' | truncate(3) }}{{ 'some longer text here' | truncate(10) }}|{{ 'abcdefghijklmno' | truncate(8, true) }}|{{ 'a b c d' | truncate(3, false, '', 0) }}
+{{ 'a b  c' | wordcount }}{{ 'aaa bbb ccc' | wordwrap(7) }}{{ 'aaaaaaaaaa' | wordwrap(3) }}{{ 'a-b-c-d' | wordwrap(3) }}{{ ' a b ' | wordwrap(2) }}
+{{ 123456 | filesizeformat }}{{ 2048 | filesizeformat(binary=true) }}{{ 1e30 | filesizeformat }}{{ -5 | filesizeformat }}
+{{ {'a': [1, 2.0, none, true, 'é"\n'], 'b': {}} | tojson }}{{ [] | tojson(indent=2) }}{{ {'a': []} | tojson(indent=4) }}{{ 'é' | tojson(ensure_ascii=True) }}
+{{ messages | tojson(indent=2) }}
+{{ {'b': 1, 'a': {'d': 1, 'c': 2}} | tojson(sort_keys=True, indent=1) }}{{ {1: 1, 'a': 2} | tojson(sort_keys=True) }}
+{{ {'a': messages|map(attribute='role')} | tojson }}
+{{ namespace(a=1) | tojson }}
+{{ (messages | tojson) | length }}{{ (1,(2,)) | tojson }}{{ 'a\u2028</script>' | tojson }}
+{{ raise_exception('a' ~ 1) }}
+{{ raise_exception(1) }}
+{{ strftime_now() }}
+{{ strftime_now('x') }}{{ strftime_now('') }}
+{{ strftime_now(1) }}
+{% set x = raise_exception %}{{ x is callable }}
+{{ messages.append(1) }}
+{{ messages[0].update({}) }}
+{{ messages[0].setdefault('role') }}
+{{ messages.sort }}|{{ messages.count(messages[0]) }}{{ messages.index(messages[1]) }}
+{{ ''.join([]) }}{{ ','.join(messages[0]) }}{{ 'x'.join({'a':1}.values()) }}
+{{ 'a'|attr('upper') is callable }}{{ messages[0]|attr('role') is defined }}
+{{ [1, 2] | first | string | length }}{{ ([1, 2] | first).bit_length() }}{{ 1.5.is_integer() }}
+{{ 5.real }}{{ (5).imag }}{{ 2.5.real }}
+{{ 0xff }}{{ 0b11 }}{{ 0o7 }}{{ 1_0 }}{{ 1e1_0 }}
+{{ 'a' 'b' "c" }}{{ 'a' ~ 'b' 'c' }}{{ ('a'
+'b') }}
+{{ '{{' }}{{ "{%" }}{{ '#}' }}{{ '%}' }}{# {{ #}{% raw %}{{ x }}{% {# #}{% endraw %}
+{% raw -%}  x  {%- endraw %}|{%- raw %}  y  {% endraw -%}  |
+{% if true -%}
+
+a
+
+{%- endif %}
+b
+  {%- for i in [1,2] %}
+  {{ i }}
+  {%- endfor %}
+c
+    {#- comment -#}
+d
 '''
 
 WHITESPACE = [

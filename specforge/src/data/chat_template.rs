@@ -139,11 +139,13 @@ impl ChatTemplate {
     pub fn prepare(&self, messages: &[Message], tools: Option<&Json>) -> Result<Prepared<'_>> {
         let value = |json: &Json| Value::from_json(json).map_err(|fault| self.failure(&fault, 0));
         let mut bytes = tools.map_or(0, size_of_json);
-        let mut list = Vec::with_capacity(messages.len());
+        let (mut list, mut as_text, mut calls) = (Vec::with_capacity(messages.len()), Vec::new(), false);
         for message in messages {
-            let json = serde_json::to_value(message).map_err(|error| Error::Failed(error.to_string()))?;
+            let mut json = serde_json::to_value(message).map_err(|error| Error::Failed(error.to_string()))?;
             bytes += size_of_json(&json);
             list.push(value(&json)?);
+            calls |= self.write_arguments(message, &mut json)?;
+            as_text.push(json);
         }
         let mut globals = Context::new();
         for (key, json) in &self.globals {
@@ -157,7 +159,37 @@ impl ChatTemplate {
         let Some(compiled) = self.templates.get(name) else {
             return Err(Error::bad_file(&self.path, format!("has no template `{name}`")));
         };
-        Ok(Prepared { template: self, compiled, messages: list, globals, bytes, renderings: Cell::new(0) })
+        let mut prepared =
+            Prepared { template: self, compiled, messages: list, globals, bytes, renderings: Cell::new(0) };
+        if calls && prepared.render(messages.len(), false).is_err() {
+            // Some templates glue arguments into their text: these must be strings.
+            let as_text = as_text.iter().map(value).collect::<Result<Vec<_>>>()?;
+            let objects = std::mem::replace(&mut prepared.messages, as_text);
+            if prepared.render(messages.len(), false).is_err() {
+                prepared.messages = objects;
+            }
+        }
+        prepared.renderings.set(0);
+        Ok(prepared)
+    }
+
+    /// Turns the arguments of tool calls into strings of JSON: those of the file, else what `json.dumps` writes. Says
+    /// whether there were any.
+    fn write_arguments(&self, message: &Message, json: &mut Json) -> Result<bool> {
+        let Some(Json::Array(calls)) = json.get_mut("tool_calls") else { return Ok(false) };
+        let mut any = false;
+        for (index, call) in calls.iter_mut().enumerate() {
+            let call = if call.get("function").is_some() { &mut call["function"] } else { call };
+            if let Some(arguments) = call.get_mut("arguments").filter(|arguments| arguments.is_object()) {
+                let text = match message.written_arguments.get(index) {
+                    Some(Some(written)) => written.clone(),
+                    _ => jinja::dumps(arguments).map_err(|fault| self.failure(&fault, 0))?,
+                };
+                *arguments = Json::String(text);
+                any = true;
+            }
+        }
+        Ok(any)
     }
 
     /// The template's own words where it has some, else what went wrong and on which line. What takes too much ends the
@@ -357,6 +389,31 @@ pub(super) mod tests {
     fn nothing_is_not_iterable() {
         let text = "{{ tools is iterable }} {{ 'a' is iterable }} {{ 'a' is sequence }} {{ 1 is sequence }} {{ x is iterable }}";
         assert_eq!(template(text).prepare(&[], None).unwrap().render(0, false).unwrap(), "False True True False True");
+    }
+
+    #[test]
+    fn arguments_are_objects_unless_the_template_takes_strings() {
+        let call = |arguments: Json| {
+            let mut message = Message::new("assistant", "");
+            let call = serde_json::json!([{"function": {"name": "f", "arguments": arguments}}]);
+            message.extra.insert("tool_calls".to_owned(), call);
+            message
+        };
+        let render = |text: &str, message: &Message| {
+            template(text).prepare(std::slice::from_ref(message), None).unwrap().render(1, false).unwrap()
+        };
+        let glued = "{{ 'f(' + messages[0].tool_calls[0].function.arguments + ')' }}";
+        let listed = "{{ messages[0].tool_calls[0].function.arguments | tojson }}";
+        let mut message = call(serde_json::json!({"a": 1, "é": [true]}));
+        assert_eq!(render(glued, &message), r#"f({"a": 1, "\u00e9": [true]})"#);
+        assert_eq!(render(listed, &message), r#"{"a": 1, "é": [true]}"#);
+        message.written_arguments = vec![Some(r#"{"a":1,"é":[true]}"#.to_owned())];
+        assert_eq!(render(glued, &message), r#"f({"a":1,"é":[true]})"#);
+        assert_eq!(render(listed, &message), r#"{"a": 1, "é": [true]}"#);
+        // A template that fails over both says what it says of objects.
+        let prepared = template("{{ messages[0].tool_calls[0].function.arguments + 1 }}");
+        let message = prepared.prepare(std::slice::from_ref(&message), None).unwrap().render(1, false).unwrap_err();
+        assert!(message.to_string().contains("'dict' and 'int'"), "{message}");
     }
 
     #[test]

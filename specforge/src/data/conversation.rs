@@ -4,6 +4,7 @@
 //! `completion`. Whatever else a message carries (`reasoning_content`, `tool_calls`, `name`) is handed to the template as
 //! it is, except that tool arguments written as a string of JSON become the object they spell, as serving engines do
 //! before they render, and that what decides about training ([`super::marks`]) is no business of a template.
+//! A template that takes arguments as strings only is given the strings.
 //!
 //! Content in several parts of text is joined with a newline, as vLLM does for templates that take strings.
 
@@ -264,11 +265,12 @@ fn parse_message(message: &Value, passed_over: &mut PassedOver) -> Result<Messag
     if calls {
         extra.insert("tool_calls".to_owned(), spelled_calls(&content.take().unwrap_or_default())?);
     }
-    if let Some(calls) = extra.get_mut("tool_calls") {
-        spell_out_tool_calls(calls)?;
-    }
+    let written_arguments = match extra.get_mut("tool_calls") {
+        Some(calls) => spell_out_tool_calls(calls)?,
+        None => Vec::new(),
+    };
     let marks = marks::of_message(role, &mut extra, passed_over)?;
-    Ok(Message { role: role.to_owned(), content, extra, marks })
+    Ok(Message { role: role.to_owned(), content, extra, marks, written_arguments })
 }
 
 /// Takes a value that has two names. Both at once must mean the same.
@@ -339,22 +341,27 @@ fn join_parts(parts: &[Value]) -> Result<String, String> {
     Ok(texts.join("\n"))
 }
 
-fn spell_out_tool_calls(calls: &mut Value) -> Result<(), String> {
+/// Turns arguments that are strings of JSON into the objects they spell, and gives the strings.
+fn spell_out_tool_calls(calls: &mut Value) -> Result<Vec<Option<String>>, String> {
     if let Value::String(text) = calls {
         *calls = serde_json::from_str(text).map_err(|error| format!("`tool_calls` is a string, not JSON: {error}"))?;
     }
     let Value::Array(list) = calls else {
         return Err(format!("`tool_calls`: expected a list, got {}", kind_of(calls)));
     };
+    let mut written = Vec::with_capacity(list.len());
     for call in list {
         let call = if call.get("function").is_some() { &mut call["function"] } else { call };
+        let mut text = None;
         if let Some(arguments) = call.get_mut("arguments")
             && let Some(Ok(object @ Value::Object(_))) = arguments.as_str().map(serde_json::from_str)
         {
+            text = arguments.as_str().map(str::to_owned);
             *arguments = object;
         }
+        written.push(text);
     }
-    Ok(())
+    Ok(written)
 }
 
 fn kind_of(value: &Value) -> &'static str {

@@ -23,12 +23,21 @@ pub struct Message {
     /// What decides about training; no template sees it.
     #[serde(skip)]
     pub marks: Marks,
+    /// The arguments of each call of a tool as they were written, where that was a string of JSON.
+    #[serde(skip)]
+    pub written_arguments: Vec<Option<String>>,
 }
 
 impl Message {
     /// A message that only says something.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self { role: role.into(), content: Some(content.into()), extra: Map::new(), marks: Marks::default() }
+        Self {
+            role: role.into(),
+            content: Some(content.into()),
+            extra: Map::new(),
+            marks: Marks::default(),
+            written_arguments: Vec::new(),
+        }
     }
 
     /// Whether the assistant says it.

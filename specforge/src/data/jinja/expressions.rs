@@ -93,9 +93,15 @@ impl Machine<'_> {
 
     fn binaries(&mut self, first: &Expression, rest: &[(Operator, Expression)]) -> Outcome<Value> {
         let mut value = self.evaluate(first)?;
-        for (operator, operand) in rest {
+        for (index, (operator, operand)) in rest.iter().enumerate() {
+            // Jinja2 writes a negative constant into Python code as it is, and there `-2 ** x` is `-(2 ** x)`.
+            let is_bare =
+                index == 0 && *operator == Operator::Power && is_negative_constant(first) && !is_constant(operand);
             let operand = self.evaluate(operand)?;
-            value = binary(*operator, &value, &operand, self.limits)?;
+            value = match is_bare {
+                true => signed(&binary(*operator, &signed(&value, true)?, &operand, self.limits)?, true)?,
+                false => binary(*operator, &value, &operand, self.limits)?,
+            };
         }
         Ok(value)
     }
@@ -391,4 +397,8 @@ fn is_constant(expression: &Expression) -> bool {
         Expression::Negative(inner) => is_constant(inner),
         _ => false,
     }
+}
+
+fn is_negative_constant(expression: &Expression) -> bool {
+    matches!(expression, Expression::Negative(inner) if matches!(**inner, Expression::Constant(_)))
 }

@@ -140,7 +140,7 @@ impl Style {
                 '\u{8}' => out.push_str("\\b"),
                 '\u{c}' => out.push_str("\\f"),
                 control if control < ' ' => out.push_str(&format!("\\u{:04x}", u32::from(control))),
-                beyond if self.ensure_ascii && (!beyond.is_ascii() || beyond == '\u{7f}' && false) => {
+                beyond if self.ensure_ascii && !beyond.is_ascii() => {
                     for unit in beyond.encode_utf16(&mut [0; 2]) {
                         out.push_str(&format!("\\u{unit:04x}"));
                     }

@@ -50,6 +50,13 @@ pub(super) fn compile(source: &str) -> Outcome<Template> {
     parser::parse(source, |name, is_test| if is_test { checks::is_known(name) } else { filters::is_known(name) })
 }
 
+/// `json.dumps` of a value: in ASCII, as the strings are that services give.
+pub(super) fn dumps(value: &serde_json::Value) -> Outcome<String> {
+    let given = arguments::Given { positional: vec![Value::Bool(true)], ..arguments::Given::default() };
+    let limits = Limits::new(0);
+    print::text_of(&json::tojson(&Value::from_json(value)?, &given, &limits)?, &limits)
+}
+
 /// Renders a template. `marks` are written around `{% generation %}` blocks. A failure comes with its line.
 pub(super) fn render(
     template: &Template,

@@ -39,12 +39,27 @@ pub(super) fn escaped(value: &Value, limits: &Limits) -> Outcome<String> {
     }
 }
 
+/// Values as they are put into a pattern that is markup.
+pub(super) fn escaped_inside(value: &Value, limits: &Limits) -> Outcome<Value> {
+    Ok(match value {
+        Value::Text(_) => Value::Markup(Arc::from(escaped(value, limits)?)),
+        Value::Tuple(items) => {
+            Value::tuple(items.items.iter().map(|item| escaped_inside(item, limits)).collect::<Outcome<_>>()?)?
+        }
+        other => other.clone(),
+    })
+}
+
 /// `one operator two`.
 pub(super) fn binary(operator: Operator, one: &Value, two: &Value, limits: &Limits) -> Outcome<Value> {
     limits.step(1)?;
     if let (Operator::Modulo, Some(pattern)) = (operator, one.as_text()) {
+        if let Value::Markup(_) = one {
+            let text = format::percent(pattern, &escaped_inside(two, limits)?, limits)?;
+            return Ok(Value::Markup(Arc::from(text)));
+        }
         let text = format::percent(pattern, two, limits)?;
-        return Ok(if matches!(one, Value::Markup(_)) { Value::Markup(Arc::from(text)) } else { Value::text(text) });
+        return Ok(Value::text(text));
     }
     if let Value::Undefined(words) = one {
         return undefined(words);

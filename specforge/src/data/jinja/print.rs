@@ -2,7 +2,7 @@
 
 use super::limits::{Limits, Outcome};
 use super::number::float_text;
-use super::value::{Items, Value, View};
+use super::value::{Function, Items, Value, View};
 
 /// `str(value)`.
 pub(in crate::data) fn text_of(value: &Value, limits: &Limits) -> Outcome<String> {
@@ -103,6 +103,14 @@ pub(super) fn repr(value: &Value, limits: &Limits, out: &mut String) -> Outcome<
             }
             None => out.push_str("<Macro anonymous>"),
         },
+        Value::Function(function) => out.push_str(match function {
+            Function::Range => "<class 'range'>",
+            Function::Dict => "<class 'dict'>",
+            Function::Cycler => "<class 'jinja2.utils.Cycler'>",
+            Function::Joiner => "<class 'jinja2.utils.Joiner'>",
+            Function::Namespace => "<class 'jinja2.utils.Namespace'>",
+            _ => "<function object>",
+        }),
         Value::Template => out.push_str("<TemplateReference None>"),
         // Python prints an address here, another one at every run.
         other => out.push_str(&format!("<{} object>", other.type_name())),

@@ -7,7 +7,7 @@ use super::compare::{items, length};
 use super::format::{format, pad};
 use super::lexer::is_space;
 use super::limits::{Limits, Outcome, fail};
-use super::operate::escaped;
+use super::operate::{escaped, escaped_inside};
 use super::print::is_printable;
 use super::value::{Dict, Value};
 
@@ -150,6 +150,12 @@ pub(super) fn call(value: &Value, name: &str, given: &Given, limits: &Limits) ->
             let size = width(given.bind(name, &["tabsize"], 0)?.int(0, 8)?, limits)?;
             limits.room(text.matches('\t').count().saturating_mul(size))?;
             made(expand_tabs(text, size))
+        }
+        "format" if is_markup => {
+            let positional = given.positional.iter().map(|value| escaped_inside(value, limits));
+            let named = given.named.iter().map(|(name, value)| Ok((name.clone(), escaped_inside(value, limits)?)));
+            let (positional, named) = (positional.collect::<Outcome<Vec<_>>>()?, named.collect::<Outcome<Vec<_>>>()?);
+            made(format(text, &positional, &named, limits)?)
         }
         "format" => made(format(text, &given.positional, &given.named, limits)?),
         "format_map" => match bind(&["mapping"], 1)?.value(0) {
@@ -341,8 +347,15 @@ fn title_case(letter: char) -> String {
         'Ǉ' | 'ǉ' => "ǈ".to_owned(),
         'Ǌ' | 'ǌ' => "ǋ".to_owned(),
         'Ǳ' | 'ǳ' => "ǲ".to_owned(),
-        'ß' => "Ss".to_owned(),
-        other => other.to_uppercase().collect(),
+        other => {
+            let upper: String = other.to_uppercase().collect();
+            // Ligatures of Latin letters start with one capital.
+            if upper.len() > 1 && upper.bytes().all(|letter| letter.is_ascii_alphabetic()) {
+                upper[..1].to_owned() + &upper[1..].to_lowercase()
+            } else {
+                upper
+            }
+        }
     }
 }
 
@@ -428,10 +441,11 @@ fn is(text: &str, name: &str) -> Option<bool> {
         "istitle" => {
             let (mut inside, mut any) = (false, false);
             for letter in text.chars() {
-                if letter.is_uppercase() && inside || letter.is_lowercase() && !inside {
+                let starts = letter.is_uppercase() || "ǅǈǋǲ".contains(letter);
+                if starts && inside || letter.is_lowercase() && !inside {
                     return Some(false);
                 }
-                inside = is_cased(letter);
+                inside = starts || letter.is_lowercase();
                 any |= inside;
             }
             any
