@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use specforge::decode::drafter::{DraftSampling, open};
 use specforge::export::eagle3::read;
 use specforge::export::{Engine, check, check_for, export};
-use specforge::models::{TargetModel, load_target};
+use specforge::models::load_target;
 use specforge::weights;
 use tch::{Kind, Tensor};
 
