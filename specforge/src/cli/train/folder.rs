@@ -47,6 +47,7 @@ const FREE: &[&str] = &[
     "train.save_every",
     "train.micro_batch_tokens",
     "train.chunk_mib",
+    "train.deterministic",
     // Where a run met more than it may skip, more may be allowed.
     "train.skip_non_finite",
     "train.output_dir",
