@@ -391,6 +391,29 @@ pub(super) mod tests {
         assert_eq!(template(text).prepare(&[], None).unwrap().render(0, false).unwrap(), "False True True False True");
     }
 
+    /// A template without end is no fault of one conversation: the error is fatal and names the file.
+    #[test]
+    fn a_template_without_end_is_refused_as_a_file() {
+        let endless = template("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}");
+        let error = endless.prepare(&dialogue(), None).unwrap().render(1, false).unwrap_err();
+        let message = error.to_string();
+        assert!(
+            message.contains("test.jinja: the chat template is not usable: it does not come to an end"),
+            "{message}"
+        );
+        assert!(!matches!(error, Error::Failed(_)) && error.hint().unwrap().contains("--chat-template"));
+    }
+
+    #[test]
+    fn line_ends_become_line_feeds() {
+        let render = |text: &str| template(text).prepare(&dialogue(), None).unwrap().render(3, false).unwrap();
+        let text = "a\n{% for m in messages %}\n{{ m.role }}\n{% endfor %}\nb\n";
+        let want = "a\nuser\nassistant\nuser\nb";
+        assert_eq!(render(text), want);
+        assert_eq!(render(&text.replace('\n', "\r\n")), want);
+        assert_eq!(render(&text.replace('\n', "\r")), want);
+    }
+
     #[test]
     fn arguments_are_objects_unless_the_template_takes_strings() {
         let call = |arguments: Json| {
