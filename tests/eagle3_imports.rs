@@ -354,7 +354,7 @@ fn an_embedding_that_comes_with_a_draft_is_compared_with_the_targets() {
             tensors.retain(|(name, _)| name != "embed_tokens.weight");
             tensors.push(("embed_tokens.weight".to_owned(), embedding));
         });
-        open::open(out.to_str(), None, (model.as_ref(), &target), DraftSampling::Greedy).unwrap().notes
+        open::open(out.to_str(), None, (model.as_ref(), target.as_path()), DraftSampling::Greedy).unwrap().notes
     };
     let own = model.embedding().to_kind(Kind::Half);
     assert_eq!(notes(own.copy()), Vec::<String>::new());
