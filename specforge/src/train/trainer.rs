@@ -217,7 +217,7 @@ impl<'a> Trainer<'a> {
             self.position.batch = 0;
         }
         let is_whole = self.position.step == self.total_steps && owed.is_nothing();
-        if is_whole && report.end.is_empty() {
+        if is_whole && self.position.step == first_step && report.end.is_empty() {
             // A resumed run that had nothing left to do. Its last evaluation is in the log already.
             self.parts.stop.set_answer(Answer::Finish("stopping: everything is saved"));
             report.end = self.measure(everything)?.unwrap_or_default();
