@@ -133,3 +133,23 @@ fn a_target_is_sampled_as_its_generation_config_says_unless_told_otherwise() {
     let words = "tokens are sampled: temperature 0.9, top-k 7, seed 5, repetition penalty 1.2";
     assert!(text.contains(words), "{text}");
 }
+
+/// The demo trains on what its target said: every answer has its tokens, and an end of turn only where there was one.
+#[test]
+fn the_demos_own_data_is_as_the_target_said_it() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/data/conversations.jsonl");
+    let rows: Vec<Value> =
+        fs::read_to_string(path).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let answers = answers(&rows);
+    assert_eq!((rows.len(), answers.len()), (420, 504));
+    for answer in &answers {
+        let ids: Vec<u64> = answer["token_ids"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap()).collect();
+        // 2 is SmolLM2's end of turn.
+        match answer["finish"].as_str().unwrap() {
+            "stop" => assert_eq!(ids.iter().position(|&id| id == 2), Some(ids.len() - 1), "{answer}"),
+            _ => assert!(ids.len() == 128 && !ids.contains(&2), "{answer}"),
+        }
+        assert_eq!(answer["vocabulary_hash"], answers[0]["vocabulary_hash"]);
+        assert!(answer["prompt_hash"].is_string());
+    }
+}
