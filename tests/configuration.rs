@@ -77,8 +77,8 @@ fn the_largest_model_that_is_accepted_can_be_planned() {
     let value = json!({
         "target": {"path": "/nowhere", "keep_hidden_states": true, "config": {
             "hidden_size": 1 << 20, "intermediate_size": 1 << 22, "num_hidden_layers": 10_000,
-            "num_attention_heads": 8192, "head_dim": 512, "vocab_size": i32::MAX,
-            "max_position_embeddings": i64::MAX,
+            "num_attention_heads": 8192, "head_dim": 512, "vocab_size": 1 << 22,
+            "max_position_embeddings": 1u64 << 40,
         }},
         "draft": {"algorithm": "medusa", "num_heads": 32, "num_layers": 32},
         "data": {"train": [concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")]},

@@ -74,7 +74,12 @@ pub fn source(shape: &Eagle3Shape, target: &Path, kind: Kind) -> Source {
         tensors.push(("d2t".to_owned(), Tensor::from_slice(&map.d2t())));
         tensors.push(("t2d".to_owned(), Tensor::from_slice(&map.t2d())));
     }
-    Source { description: json!({"draft": {}, "shape": shape}), tensors, target: target.to_path_buf(), kind: None }
+    Source {
+        description: json!({"draft": {"algorithm": "eagle3"}, "shape": shape}),
+        tensors,
+        target: target.to_path_buf(),
+        kind: None,
+    }
 }
 
 /// Shapes with every combination of flags, and the other choices spread over them.

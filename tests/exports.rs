@@ -124,7 +124,11 @@ const ORIGINAL_DAMAGES: &[Damage] = &[
         },
         &[ORIGINAL, "missing (1)", "1.0.linear.bias [32]"],
     ),
-    ("no tensor at all", |folder| change_tensors(&folder.join(ORIGINAL), Vec::clear), &[ORIGINAL, "missing (9)"]),
+    (
+        "no tensor at all",
+        |folder| change_tensors(&folder.join(ORIGINAL), Vec::clear),
+        &["the 0 tensors of medusa_lm_head.safetensors"],
+    ),
     (
         "surplus tensor",
         |folder| {
@@ -193,7 +197,11 @@ const ORIGINAL_DAMAGES: &[Damage] = &[
         |folder| change_config(folder, "medusa_num_heads", json!(2)),
         &["surplus", "2.0.linear"],
     ),
-    ("more layers in config.json", |folder| change_config(folder, "medusa_num_layers", json!(2)), &["0.1.linear"]),
+    (
+        "more layers in config.json",
+        |folder| change_config(folder, "medusa_num_layers", json!(2)),
+        &["expected as many heads and blocks as the 9 tensors"],
+    ),
     (
         "no heads",
         |folder| change_config(folder, "medusa_num_heads", json!(0)),

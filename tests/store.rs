@@ -426,11 +426,11 @@ fn captures_that_cannot_be_are_refused_and_change_nothing() {
     let mut named = specforge(&["capture", "--json", "--device", "cpu", "--shard-tokens", "600", "--config"]);
     assert_eq!(json_of(named.arg(workspace.config()))["tokens_captured"], 0);
 
-    // States that are not finite.
+    // States that are not finite, of weights that are.
     let mut tensors = model_tensors(&model_config(&json!({})));
     drop(tensors.last_mut().unwrap().1.get(0).fill_(1.0));
     let down = tensors.iter_mut().find(|(name, _)| name == "model.layers.0.mlp.down_proj.weight").unwrap();
-    drop(down.1.get(0).fill_(f64::INFINITY));
+    drop(down.1.get(0).fill_(3e38));
     weights::write_tensors(&workspace.path("model/model.safetensors"), &tensors, &[]).unwrap();
     let words = ["hidden state 1 of document `", "is not finite"];
     refused(&mut capture_command(&workspace, "infinite", &["--layers", "1"]), 1, &words);

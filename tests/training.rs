@@ -60,7 +60,7 @@ fn only_the_draft_is_trained_and_the_plan_knows_how_much() {
     assert!(contents(&workspace.path("model")) == before, "the target's files changed");
 }
 
-/// Logits of all rows at once would take 800 MB; the whole process stays far below.
+/// Logits of all rows at once would take 1.4 GB; the whole process stays far below.
 #[test]
 fn memory_does_not_grow_with_rows_times_vocabulary() {
     let vocabulary = 100_000;
@@ -71,8 +71,8 @@ fn memory_does_not_grow_with_rows_times_vocabulary() {
         .set("data.eval_fraction", 0.0)
         .set("data.supervise", "all")
         .set("train.max_steps", 1)
-        .set("train.batch_tokens", 2048)
-        .set("train.micro_batch_tokens", 2048)
+        .set("train.batch_tokens", 4096)
+        .set("train.micro_batch_tokens", 4096)
         .set("train.chunk_mib", 8);
     let mut child = workspace.train_command("run", &[]).spawn().unwrap();
     let status = format!("/proc/{}/status", child.id());
@@ -91,7 +91,7 @@ fn memory_does_not_grow_with_rows_times_vocabulary() {
     let rows = report["tokens"].as_u64().unwrap();
     let one_tensor = (rows * vocabulary * 4) >> 10;
     println!("peak {} MiB, {rows} tokens, rows x vocabulary {} MiB", peak >> 10, one_tensor >> 10);
-    assert!(rows > 1900, "{rows}");
+    assert!(rows > 3600, "{rows}");
     assert!(peak > 50 << 10, "VmHWM was not read");
     assert!(peak < one_tensor / 2, "peak {peak} KiB, rows x vocabulary {one_tensor} KiB");
 }

@@ -170,7 +170,7 @@ fn a_run_keeps_its_map_and_goes_on_with_no_other() {
     let output = output_of(&mut workspace.train_command("file", &["--resume", "--set", &moved]));
     assert_eq!(output.status.code(), Some(2));
     let message = stderr_of(&output);
-    assert!(message.contains("the data changed since this checkpoint: vocabulary was ") && message.contains("hint: "));
+    assert!(message.contains("the vocabulary map changed since this checkpoint: was ") && message.contains("hint: "));
 
     // Another corpus is a warning, not a refusal.
     fs::write(workspace.path("conversations.jsonl"), conversations(50)).unwrap();

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 use specforge::error::Result;
+use specforge::files::Digests;
 use specforge::features::store::manifest::StoreManifest;
 use specforge::features::store::reader::Store;
 
@@ -29,7 +30,7 @@ fn read() -> Result<()> {
 fn gather(folder: &Path) -> Result<()> {
     let manifest = StoreManifest::read(folder)?;
     let _ = manifest.differences(&manifest);
-    let store = Store::open(folder, &|_, _| {})?;
+    let store = Store::open(folder, &Digests::unnoted(), &|_, _| {})?;
     for (number, shard) in store.shards().iter().enumerate() {
         for document in 0..shard.len() {
             let ids: Vec<i64> =

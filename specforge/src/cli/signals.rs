@@ -4,7 +4,7 @@
 //! it goes on to a good end. Everywhere else nothing would be lost: unfinished files are removed and the process ends as
 //! the signal ends any process (a shell calls that exit code 130 or 143).
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -15,8 +15,16 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::stop::{Answer, Stop};
 
+/// What this process watches with: a program that runs several commands watches for all of them at once.
+static WATCH: Mutex<Option<Arc<Stop>>> = Mutex::new(None);
+
 /// Starts watching, once in a process. Until the first signal arrives nothing changes.
 pub(super) fn watch() -> Result<Arc<Stop>> {
+    let mut watch = WATCH.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(stop) = watch.as_ref() {
+        stop.set_answer(Stop::default().answer());
+        return Ok(Arc::clone(stop));
+    }
     let stop = Arc::new(Stop::default());
     for signal in [SIGINT, SIGTERM] {
         // Registered first, so that it acts on the second signal only.
@@ -28,14 +36,14 @@ pub(super) fn watch() -> Result<Arc<Stop>> {
     let mut arriving = Signals::new([SIGINT, SIGTERM]).map_err(failed)?;
     let wish = Arc::clone(&stop);
     let answer = move || {
-        if let Some(signal) = arriving.forever().next() {
-            if let Answer::EndNow(_) = wish.announce() {
-                end_by(signal);
-            }
+        if let Some(signal) = arriving.forever().next()
+            && let Answer::EndNow(_) = wish.announce()
+        {
+            end_by(signal);
         }
     };
     thread::Builder::new().name("signals".to_owned()).spawn(answer).map_err(failed)?;
-    Ok(stop)
+    Ok(Arc::clone(watch.insert(stop)))
 }
 
 fn failed(error: std::io::Error) -> Error {
@@ -47,6 +55,7 @@ pub(super) fn end_by(signal: i32) -> ! {
     files::abandon();
     let _ = low_level::emulate_default_handler(signal);
     // Where the system would not have it.
+    #[allow(clippy::exit)]
     std::process::exit(128 + signal)
 }
 

@@ -419,7 +419,7 @@ mod tests {
             assert!(found.iter().all(|(_, text)| is_one_value(text.as_bytes())), "{joined}");
         }
         assert_eq!(texts(&records.join("\r")).iter().map(|(line, _)| *line).collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6]);
-        assert_eq!(texts(&format!("{one}\r\n{two}")).iter().map(|(line, _)| *line).last(), Some(6));
+        assert_eq!(texts(&format!("{one}\r\n{two}")).iter().map(|(line, _)| *line).next_back(), Some(6));
     }
 
     #[test]

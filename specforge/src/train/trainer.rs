@@ -190,11 +190,11 @@ impl<'a> Trainer<'a> {
         let decodes = self.parts.decoding.0 > 0;
         let everything = Measurements { evaluation: true, decoding: decodes };
         self.parts.stop.set_answer(Answer::Finish("stopping: nothing to save yet"));
-        if first_step == 0 {
-            if let Some(start) = self.measure(everything)? {
-                self.log_evaluation(&start)?;
-                report.start = start;
-            }
+        if first_step == 0
+            && let Some(start) = self.measure(everything)?
+        {
+            self.log_evaluation(&start)?;
+            report.start = start;
         }
         self.is_stopped()?;
         if self.parts.writer.is_some() {
