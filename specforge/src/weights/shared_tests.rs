@@ -17,7 +17,7 @@ fn names() -> Vec<String> {
 
 /// A file of bfloat16 tensors; the wide one takes several pieces, and `shift` moves every element of both.
 fn write_weights(path: &Path, shift: f64) {
-    let tensors = [("narrow", vec![3, 5]), ("wide", vec![2500, 4001])].map(|(name, shape): (&str, Vec<i64>)| {
+    let tensors = [("narrow", vec![3, 5]), ("wide", vec![6000, 4001])].map(|(name, shape): (&str, Vec<i64>)| {
         let count = shape.iter().product::<i64>();
         let values = Tensor::arange(count, (Kind::Float, Device::Cpu)).remainder(1021.0) / 8.0 + shift;
         (name.to_owned(), values.to_kind(Kind::BFloat16).view(shape.as_slice()))
@@ -179,7 +179,8 @@ fn memory_of(count: usize, folder: &Path) -> i64 {
 fn processes_together_take_the_memory_of_one() {
     let folder = tempfile::tempdir().unwrap();
     write_weights(&folder.path().join("model.safetensors"), 0.0);
-    let size = 4 * (3 * 5 + 2500 * 4001) / 1024;
+    // Large beside what a process takes for its code and threads, of which it counts the pages that it touched first.
+    let size = 4 * (3 * 5 + 6000 * 4001) / 1024;
     let own = memory_of(2, folder.path());
     fs::create_dir(folder.path().join("copies")).unwrap();
     // These make the copy first; the one that does keeps its workspace for a while.
@@ -188,7 +189,5 @@ fn processes_together_take_the_memory_of_one() {
     println!("weights of {size} KiB: two processes for themselves {own} KiB; shared: one {alone}, three {shared}");
     assert!(own > 2 * size - size / 4, "{own}");
     assert!((alone - size).abs() < size / 4, "{alone}");
-    // Every process has a workspace of its own, as large as that of the one alone.
-    let shared = shared - 2 * (alone - size);
     assert!(shared > size - size / 4 && shared < 2 * size - size / 4, "{shared}");
 }
