@@ -86,7 +86,7 @@ fn worst(section: &Value, narrow: Kind, count: f64) -> (f64, String) {
         let cosine = got.dot(&want).double_value(&[]) / (length * wanted);
         assert!(wanted > 0.0, "{name} has no gradient");
         let off = (1.0 - cosine).max((length / wanted - 1.0).abs());
-        if !(off <= worst.0) {
+        if off.is_nan() || off > worst.0 {
             worst = (off, format!("{name}: cosine {cosine:.4}, length {:.4}", length / wanted));
         }
     }

@@ -27,6 +27,9 @@ use crate::fixture::{Workspace, litter, tensors_of};
 
 const SIGNAL: i32 = 15;
 
+/// The log of a run, which checkpoint is best with its figures, those of the last one, and all its numbers.
+type End = (Vec<Value>, Value, Value, Vec<(String, Vec<f32>)>);
+
 /// Counts what passes through it and asks the run to stop at one of them.
 struct Interrupting<'a> {
     inner: OnlineFeatures,
@@ -156,7 +159,7 @@ impl World {
     }
 
     /// What a run leaves: its log without what the clock decides, which checkpoint is best and its figures, and the last one.
-    fn end(&self, name: &str) -> (Vec<Value>, Value, Value, Vec<(String, Vec<f32>)>) {
+    fn end(&self, name: &str) -> End {
         let run = self.path(name);
         let read = |path: PathBuf| -> Value { serde_json::from_slice(&fs::read(path).unwrap()).unwrap() };
         let best = read(run.join("best.json"));

@@ -256,13 +256,13 @@ mod tests {
                 for batch in order.epoch(epoch).unwrap() {
                     let mut loads = Vec::new();
                     let mut dealt = 0;
-                    for rank in 0..world_size {
+                    for (rank, tokens) in tokens.iter_mut().enumerate() {
                         let own = order.micro_batches(&batch, rank, world_size).concat();
                         dealt += own.len();
                         loads.push(own.iter().map(|&document| lengths[document]).sum::<usize>());
                         for document in own {
                             assert_eq!(*owners[document].get_or_insert(rank), rank, "document {document}");
-                            tokens[rank] += lengths[document];
+                            *tokens += lengths[document];
                         }
                     }
                     assert_eq!(dealt, batch.len());

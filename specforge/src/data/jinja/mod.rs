@@ -57,6 +57,9 @@ pub(super) fn dumps(value: &serde_json::Value) -> Outcome<String> {
     print::text_of(&json::tojson(&Value::from_json(value)?, &given, &limits)?, &limits)
 }
 
+/// What went wrong, and on which line.
+type Located = (Box<Fault>, usize);
+
 /// Renders a template. `marks` are written around `{% generation %}` blocks. A failure comes with its line.
 pub(super) fn render(
     template: &Template,
@@ -64,7 +67,7 @@ pub(super) fn render(
     marks: Option<(&str, &str)>,
     limits: &Limits,
     day: Day,
-) -> Result<String, (Box<Fault>, usize)> {
+) -> Result<String, Located> {
     let mut machine = machine::Machine::new(template, context, limits, marks, day);
     match machine.run(&template.body) {
         Ok(_) => Ok(std::mem::take(&mut machine.out)),
@@ -80,7 +83,7 @@ pub(super) fn render_with_beginnings(
     wanted: Vec<(usize, bool)>,
     limits: &Limits,
     day: Day,
-) -> Result<(String, Option<Vec<Beginning>>), (Box<Fault>, usize)> {
+) -> Result<(String, Option<Vec<Beginning>>), Located> {
     let mut machine = machine::Machine::new(template, context, limits, None, day);
     let count = wanted.len();
     machine.watch = context.get("messages").map(|messages| watch::Watch::new(messages, wanted));

@@ -378,9 +378,11 @@ fn weights_of_a_folder_are_checked() {
     }
 }
 
+type NamedTensors = Vec<(String, Tensor)>;
+
 /// A folder of the small configuration with these tensors, opened as the loaders do it: whether the head is the embedding,
 /// and what is to be said.
-fn fitted(tied: bool, change: &dyn Fn(&mut Vec<(String, Tensor)>)) -> Result<(bool, Vec<String>)> {
+fn fitted(tied: bool, change: &dyn Fn(&mut NamedTensors)) -> Result<(bool, Vec<String>)> {
     let folder = tempfile::tempdir().unwrap();
     let config = LlamaConfig { tie_word_embeddings: tied, ..config() };
     let filled =
