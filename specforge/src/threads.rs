@@ -2,7 +2,7 @@
 //!
 //! libtorch computes on libgomp's threads. Between two pieces of work they wait by spinning, for up to 300 000 rounds:
 //! milliseconds in which a core that another process needs does nothing. Two trainings on one machine then took ten to
-//! thirty times as long as one, where two are their share. A thread that spins for [`SPIN_COUNT`] rounds still bridges
+//! thirty times as long as one, where two are their share. A thread that spins for `SPIN_COUNT` rounds still bridges
 //! the gap between two operators, and costs nothing on a quiet machine (`benchmarks/busy_machine`).
 //!
 //! libgomp reads its environment while it is loaded, so `main` comes too late, and setting the variable for child
@@ -31,7 +31,7 @@ unsafe extern "C" {
     fn readlink(path: *const c_char, buffer: *mut c_char, size: usize) -> isize;
 }
 
-/// Starts the program again with [`SPIN_COUNT`] in its environment, unless that says already how threads wait. Returns
+/// Starts the program again with `SPIN_COUNT` in its environment, unless that says already how threads wait. Returns
 /// where nothing has to be done, or where it cannot be done: then everything works as before, only not as fast beside
 /// others.
 ///

@@ -50,7 +50,7 @@ impl DataOrder {
     /// Gives every document an owner among `world_size` ranks.
     ///
     /// Longest first, each goes to the rank that has the fewest tokens in the batches that the document is in, those of
-    /// [`BALANCED_EPOCHS`] epochs together; of equal ones to the one with the fewest in all.
+    /// eight epochs together; of equal ones to the one with the fewest in all.
     pub fn with_owners(mut self, world_size: usize) -> Result<Self> {
         let epochs = (0..BALANCED_EPOCHS).map(|epoch| self.epoch(epoch)).collect::<Result<Vec<_>>>()?;
         // Batch of each document in each epoch, and tokens of each rank in each batch.
