@@ -17,14 +17,16 @@ impl Parser {
     }
 
     pub(super) fn target(&mut self, ends: &[&str], with_namespace: bool) -> Outcome<Target> {
-        let expression = self.tuple_of(ends, false, |parser| parser.simple_target(with_namespace))?;
-        Ok(expression)
+        self.targets((ends, false), with_namespace)
+    }
+
+    fn targets(&mut self, until: (&[&str], bool), with_namespace: bool) -> Outcome<Target> {
+        self.one_or_tuple(until, "a name", |parser| parser.simple_target(with_namespace), Target::Tuple)
     }
 
     fn simple_target(&mut self, with_namespace: bool) -> Outcome<Target> {
         if self.skip_sign("(") {
-            let inner =
-                self.deeper(|parser| parser.tuple_of(&[], true, |parser| parser.simple_target(with_namespace)))?;
+            let inner = self.deeper(|parser| parser.targets((&[], true), with_namespace))?;
             self.expect_sign(")")?;
             return Ok(inner);
         }
@@ -38,12 +40,15 @@ impl Parser {
         Ok(Target::Name(name))
     }
 
-    fn tuple_of(
+    /// One of something, or several with commas between them, which are a `tuple`. Nothing at all is one of none where that
+    /// is allowed.
+    fn one_or_tuple<T>(
         &mut self,
-        ends: &[&str],
-        may_be_empty: bool,
-        parse: impl Fn(&mut Self) -> Outcome<Target>,
-    ) -> Outcome<Target> {
+        (ends, may_be_empty): (&[&str], bool),
+        wanted: &str,
+        parse: impl Fn(&mut Self) -> Outcome<T>,
+        tuple: impl Fn(Vec<T>) -> T,
+    ) -> Outcome<T> {
         let mut parts = Vec::new();
         let mut is_tuple = false;
         loop {
@@ -64,10 +69,10 @@ impl Parser {
                 return Ok(only);
             }
             if !may_be_empty {
-                return self.fail(format!("expected a name, got {}", self.current().describe()));
+                return self.fail(format!("expected {wanted}, got {}", self.current().describe()));
             }
         }
-        Ok(Target::Tuple(parts))
+        Ok(tuple(parts))
     }
 
     fn is_tuple_end(&self, ends: &[&str]) -> bool {
@@ -77,30 +82,11 @@ impl Parser {
 
     /// One expression, or several with commas between them.
     pub(super) fn tuple(&mut self, with_condition: bool, ends: &[&str], may_be_empty: bool) -> Outcome<Expression> {
-        let mut parts = Vec::new();
-        let mut is_tuple = false;
-        loop {
-            if !parts.is_empty() {
-                self.expect_sign(",")?;
-            }
-            if self.is_tuple_end(ends) {
-                break;
-            }
-            parts.push(if with_condition { self.expression()? } else { self.deeper(Self::or)? });
-            if !self.is_sign(",") {
-                break;
-            }
-            is_tuple = true;
-        }
-        if !is_tuple {
-            if let Some(only) = parts.pop() {
-                return Ok(only);
-            }
-            if !may_be_empty {
-                return self.fail(format!("expected an expression, got {}", self.current().describe()));
-            }
-        }
-        Ok(Expression::Tuple(parts))
+        let parse = |parser: &mut Self| match with_condition {
+            true => parser.expression(),
+            false => parser.deeper(Self::or),
+        };
+        self.one_or_tuple((ends, may_be_empty), "an expression", parse, Expression::Tuple)
     }
 
     pub(super) fn expression(&mut self) -> Outcome<Expression> {
