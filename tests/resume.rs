@@ -245,3 +245,22 @@ fn a_run_may_grow_under_a_schedule_that_does_not_depend_on_its_length() {
         assert_same_end(&workspace.path(name), &workspace.path("undisturbed"));
     }
 }
+
+/// A part of a run that was killed after an owed evaluation and before its save leaves a row that the next part writes
+/// again: the log has it once.
+#[test]
+fn an_owed_evaluation_has_one_row_however_often_it_is_made_up_for() {
+    let workspace = workspace(600, 32);
+    workspace.train("run", &[]);
+    let run = workspace.path("run");
+    let before = metrics(&run);
+    let path = step_folder(&run, STEPS).join("manifest.json");
+    let mut manifest: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    manifest["owed"] = serde_json::json!({"evaluation": true, "decoding": false});
+    fs::write(&path, manifest.to_string()).unwrap();
+    workspace.train("run", &["--resume"]);
+    let evaluations =
+        |rows: &[Value]| rows.iter().filter(|row| row["eval/loss"].is_number()).cloned().collect::<Vec<_>>();
+    assert!(evaluations(&before).len() > 2);
+    assert_eq!(evaluations(&metrics(&run)), evaluations(&before));
+}
