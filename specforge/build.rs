@@ -70,7 +70,7 @@ fn main() {
     }
     // A kernel, which is nothing without its optimisation. Its threads are those of libtorch's own OpenMP library: a
     // second one would keep threads of its own, that wait by spinning.
-    let mut kernels = build(&["csrc/few_rows.cpp"], 3);
+    let mut kernels = build(&["csrc/few_rows.cpp", "csrc/crowd.cpp"], 3);
     let is_openmp = |name: &std::ffi::OsString| name.to_string_lossy().starts_with("libgomp");
     let entries = std::fs::read_dir(&library_dir).into_iter().flatten().flatten();
     let openmp = entries.map(|entry| entry.file_name()).find(is_openmp).map(|name| library_dir.join(name));

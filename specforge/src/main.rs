@@ -33,6 +33,7 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(refusal) => return refuse(&refusal),
     };
+    threads::watch_neighbours();
     // libtorch's operators panic where they fail (out of memory, say): such a panic is reported like any other error.
     panic::set_hook(Box::new(move |info| note_panic(info, with_backtrace)));
     let outcome = panic::catch_unwind(|| files::on_shrunk(report).and_then(|()| cli.run()));

@@ -1,23 +1,31 @@
-//! Threads that have nothing to do soon sleep, so that a process beside another costs its share and no more.
+//! How threads that have nothing to do wait, so that a process beside another costs its share and no more.
 //!
 //! libtorch computes on libgomp's threads. Between two pieces of work they wait by spinning, for up to 300 000 rounds:
 //! milliseconds in which a core that another process needs does nothing. Two trainings on one machine then took ten to
-//! thirty times as long as one, where two are their share. A thread that spins for `SPIN_COUNT` rounds still bridges
-//! the gap between two operators, and costs nothing on a quiet machine (`benchmarks/busy_machine`).
+//! thirty times as long as one, where two are their share. So the program watches whether somebody wants its cores
+//! (`neighbours`), and its threads spin only while nobody does.
 //!
-//! libgomp reads its environment while it is loaded, so `main` comes too late, and setting the variable for child
-//! processes alone would leave out the program itself. [`sleep_soon`] is called by the loader before any library
-//! starts, and runs the same program once more with the variable set.
+//! Where the kernel does not say who waits for cores, threads spin for `SPIN_COUNT` rounds and then sleep: enough for
+//! the gap between most operators. libgomp reads that from its environment while it is loaded, so `main` comes too late,
+//! and setting the variable for child processes alone would leave out the program itself. [`sleep_soon`] is called by the
+//! loader before any library starts, and runs the same program once more with the variable set.
+//!
+//! Whoever sets `GOMP_SPINCOUNT` or `OMP_WAIT_POLICY` has decided: neither is done then.
 
 use std::env;
 use std::ffi::{CStr, c_char, c_int};
 use std::ptr;
 
-/// Rounds that an idle thread of libgomp spins before it sleeps.
+mod neighbours;
+
+/// Rounds that an idle thread of libgomp spins before it sleeps, where nobody watches.
 const SPIN_COUNT: &CStr = c"GOMP_SPINCOUNT=1000";
 
 /// Variables that say how threads wait. Whoever sets one has decided.
-const SETTINGS: [&[u8]; 2] = [b"GOMP_SPINCOUNT=", b"OMP_WAIT_POLICY="];
+const SETTINGS: [&str; 2] = ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"];
+
+/// Where the kernel says how long this process waited for cores.
+const WAITED: &CStr = c"/proc/self/schedstat";
 
 /// Arguments after which nothing is computed: they are answered at once.
 const ANSWERED_AT_ONCE: [&[u8]; 4] = [b"--help", b"-h", b"--version", b"-V"];
@@ -26,14 +34,18 @@ const ANSWERED_AT_ONCE: [&[u8]; 4] = [b"--help", b"-h", b"--version", b"-V"];
 const MOST_VARIABLES: usize = 4096;
 const LONGEST_PATH: usize = 4096;
 
+/// `R_OK` of the C library.
+const READABLE: c_int = 4;
+
 unsafe extern "C" {
+    fn access(path: *const c_char, mode: c_int) -> c_int;
     fn execve(path: *const c_char, arguments: *const *const c_char, variables: *const *const c_char) -> c_int;
     fn readlink(path: *const c_char, buffer: *mut c_char, size: usize) -> isize;
 }
 
-/// Starts the program again with `SPIN_COUNT` in its environment, unless that says already how threads wait. Returns
-/// where nothing has to be done, or where it cannot be done: then everything works as before, only not as fast beside
-/// others.
+/// Where neighbours cannot be seen, starts the program again with `SPIN_COUNT` in its environment, unless that says
+/// already how threads wait. Returns where nothing has to be done, or where it cannot be done: then everything works as
+/// before, only not as fast beside others.
 ///
 /// For the section `.preinit_array` of a program, whose functions run before the start of every library, the C
 /// library's included: nothing here may allocate.
@@ -43,13 +55,16 @@ unsafe extern "C" {
 pub unsafe extern "C" fn sleep_soon(_count: c_int, arguments: *const *const c_char, environment: *const *const c_char) {
     // SAFETY: as this function's caller promises; the copies are as long as is checked, and end with null.
     unsafe {
+        if are_neighbours_seen() {
+            return;
+        }
         if entries(arguments).skip(1).any(|argument| ANSWERED_AT_ONCE.contains(&argument.to_bytes())) {
             return;
         }
         let mut variables = [ptr::null(); MOST_VARIABLES + 2];
         let mut count = 0;
         for variable in entries(environment) {
-            if SETTINGS.iter().any(|name| variable.to_bytes().starts_with(name)) || count == MOST_VARIABLES {
+            if SETTINGS.iter().any(|name| is_of(variable, name)) || count == MOST_VARIABLES {
                 return;
             }
             variables[count] = variable.as_ptr();
@@ -66,14 +81,37 @@ pub unsafe extern "C" fn sleep_soon(_count: c_int, arguments: *const *const c_ch
     }
 }
 
+/// Lets threads sleep while somebody else wants their cores, for as long as the process lives.
+pub fn watch_neighbours() {
+    if is_watched() {
+        neighbours::watch();
+    }
+}
+
+/// Whether threads wait as `neighbours` says.
+fn is_watched() -> bool {
+    SETTINGS.iter().all(|name| env::var_os(name).is_none()) && are_neighbours_seen()
+}
+
+fn are_neighbours_seen() -> bool {
+    // SAFETY: a C string, of which the system reads a name.
+    unsafe { access(WAITED.as_ptr(), READABLE) == 0 }
+}
+
 /// How idle threads wait, for people.
 pub fn waiting() -> String {
     let value = |name: &str| env::var(name).ok();
     match (value("GOMP_SPINCOUNT"), value("OMP_WAIT_POLICY")) {
         (Some(rounds), _) => format!("sleep after {rounds} rounds of spinning (GOMP_SPINCOUNT)"),
         (None, Some(policy)) => format!("wait as OMP_WAIT_POLICY={policy} says"),
+        (None, None) if is_watched() => "spin while nobody else wants their cores, and sleep while somebody does".to_owned(),
         (None, None) => "spin for milliseconds: slow beside other work".to_owned(),
     }
+}
+
+/// Whether a `NAME=VALUE` of the environment is this variable's.
+fn is_of(variable: &CStr, name: &str) -> bool {
+    variable.to_bytes().strip_prefix(name.as_bytes()).is_some_and(|rest| rest.first() == Some(&b'='))
 }
 
 /// The strings of an array that ends with null.

@@ -1,0 +1,153 @@
+//! Threads wait as the machine allows: by spinning while nobody else wants their cores, asleep while somebody does.
+//!
+//! A waiting thread that sleeps is woken through the kernel, which costs tens of microseconds, on a virtual machine more
+//! than a hundred, for each of the thousands of operators of a training step: up to a quarter of its time. One that
+//! spins holds a core that a neighbour wants, and a step takes three times as long beside a single busy process. So a
+//! thread of ours watches how long this process waits for cores, which the kernel counts, and tells libgomp.
+//!
+//! libgomp offers no call for it. It stops spinning by itself, though, while it has more threads than there are processors:
+//! a crowd of threads that sleep (csrc/crowd.cpp) makes it so for as long as neighbours are there.
+
+use std::fs;
+use std::sync::mpsc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+/// How often it is looked.
+const WINDOW: Duration = Duration::from_millis(50);
+
+/// Share of a window that threads of this process waited for a core, from which on there is a neighbour.
+const NEIGHBOUR: f64 = 0.1;
+
+/// Windows without a neighbour after which threads spin again: a second.
+const CALM: u32 = 20;
+
+unsafe extern "C" {
+    fn specforge_crowd() -> i32;
+}
+
+/// Starts to watch, for as long as the process lives.
+pub fn watch() {
+    // Without this thread everything works, only not as fast beside others.
+    let _ = thread::Builder::new().name("neighbours".to_owned()).spawn(|| {
+        let (mut judge, mut crowd) = (Judge::default(), None);
+        let mut before = waited();
+        loop {
+            thread::sleep(WINDOW);
+            let now = waited();
+            // A thread that ended takes its time with it.
+            let share = now.saturating_sub(before).as_secs_f64() / WINDOW.as_secs_f64();
+            before = now;
+            match (judge.has_neighbour(share), &crowd) {
+                (true, None) => crowd = Crowd::gather(),
+                (false, Some(_)) => crowd = None,
+                _ => (),
+            }
+        }
+    });
+}
+
+/// What the last windows say.
+#[derive(Debug, Default)]
+struct Judge {
+    /// Windows that a neighbour is still reckoned with.
+    left: u32,
+}
+
+impl Judge {
+    /// Whether somebody else wants our cores, after a window that was waited for this share of it.
+    fn has_neighbour(&mut self, share: f64) -> bool {
+        self.left = if share > NEIGHBOUR { CALM } else { self.left.saturating_sub(1) };
+        self.left > 0
+    }
+}
+
+/// Time that the threads of this process would have computed if there had been a core.
+fn waited() -> Duration {
+    let tasks = fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+    let nanoseconds = tasks.filter_map(|task| {
+        let text = fs::read_to_string(task.path().join("schedstat")).ok()?;
+        text.split(' ').nth(1)?.parse::<u64>().ok()
+    });
+    Duration::from_nanos(nanoseconds.sum())
+}
+
+/// Threads that sleep, too many for libgomp to spin.
+struct Crowd {
+    thread: Option<JoinHandle<()>>,
+    /// Its end ends the thread, and with it the team.
+    stay: Option<mpsc::Sender<()>>,
+}
+
+impl Crowd {
+    fn gather() -> Option<Self> {
+        let (stay, leave) = mpsc::channel::<()>();
+        let body = move || {
+            // SAFETY: takes nothing and starts threads of the calling thread's own.
+            unsafe { specforge_crowd() };
+            let _ = leave.recv();
+        };
+        let thread = thread::Builder::new().name("crowd".to_owned()).spawn(body).ok()?;
+        Some(Self { thread: Some(thread), stay: Some(stay) })
+    }
+}
+
+impl Drop for Crowd {
+    fn drop(&mut self) {
+        drop(self.stay.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_neighbour_is_reckoned_with_for_a_second() {
+        let mut judge = Judge::default();
+        assert!(!judge.has_neighbour(0.02));
+        assert!(judge.has_neighbour(0.5));
+        let calm = (1..).take_while(|_| judge.has_neighbour(0.0)).count();
+        assert_eq!(calm as u32, CALM - 1);
+        assert!(!judge.has_neighbour(NEIGHBOUR));
+    }
+
+    /// More threads than processors, or libgomp goes on spinning; and they leave when they are told.
+    #[test]
+    fn a_crowd_is_larger_than_the_machine_and_leaves() {
+        let threads = || fs::read_dir("/proc/self/task").map_or(0, |tasks| tasks.flatten().filter(is_of_crowd).count());
+        fn is_of_crowd(task: &fs::DirEntry) -> bool {
+            fs::read_to_string(task.path().join("comm")).is_ok_and(|name| name.trim() == "crowd")
+        }
+        let processors = thread::available_parallelism().unwrap().get();
+        let crowd = Crowd::gather().unwrap();
+        while threads() < processors + 1 {
+            thread::sleep(Duration::from_millis(1)); // a test that waits for ever is a test that fails
+        }
+        drop(crowd);
+        while threads() > 0 {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Threads that share one core wait for it, and the kernel says so.
+    #[test]
+    fn waiting_for_a_core_is_counted() {
+        let processors = thread::available_parallelism().unwrap().get();
+        let before = waited();
+        thread::scope(|scope| {
+            for _ in 0..2 * processors {
+                scope.spawn(|| {
+                    let until = std::time::Instant::now() + Duration::from_millis(200);
+                    while std::time::Instant::now() < until {
+                        std::hint::spin_loop();
+                    }
+                    assert!(waited() > before, "nobody waited for a core");
+                });
+            }
+        });
+    }
+}
