@@ -59,7 +59,7 @@ fn main() {
         build
     };
     // Calls into libtorch, which nothing makes faster here.
-    build(&["csrc/shim.cpp", "csrc/autograd.cpp"], 1).compile("specforge_shim");
+    build(&["csrc/shim.cpp", "csrc/autograd.cpp", "csrc/streams.cpp"], 1).compile("specforge_shim");
     // The distributed engine, whose declarations need Gloo's headers.
     let mut engine = cc::Build::new();
     engine.cpp(true).std("c++17").opt_level(1).warnings(false);

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
-use std::rc::Rc;
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use specforge::config::RunConfig;
 use specforge::data::{ChatTokenizer, PackedBatch, TokenCache, split};
 use specforge::dist::{BucketTime, ParallelConfig, ProcessGroup, Store};
 use specforge::draft::{self, DraftContext, DraftModel, Parameter};
+use specforge::features::store::Share;
 use specforge::features::{FeatureBatch, FeatureSource, OnlineFeatures, StoredFeatures};
 use specforge::files::Digests;
 use specforge::models::{self, Dimensions, TargetIdentity, TargetTables};
@@ -100,10 +101,12 @@ impl World {
             let tables = models::load_tables(path, kind, Device::Cpu).unwrap();
             let identity = TargetIdentity::read(path).unwrap();
             let (tokenizer, digests) = (self.tokenizer.fingerprint(), Digests::unnoted());
-            let stored = StoredFeatures::open(folder, &identity, &tables, tokenizer, &digests, &|_, _| ()).unwrap();
+            let stored =
+                StoredFeatures::open(folder, &identity, &tables, tokenizer, &digests, Share::WHOLE, &|_, _| ())
+                    .unwrap();
             return (tables, Box::new(stored));
         }
-        let target: Rc<dyn models::TargetModel> = models::load_target(path, kind, Device::Cpu).unwrap().into();
+        let target = models::load_target(path, kind, Device::Cpu).unwrap();
         let (tables, online) = (TargetTables::of(target.as_ref()), OnlineFeatures::new(target));
         match config.target.keep_hidden_states {
             true => (tables, Box::new(kept::Counted::new(online, &self.kept))),
@@ -329,7 +332,7 @@ fn summed(
     for (index, batch) in documents.iter().enumerate() {
         let seed = batch.documents[0].parse().unwrap();
         let hidden = vec![noise::normal(&[batch.ids.len() as i64, HIDDEN], 1.0, seed, 9)];
-        let features = FeatureBatch { batch, hidden };
+        let features = FeatureBatch { batch: Arc::new(batch.clone()), hidden };
         let is_last = index + 1 == documents.len();
         sums.add(is_last, |gradients| draft.accumulate(&features, counts, gradients)).unwrap();
     }

@@ -2,6 +2,7 @@
 //! throughout. Same loss and same gradients in float64, for random masks, packings, step counts, losses and shapes.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use serde_json::{Value, json};
 use specforge::data::PackedBatch;
@@ -270,7 +271,8 @@ fn loss_of(config: &Eagle3Config, own: &Tensor, reachable: &Tensor, log_draft: &
 fn sparse(draft: &Eagle3, batch: &PackedBatch, hidden: &[Tensor]) -> (Tally, Vec<Tensor>) {
     let zeros = |parameter: &Parameter| parameter.value.zeros_like().detach();
     let mut gradients: Vec<Tensor> = draft.parameters().iter().map(zeros).collect();
-    let features = FeatureBatch { batch, hidden: hidden.iter().map(Tensor::shallow_clone).collect() };
+    let features =
+        FeatureBatch { batch: Arc::new(batch.clone()), hidden: hidden.iter().map(Tensor::shallow_clone).collect() };
     let tally = draft.accumulate(&features, &draft.count_rows(batch), &mut Gradients::new(&mut gradients)).unwrap();
     (tally, gradients)
 }

@@ -1,6 +1,6 @@
 //! Invariants of Medusa training, in this process: accumulation, independence of packed documents, gradients.
 
-use std::rc::Rc;
+use std::sync::Arc;
 
 use serde_json::json;
 use specforge::data::PackedBatch;
@@ -45,7 +45,7 @@ impl Setup {
             let change = noise::normal(&parameter.value.size(), 0.05, 3, stream as u64);
             drop(parameter.value.shallow_clone().g_add_(&change.to_kind(kind)));
         }
-        Self { draft, source: OnlineFeatures::new(Rc::new(target)) }
+        Self { draft, source: OnlineFeatures::new(target) }
     }
 
     /// Gradients of an objective divided by `counts`, after one batch after another.
@@ -56,7 +56,7 @@ impl Setup {
         let tallies = batches
             .iter()
             .map(|batch| {
-                let features = self.source.features(batch, &self.draft.capture()).unwrap();
+                let features = self.source.features(Arc::new(batch.clone()), &self.draft.capture()).unwrap();
                 self.draft.accumulate(&features, counts, &mut Gradients::new(&mut gradients)).unwrap()
             })
             .collect();

@@ -1,6 +1,8 @@
 //! Gradients in float16 and bfloat16 are those of float32, however many rows the objective is divided by: a batch's share
 //! of a large step is no smaller a number for what is computed with it.
 
+use std::sync::Arc;
+
 use serde_json::{Value, json};
 use specforge::data::PackedBatch;
 use specforge::draft::{self, DraftContext, DraftModel, Gradients};
@@ -68,7 +70,7 @@ fn gradients(section: &Value, narrow: Kind, kind: Kind, count: f64) -> Vec<(Stri
     let batch = batch();
     let rows = batch.ids.len() as i64;
     let hidden = draft.capture().iter().map(|&layer| random(&[rows, HIDDEN], 1.0, 100 + layer as u64)).collect();
-    let features = FeatureBatch { batch: &batch, hidden };
+    let features = FeatureBatch { batch: Arc::new(batch.clone()), hidden };
     let counts = vec![count; draft.count_rows(&batch).len()];
     let mut totals = Gradients::zeros(draft.parameters()).unwrap();
     draft.accumulate(&features, &counts, &mut Gradients::new(&mut totals)).unwrap();

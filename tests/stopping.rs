@@ -6,7 +6,7 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
+use std::sync::Arc;
 
 use serde_json::{Value, json};
 use specforge::checkpoint::{self, CheckpointStore, Direction, Inputs, RetentionConfig, Versions};
@@ -15,7 +15,7 @@ use specforge::data::{PackedBatch, TokenCache, split};
 use specforge::dist::{ParallelConfig, ProcessGroup};
 use specforge::draft::{self, DraftContext, DraftModel};
 use specforge::error::Result;
-use specforge::features::{FeatureBatch, FeatureSource, OnlineFeatures};
+use specforge::features::{FeatureSource, OnlineFeatures, Pending};
 use specforge::models::{self, TargetTables};
 use specforge::stop::Stop;
 use specforge::tracking::Tracker;
@@ -24,6 +24,8 @@ use tch::{Device, Kind};
 
 use crate::data_parallel::on_ranks;
 use crate::fixture::{Workspace, litter, tensors_of};
+
+mod ahead;
 
 const SIGNAL: i32 = 15;
 
@@ -36,6 +38,7 @@ struct Interrupting<'a> {
     stop: &'a Stop,
     passed: &'a Cell<u64>,
     at: Option<u64>,
+    seen: &'a ahead::Seen,
 }
 
 impl Interrupting<'_> {
@@ -48,9 +51,14 @@ impl Interrupting<'_> {
 }
 
 impl FeatureSource for Interrupting<'_> {
-    fn features<'b>(&self, batch: &'b PackedBatch, capture: &[usize]) -> Result<FeatureBatch<'b>> {
-        self.pass();
-        self.inner.features(batch, capture)
+    fn begin(&self, batch: Arc<PackedBatch>, capture: &[usize]) -> Pending<'_> {
+        let number = self.seen.begun(&batch);
+        let inner = self.inner.begin(batch, capture);
+        Pending::later(move || {
+            self.pass();
+            self.seen.awaited(number)?;
+            inner.wait()
+        })
     }
 }
 
@@ -58,6 +66,8 @@ struct World {
     workspace: Workspace,
     config: RunConfig,
     cache: TokenCache,
+    /// What the source of a run without ranks saw.
+    seen: ahead::Seen,
 }
 
 impl World {
@@ -71,7 +81,7 @@ impl World {
         let config = RunConfig::from_value(&workspace.configuration).unwrap();
         let tokenizer = config.data.tokenizer(&config.target.path).unwrap();
         let cache = TokenCache::build_or_open(&config.data.train, &tokenizer, &config.data, &|_, _| ()).unwrap().0;
-        Self { workspace, config, cache }
+        Self { workspace, config, cache, seen: ahead::Seen::default() }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -87,13 +97,23 @@ impl World {
         decode_every: u64,
         stop: Option<(usize, u64)>,
     ) -> Vec<(TrainReport, u64)> {
+        let reports = self.try_train(name, ranks, decode_every, stop);
+        reports.into_iter().map(|(report, passed)| (report.unwrap(), passed)).collect()
+    }
+
+    fn try_train(
+        &self,
+        name: &str,
+        ranks: usize,
+        decode_every: u64,
+        stop: Option<(usize, u64)>,
+    ) -> Vec<(Result<TrainReport>, u64)> {
         let config = &self.config;
         let out = self.path(name);
         on_ranks(ranks, |group: &ProcessGroup| {
             tch::set_num_threads(1);
             specforge::progress::silence();
-            let target: Rc<dyn models::TargetModel> =
-                models::load_target(&config.target.path, Kind::Float, Device::Cpu).unwrap().into();
+            let target = models::load_target(&config.target.path, Kind::Float, Device::Cpu).unwrap();
             let tables = TargetTables::of(target.as_ref());
             let context = DraftContext {
                 target: tables.dimensions,
@@ -109,7 +129,8 @@ impl World {
             let wish = Stop::default();
             let passed = Cell::new(0);
             let at = stop.filter(|(rank, _)| *rank == group.rank()).map(|(_, at)| at);
-            let source = Interrupting { inner: OnlineFeatures::new(target), stop: &wish, passed: &passed, at };
+            let source =
+                Interrupting { inner: OnlineFeatures::new(target), stop: &wish, passed: &passed, at, seen: &self.seen };
             // Stands for a decode of two rounds: a figure that depends on the draft alone.
             let decoding = |draft: &dyn DraftModel| {
                 for _ in 0..2 {
@@ -153,7 +174,7 @@ impl World {
                 },
                 stop: &wish,
             };
-            let report = Trainer::new(parts, resumed.as_ref()).unwrap().run().unwrap();
+            let report = Trainer::new(parts, resumed.as_ref()).unwrap().run();
             (report, passed.get())
         })
     }

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
-use std::rc::Rc;
+use std::sync::Arc;
 
 use serde_json::{Value, json};
 use specforge::data::PackedBatch;
@@ -353,8 +353,8 @@ fn gradients_equal_a_full_vocabulary_cut_to_the_map() {
     for projection in ["own", "shared"] {
         let (draft, target) = heads(projection, Some(&map));
         let source_head = target.head().shallow_clone();
-        let source = OnlineFeatures::new(Rc::new(target));
-        let features: FeatureBatch<'_> = source.features(&batch, &draft.capture()).unwrap();
+        let source = OnlineFeatures::new(target);
+        let features: FeatureBatch = source.features(Arc::new(batch.clone()), &draft.capture()).unwrap();
         let counts = draft.count_rows(&batch);
         let zeros = |value: &Tensor| value.zeros_like().detach().set_requires_grad(false);
         let mut gradients: Vec<Tensor> = draft.parameters().iter().map(|parameter| zeros(&parameter.value)).collect();
@@ -416,8 +416,8 @@ fn a_map_of_all_tokens_changes_nothing() {
     let batch = batch(60);
     let outcome = |map: Option<&VocabMap>| {
         let (draft, target) = heads("own", map);
-        let source = OnlineFeatures::new(Rc::new(target));
-        let features = source.features(&batch, &draft.capture()).unwrap();
+        let source = OnlineFeatures::new(target);
+        let features = source.features(Arc::new(batch.clone()), &draft.capture()).unwrap();
         let zeros = |value: &Tensor| value.zeros_like().detach().set_requires_grad(false);
         let mut gradients: Vec<Tensor> = draft.parameters().iter().map(|parameter| zeros(&parameter.value)).collect();
         let tally =

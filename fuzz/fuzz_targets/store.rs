@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use specforge::error::Result;
 use specforge::files::Digests;
 use specforge::features::store::manifest::StoreManifest;
-use specforge::features::store::reader::Store;
+use specforge::features::store::reader::{Share, Store};
 
 fn read() -> Result<()> {
     let (path, folder) = (Path::new("store/store.json"), Path::new("store"));
@@ -30,7 +30,7 @@ fn read() -> Result<()> {
 fn gather(folder: &Path) -> Result<()> {
     let manifest = StoreManifest::read(folder)?;
     let _ = manifest.differences(&manifest);
-    let store = Store::open(folder, &Digests::unnoted(), &|_, _| {})?;
+    let store = Store::open(folder, &Digests::unnoted(), Share::WHOLE, &|_, _| {})?;
     for (number, shard) in store.shards().iter().enumerate() {
         for document in 0..shard.len() {
             let ids: Vec<i64> =

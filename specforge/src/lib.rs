@@ -11,6 +11,7 @@ pub mod memory;
 pub mod progress;
 pub mod shim;
 pub mod stop;
+pub mod streams;
 pub mod strict;
 pub mod threads;
 // L1: mathematics, files and data, processes; no model names

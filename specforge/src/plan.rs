@@ -62,8 +62,10 @@ pub struct Memory {
     pub gradients: u64,
     /// Hidden states kept for later epochs, in the host's memory.
     pub hidden_states: u64,
-    /// Working memory of one micro-batch, estimated.
+    /// Working memory of one micro-batch, and the states of those that are on their way, estimated.
     pub activations: u64,
+    /// The copy of a checkpoint that is being written, in the host's memory; on the first of several processes alone.
+    pub checkpoint: u64,
     /// Sum.
     pub total: u64,
 }
@@ -137,6 +139,7 @@ impl Plan {
         let loaded_parameters = if offline.is_some() { heads * embedding } else { target_parameters };
         let run_parameters = if offline.is_some() { 0 } else { target_parameters - heads * embedding };
         let weights = (loaded_parameters + size.trainable + size.frozen) * width;
+        let checkpoint_bytes = size.trainable * width + whole_optimizer;
         let memory = Memory {
             target: loaded_parameters * width,
             draft: (size.trainable + size.frozen) * width,
@@ -144,9 +147,9 @@ impl Plan {
             gradients,
             hidden_states,
             activations,
-            total: weights + optimizer + gradients + hidden_states + activations,
+            checkpoint: checkpoint_bytes,
+            total: weights + optimizer + gradients + hidden_states + activations + checkpoint_bytes,
         };
-        let checkpoint_bytes = size.trainable * width + whole_optimizer;
         let kept = (config.checkpoint.keep_last as u64).saturating_add(2);
         let operations_per_token = 2 * (run_parameters + size.row_multiply_adds);
         let evaluation = evaluation_plan(config, &counted, run_parameters as f64, size.row_multiply_adds as f64);
@@ -176,7 +179,9 @@ impl Plan {
 fn activations(config: &RunConfig, target: &LlamaConfig, captured: u64, width: u64) -> u64 {
     let tokens = config.train.micro_batch_tokens as u64;
     let per_token = 8 * target.hidden_size as u64 + 3 * target.intermediate_size as u64;
-    tokens * (per_token + captured * target.hidden_size as u64) * width + 3 * ((config.train.chunk_mib as u64) << 20)
+    let batches = 1 + config.train.prefetch as u64;
+    tokens * (per_token + batches * captured * target.hidden_size as u64) * width
+        + 3 * ((config.train.chunk_mib as u64) << 20)
 }
 
 /// Sizes of the target, from its folder or from the configuration. No weight is read.
@@ -302,6 +307,7 @@ impl fmt::Display for Plan {
             ("  optimizer", size(memory.optimizer)),
             ("  hidden", format!("{} of states kept, in the host's memory", size(memory.hidden_states))),
             ("  activations", format!("{} (estimated)", size(memory.activations))),
+            ("  checkpoint", format!("{} while one is written, in the host's memory", size(memory.checkpoint))),
             ("tokens", tokens),
             ("steps", self.steps.map_or_else(unknown, |steps| steps.to_string())),
             ("evaluation", self.evaluation.as_ref().map_or("none, or unknown".to_owned(), EvaluationPlan::to_string)),

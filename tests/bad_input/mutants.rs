@@ -19,7 +19,7 @@ use specforge::error::{Error, Result};
 use specforge::export;
 use specforge::features::store::manifest::{FORMAT_VERSION, LAYER_CONVENTION};
 use specforge::features::store::shard::{ShardWriter, file_name};
-use specforge::features::store::{Element, Store, StoreManifest};
+use specforge::features::store::{Element, Share, Store, StoreManifest};
 use specforge::files::Digests;
 use specforge::models::{TargetIdentity, TargetModel, load_target};
 use specforge::nn::noise;
@@ -390,7 +390,7 @@ fn subjects<'a>(root: &Path, target: &'a dyn TargetModel, target_path: &'a Path)
     let store = root.join("store");
     write_store(&store);
     let folder = store.clone();
-    let read = move || Store::open(&folder, &Digests::unnoted(), &|_, _| {}).map(drop);
+    let read = move || Store::open(&folder, &Digests::unnoted(), Share::WHOLE, &|_, _| {}).map(drop);
     add("store", store.join("store.json"), store, Kinds::Json, Box::new(read));
     let gguf = root.join("model.gguf");
     write_gguf(&gguf);

@@ -1,13 +1,12 @@
 //! Kept states over several ranks: every document is computed once in the whole run, by the one rank that keeps it.
 
 use std::collections::HashSet;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use serde_json::json;
 use specforge::config::RunConfig;
 use specforge::data::{PackedBatch, split};
-use specforge::error::Result;
-use specforge::features::{FeatureBatch, FeatureSource, OnlineFeatures, RememberedFeatures};
+use specforge::features::{FeatureSource, OnlineFeatures, Pending, RememberedFeatures};
 use specforge::plan::Plan;
 use tch::{Device, Kind};
 
@@ -32,8 +31,8 @@ impl<'a> Counted<'a> {
 }
 
 impl FeatureSource for Counted<'_> {
-    fn features<'a>(&self, batch: &'a PackedBatch, capture: &[usize]) -> Result<FeatureBatch<'a>> {
-        self.source.features(batch, capture)
+    fn begin(&self, batch: Arc<PackedBatch>, capture: &[usize]) -> Pending<'_> {
+        self.source.begin(batch, capture)
     }
 
     fn remembers(&self) -> bool {

@@ -5,6 +5,7 @@
 //! metrics, `grad.*` or `g.*` gradients; the metadata hold the draft's config.json.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 use specforge::data::PackedBatch;
@@ -34,9 +35,9 @@ struct Case {
 }
 
 impl Case {
-    fn features(&self) -> FeatureBatch<'_> {
+    fn features(&self) -> FeatureBatch {
         let hidden = self.hidden.iter().map(Tensor::shallow_clone).collect();
-        FeatureBatch { batch: &self.batch, hidden }
+        FeatureBatch { batch: Arc::new(self.batch.clone()), hidden }
     }
 
     /// Objective, metrics and gradients.

@@ -5,6 +5,7 @@
 //! the Medusa-1 loss.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use serde_json::json;
 use specforge::data::PackedBatch;
@@ -67,7 +68,8 @@ pub fn check(path: &Path) -> Result<String, String> {
         }
         Ok::<_, String>(draft)
     };
-    let features = FeatureBatch { batch: &batch, hidden: vec![hidden_states.reshape([-1, hidden_size])] };
+    let features =
+        FeatureBatch { batch: Arc::new(batch.clone()), hidden: vec![hidden_states.reshape([-1, hidden_size])] };
 
     // Medusa-1: logits row by row, losses head by head, every gradient.
     let draft = build(&vec![1.0; num_heads as usize])?;

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use specforge::nn::noise;
 
 use super::{launch_command, medusa};
-use crate::fixture::{Workspace, json_of, litter, output_of, stderr_of};
+use crate::fixture::{Workspace, json_of, litter, output_of, specforge, stderr_of};
 use crate::processes::{PATIENCE, children, is_alive, logged_step, signal, wait_for};
 
 const STEPS: u64 = 40;
@@ -201,6 +201,36 @@ fn a_signal_to_one_rank_stops_all() {
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(report["stopped_by"], 15);
     assert_eq!(stderr_of(&output).matches("stopping").count(), 1, "{}", stderr_of(&output));
+}
+
+/// Each rank checks its share of a store, and what one finds stops all before the first step, with that rank's message.
+#[test]
+fn a_damaged_shard_stops_all_whichever_rank_finds_it() {
+    let workspace = Workspace::new();
+    let store = workspace.path("store");
+    let mut capture = specforge(&["capture", "--json", "--device", "cpu", "--shard-tokens", "500", "--config"]);
+    let report = json_of(capture.arg(workspace.config()).arg("--out").arg(&store));
+    assert!(report["shards"].as_u64().unwrap() >= 3, "{report}");
+    let from_store = format!("target.feature_store={}", store.display());
+    for (shard, rank) in [(0, 0), (1, 1), (2, 0)] {
+        let name = format!("shard-{shard:05}.safetensors");
+        let whole = fs::read(store.join(&name)).unwrap();
+        let mut damaged = whole.clone();
+        let middle = damaged.len() / 2;
+        damaged[middle] ^= 1;
+        fs::write(store.join(&name), damaged).unwrap();
+        let run = format!("damaged-{shard}");
+        let output = output_of(&mut launch_command(&workspace, 2, &run, &["--set", &from_store]));
+        let message = stderr_of(&output);
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        let last = message.lines().rev().find(|line| line.starts_with("error: ")).unwrap();
+        assert!(last.contains(&format!("rank {rank}")) && last.contains("is damaged"), "{message}");
+        assert!(message.contains(&name), "{message}");
+        assert!(!workspace.path(&run).join("metrics.jsonl").exists());
+        fs::write(store.join(&name), whole).unwrap();
+    }
+    let report = json_of(&mut launch_command(&workspace, 2, "sound", &["--set", &from_store]));
+    assert_eq!(report["steps"], 4);
 }
 
 /// The disk fills while rank 0 saves: all ranks end, the message is that of the disk, the older checkpoint stays.

@@ -9,6 +9,7 @@
 //!   .lock           held by the run that writes here
 //! ```
 
+pub mod behind;
 pub mod choice;
 pub mod inputs;
 pub mod manifest;
@@ -16,6 +17,7 @@ pub mod retention;
 pub mod scan;
 pub mod store;
 
+pub use behind::{Saver, Tensors};
 pub use choice::Choice;
 pub use inputs::{Input, Inputs};
 pub use manifest::{Checkpoint, FileDigest, Manifest, Measurements, OpenWindow, Versions, read};

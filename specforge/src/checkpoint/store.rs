@@ -5,6 +5,7 @@ use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use tch::Tensor;
 
 use super::manifest::{FORMAT_VERSION, FileDigest, MANIFEST_FILE, MODEL_FILE, Manifest, OPTIMIZER_FILE};
@@ -12,7 +13,7 @@ use super::retention::RetentionConfig;
 use super::scan::{Scan, entries, folder_name, scan, step_folders};
 use crate::error::{Error, Result};
 use crate::files::{self, StagedDir};
-use crate::weights::write_tensors;
+use crate::weights::writer::write_tensors_seen;
 
 const BEST_FILE: &str = "best.json";
 const LOCK_FILE: &str = ".lock";
@@ -71,8 +72,14 @@ impl CheckpointStore {
         manifest.files.clear();
         for (name, tensors) in [(MODEL_FILE, model), (OPTIMIZER_FILE, optimizer)] {
             let file = staged.path().join(name);
-            write_tensors(&file, tensors, &[])?;
-            manifest.files.insert(name.to_owned(), FileDigest::of(&file)?);
+            // The digest is made on the way: a large file is never read again for it.
+            let (mut bytes, mut hasher) = (0, Sha256::new());
+            write_tensors_seen(&file, tensors, &[], &mut |piece| {
+                bytes += piece.len() as u64;
+                hasher.update(piece);
+            })?;
+            let sha256 = files::hexadecimal(&hasher.finalize());
+            manifest.files.insert(name.to_owned(), FileDigest { bytes, sha256 });
         }
         files::write_json(&staged.path().join(MANIFEST_FILE), &manifest)?;
         staged.commit()?;

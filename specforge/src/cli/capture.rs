@@ -1,7 +1,6 @@
 //! `specforge capture`
 
 use std::path::PathBuf;
-use std::rc::Rc;
 
 use clap::Args;
 use serde::Serialize;
@@ -16,7 +15,7 @@ use crate::features::OnlineFeatures;
 use crate::features::store::{Capture, CaptureReport, Element, LAYER_CONVENTION, Overview, StoreManifest};
 use crate::features::store::{capture, manifest};
 use crate::files::{self, Digests};
-use crate::models::{self, Dimensions, TargetIdentity};
+use crate::models::{self, Dimensions, SharedTarget, TargetIdentity};
 use crate::progress::Progress;
 use crate::stop::{Answer, Stop};
 
@@ -116,8 +115,9 @@ pub(super) fn run(args: &CaptureArgs, stop: &Stop, output: &Output) -> Result<()
 
     let kind = config.target.dtype.kind();
     let pack_tokens = config.train.micro_batch_tokens;
-    let target: Rc<dyn models::TargetModel> = models::load_target(&config.target.path, kind, device)?.into();
-    let source = OnlineFeatures::new(Rc::clone(&target));
+    let target = SharedTarget::from(models::load_target(&config.target.path, kind, device)?);
+    let head = target.in_use().head().shallow_clone();
+    let source = OnlineFeatures::new(target);
     let left = overview.tokens - overview.tokens_before;
     if left > 0 {
         let rate = capture.measure(&source, pack_tokens)?;
@@ -128,7 +128,7 @@ pub(super) fn run(args: &CaptureArgs, stop: &Stop, output: &Output) -> Result<()
         "stopping after this pack; whole shards stay, and the same command goes on from them",
     ));
     let progress = Progress::resumed("capture", overview.tokens, "tokens", overview.tokens_before);
-    let report = capture.run(&source, target.head(), pack_tokens, stop.arrived(), &|done| progress.set(done, ""))?;
+    let report = capture.run(&source, &head, pack_tokens, stop.arrived(), &|done| progress.set(done, ""))?;
     progress.finish(if report.complete { "done" } else { "stopped; run the same command again to go on" });
     let stopped_by = Some(stop.asked()).filter(|_| !report.complete);
     let tokens_per_second = report.tokens_captured as f64 / report.seconds.max(1e-9);

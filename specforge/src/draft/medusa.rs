@@ -249,7 +249,7 @@ impl Medusa {
     /// One pass over all heads; gradients are added where a buffer is given.
     fn run(
         &self,
-        features: &FeatureBatch<'_>,
+        features: &FeatureBatch,
         global_counts: &[f64],
         mut gradients: Option<&mut Gradients<'_>>,
     ) -> Result<Tally> {
@@ -261,7 +261,7 @@ impl Medusa {
         // Whether heads 0 ..= k were all right, for each row of the batch.
         let mut chain = Tensor::ones([hidden.size()[0]], (Kind::Bool, device));
         for (head, weight) in self.config.weights().into_iter().enumerate() {
-            let trained = self.rows(features.batch, head);
+            let trained = self.rows(&features.batch, head);
             counts.extend([trained.rows.len() as f64; METRICS.len()]);
             let named = self.named(trained);
             let rows = device::upload(&named.rows, device)?;
@@ -362,14 +362,14 @@ impl DraftModel for Medusa {
 
     fn accumulate(
         &self,
-        features: &FeatureBatch<'_>,
+        features: &FeatureBatch,
         global_counts: &[f64],
         gradients: &mut Gradients<'_>,
     ) -> Result<Tally> {
         self.run(features, global_counts, Some(gradients))
     }
 
-    fn evaluate(&self, features: &FeatureBatch<'_>, global_counts: &[f64]) -> Result<Tally> {
+    fn evaluate(&self, features: &FeatureBatch, global_counts: &[f64]) -> Result<Tally> {
         self.run(features, global_counts, None)
     }
 

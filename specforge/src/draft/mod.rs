@@ -64,12 +64,12 @@ pub trait DraftModel {
     /// divided by `global_counts`, and announces each one as soon as it is complete.
     fn accumulate(
         &self,
-        features: &FeatureBatch<'_>,
+        features: &FeatureBatch,
         global_counts: &[f64],
         gradients: &mut Gradients<'_>,
     ) -> Result<Tally>;
     /// Objective and metrics without gradients.
-    fn evaluate(&self, features: &FeatureBatch<'_>, global_counts: &[f64]) -> Result<Tally>;
+    fn evaluate(&self, features: &FeatureBatch, global_counts: &[f64]) -> Result<Tally>;
     /// What a checkpoint must hold to rebuild this draft without the training configuration.
     fn description(&self) -> Value;
     /// Tensors of the draft's own that are not trained and that a checkpoint must hold too.

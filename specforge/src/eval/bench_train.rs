@@ -4,6 +4,7 @@
 //! another program can time the same work (`benchmarks/eagle3_step_vs_specforge`).
 
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Instant;
 
 use serde::Serialize;
@@ -127,7 +128,7 @@ pub fn run(options: &BenchTrainOptions) -> Result<BenchTrainReport> {
     let capture = draft.capture();
     let rows = documents * tokens;
     let hidden = (0..capture.len() as u64).map(|index| random(&[rows, target.hidden_size], 10 + index));
-    let features = FeatureBatch { batch: &batch, hidden: hidden.collect::<Result<_>>()? };
+    let features = FeatureBatch { batch: Arc::new(batch), hidden: hidden.collect::<Result<_>>()? };
     let mut session = Session::new(draft.as_ref(), &features)?;
     if let Device::Cuda(index) = device {
         shim::reset_cuda_peak(index)?;
@@ -186,7 +187,7 @@ fn made_up(shape: BatchShape, supervised: f64, vocab_size: i64) -> PackedBatch {
 
 struct Session<'a> {
     draft: &'a dyn DraftModel,
-    features: &'a FeatureBatch<'a>,
+    features: &'a FeatureBatch,
     optimizer: AdamW<'static>,
     gradients: Vec<Tensor>,
     counts: Vec<f64>,
@@ -194,14 +195,14 @@ struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    fn new(draft: &'a dyn DraftModel, features: &'a FeatureBatch<'a>) -> Result<Self> {
+    fn new(draft: &'a dyn DraftModel, features: &'a FeatureBatch) -> Result<Self> {
         let slots = draft.parameters().iter().map(|parameter| {
             let group = if parameter.decay { Group::Decay } else { Group::NoDecay };
             ParameterSlot { group, ..ParameterSlot::new(&parameter.name, parameter.value.shallow_clone()) }
         });
         let optimizer = AdamW::new(slots.collect(), &OptimConfig::default(), ProcessGroup::SINGLE, false)?;
         let gradients = Gradients::zeros(draft.parameters())?;
-        let counts = draft.count_rows(features.batch);
+        let counts = draft.count_rows(&features.batch);
         Ok(Self { draft, features, optimizer, gradients, counts, loss: f64::NAN })
     }
 

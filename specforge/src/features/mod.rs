@@ -3,6 +3,11 @@
 //! Whether the target runs in the loop (`online`), its states are kept from an earlier epoch (`remembered`) or were
 //! written to disk before (`store`, `stored`) is invisible behind [`FeatureSource`]: the trainer and the drafts see
 //! [`FeatureBatch`] alone.
+//!
+//! Features are asked for with [`FeatureSource::begin`] and awaited with [`Pending::wait`]. What lies between the two is
+//! the source's business: a thread that reads (`worker`), or nothing at all where whoever waits computes them.
+
+use std::sync::Arc;
 
 use tch::Tensor;
 
@@ -10,27 +15,36 @@ use crate::data::PackedBatch;
 use crate::error::Result;
 
 pub mod online;
+mod page_locked;
+pub mod pending;
 pub mod remembered;
 pub mod store;
 pub mod stored;
+mod worker;
 
 pub use online::OnlineFeatures;
+pub use pending::Pending;
 pub use remembered::RememberedFeatures;
 pub use stored::StoredFeatures;
 
 /// One packed batch with the target's hidden states. `T` counts the tokens of all its documents.
 #[derive(Debug)]
-pub struct FeatureBatch<'a> {
+pub struct FeatureBatch {
     /// Tokens, supervision and document boundaries, on the host.
-    pub batch: &'a PackedBatch,
+    pub batch: Arc<PackedBatch>,
     /// One `[T, H]` for each captured index, in the order the draft asked for.
     pub hidden: Vec<Tensor>,
 }
 
 /// Where features come from.
 pub trait FeatureSource {
-    /// The hidden states of a batch, by Hugging Face's `hidden_states` index.
-    fn features<'a>(&self, batch: &'a PackedBatch, capture: &[usize]) -> Result<FeatureBatch<'a>>;
+    /// Asks for the hidden states of a batch, by Hugging Face's `hidden_states` index. What goes wrong is an error of
+    /// [`Pending::wait`]. What was asked for first is made first; what nobody awaits is dropped with its [`Pending`].
+    fn begin(&self, batch: Arc<PackedBatch>, capture: &[usize]) -> Pending<'_>;
+    /// The hidden states of a batch, at once.
+    fn features(&self, batch: Arc<PackedBatch>, capture: &[usize]) -> Result<FeatureBatch> {
+        self.begin(batch, capture).wait()
+    }
     /// Whether a document costs less the second time, so that it should always come to the same rank.
     fn remembers(&self) -> bool {
         false

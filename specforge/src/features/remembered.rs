@@ -6,13 +6,14 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use tch::{Device, Tensor};
 
-use super::{FeatureBatch, FeatureSource};
+use super::{FeatureBatch, FeatureSource, Pending};
 use crate::data::PackedBatch;
 use crate::device;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Page-locked memory is taken in pieces of this size.
 const BLOCK_BYTES: usize = 64 << 20;
@@ -54,22 +55,39 @@ impl<Source: FeatureSource> RememberedFeatures<Source> {
         self.computed.get()
     }
 
-    /// States of one document, on the device.
-    fn of(&self, alone: &PackedBatch, capture: &[usize]) -> Result<Vec<Tensor>> {
-        if let Some(states) = self.documents.borrow().get(&alone.ids) {
-            return states.iter().map(|states| fetch(states, self.device)).collect();
+    /// States of one document that are kept, on the device.
+    fn kept(&self, ids: &[i64]) -> Option<Result<Vec<Tensor>>> {
+        let documents = self.documents.borrow();
+        let states = documents.get(ids)?;
+        Some(states.iter().map(|states| fetch(states, self.device)).collect())
+    }
+
+    /// States of one document, on the device: those that are kept, or those that were asked for.
+    fn of(&self, Asked { ids, pending }: Asked<'_>) -> Result<Vec<Tensor>> {
+        // They may have been kept since they were asked for.
+        if let Some(states) = self.kept(&ids) {
+            return states;
         }
-        let states = self.source.features(alone, capture)?.hidden;
+        let Some(pending) = pending else {
+            return Err(Error::Failed("states of a document that was kept are not there any more".to_owned()));
+        };
+        let states = pending.wait()?.hidden;
         self.computed.set(self.computed.get() + 1);
         let bytes: usize = states.iter().map(|states| states.numel() * states.kind().elt_size_in_bytes()).sum();
         if self.held.get().saturating_add(bytes as u64) <= self.limit {
             let mut shelf = self.shelf.borrow_mut();
             let kept = states.iter().map(|states| shelf.keep(states)).collect::<Result<_>>()?;
-            self.documents.borrow_mut().insert(alone.ids.clone(), kept);
+            self.documents.borrow_mut().insert(ids, kept);
             self.held.set(self.held.get() + bytes as u64);
         }
         Ok(states)
     }
+}
+
+/// A document and, where it was not kept when it was asked for, its states on their way.
+struct Asked<'a> {
+    ids: Vec<i64>,
+    pending: Option<Pending<'a>>,
 }
 
 /// Kept states where they are wanted; from page-locked memory, that takes its turn and nobody waits.
@@ -81,14 +99,22 @@ fn fetch(states: &Tensor, device: Device) -> Result<Tensor> {
 }
 
 impl<Source: FeatureSource> FeatureSource for RememberedFeatures<Source> {
-    fn features<'a>(&self, batch: &'a PackedBatch, capture: &[usize]) -> Result<FeatureBatch<'a>> {
-        let mut parts: Vec<Vec<Tensor>> = capture.iter().map(|_| Vec::new()).collect();
-        for alone in batch.each() {
-            let states = self.of(&alone, capture)?;
-            parts.iter_mut().zip(states).for_each(|(part, states)| part.push(states));
-        }
-        let hidden = parts.iter().map(|part| Ok(Tensor::f_cat(part, 0)?)).collect::<Result<_>>()?; // [T, H]
-        Ok(FeatureBatch { batch, hidden })
+    fn begin(&self, batch: Arc<PackedBatch>, capture: &[usize]) -> Pending<'_> {
+        let ask = |alone: PackedBatch| {
+            let ids = alone.ids.clone();
+            let is_kept = self.documents.borrow().contains_key(&ids);
+            Asked { ids, pending: (!is_kept).then(|| self.source.begin(Arc::new(alone), capture)) }
+        };
+        let (asked, states): (Vec<Asked<'_>>, usize) = (batch.each().map(ask).collect(), capture.len());
+        Pending::later(move || {
+            let mut parts: Vec<Vec<Tensor>> = (0..states).map(|_| Vec::new()).collect();
+            for document in asked {
+                let states = self.of(document)?;
+                parts.iter_mut().zip(states).for_each(|(part, states)| part.push(states));
+            }
+            let hidden = parts.iter().map(|part| Ok(Tensor::f_cat(part, 0)?)).collect::<Result<_>>()?; // [T, H]
+            Ok(FeatureBatch { batch, hidden })
+        })
     }
 
     fn remembers(&self) -> bool {
@@ -147,34 +173,38 @@ mod tests {
     struct Numbered(Cell<i64>);
 
     impl FeatureSource for Numbered {
-        fn features<'a>(&self, batch: &'a PackedBatch, capture: &[usize]) -> Result<FeatureBatch<'a>> {
-            self.0.set(self.0.get() + 1);
-            let rows = batch.ids.len() as i64;
-            let states = |&index: &usize| {
-                let column = |value: f64| Tensor::full([rows, 1], value, (Kind::Float, Device::Cpu));
-                let ids = Tensor::from_slice(&batch.ids).to_kind(Kind::Float).unsqueeze(1);
-                Tensor::cat(&[ids, column(index as f64), column(self.0.get() as f64)], 1)
-            };
-            Ok(FeatureBatch { batch, hidden: capture.iter().map(states).collect() })
+        fn begin(&self, batch: Arc<PackedBatch>, capture: &[usize]) -> Pending<'_> {
+            let capture = capture.to_vec();
+            Pending::later(move || {
+                self.0.set(self.0.get() + 1);
+                let rows = batch.ids.len() as i64;
+                let states = |&index: &usize| {
+                    let column = |value: f64| Tensor::full([rows, 1], value, (Kind::Float, Device::Cpu));
+                    let ids = Tensor::from_slice(&batch.ids).to_kind(Kind::Float).unsqueeze(1);
+                    Tensor::cat(&[ids, column(index as f64), column(self.0.get() as f64)], 1)
+                };
+                let hidden = capture.iter().map(states).collect();
+                Ok(FeatureBatch { batch, hidden })
+            })
         }
     }
 
-    fn pack(documents: &[&[i64]]) -> PackedBatch {
+    fn pack(documents: &[&[i64]]) -> Arc<PackedBatch> {
         let ids = documents.concat();
-        PackedBatch {
+        Arc::new(PackedBatch {
             positions: documents.iter().flat_map(|document| 0..document.len() as i64).collect(),
             supervised: vec![true; ids.len()],
             lengths: documents.iter().map(|document| document.len() as i64).collect(),
             documents: documents.iter().map(|document| format!("{document:?}")).collect(),
             ids,
-        }
+        })
     }
 
     #[test]
     fn each_document_is_computed_once_and_alone() {
         let source = RememberedFeatures::new(Numbered(Cell::new(0)), Device::Cpu, u64::MAX);
         let (a, b, c): (&[i64], &[i64], &[i64]) = (&[1, 2], &[3], &[4, 5, 6]);
-        let rows = |batch: &PackedBatch| {
+        let rows = |batch: Arc<PackedBatch>| {
             let features = source.features(batch, &[7, 9]).unwrap();
             features
                 .hidden
@@ -182,12 +212,24 @@ mod tests {
                 .map(|states| Vec::<f32>::try_from(states.flatten(0, -1)).unwrap())
                 .collect::<Vec<_>>()
         };
-        assert_eq!(rows(&pack(&[a, b]))[0], [1., 7., 1., 2., 7., 1., 3., 7., 2.]);
-        let later = rows(&pack(&[b, c, a]));
+        assert_eq!(rows(pack(&[a, b]))[0], [1., 7., 1., 2., 7., 1., 3., 7., 2.]);
+        let later = rows(pack(&[b, c, a]));
         assert_eq!(later[0], [3., 7., 2., 4., 7., 3., 5., 7., 3., 6., 7., 3., 1., 7., 1., 2., 7., 1.]);
         assert_eq!(later[1][..3], [3., 9., 2.]);
         assert_eq!((source.source.0.get(), source.computed()), (3, 3));
         assert_eq!(source.held(), 6 * 2 * 3 * 4); // tokens, captured states, columns, bytes
+    }
+
+    /// A document that two batches on their way have in common is computed for the first of them alone.
+    #[test]
+    fn batches_on_their_way_share_what_is_kept_meanwhile() {
+        let source = RememberedFeatures::new(Numbered(Cell::new(0)), Device::Cpu, u64::MAX);
+        let (a, b): (&[i64], &[i64]) = (&[1, 2], &[3]);
+        let (first, second) = (source.begin(pack(&[a]), &[7]), source.begin(pack(&[b, a]), &[7]));
+        assert_eq!(source.computed(), 0);
+        first.wait().unwrap();
+        second.wait().unwrap();
+        assert_eq!((source.computed(), source.held()), (2, 3 * 3 * 4));
     }
 
     /// What finds no room is computed each time, and everything else is not.
@@ -197,11 +239,11 @@ mod tests {
         // Room for three tokens: the first and the last document.
         let source = RememberedFeatures::new(Numbered(Cell::new(0)), Device::Cpu, 3 * 3 * 4);
         for computed in [3, 4, 5] {
-            source.features(&pack(&[a, b, c]), &[7]).unwrap();
+            source.features(pack(&[a, b, c]), &[7]).unwrap();
             assert_eq!((source.computed(), source.held()), (computed, 3 * 3 * 4));
         }
         let nothing = RememberedFeatures::new(Numbered(Cell::new(0)), Device::Cpu, 0);
-        nothing.features(&pack(&[a]), &[7]).unwrap();
+        nothing.features(pack(&[a]), &[7]).unwrap();
         assert_eq!((nothing.computed(), nothing.held()), (1, 0));
     }
 

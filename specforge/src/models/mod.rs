@@ -15,9 +15,11 @@ use crate::weights::{SharedCopies, WeightsFolder};
 pub mod identity;
 pub mod limits;
 pub mod llama;
+pub mod shared_target;
 
 pub use identity::TargetIdentity;
 pub use llama::{LlamaConfig, LlamaTarget};
+pub use shared_target::{SharedTarget, TargetInUse};
 
 /// Which rows get logits. Rows count over the flattened batch: row `b * T + t`.
 #[derive(Debug)]
@@ -55,8 +57,8 @@ pub struct ForwardOutput {
     pub logits: Option<Tensor>,
 }
 
-/// A model that drafts are trained for.
-pub trait TargetModel {
+/// A model that drafts are trained for. It may run on another thread than the one that loaded it.
+pub trait TargetModel: Send {
     /// Sizes the rest of the program needs.
     fn dimensions(&self) -> Dimensions;
     /// An empty cache for `rows` sequences with room for `capacity` tokens each.

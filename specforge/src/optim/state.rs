@@ -39,6 +39,11 @@ impl AdamW<'_> {
         Ok(state)
     }
 
+    /// Whether [`AdamW::state`] gives the live tensors, and not copies.
+    pub fn state_is_live(&self) -> bool {
+        !self.sharded
+    }
+
     /// Takes over what [`AdamW::state`] gave on any number of ranks, bit for bit. Masters reach the model; values that
     /// are their own masters have to be restored from the model's file.
     ///

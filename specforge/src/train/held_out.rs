@@ -1,7 +1,9 @@
 //! Evaluation on held-out documents. They are packed and counted once; the ranks take the micro-batches in turn.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
+use super::ahead::Ahead;
 use super::metrics::Window;
 use super::order::DataOrder;
 use super::parts::Split;
@@ -14,7 +16,7 @@ use crate::features::FeatureSource;
 /// The held-out documents of a rank.
 pub(super) struct HeldOut {
     /// Micro-batches of this rank.
-    own: Vec<PackedBatch>,
+    own: Vec<Arc<PackedBatch>>,
     /// Micro-batches of the rank that has most.
     rounds: usize,
     /// Trained rows of each loss term, over the micro-batches of all ranks.
@@ -48,11 +50,11 @@ impl HeldOut {
     }
 
     /// The draft's metrics on all documents; `None` where `stopped` said so before they were through. Every rank must call
-    /// this, and `stopped` must say the same on all.
+    /// this, and `stopped` must say the same on all. Features of `prefetch` micro-batches are on their way meanwhile.
     pub(super) fn evaluate(
         &self,
         draft: &dyn DraftModel,
-        source: &dyn FeatureSource,
+        (source, prefetch): (&dyn FeatureSource, usize),
         group: &ProcessGroup,
         mut stopped: impl FnMut() -> Result<bool>,
     ) -> Result<Option<BTreeMap<String, f64>>> {
@@ -60,13 +62,13 @@ impl HeldOut {
             return Ok(Some(BTreeMap::new()));
         }
         let mut window = Window::default();
+        let mut ahead = Ahead::new(source, draft.capture(), prefetch);
         for round in 0..self.rounds {
             if stopped()? {
                 return Ok(None);
             }
-            if let Some(part) = self.own.get(round) {
-                let features = source.features(part, &draft.capture())?;
-                window.add(&draft.evaluate(&features, &self.counts)?);
+            if let Some(features) = ahead.take(round..self.own.len(), |&part| Arc::clone(&self.own[part])) {
+                window.add(&draft.evaluate(&features.wait()?, &self.counts)?);
             }
         }
         Ok(Some(window.take(draft, group)?.into_iter().collect()))

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 
 pub mod agreement;
+mod ahead;
 pub mod continuation;
 mod finite;
 pub mod gradient_sums;
@@ -18,6 +19,7 @@ mod held_out;
 pub mod metrics;
 pub mod order;
 pub mod parts;
+pub mod report;
 pub mod seconds;
 pub mod trainer;
 
@@ -28,8 +30,12 @@ pub use continuation::{Place, is_on_the_way, same_learning_rates};
 pub use gradient_sums::GradientSums;
 pub use order::DataOrder;
 pub use parts::{Provenance, Split, TrainerParts, Writer};
+pub use report::TrainReport;
 pub use seconds::Seconds;
-pub use trainer::{TrainReport, Trainer};
+pub use trainer::Trainer;
+
+/// More micro-batches than these would fill the memory for nothing: one is enough to keep a device busy.
+const MOST_PREFETCHED: usize = 16;
 
 /// Whoever loses more steps than this has another problem; the optimizer keeps a list of that length.
 const MOST_SKIPPED: u64 = 10_000;
@@ -60,6 +66,8 @@ pub struct TrainConfig {
     pub chunk_mib: usize,
     /// Whether a GPU has to compute the same bits every time, which takes longer. A CPU does anyway.
     pub deterministic: bool,
+    /// Micro-batches whose hidden states are fetched while another is trained on; 0 fetches each when its turn comes.
+    pub prefetch: usize,
     /// Steps with a loss or a gradient that is not finite that a run passes over before it ends at the next one.
     pub skip_non_finite: u64,
 }
@@ -78,6 +86,7 @@ impl Default for TrainConfig {
             save_every: 200,
             chunk_mib: 64,
             deterministic: false,
+            prefetch: 1,
             skip_non_finite: 0,
         }
     }
@@ -108,6 +117,10 @@ impl TrainConfig {
                     format!("expected at most {}, got {value}", i32::MAX),
                 ));
             }
+        }
+        if self.prefetch > MOST_PREFETCHED {
+            let problem = format!("expected at most {MOST_PREFETCHED}, got {}", self.prefetch);
+            return Err(Error::config("train.prefetch", problem));
         }
         if self.skip_non_finite > MOST_SKIPPED {
             let problem = format!("expected at most {MOST_SKIPPED}, got {}", self.skip_non_finite);

@@ -1,6 +1,7 @@
 //! What a run is made of: documents, draft, features, and where its results go.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use serde_json::Value;
 
@@ -28,9 +29,9 @@ impl Split<'_> {
         self.documents.iter().map(|&document| self.cache.document(document).tokens.len()).collect()
     }
 
-    pub(super) fn batch(&self, indices: &[usize]) -> PackedBatch {
+    pub(super) fn batch(&self, indices: &[usize]) -> Arc<PackedBatch> {
         let documents: Vec<usize> = indices.iter().map(|&index| self.documents[index]).collect();
-        data::assemble(self.cache, &documents)
+        Arc::new(data::assemble(self.cache, &documents))
     }
 }
 

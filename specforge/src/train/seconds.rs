@@ -26,7 +26,7 @@ pub struct Seconds {
     /// Packing documents and counting their rows.
     #[serde(rename = "data_seconds")]
     pub data: f64,
-    /// Hidden states of the training documents: the target's forward pass, or a store.
+    /// Waiting for hidden states of the training documents: for the target, or for a store that is read ahead.
     #[serde(rename = "target_seconds")]
     pub target: f64,
     /// Forward and backward pass of the draft, and its update.
@@ -41,7 +41,7 @@ pub struct Seconds {
     /// Evaluations on held-out documents and decodes of held-out prompts.
     #[serde(rename = "evaluation_seconds")]
     pub evaluation: f64,
-    /// Checkpoints.
+    /// Waiting for checkpoints: their copy in memory, and the one before where it is not on disk yet.
     #[serde(rename = "saving_seconds")]
     pub saving: f64,
 }

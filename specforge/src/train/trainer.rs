@@ -1,63 +1,37 @@
 //! The loop: order, step, log, evaluate, save, stop.
 //!
+//! Nothing waits that need not: hidden states of the next micro-batch are asked for before this one is trained on, and
+//! checkpoints are written behind the steps that follow them.
+//!
 //! A signal loses nothing, wherever it falls. It ends an evaluation at the next micro-batch, and the checkpoint says what
 //! it owes; the next part makes that first. Sums since the last log line are in the checkpoint too, so that the log of a
 //! run in parts is that of a run in one.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::time::Instant;
 
-use serde::Serialize;
 use tch::{Kind, Tensor};
 
 use super::DataOrder;
 use super::agreement;
+use super::ahead::Ahead;
 use super::finite::FiniteSteps;
 use super::gradient_sums::GradientSums;
 use super::held_out::HeldOut;
 use super::metrics::Window;
 use super::order::GlobalBatch;
 use super::parts::{TrainerParts, Writer, commonest_token_share};
-use super::seconds::{Activity, Clock, Seconds};
-use crate::checkpoint::{Checkpoint, Manifest, Measurements};
+use super::report::TrainReport;
+use super::seconds::{Activity, Clock};
+use crate::checkpoint::{Checkpoint, Manifest, Measurements, Saver, Tensors};
 use crate::dist::ReduceOp;
 use crate::draft::Tally;
 use crate::error::{Error, Result, TensorMismatch};
 use crate::optim::{AdamW, Group, ParameterSlot};
 use crate::progress::Progress;
 use crate::stop::Answer;
-
-/// What a run did.
-#[derive(Debug, Clone, Serialize)]
-pub struct TrainReport {
-    /// Optimizer steps finished, earlier parts of a resumed run included.
-    pub steps: u64,
-    /// Steps the configuration asks for.
-    pub total_steps: u64,
-    /// Steps among them that changed nothing, because something was not finite.
-    pub skipped_steps: u64,
-    /// Tokens that passed through the draft in this part, on all ranks.
-    pub tokens: u64,
-    /// Tokens a second of training alone, evaluations and checkpoints left out.
-    pub tokens_per_second: f64,
-    /// Wall time of this part.
-    pub seconds: f64,
-    /// Where that time went, on this rank.
-    #[serde(flatten)]
-    pub time: Seconds,
-    /// Held-out metrics before the first step; empty in a resumed run.
-    pub start: BTreeMap<String, f64>,
-    /// Held-out metrics after the last step.
-    pub end: BTreeMap<String, f64>,
-    /// Share of held-out supervised tokens that are the commonest supervised token of the training split.
-    pub commonest_token_share: f64,
-    /// Newest checkpoint; empty on a rank that writes none, and where there is none yet.
-    pub checkpoint: PathBuf,
-    /// Signal that ended the run early.
-    pub stopped_by: Option<i32>,
-}
+use crate::tracking::Tracker;
 
 /// Progress that a resumed run needs beside the weights.
 #[derive(Debug, Clone, Copy, Default)]
@@ -80,6 +54,9 @@ pub struct Trainer<'a> {
     window: Window,
     clock: Clock,
     progress: Option<Progress>,
+    /// On the rank that writes.
+    saver: Option<Saver>,
+    tracker: Option<Tracker>,
     position: Position,
     /// Steps done before this process began.
     first_step: u64,
@@ -93,12 +70,13 @@ pub struct Trainer<'a> {
     /// The signal that a rank was sent: the same on every rank.
     stopped_by: Cell<Option<i32>>,
     finite: FiniteSteps,
+    ahead: Ahead<'a, Vec<usize>>,
 }
 
 impl<'a> Trainer<'a> {
     /// Prepares a run, from a checkpoint or from the draft's initial values. Every rank of the group must call this; the
     /// first alone reads a checkpoint, and what it starts with is what every rank starts with.
-    pub fn new(parts: TrainerParts<'a>, resume: Option<&Checkpoint>) -> Result<Self> {
+    pub fn new(mut parts: TrainerParts<'a>, resume: Option<&Checkpoint>) -> Result<Self> {
         let (config, group) = (parts.config, parts.group);
         config.validate()?;
         parts.optim.validate()?;
@@ -161,6 +139,9 @@ impl<'a> Trainer<'a> {
         let open = resume.map(|checkpoint| checkpoint.manifest.window.as_slice()).unwrap_or_default();
         let window = Window::restore(open, parameters[0].value.device(), group)?;
         let first_step = position.step;
+        let writer = parts.writer.take().map(|Writer { store, tracker }| (Saver::new(store), tracker));
+        let (saver, tracker) = writer.unzip();
+        let ahead = Ahead::new(parts.source, parts.draft.capture(), config.prefetch);
         Ok(Self {
             parts,
             order,
@@ -170,6 +151,8 @@ impl<'a> Trainer<'a> {
             window,
             clock: Clock::start(),
             progress: None,
+            saver,
+            tracker,
             position,
             owed,
             saved_at: (first_step > 0).then_some(first_step),
@@ -178,6 +161,7 @@ impl<'a> Trainer<'a> {
             total_steps,
             horizon,
             finite: FiniteSteps::new(config.skip_non_finite, skipped),
+            ahead,
         })
     }
 
@@ -186,7 +170,7 @@ impl<'a> Trainer<'a> {
         let started = Instant::now();
         self.clock = Clock::start();
         let (first_step, first_tokens) = (self.first_step, self.position.tokens);
-        let mut report = self.empty_report();
+        let mut report = TrainReport::of_no_steps(first_step, self.total_steps);
         let decodes = self.parts.decoding.0 > 0;
         let everything = Measurements { evaluation: true, decoding: decodes };
         self.parts.stop.set_answer(Answer::Finish("stopping: nothing to save yet"));
@@ -197,25 +181,33 @@ impl<'a> Trainer<'a> {
             report.start = start;
         }
         self.is_stopped()?;
-        if self.parts.writer.is_some() {
+        if self.saver.is_some() {
             self.progress = Some(Progress::resumed("train", self.total_steps, "steps", first_step));
         }
         let mut owed = std::mem::take(&mut self.owed);
         if !owed.is_nothing() {
             owed = self.conclude(owed, &mut report)?;
         }
+        let mut next_epoch = Vec::new();
         'run: while self.position.step < self.total_steps {
-            let batches = self.order.epoch(self.position.epoch)?;
-            for batch in batches.iter().skip(self.position.batch as usize) {
+            let batches = match std::mem::take(&mut next_epoch) {
+                none if none.is_empty() => self.order.epoch(self.position.epoch)?,
+                batches => batches,
+            };
+            for place in self.position.batch as usize..batches.len() {
                 if self.stopped_by.get().is_some() || self.position.step == self.total_steps {
                     break 'run;
                 }
-                self.step(batch)?;
+                if place + 1 == batches.len() && self.position.step + 1 < self.total_steps {
+                    next_epoch = self.order.epoch(self.position.epoch + 1)?;
+                }
+                self.step(&batches[place], batches.get(place + 1).or(next_epoch.first()))?;
                 owed = self.conclude(self.due(), &mut report)?;
             }
             self.position.epoch += 1;
             self.position.batch = 0;
         }
+        self.finish_saving()?;
         let is_whole = self.position.step == self.total_steps && owed.is_nothing();
         if is_whole && self.position.step == first_step && report.end.is_empty() {
             // A resumed run that had nothing left to do. Its last evaluation is in the log already.
@@ -225,8 +217,8 @@ impl<'a> Trainer<'a> {
             self.stopped_by.set(None); // it came after the last thing there was to do
         }
         report.stopped_by = self.stopped_by.get();
-        if let (Some(step), Some(Writer { store, .. })) = (self.saved_at, &self.parts.writer) {
-            report.checkpoint = store.folder_of(step);
+        if let (Some(step), Some(saver)) = (self.saved_at, &self.saver) {
+            report.checkpoint = saver.store().folder_of(step);
         }
         if let Some(progress) = self.progress.take() {
             progress.finish(match report.stopped_by {
@@ -235,7 +227,7 @@ impl<'a> Trainer<'a> {
                 Some(_) => "stopped, everything is saved",
             });
         }
-        if self.parts.writer.is_some() && !report.end.is_empty() {
+        if self.saver.is_some() && !report.end.is_empty() {
             report.commonest_token_share = commonest_token_share(&self.parts.train, &self.parts.eval);
         }
         report.steps = self.position.step;
@@ -247,23 +239,27 @@ impl<'a> Trainer<'a> {
         Ok(report)
     }
 
-    /// One optimizer step on one global batch, and its log line where one is due.
-    fn step(&mut self, batch: &GlobalBatch) -> Result<()> {
+    /// One optimizer step on one global batch, and its log line where one is due. Features of the `next` one are asked for
+    /// before it ends.
+    fn step(&mut self, batch: &GlobalBatch, next: Option<&GlobalBatch>) -> Result<()> {
         self.parts.stop.set_answer(Answer::Finish("stopping after this step; a checkpoint is written"));
         let (draft, group) = (self.parts.draft, self.parts.group);
         let step = self.position.step + 1;
         // Counts of the whole global batch, on every rank: each micro-batch then contributes its exact share.
         let whole = self.parts.train.batch(batch);
         let counts = draft.count_rows(&whole);
-        let own = self.order.micro_batches(batch, group.rank(), group.world_size());
+        let micro_batches = |batch: &GlobalBatch| self.order.micro_batches(batch, group.rank(), group.world_size());
+        let own = micro_batches(batch);
+        let next = next.filter(|_| step < self.total_steps).map(micro_batches).unwrap_or_default();
         self.gradients.start()?;
         let device = self.gradients.totals()[0].device();
         let (mut objective, mut tallies) =
             (Tensor::f_zeros([], (Kind::Double, device))?, Vec::with_capacity(own.len()));
-        for (index, documents) in own.iter().enumerate() {
-            let part = self.parts.train.batch(documents);
+        for index in 0..own.len() {
+            let coming = own[index..].iter().chain(&next).cloned();
+            let Some(pending) = self.ahead.take(coming, |documents| self.parts.train.batch(documents)) else { break };
             self.clock.was(Activity::Data);
-            let features = self.parts.source.features(&part, &draft.capture())?;
+            let features = pending.wait()?;
             self.clock.was(Activity::Target);
             let is_last = index + 1 == own.len();
             let tally = self.gradients.add(is_last, |gradients| draft.accumulate(&features, &counts, gradients))?;
@@ -281,7 +277,7 @@ impl<'a> Trainer<'a> {
         self.window.end_step(&tallies, &report)?;
         let tokens = whole.ids.len() as u64;
         self.position.tokens += tokens;
-        self.finite.note(step, whole.documents, total_counts(&tallies));
+        self.finite.note(step, whole.documents.clone(), total_counts(&tallies));
         self.position.step = step;
         self.position.batch += 1;
         // Reading the flag costs a wait for a GPU and nothing on a CPU.
@@ -290,6 +286,9 @@ impl<'a> Trainer<'a> {
         }
         self.clock.was(Activity::Draft);
         self.clock.trained(tokens);
+        // A checkpoint that could not be written is no surprise for the end.
+        let warnings = self.saver.as_mut().map_or(Ok(Vec::new()), Saver::look)?;
+        self.warn(&warnings);
         if let Some(progress) = &self.progress {
             progress.set(step, &format!("{:.0} tokens/s", self.clock.rate()));
         }
@@ -363,10 +362,10 @@ impl<'a> Trainer<'a> {
     }
 
     fn measure_untimed(&self, asked: Measurements) -> Result<Option<BTreeMap<String, f64>>> {
-        let TrainerParts { draft, source, group, decoding: (_, decode), .. } = &self.parts;
+        let TrainerParts { draft, source, group, decoding: (_, decode), config, .. } = &self.parts;
         let mut values = BTreeMap::new();
         if asked.evaluation {
-            match self.held_out.evaluate(*draft, *source, group, || self.is_stopped())? {
+            match self.held_out.evaluate(*draft, (*source, config.prefetch), group, || self.is_stopped())? {
                 Some(evaluated) => values = evaluated,
                 None => return Ok(None),
             }
@@ -396,11 +395,13 @@ impl<'a> Trainer<'a> {
     }
 
     /// Whether these are the best measurements of the run so far. Every rank must call this.
-    fn is_record(&self, measured: &BTreeMap<String, f64>) -> Result<bool> {
+    fn is_record(&mut self, measured: &BTreeMap<String, f64>) -> Result<bool> {
         if measured.is_empty() {
             return Ok(false);
         }
-        let own = self.parts.writer.as_ref().map_or(Ok(false), |writer| writer.store.is_record(measured))?;
+        // The record may be on its way to the disk.
+        self.finish_saving()?;
+        let own = self.saver.as_ref().map_or(Ok(false), |saver| saver.store().is_record(measured))?;
         Ok(agreement::numbers(self.parts.group, [u64::from(own)])? == [1])
     }
 
@@ -460,7 +461,7 @@ impl<'a> Trainer<'a> {
 
     /// Writes the metrics of this step under a prefix, on the rank that writes.
     fn write_metrics(&mut self, prefix: &str, values: impl IntoIterator<Item = (String, f64)>) -> Result<()> {
-        let Some(Writer { tracker, .. }) = &mut self.parts.writer else {
+        let Some(tracker) = &mut self.tracker else {
             return Ok(());
         };
         let prefixed: Vec<(String, f64)> =
@@ -468,11 +469,11 @@ impl<'a> Trainer<'a> {
         tracker.log(self.position.step, &prefixed)
     }
 
-    /// Writes a checkpoint, on the rank that writes. Every rank must call this.
+    /// Begins to write a checkpoint, on the rank that writes. Every rank must call this.
     fn save(&mut self, metrics: BTreeMap<String, f64>, owed: Measurements) -> Result<()> {
         let optimizer = self.optimizer.state()?;
         let window = self.window.state(self.parts.group)?;
-        let Some(Writer { store, tracker }) = &mut self.parts.writer else {
+        let (Some(saver), Some(tracker)) = (&mut self.saver, &mut self.tracker) else {
             return Ok(());
         };
         let provenance = self.parts.provenance.clone();
@@ -497,27 +498,28 @@ impl<'a> Trainer<'a> {
         // Tensors that are not trained follow; resuming looks parameters up by name.
         let model: Vec<(String, Tensor)> = parameters.chain(self.parts.draft.buffers()).collect();
         tracker.flush()?;
-        let saved = store.save(manifest, &model, &optimizer)?;
-        if let Some(progress) = &self.progress {
-            saved.warnings.iter().for_each(|warning| progress.println(&format!("warning: {warning}")));
-        }
+        let optimizer = match self.optimizer.state_is_live() {
+            true => Tensors::Live(optimizer),
+            false => Tensors::Copies(optimizer),
+        };
+        let warnings = saver.begin(manifest, Tensors::Live(model), optimizer)?;
+        self.warn(&warnings);
         Ok(())
     }
 
-    fn empty_report(&self) -> TrainReport {
-        TrainReport {
-            steps: self.position.step,
-            skipped_steps: 0,
-            total_steps: self.total_steps,
-            tokens: 0,
-            tokens_per_second: 0.0,
-            seconds: 0.0,
-            time: Seconds::default(),
-            start: BTreeMap::new(),
-            end: BTreeMap::new(),
-            commonest_token_share: 0.0,
-            checkpoint: PathBuf::new(),
-            stopped_by: None,
+    /// Waits until the checkpoint on its way is on disk, on the rank that writes.
+    fn finish_saving(&mut self) -> Result<()> {
+        let before = self.waiting();
+        self.clock.was(before);
+        let warnings = self.saver.as_mut().map_or(Ok(Vec::new()), Saver::finish)?;
+        self.clock.was(Activity::Saving);
+        self.warn(&warnings);
+        Ok(())
+    }
+
+    fn warn(&self, warnings: &[String]) {
+        if let Some(progress) = &self.progress {
+            warnings.iter().for_each(|warning| progress.println(&format!("warning: {warning}")));
         }
     }
 }

@@ -48,6 +48,7 @@ const FREE: &[&str] = &[
     "train.micro_batch_tokens",
     "train.chunk_mib",
     "train.deterministic",
+    "train.prefetch",
     // Where a run met more than it may skip, more may be allowed.
     "train.skip_non_finite",
     "train.output_dir",

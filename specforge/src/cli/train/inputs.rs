@@ -1,7 +1,6 @@
 //! What a training run is made of: tokens, the draft's vocabulary, the target.
 
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
 
 use tch::Device;
 
@@ -11,10 +10,11 @@ use crate::data::{BuildReport, ChatTokenizer, TokenCache};
 use crate::draft;
 use crate::draft::vocabulary::{Corpus, Vocabulary, VocabularyKeys};
 use crate::error::{Error, Result};
+use crate::features::store::Share;
 use crate::features::{FeatureSource, OnlineFeatures, RememberedFeatures, StoredFeatures};
 use crate::files::Digests;
 use crate::memory;
-use crate::models::{self, Loading, TargetIdentity, TargetTables};
+use crate::models::{self, Loading, SharedTarget, TargetIdentity, TargetTables};
 use crate::plan;
 use crate::weights::SharedCopies;
 
@@ -76,15 +76,16 @@ pub(super) struct Target {
     /// Where its hidden states come from.
     pub(super) source: Source,
     /// The target itself, where it was loaded.
-    pub(super) model: Option<Rc<dyn models::TargetModel>>,
+    pub(super) model: Option<SharedTarget>,
 }
 
 /// Loads the target that `identity` was read of. With a store, the layers are loaded only to decode with. On the CPU, the
-/// `local_world_size` processes of this machine share the weights.
+/// processes of this machine share the weights, and
+/// each of them checks its share of a store.
 pub(super) fn target(
     config: &RunConfig,
     device: Device,
-    local_world_size: usize,
+    local: Share,
     tokenizer: &ChatTokenizer,
     identity: &TargetIdentity,
 ) -> Result<Target> {
@@ -98,25 +99,26 @@ pub(super) fn target(
         },
         note: &|line| note(line),
     };
-    let loading = Loading { kind, device, copies: (local_world_size > 1).then_some(copies) };
+    let loading = Loading { kind, device, copies: (local.of > 1).then_some(copies) };
     if let Some(folder) = &config.target.feature_store {
         let decodes = config.eval.every > 0;
-        let model: Option<Rc<dyn models::TargetModel>> =
+        let model: Option<SharedTarget> =
             if decodes { Some(models::load_target_with(path, &loading)?.into()) } else { None };
         let tables = match &model {
-            Some(model) => TargetTables::of(model.as_ref()),
+            Some(model) => TargetTables::of(&*model.in_use()),
             None => models::load_tables_with(path, &loading)?,
         };
         let digests = Digests::in_cache(&config.data.cache_dir);
         let progress = check_progress("check the store");
-        let stored = StoredFeatures::open(folder, identity, &tables, tokenizer.fingerprint(), &digests, &progress)?;
+        let stored =
+            StoredFeatures::open(folder, identity, &tables, tokenizer.fingerprint(), &digests, local, &progress)?;
         return Ok(Target { tables, source: Source::Stored(Box::new(stored)), model });
     }
-    let model: Rc<dyn models::TargetModel> = models::load_target_with(path, &loading)?.into();
-    let tables = TargetTables::of(model.as_ref());
-    let online = OnlineFeatures::new(Rc::clone(&model));
+    let model = SharedTarget::from(models::load_target_with(path, &loading)?);
+    let tables = TargetTables::of(&*model.in_use());
+    let online = OnlineFeatures::new(model.clone());
     let source = match config.target.keep_hidden_states {
-        true => Source::Remembered(RememberedFeatures::new(online, device, kept_bytes(config, local_world_size))),
+        true => Source::Remembered(RememberedFeatures::new(online, device, kept_bytes(config, local.of))),
         false => Source::Online(online),
     };
     Ok(Target { tables, source, model: Some(model) })

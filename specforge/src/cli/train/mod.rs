@@ -18,7 +18,9 @@ use crate::draft::{self, DraftContext, DraftModel};
 use crate::error::{Error, Result};
 use crate::eval::acceptance::in_training::{self, InTraining};
 use crate::export;
+use crate::features::store::Share;
 use crate::files;
+use crate::models::TargetInUse;
 use crate::plan::Plan;
 use crate::progress;
 use crate::shim;
@@ -142,10 +144,13 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
 
     // Target and draft.
     let kind = config.target.dtype.kind();
-    let local_world_size = placement.map_or(1, |placement| placement.local_world_size);
+    let local = placement.map_or(Share::WHOLE, |placement| {
+        let Placement { local_rank: rank, local_world_size: of, .. } = *placement;
+        Share { rank, of }
+    });
     note(format!("loading {} on {}", config.target.path.display(), device::name(device)));
     let identity = content.target()?;
-    let Target { tables, source, model } = inputs::target(config, device, local_world_size, &tokenizer, &identity)?;
+    let Target { tables, source, model } = inputs::target(config, device, local, &tokenizer, &identity)?;
     let dimensions = tables.dimensions;
     inputs::fits_vocabulary(&tokenizer, dimensions.vocab_size, &config.target.path)?;
     for cache in [Some(&train_cache), eval_cache.as_ref()].into_iter().flatten() {
@@ -217,25 +222,26 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
         None => ProcessGroup::single(),
     };
     let stop_tokens = tokenizer.eos_token_ids();
-    let in_training = model.as_ref().filter(|_| config.eval.every > 0).map(|model| InTraining {
+    let decodes_with = model.as_ref().filter(|_| config.eval.every > 0);
+    let in_training = |target: &TargetInUse<'_>| InTraining {
         config: &config.eval,
-        target: model.as_ref(),
+        target: &**target,
         prompts: &prompts,
         stop_tokens,
         group: &group,
-    });
-    let decoding = |draft: &dyn DraftModel| match &in_training {
-        Some(with) => in_training::measure(with, draft, stop.number()),
+    };
+    let decoding = |draft: &dyn DraftModel| match decodes_with {
+        Some(model) => in_training::measure(&in_training(&model.in_use()), draft, stop.number()),
         None => Ok(Some(BTreeMap::new())),
     };
-    if let Some(with) = &in_training {
+    if let Some(model) = decodes_with {
         if prompts.is_empty() {
             let problem = "there are no held-out documents with a prompt to decode";
             return Err(Error::config("eval.every", problem)
                 .with_hint("set data.eval_fraction or data.eval, or eval.every to 0"));
         }
         // A tree that cannot be used is found before the first step.
-        with.check(draft.as_ref())?;
+        in_training(&model.in_use()).check(draft.as_ref())?;
     }
     let out = &config.train.output_dir;
     let (writer, checkpoint) = match folder.map(RunFolder::start_log).transpose()? {

@@ -140,12 +140,12 @@ impl Eagle3 {
     /// One pass; gradients are added where there is a buffer for them.
     fn run(
         &self,
-        features: &FeatureBatch<'_>,
+        features: &FeatureBatch,
         global_counts: &[f64],
         gradients: Option<&mut Gradients<'_>>,
     ) -> Result<Tally> {
         let (last, captured) = features.hidden.split_last().ok_or_else(|| Error::Failed("no features".to_owned()))?;
-        let plan = self.plan(features.batch, last.device())?;
+        let plan = self.plan(&features.batch, last.device())?;
         let pass = match gradients.is_some() && !self.config.recompute {
             true => self.graph(&plan, captured)?,
             false => {
@@ -353,14 +353,14 @@ impl DraftModel for Eagle3 {
 
     fn accumulate(
         &self,
-        features: &FeatureBatch<'_>,
+        features: &FeatureBatch,
         global_counts: &[f64],
         gradients: &mut Gradients<'_>,
     ) -> Result<Tally> {
         self.run(features, global_counts, Some(gradients))
     }
 
-    fn evaluate(&self, features: &FeatureBatch<'_>, global_counts: &[f64]) -> Result<Tally> {
+    fn evaluate(&self, features: &FeatureBatch, global_counts: &[f64]) -> Result<Tally> {
         let _guard = tch::no_grad_guard();
         self.run(features, global_counts, None)
     }

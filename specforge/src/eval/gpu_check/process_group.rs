@@ -4,7 +4,7 @@
 //! tests hold it to more than one over Gloo.
 
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
-use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -17,7 +17,7 @@ use crate::data::PackedBatch;
 use crate::dist::{ParallelConfig, ProcessGroup, ReduceOp, Reducer, Store, nccl};
 use crate::error::{Error, Result};
 use crate::features::{FeatureSource, OnlineFeatures};
-use crate::models::{LlamaConfig, TargetModel};
+use crate::models::{LlamaConfig, SharedTarget};
 use crate::optim::{AdamW, OptimConfig, ParameterSlot};
 use crate::train::GradientSums;
 
@@ -168,9 +168,9 @@ fn share(vocabulary: i64, step: u64, rank: usize, world: usize) -> PackedBatch {
 /// The draft's values after some steps as one of the ranks of a group, on the host.
 fn train(config: &LlamaConfig, section: &Value, device: Device, group: &ProcessGroup) -> Result<Vec<Tensor>> {
     let weights = &programs::random_weights;
-    let target: Rc<dyn TargetModel> = Rc::new(programs::build(config, weights, Place { device, kind: Kind::Float })?);
-    let draft = programs::build_draft(section, target.as_ref(), weights)?;
-    let source = OnlineFeatures::new(Rc::clone(&target));
+    let target = SharedTarget::from(programs::build(config, weights, Place { device, kind: Kind::Float })?);
+    let draft = programs::build_draft(section, &*target.in_use(), weights)?;
+    let source = OnlineFeatures::new(target);
     let parameters = draft.parameters().iter();
     let slots = parameters.map(|parameter| ParameterSlot::new(&parameter.name, parameter.value.shallow_clone()));
     // AdamW's usual epsilon gives a gradient that is nothing but rounding a whole step of its own, and hides a factor
@@ -182,7 +182,7 @@ fn train(config: &LlamaConfig, section: &Value, device: Device, group: &ProcessG
     for step in 0..3 {
         let counts = draft.count_rows(&share(config.vocab_size, step, 0, 1));
         let batch = share(config.vocab_size, step, group.rank(), group.world_size());
-        let features = source.features(&batch, &draft.capture())?;
+        let features = source.features(Arc::new(batch), &draft.capture())?;
         gradients.start()?;
         let tally = gradients.add(true, |gradients| draft.accumulate(&features, &counts, gradients))?;
         gradients.finish()?;

@@ -1,7 +1,7 @@
 //! Small programs that touch everything training and decoding need. Each runs on one device in one element type and
 //! hands its results back to the host, so that two runs can be compared. Sizes are tiny and odd on purpose.
 
-use std::rc::Rc;
+use std::sync::Arc;
 
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -13,7 +13,7 @@ use crate::draft::{self, DraftContext, DraftModel, Gradients};
 use crate::error::{Error, Result};
 use crate::eval::bench_train::spread_vocabulary;
 use crate::features::{FeatureSource, OnlineFeatures};
-use crate::models::{ForwardInput, LlamaConfig, LlamaTarget, LogitRows, TargetModel};
+use crate::models::{ForwardInput, LlamaConfig, LlamaTarget, LogitRows, SharedTarget, TargetModel};
 use crate::nn::{AttentionMask, noise};
 use crate::optim::{AdamW, OptimConfig, ParameterSlot};
 use crate::weights::writer::host_bytes;
@@ -190,11 +190,11 @@ pub fn drafts() -> [(&'static str, &'static [Kind], Value); 4] {
 /// Loss, hits and gradients of a draft on packed documents. Hits are counts, and whatever else is summed beside losses:
 /// compare them where no rounding can turn one.
 pub fn loss(config: &LlamaConfig, section: &Value, weights: Weights<'_>, place: Place) -> Result<Results> {
-    let target: Rc<dyn TargetModel> = Rc::new(build(config, weights, place)?);
-    let draft = build_draft(section, target.as_ref(), weights)?;
+    let target = SharedTarget::from(build(config, weights, place)?);
+    let draft = build_draft(section, &*target.in_use(), weights)?;
     let batch = documents(&[17, 4, 23, 9], config.vocab_size, 11);
-    let source = OnlineFeatures::new(Rc::clone(&target));
-    let features = source.features(&batch, &draft.capture())?;
+    let source = OnlineFeatures::new(target);
+    let features = source.features(Arc::new(batch.clone()), &draft.capture())?;
     let counts = draft.count_rows(&batch);
     let mut gradients = Gradients::zeros(draft.parameters())?;
     let tally = draft.accumulate(&features, &counts, &mut Gradients::new(&mut gradients))?;

@@ -1,7 +1,7 @@
 //! Whether two equal runs give equal bits, as `train.deterministic` promises.
 
 use std::panic::{self, AssertUnwindSafe};
-use std::rc::Rc;
+use std::sync::Arc;
 
 use serde::Serialize;
 use serde_json::Value;
@@ -14,7 +14,7 @@ use crate::dist::ProcessGroup;
 use crate::draft::Gradients;
 use crate::error::{Error, Result};
 use crate::features::{FeatureSource, OnlineFeatures};
-use crate::models::{LlamaConfig, TargetModel};
+use crate::models::{LlamaConfig, SharedTarget};
 use crate::optim::{AdamW, OptimConfig, ParameterSlot};
 use crate::shim;
 
@@ -74,9 +74,9 @@ fn refused<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
 /// Gradients of every step, and the values and state after the last, as bytes.
 fn train(config: &LlamaConfig, section: &Value, place: Place, seed: u64) -> Result<Vec<Vec<u8>>> {
     let weights = &programs::random_weights;
-    let target: Rc<dyn TargetModel> = Rc::new(programs::build(config, weights, place)?);
-    let draft = programs::build_draft(section, target.as_ref(), weights)?;
-    let source = OnlineFeatures::new(Rc::clone(&target));
+    let target = SharedTarget::from(programs::build(config, weights, place)?);
+    let draft = programs::build_draft(section, &*target.in_use(), weights)?;
+    let source = OnlineFeatures::new(target);
     let parameters = draft.parameters().iter();
     let slots = parameters.map(|parameter| ParameterSlot::new(&parameter.name, parameter.value.shallow_clone()));
     let mut optimizer = AdamW::new(slots.collect(), &OptimConfig::default(), ProcessGroup::SINGLE, false)?;
@@ -84,7 +84,7 @@ fn train(config: &LlamaConfig, section: &Value, place: Place, seed: u64) -> Resu
     let mut found = Vec::new();
     for step in 0..STEPS {
         let batch = programs::documents(&lengths, config.vocab_size, seed + step);
-        let features = source.features(&batch, &draft.capture())?;
+        let features = source.features(Arc::new(batch.clone()), &draft.capture())?;
         let mut gradients = Gradients::zeros(draft.parameters())?;
         let tally = draft.accumulate(&features, &draft.count_rows(&batch), &mut Gradients::new(&mut gradients))?;
         for tensor in gradients.iter().chain([&tally.objective, &tally.sums]) {

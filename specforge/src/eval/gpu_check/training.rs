@@ -3,7 +3,7 @@
 //! The steps are the trainer's own: features, gradients, optimizer, on packed random documents.
 
 use std::panic::{self, AssertUnwindSafe};
-use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Instant;
 
 use serde::Serialize;
@@ -24,7 +24,7 @@ use crate::draft::{self, DraftContext, DraftModel, Gradients};
 use crate::error::{Error, Result};
 use crate::eval::bench_train::spread_vocabulary;
 use crate::features::{FeatureSource, OnlineFeatures};
-use crate::models::{Dimensions, LlamaConfig, LlamaTarget, TargetModel};
+use crate::models::{Dimensions, LlamaConfig, LlamaTarget, SharedTarget};
 use crate::optim::{AdamW, Group, OptimConfig, ParameterSlot};
 use crate::shim;
 
@@ -147,9 +147,9 @@ pub struct Measured {
 /// not suffice is a row of the result.
 pub fn run(setup: &TrainingSetup, device: Device, ceilings: &Ceilings, say: &dyn Fn(&str)) -> Result<Vec<TrainingRun>> {
     say(&format!("training: a random target of {} parameters", parameters(&setup.target)));
-    let target: Rc<dyn TargetModel> = Rc::new(random_target(&setup.target, setup.kind, device)?);
-    let batches: Vec<PackedBatch> =
-        (0..2).map(|seed| programs::documents(&setup.lengths, setup.target.vocab_size, seed)).collect();
+    let target = SharedTarget::from(random_target(&setup.target, setup.kind, device)?);
+    let batch = |seed| Arc::new(programs::documents(&setup.lengths, setup.target.vocab_size, seed));
+    let batches: Vec<Arc<PackedBatch>> = (0..2).map(batch).collect();
     let mut runs = Vec::new();
     // The large one first: nothing that another left behind is in its way.
     for heads in (1..=setup.own_heads).rev() {
@@ -229,14 +229,14 @@ fn random_target(config: &LlamaConfig, kind: Kind, device: Device) -> Result<Lla
 fn one(
     setup: &TrainingSetup,
     candidate: Candidate,
-    target: &Rc<dyn TargetModel>,
-    batches: &[PackedBatch],
+    target: &SharedTarget,
+    batches: &[Arc<PackedBatch>],
     ceilings: &Ceilings,
     say: &dyn Fn(&str),
 ) -> Result<TrainingRun> {
     let Candidate { name, section, rows, chunk_rows, operations } = candidate;
     say(&format!("training: {name}"));
-    let trainable = (draft::algorithm(&section)?.size)(&section, &target.dimensions())?.trainable;
+    let trainable = (draft::algorithm(&section)?.size)(&section, &target.in_use().dimensions())?.trainable;
     let operations = Operations { target: operations::of_target(&setup.target, &setup.lengths), draft: operations };
     let measured = guarded(|| {
         let mut session = Session::new(setup, &section, target, batches)?;
@@ -278,7 +278,7 @@ struct Session<'a> {
     draft: Box<dyn DraftModel>,
     optimizer: AdamW<'static>,
     gradients: Vec<Tensor>,
-    batches: &'a [PackedBatch],
+    batches: &'a [Arc<PackedBatch>],
     device: Device,
     taken: usize,
 }
@@ -290,18 +290,19 @@ impl<'a> Session<'a> {
     fn new(
         setup: &TrainingSetup,
         section: &Value,
-        target: &Rc<dyn TargetModel>,
-        batches: &'a [PackedBatch],
+        target: &SharedTarget,
+        batches: &'a [Arc<PackedBatch>],
     ) -> Result<Self> {
-        let device = target.device();
+        let in_use = target.in_use();
+        let device = in_use.device();
         if let Device::Cuda(index) = device {
             shim::reset_cuda_peak(index)?;
         }
         let vocabulary = spread_vocabulary(section, setup.target.vocab_size)?;
         let context = DraftContext {
-            target: target.dimensions(),
-            embedding: target.embedding(),
-            head: target.head(),
+            target: in_use.dimensions(),
+            embedding: in_use.embedding(),
+            head: in_use.head(),
             vocabulary: vocabulary.as_ref(),
             kind: setup.kind,
             device,
@@ -315,7 +316,8 @@ impl<'a> Session<'a> {
         });
         let optimizer = AdamW::new(slots.collect(), &OptimConfig::default(), ProcessGroup::SINGLE, false)?;
         let gradients = Gradients::zeros(draft.parameters())?;
-        let source = OnlineFeatures::new(Rc::clone(target));
+        drop(in_use);
+        let source = OnlineFeatures::new(target.clone());
         Ok(Self { source, draft, optimizer, gradients, batches, device, taken: 0 })
     }
 
@@ -331,7 +333,7 @@ impl<'a> Session<'a> {
         let batch = &self.batches[self.taken % self.batches.len()];
         self.taken += 1;
         lap();
-        let features = self.source.features(batch, &self.draft.capture())?;
+        let features = self.source.features(Arc::clone(batch), &self.draft.capture())?;
         lap();
         self.gradients.iter_mut().for_each(|gradient| drop(gradient.zero_()));
         let counts = self.draft.count_rows(batch);

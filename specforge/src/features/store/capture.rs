@@ -3,11 +3,15 @@
 //! A store that is there already is continued: documents of its whole shards are left alone, everything else is
 //! captured. Which documents share a shard depends on their order and on what is whole alone, so that a capture that was
 //! killed ends with the very bytes of one that was not.
+//!
+//! The target computes a pack while a thread (`writing`) encodes and writes those before it.
 
 use std::collections::HashSet;
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -16,7 +20,8 @@ use tch::Tensor;
 use super::element::Element;
 use super::manifest::{MANIFEST_FILE, StoreManifest};
 use super::reader::Store;
-use super::shard::{self, ShardWriter};
+use super::shard;
+use super::writing::{Failed, Writing};
 use crate::data::{self, PackedBatch, TokenCache};
 use crate::error::{Error, Result};
 use crate::features::FeatureSource;
@@ -194,11 +199,12 @@ impl<'a> Capture<'a> {
         let mut batches = self.groups.iter().flat_map(|group| self.batches(group, pack_tokens));
         // The first pass pays for threads, workspaces and the weights' way into memory.
         let Some(first) = batches.next() else { return Ok(f64::INFINITY) };
-        source.features(&first, &self.manifest.layers)?;
+        let first = Arc::new(first);
+        source.features(Arc::clone(&first), &self.manifest.layers)?;
         let (mut tokens, started) = (0, Instant::now());
-        for batch in std::iter::once(first).chain(batches) {
-            source.features(&batch, &self.manifest.layers)?;
+        for batch in std::iter::once(first).chain(batches.map(Arc::new)) {
             tokens += batch.ids.len();
+            source.features(batch, &self.manifest.layers)?;
             if started.elapsed() >= MEASURE.0 || tokens >= MEASURE.1 {
                 break;
             }
@@ -228,16 +234,16 @@ impl<'a> Capture<'a> {
         if self.existing.as_ref() != Some(&self.manifest) {
             self.manifest.write(&self.folder)?;
         }
-        let (mut captured, mut complete) = (0, true);
-        for group in std::mem::take(&mut self.groups) {
-            let before = self.overview.tokens_before + captured;
-            let done = |tokens: u64| progress(before + tokens);
-            let Some(tokens) = self.write_shard(&group, source, head, pack_tokens, stop, &done)? else {
-                complete = false;
-                break;
-            };
-            captured += tokens;
-        }
+        let groups = std::mem::take(&mut self.groups);
+        let (captured, written) = thread::scope(|scope| {
+            let writing = Writing::start(scope, &self.folder, self.manifest.clone(), head)?;
+            let captured = self.compute(&groups, source, pack_tokens, stop, progress, &writing);
+            // What the thread met comes first: it may be why nothing more could be handed over.
+            let written = writing.finish()?;
+            Ok::<_, Error>((captured?, written))
+        })?;
+        self.manifest = written;
+        let (captured, complete) = captured;
         Ok(CaptureReport {
             documents: self.manifest.documents(),
             tokens: self.manifest.tokens(),
@@ -252,36 +258,59 @@ impl<'a> Capture<'a> {
         })
     }
 
-    /// One shard, and the manifest that names it. `None` if the run was asked to stop: the shard is dropped then.
-    fn write_shard(
-        &mut self,
-        group: &[Place],
+    /// Computes the shards and hands them over. Returns the tokens of those that were handed over whole, and whether that
+    /// is all of them.
+    fn compute(
+        &self,
+        groups: &[Vec<Place>],
         source: &dyn FeatureSource,
-        head: &Tensor,
         pack_tokens: usize,
         stop: &AtomicBool,
         progress: &dyn Fn(u64),
-    ) -> Result<Option<u64>> {
-        let lengths: Vec<usize> = group.iter().map(|&(cache, index)| self.caches[cache].length(index)).collect();
-        let mut writer = ShardWriter::new(&self.manifest, &lengths);
-        let mut tokens = 0;
-        for batch in self.batches(group, pack_tokens) {
+        writing: &Writing<'_>,
+    ) -> Result<(u64, bool)> {
+        let mut captured = 0;
+        for group in groups {
+            let before = self.overview.tokens_before + captured;
+            let done = |tokens: u64| progress(before + tokens);
+            match self.compute_shard(group, source, pack_tokens, stop, &done, writing)? {
+                Some(Ok(tokens)) => captured += tokens,
+                None | Some(Err(Failed)) => return Ok((captured, false)),
+            }
+        }
+        Ok((captured, true))
+    }
+
+    /// One shard. `None` if the run was asked to stop: the shard is dropped then.
+    fn compute_shard(
+        &self,
+        group: &[Place],
+        source: &dyn FeatureSource,
+        pack_tokens: usize,
+        stop: &AtomicBool,
+        progress: &dyn Fn(u64),
+        writing: &Writing<'_>,
+    ) -> Result<Option<Result<u64, Failed>>> {
+        let lengths = group.iter().map(|&(cache, index)| self.caches[cache].length(index)).collect();
+        if writing.begin(lengths).is_err() {
+            return Ok(Some(Err(Failed)));
+        }
+        let begin = |batch: PackedBatch| source.begin(Arc::new(batch), &self.manifest.layers);
+        let mut batches = self.batches(group, pack_tokens);
+        let (mut tokens, mut coming) = (0, batches.next().map(begin));
+        while let Some(pack) = coming.take() {
             if stop.load(Ordering::Relaxed) {
                 return Ok(None);
             }
-            let features = source.features(&batch, &self.manifest.layers)?;
-            self.check_finite(&batch, &features.hidden)?;
-            writer.add(&batch.ids, &features.hidden)?;
-            tokens += batch.ids.len() as u64;
+            coming = batches.next().map(begin);
+            let pack = pack.wait()?;
+            tokens += pack.batch.ids.len() as u64;
+            if writing.add(pack).is_err() {
+                return Ok(Some(Err(Failed)));
+            }
             progress(tokens);
         }
-        let taken = |name: &String| self.manifest.shards.iter().any(|shard| shard.file == *name);
-        let name = (0..).map(shard::file_name).find(|name| !taken(name)).unwrap_or_default();
-        let entry = writer.write(&self.folder, name, head)?;
-        self.manifest.shards.push(entry);
-        self.manifest.shards.sort_by(|left, right| left.file.cmp(&right.file));
-        self.manifest.write(&self.folder)?;
-        Ok(Some(tokens))
+        Ok(Some(writing.end().map(|()| tokens)))
     }
 
     /// Documents in packs of at most so many tokens, or of one document.
@@ -300,27 +329,6 @@ impl<'a> Capture<'a> {
             let documents: Vec<usize> = pack.iter().map(|&(_, index)| index).collect();
             Some(data::assemble(self.caches[cache], &documents))
         })
-    }
-
-    /// Refuses states that no draft could be trained on.
-    fn check_finite(&self, batch: &PackedBatch, hidden: &[Tensor]) -> Result<()> {
-        for (layer, states) in self.manifest.layers.iter().zip(hidden) {
-            // The sum of absolute values is finite only if all are, and rarely is it not when they are.
-            if states.f_abs()?.f_sum(tch::Kind::Double)?.f_double_value(&[])?.is_finite() {
-                continue;
-            }
-            let mut start = 0;
-            for (&length, name) in batch.lengths.iter().zip(&batch.documents) {
-                if states.f_narrow(0, start, length)?.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
-                    return Err(Error::Failed(format!(
-                        "hidden state {layer} of document `{name}` is not finite: the target cannot be captured in {}",
-                        self.manifest.target_dtype
-                    )));
-                }
-                start += length;
-            }
-        }
-        Ok(())
     }
 }
 

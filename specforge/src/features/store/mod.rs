@@ -14,7 +14,7 @@
 //!
 //! `element` and `float8` say how a number is stored, `manifest` what `store.json` says, `shard` writes and maps one
 //! file, `probe` notes what a head says of some rows, `reader` opens a whole store, `verify` asks a head about it,
-//! `capture` fills one.
+//! `capture` fills one, and `writing` is the thread that does the writing meanwhile.
 //!
 //! Shape legend: `T` tokens of a shard, `D` its documents, `P` its probes, `L` captured layers, `H` hidden size, `V`
 //! vocabulary.
@@ -27,8 +27,9 @@ pub mod probe;
 pub mod reader;
 pub mod shard;
 pub mod verify;
+mod writing;
 
 pub use capture::{Capture, CaptureReport, Overview};
 pub use element::Element;
 pub use manifest::{LAYER_CONVENTION, MANIFEST_FILE, ShardEntry, StoreManifest};
-pub use reader::Store;
+pub use reader::{Share, Store};

@@ -11,7 +11,7 @@ use tch::{Kind, Tensor};
 
 use super::element::Element;
 use super::probe::{Probes, ask, doubles, norms};
-use super::reader::Store;
+use super::reader::{Share, Store};
 use crate::error::{Error, Result};
 
 /// Probes that are asked in one pass over the head.
@@ -32,14 +32,15 @@ fn head_error(kind: Kind) -> f64 {
     }
 }
 
-/// Asks a head about the probes of every shard, and refuses a store whose states are not its own.
-pub fn verify(store: &Store, head: &Tensor) -> Result<()> {
+/// Asks a head about the probes of every shard of a share, and refuses a store whose states are not its own.
+pub fn verify(store: &Store, head: &Tensor, share: Share) -> Result<()> {
     let element = store.manifest().element;
     // An even spread from -e to e has the deviation e / sqrt(3).
     let error = element.relative_error().hypot(head_error(head.kind())) / 3f64.sqrt();
     let layers = store.manifest().layers.len();
     let held = store.shards();
     let probes: Vec<(usize, usize)> = (0..held.len())
+        .filter(|shard| share.has(*shard))
         .flat_map(|shard| (0..held[shard].probes().rows.len()).map(move |probe| (shard, probe)))
         .collect();
     for pass in probes.chunks(PROBES_PER_PASS) {
