@@ -104,7 +104,9 @@ pub fn waiting() -> String {
     match (value("GOMP_SPINCOUNT"), value("OMP_WAIT_POLICY")) {
         (Some(rounds), _) => format!("sleep after {rounds} rounds of spinning (GOMP_SPINCOUNT)"),
         (None, Some(policy)) => format!("wait as OMP_WAIT_POLICY={policy} says"),
-        (None, None) if is_watched() => "spin while nobody else wants their cores, and sleep while somebody does".to_owned(),
+        (None, None) if is_watched() => {
+            "spin while nobody else wants their cores, and sleep while somebody does".to_owned()
+        }
         (None, None) => "spin for milliseconds: slow beside other work".to_owned(),
     }
 }

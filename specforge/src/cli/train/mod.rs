@@ -223,15 +223,11 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
     };
     let stop_tokens = tokenizer.eos_token_ids();
     let decodes_with = model.as_ref().filter(|_| config.eval.every > 0);
-    let in_training = |target: &TargetInUse<'_>| InTraining {
-        config: &config.eval,
-        target: &**target,
-        prompts: &prompts,
-        stop_tokens,
-        group: &group,
-    };
     let decoding = |draft: &dyn DraftModel| match decodes_with {
-        Some(model) => in_training::measure(&in_training(&model.in_use()), draft, stop.number()),
+        Some(model) => {
+            let target = model.in_use();
+            in_training::measure(&with(&target, config, &prompts, stop_tokens, &group), draft, stop.number())
+        }
         None => Ok(Some(BTreeMap::new())),
     };
     if let Some(model) = decodes_with {
@@ -241,7 +237,7 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
                 .with_hint("set data.eval_fraction or data.eval, or eval.every to 0"));
         }
         // A tree that cannot be used is found before the first step.
-        in_training(&model.in_use()).check(draft.as_ref())?;
+        with(&model.in_use(), config, &prompts, stop_tokens, &group).check(draft.as_ref())?;
     }
     let out = &config.train.output_dir;
     let (writer, checkpoint) = match folder.map(RunFolder::start_log).transpose()? {
@@ -285,6 +281,17 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
         output.result(&report, || report::text(&report));
     }
     Ok(())
+}
+
+/// What held-out prompts are decoded with.
+fn with<'a>(
+    target: &'a TargetInUse<'_>,
+    config: &'a RunConfig,
+    prompts: &'a [Vec<u32>],
+    stop_tokens: &'a [u32],
+    group: &'a ProcessGroup,
+) -> InTraining<'a> {
+    InTraining { config: &config.eval, target: &**target, prompts, stop_tokens, group }
 }
 
 /// The device of this rank: of several on a machine, each takes the CUDA device of its own number.

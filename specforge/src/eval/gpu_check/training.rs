@@ -168,7 +168,7 @@ pub fn run(setup: &TrainingSetup, device: Device, ceilings: &Ceilings, say: &dyn
     let shared = medusa(setup, HeadProjection::Shared, setup.shared_heads, &batches[0]);
     runs.push(one(setup, shared, &target, &batches, ceilings, say)?);
     for recompute in [true, false] {
-        let draft = eagle3(setup, recompute, &target.dimensions(), &batches[0])?;
+        let draft = eagle3(setup, recompute, &target.in_use().dimensions(), &batches[0])?;
         runs.push(one(setup, draft, &target, &batches, ceilings, say)?);
     }
     Ok(runs)
