@@ -13,7 +13,10 @@ struct Bench {
 
 impl Bench {
     fn new() -> Self {
-        let workspace = Workspace::new();
+        Self::on(Workspace::new())
+    }
+
+    fn on(workspace: Workspace) -> Self {
         let prompts: String = (0..6)
             .map(|row| {
                 let turns = ["One.", "And then?", "Why?"];
@@ -43,6 +46,38 @@ impl Bench {
 fn answers(rows: &[Value]) -> Vec<&Value> {
     let messages = rows.iter().flat_map(|row| row["messages"].as_array().unwrap());
     messages.filter(|message| message["role"] == "assistant").collect()
+}
+
+/// Drafts of every kind guess, and the files are the same to the byte.
+#[test]
+fn a_draft_changes_no_answer() {
+    let bench = Bench::on(crate::decoding::workspace());
+    let drafts =
+        [("medusa-files", "mc_sim_7b_63"), ("eagle3", "chain:3"), ("small", "dynamic:depth=2,top_k=4,nodes=8")];
+    let lookup = ("prompt-lookup", "depth=4,nodes=6,match=2");
+    for (turn, sampling) in [&[][..], &["--temperature", "0.9", "--top-p", "0.95", "--seed", "3"]].iter().enumerate() {
+        let (plain, _) = bench.regen(&format!("plain{turn}.jsonl"), sampling);
+        let want = fs::read_to_string(bench.workspace.path(&format!("plain{turn}.jsonl"))).unwrap();
+        assert_eq!((&plain["drafter"], &plain["acceptance_length"]), (&json!("none"), &json!(1.0)));
+        for (draft, tree) in drafts.into_iter().chain([lookup]) {
+            let out = format!("{draft}{turn}.jsonl");
+            let folder = bench.workspace.path(draft);
+            let draft = if folder.is_dir() { folder.to_str().unwrap() } else { draft };
+            let more = ["--draft", draft, "--tree", tree, "--max-rows", "3"];
+            let (report, _) = bench.regen(&out, &[sampling, &more[..]].concat());
+            assert_eq!(fs::read_to_string(bench.workspace.path(&out)).unwrap(), want, "{draft}, {sampling:?}");
+            assert!(report["drafter"] != "none" && report["acceptance_length"].as_f64().unwrap() >= 1.0, "{report}");
+            assert_eq!(report["new_tokens"], plain["new_tokens"]);
+        }
+    }
+    // A draft changes nothing that a run which goes on must repeat.
+    let (again, _) = bench.regen("plain0.jsonl", &["--draft", "prompt-lookup"]);
+    assert_eq!((&again["answered"], &again["answered_before"]), (&json!(0), &json!(6)));
+    let mut alone = specforge(&["regen", "--tree", "chain:3", "--target"]);
+    alone.arg(bench.workspace.path("model")).arg("--prompts").arg(bench.workspace.path("prompts.jsonl"));
+    let refused = stderr_of(&output_of(alone.arg("--out").arg(bench.workspace.path("refused.jsonl"))));
+    assert!(refused.contains("there is no --draft to guess with"), "{refused}");
+    assert!(!bench.workspace.path("refused.jsonl").exists());
 }
 
 #[test]

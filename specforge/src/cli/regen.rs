@@ -7,6 +7,7 @@ use clap::{Args, ValueEnum};
 use super::template::TemplateArgs;
 use super::{LazyProgress, Output, note, numbers};
 use crate::config::Dtype;
+use crate::decode::drafter::{self, DraftSampling};
 use crate::decode::regenerate::{self, GenerationConfig, OnLength, RegenOptions, RegenReport};
 use crate::device;
 use crate::error::{Error, Result, foreign};
@@ -56,6 +57,13 @@ pub(super) struct RegenArgs {
     /// Largest share of malformed lines that is skipped rather than refused.
     #[arg(long, default_value_t = 0.01, allow_hyphen_values = true, value_parser = numbers::any)]
     max_bad_share: f64,
+    /// Who guesses, so that answers come sooner: an exported draft, a run's output folder or checkpoint, a smaller model
+    /// with the same tokenizer, or `prompt-lookup`. The answers are the same.
+    #[arg(long, value_name = "DIR")]
+    draft: Option<String>,
+    /// Which guesses of --draft are tried, as `specforge generate` takes it.
+    #[arg(long)]
+    tree: Option<String>,
     /// Start over; an existing file is moved to OUT.bak.
     #[arg(long)]
     restart: bool,
@@ -104,6 +112,8 @@ pub(super) fn run(args: &RegenArgs, stop: &Stop, output: &Output) -> Result<()> 
         max_prompt_tokens: None,
         max_rows: args.max_rows,
         processors: args.processors(own.processors),
+        draft: args.draft.clone(),
+        tree: args.tree.clone(),
         on_length: args.on_length(),
         seed: args.seed,
         max_bad_share: args.max_bad_share,
@@ -113,13 +123,16 @@ pub(super) fn run(args: &RegenArgs, stop: &Stop, output: &Output) -> Result<()> 
     let device = device::choose(&args.device)?;
     let tokenizer = args.template.tokenizer(&args.target)?;
     let target = models::load_target(&args.target, args.dtype.kind(), device)?;
+    let sampling = DraftSampling::for_policy(options.policy(), options.processors.temperature);
+    let draft = drafter::open(args.draft.as_deref(), args.tree.as_deref(), (target.as_ref(), &args.target), sampling)?;
+    draft.notes.iter().for_each(|line| note(format!("warning: {line}")));
     own.warnings.iter().for_each(|line| note(format!("warning: {line}")));
     note(chosen(&options));
     stop.set_answer(Answer::Finish(
         "stopping after this pass; answered rows stay, and the same command goes on from them",
     ));
     let progress = LazyProgress::new("regen", "rows");
-    let report = regenerate::run(&options, target.as_ref(), &tokenizer, stop.arrived(), &mut |state| {
+    let report = regenerate::run(&options, target.as_ref(), &tokenizer, draft, stop.arrived(), &mut |state| {
         progress.set_with(state.done as u64, state.total as u64, &format!("{:.0} tokens/s", state.tokens_per_second));
     })?;
     report.warnings.iter().for_each(|line| note(format!("warning: {line}")));
@@ -162,9 +175,13 @@ fn text(report: &RegenReport) -> String {
         0 => String::new(),
         dropped => format!(", {dropped} rows left out"),
     };
+    let guessed = match (report.drafter.as_str(), report.acceptance_length) {
+        ("none", _) | (_, None) => String::new(),
+        (drafter, Some(length)) => format!(", tau {length:.2} with {drafter}"),
+    };
     format!(
         "{}: {} rows answered ({} before this run), {} answers, {} ended by themselves{dropped}\n\
-         {} new tokens, {:.0} tokens/s",
+         {} new tokens, {:.0} tokens/s{guessed}",
         foreign::path(&report.out),
         report.answered,
         report.answered_before,

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use super::autoregressive::Finish;
+use crate::data::Finish;
 use crate::error::Result;
 use crate::tree::TokenTree;
 

@@ -1,21 +1,21 @@
 //! From logits to text.
 //!
-//! - `engine` decodes with any draft: propose, verify, keep. `drafter` has the drafts, `policy` the pure decision, `event`
-//!   what a decode tells.
-//! - `autoregressive` is plain decoding for throughput, one token a row and pass, and `regenerate` the making of training
-//!   data with it.
+//! - `engine` is the one loop: propose, verify, keep, with requests that come and go, with any draft and without one.
+//!   `drafter` has the drafts, `policy` the pure decision, `prefill` how prompts are cut into passes, `event` what a decode
+//!   tells.
+//! - `regenerate` makes training data with it.
 
-pub mod autoregressive;
 pub mod drafter;
 pub mod engine;
 pub mod event;
 pub mod policy;
+mod prefill;
 pub mod regenerate;
 pub mod tolerance;
 
-pub use autoregressive::{Answer, Finish, Finished, Generator, Request, Throughput};
+pub use crate::data::Finish;
 pub use drafter::Drafter;
-pub use engine::{Decoded, Engine, EngineOptions};
+pub use engine::{Decoded, Engine, EngineOptions, Left, Request, Throughput};
 pub use policy::{Policy, Proposal};
 pub use regenerate::{Progress, RegenOptions, RegenReport};
 pub use tolerance::Tolerance;

@@ -6,12 +6,15 @@
 //!
 //! A forward pass writes the new keys of every layer, from layer 0 on, with [`KvCache::write`]; the caller then moves
 //! the lengths once: with [`KvCache::advance`] by the first tokens of the pass, with [`KvCache::keep`] by any of them.
+//!
+//! Rows come and go in place. Of the rows that stay when others leave only those that change their place are copied, and
+//! the room of those that left takes the next ones in.
 
 use tch::{Device, Kind, Tensor};
 
 use crate::device;
 
-/// One layer's keys and values, each `[B, G, capacity, D]`.
+/// One layer's keys and values, each `[R, G, capacity, D]`: the `B` rows there are, and room for more behind them.
 #[derive(Debug)]
 struct Layer {
     key: Tensor,
@@ -31,7 +34,7 @@ struct Pass {
 pub struct KvCache {
     layers: Vec<Layer>,
     lengths: Vec<i64>,
-    /// Where each row's slots are zero from on.
+    /// Where the slots of each row, and of the room behind the rows, are zero from on: `R` numbers.
     clean_from: Vec<i64>,
     pass: Option<Pass>,
 }
@@ -81,11 +84,12 @@ impl KvCache {
         for (store, new) in [(&target.key, key), (&target.value, value)] {
             match &pass.slots {
                 Some(slots) => drop(store.shallow_clone().scatter_(2, &slots.expand_as(new), new)),
-                None => store.narrow(2, self.lengths[0], tokens).copy_(new),
+                None => store.narrow(0, 0, self.rows()).narrow(2, self.lengths[0], tokens).copy_(new),
             }
         }
-        let end = self.len() + tokens;
-        (target.key.narrow(2, 0, end), target.value.narrow(2, 0, end))
+        let (rows, end) = (self.rows(), self.len() + tokens);
+        let shown = |store: &Tensor| store.narrow(0, 0, rows).narrow(2, 0, end);
+        (shown(&target.key), shown(&target.value))
     }
 
     fn begin_pass(&mut self, tokens: i64) {
@@ -93,7 +97,7 @@ impl KvCache {
         self.reserve(end);
         // A shorter row's slots between its own end and the longest one's will be seen, with weight zero.
         let own_ends: Vec<i64> = self.lengths.iter().map(|length| length + tokens).collect();
-        let dirty: Vec<i64> = self.clean_from.iter().map(|&dirty| dirty.min(end)).collect();
+        let dirty: Vec<i64> = own_ends.iter().zip(&self.clean_from).map(|(_, &dirty)| dirty.min(end)).collect();
         self.erase(&own_ends, &dirty);
         for ((clean, own), dirty) in self.clean_from.iter_mut().zip(&own_ends).zip(&dirty) {
             *clean = if *clean > *dirty { *clean } else { *own };
@@ -165,8 +169,8 @@ impl KvCache {
         let to = slots(&|_, index| index);
         for layer in &self.layers {
             for store in [&layer.key, &layer.value] {
-                let [rows, groups, _, dim] = <[i64; 4]>::try_from(store.size()).expect("stores are [B, G, C, D]");
-                let shape = [rows, groups, most, dim];
+                let [_, groups, _, dim] = <[i64; 4]>::try_from(store.size()).expect("stores are [R, G, C, D]");
+                let shape = [self.rows(), groups, most, dim];
                 // Gathered into memory of its own first: the places may overlap.
                 let kept = store.gather(2, &from.expand(shape, false), false); // [B, G, K, D]
                 let _ = store.shallow_clone().scatter_(2, &to.expand(shape, false), &kept);
@@ -248,60 +252,104 @@ impl KvCache {
         let erased = slot.ge_tensor(&column(from)).logical_and(&slot.lt_tensor(&column(to))); // [B, 1, n, 1]
         for layer in &self.layers {
             for store in [&layer.key, &layer.value] {
-                let _ = store.narrow(2, first, last - first).masked_fill_(&erased, 0.0);
+                let _ = store.narrow(0, 0, self.rows()).narrow(2, first, last - first).masked_fill_(&erased, 0.0);
             }
         }
     }
 
-    /// Keeps the rows named, in that order.
+    /// Keeps the rows named, in that order. Rows that keep their place are not touched.
     pub fn select_rows(&mut self, rows: &[i64]) {
+        assert!(rows.len() <= self.lengths.len(), "{} rows cannot be chosen from {}", rows.len(), self.lengths.len());
         self.pass = None;
-        let index = device::send(&Tensor::from_slice(rows), self.device());
-        for layer in &mut self.layers {
-            layer.key = layer.key.index_select(0, &index);
-            layer.value = layer.value.index_select(0, &index);
+        let moved: Vec<(i64, i64)> = rows.iter().copied().zip(0..).filter(|(from, to)| from != to).collect();
+        if !moved.is_empty() {
+            self.move_rows(&moved);
         }
-        self.lengths = rows.iter().map(|&row| self.lengths[row as usize]).collect();
-        self.clean_from = rows.iter().map(|&row| self.clean_from[row as usize]).collect();
+        let before = (self.lengths.clone(), self.clean_from.clone());
+        self.lengths = rows.iter().map(|&row| before.0[row as usize]).collect();
+        for &(from, to) in &moved {
+            // What the row held before and the new one does not reach is still there.
+            let clean_from = &mut self.clean_from[to as usize];
+            *clean_from = before.1[to as usize].max(before.1[from as usize]);
+        }
+        self.settle(moved.iter().map(|&(_, to)| to as usize));
     }
 
-    /// Adds the rows of another cache behind these.
-    pub fn append_rows(&mut self, mut other: KvCache) {
-        self.pass = None;
-        other.pass = None;
-        let capacity = self.capacity().max(other.capacity());
-        self.reserve(capacity);
-        other.reserve(capacity);
-        let joined = |mine: &Tensor, theirs: &Tensor| {
-            Tensor::cat(&[mine.narrow(2, 0, capacity), theirs.narrow(2, 0, capacity)], 0)
-        };
-        for (mine, theirs) in self.layers.iter_mut().zip(&other.layers) {
-            mine.key = joined(&mine.key, &theirs.key);
-            mine.value = joined(&mine.value, &theirs.value);
-        }
-        self.lengths.extend(other.lengths);
-        self.clean_from.extend(other.clean_from);
-    }
-
-    /// Puts the first rows of another cache in the place of the rows named, one for each. Only the tokens they hold are
-    /// copied, so a batch that loses a row and gains another does not move its other rows.
-    pub fn replace_rows(&mut self, rows: &[i64], other: &KvCache) {
-        assert!(rows.len() as i64 <= other.rows(), "{} rows cannot be filled from {}", rows.len(), other.rows());
-        self.pass = None;
-        self.reserve(other.len());
-        for (mine, theirs) in self.layers.iter_mut().zip(&other.layers) {
-            for (store, new) in [(&mine.key, &theirs.key), (&mine.value, &theirs.value)] {
-                for ((from, &to), &length) in (0..).zip(rows).zip(&other.lengths) {
-                    let slots = |tensor: &Tensor, row: i64| tensor.select(0, row).narrow(1, 0, length); // [G, length, D]
-                    slots(store, to).copy_(&slots(new, from));
+    /// Copies rows over others, `(from, to)`.
+    fn move_rows(&self, moved: &[(i64, i64)]) {
+        let used = moved.iter().map(|&(from, _)| self.lengths[from as usize]).max().unwrap_or(0);
+        let overwritten = |from: i64| moved.iter().any(|&(_, to)| to == from);
+        let overlap = moved.iter().any(|&(from, _)| overwritten(from));
+        let index = overlap.then(|| {
+            let (from, to): (Vec<i64>, Vec<i64>) = moved.iter().copied().unzip();
+            [from, to].map(|rows| device::send(&Tensor::from_slice(&rows), self.device()))
+        });
+        for layer in &self.layers {
+            for store in [&layer.key, &layer.value] {
+                let mut held = store.narrow(2, 0, used); // [R, G, used, D]
+                match &index {
+                    // Gathered into memory of its own first.
+                    Some([from, to]) => drop(held.index_copy_(0, to, &held.index_select(0, from))),
+                    None => moved.iter().for_each(|&(from, to)| held.get(to).copy_(&held.get(from))),
                 }
             }
         }
-        for (&row, &length) in rows.iter().zip(&other.lengths) {
-            // What the row held before and the new one does not reach is still there.
-            let clean_from = &mut self.clean_from[row as usize];
-            *clean_from = (*clean_from).max(length);
-            self.lengths[row as usize] = length;
+    }
+
+    /// Adds the rows of another cache behind these.
+    pub fn append_rows(&mut self, other: KvCache) {
+        self.pass = None;
+        let (first, more, longest) = (self.rows(), other.rows(), other.len());
+        self.reserve(longest);
+        if first + more > self.room() {
+            // By half, so that a batch that grows row by row is not copied for each of them.
+            self.reserve_rows((first + more).max(first + first / 2));
+        }
+        for (mine, theirs) in self.layers.iter().zip(&other.layers) {
+            for (store, new) in [(&mine.key, &theirs.key), (&mine.value, &theirs.value)] {
+                let held = |store: &Tensor, row: i64| store.narrow(0, row, more).narrow(2, 0, longest); // [n, G, longest, D]
+                held(store, first).copy_(&held(new, 0));
+            }
+        }
+        self.lengths.extend(&other.lengths);
+        let new = first as usize..(first + more) as usize;
+        self.clean_from[new.clone()].iter_mut().for_each(|clean_from| *clean_from = longest.max(*clean_from));
+        self.settle(new);
+    }
+
+    /// Makes room for so many rows: those that join later need no copy of the others.
+    pub fn reserve_rows(&mut self, rows: i64) {
+        if rows <= self.room() {
+            return;
+        }
+        let held = self.rows();
+        for layer in &mut self.layers {
+            for store in [&mut layer.key, &mut layer.value] {
+                let [_, groups, capacity, dim] = <[i64; 4]>::try_from(store.size()).expect("stores are [R, G, C, D]");
+                let larger = Tensor::zeros([rows, groups, capacity, dim], (store.kind(), store.device()));
+                larger.narrow(0, 0, held).copy_(&store.narrow(0, 0, held));
+                *store = larger;
+            }
+        }
+        self.clean_from.truncate(held as usize);
+        self.clean_from.resize(rows as usize, 0);
+    }
+
+    /// Writes zeros behind what rows that have just come hold: once, rather than in every pass that shows more of it. A
+    /// few slots that the next pass erases in any case wait for it.
+    fn settle(&mut self, rows: impl Iterator<Item = usize>) {
+        let longest = self.len();
+        for row in rows {
+            let (length, dirty) = (self.lengths[row], self.clean_from[row]);
+            if dirty <= longest {
+                continue;
+            }
+            for layer in &self.layers {
+                for store in [&layer.key, &layer.value] {
+                    let _ = store.get(row as i64).narrow(1, length, dirty - length).zero_();
+                }
+            }
+            self.clean_from[row] = length;
         }
     }
 
@@ -311,6 +359,11 @@ impl KvCache {
 
     fn capacity(&self) -> i64 {
         self.layers.first().map_or(0, |layer| layer.key.size()[2])
+    }
+
+    /// Rows there is room for.
+    fn room(&self) -> i64 {
+        self.clean_from.len() as i64
     }
 
     fn reserve(&mut self, slots: i64) {
@@ -327,7 +380,7 @@ impl KvCache {
         }
         for layer in &mut self.layers {
             for store in [&mut layer.key, &mut layer.value] {
-                let [rows, groups, _, dim] = <[i64; 4]>::try_from(store.size()).expect("stores are [B, G, C, D]");
+                let [rows, groups, _, dim] = <[i64; 4]>::try_from(store.size()).expect("stores are [R, G, C, D]");
                 let room = Tensor::zeros([rows, groups, more, dim], (store.kind(), store.device()));
                 *store = Tensor::cat(&[&*store, &room], 2);
             }
@@ -371,10 +424,36 @@ mod tests {
     }
 
     #[test]
-    fn replaced_rows_hold_the_new_tokens_and_the_others_stay() {
-        let mut batch = cache(1.0, &[3, 5, 2], 5);
-        batch.replace_rows(&[2, 0], &cache(2.0, &[80, 1, 7], 90));
-        assert_eq!(content(&batch), [(1, 201.0), (5, 101.0), (80, 200.0)]);
+    fn rows_change_places_and_those_that_do_not_stay_where_they_are() {
+        for order in [vec![0, 1, 2, 3], vec![0, 3, 2], vec![3, 2, 1, 0], vec![1, 2], vec![2, 0, 3], vec![]] {
+            let mut batch = cache(1.0, &[3, 5, 2, 70], 80);
+            let before = content(&batch);
+            batch.select_rows(&order);
+            let want: Vec<_> = order.iter().map(|&row| before[row as usize]).collect();
+            assert_eq!(content(&batch), want, "{order:?}");
+        }
+    }
+
+    #[test]
+    fn rows_that_come_take_the_room_of_those_that_left_and_show_nothing_of_them() {
+        let mut batch = cache(1.0, &[3, 60, 5], 80);
+        batch.reserve_rows(4);
+        let room = batch.layers[0].key.data_ptr();
+        for turn in 0..5 {
+            // The last row takes the first place; what left was longer than what comes.
+            batch.select_rows(&[batch.rows() - 1, 1]);
+            batch.append_rows(cache(2.0 + f64::from(turn), &[4, 2], 9));
+            assert_eq!(batch.layers[0].key.data_ptr(), room, "the batch was copied");
+            let new = Tensor::ones([4, 1, 1, 2], (Kind::Double, Device::Cpu)) * 5.0;
+            let (key, _) = batch.write(0, &new, &new);
+            for (row, &length) in batch.lengths.iter().enumerate() {
+                let behind = key.get(row as i64).narrow(1, length + 1, key.size()[2] - length - 1);
+                assert_eq!(behind.abs().sum(Kind::Double).double_value(&[]), 0.0, "row {row}, turn {turn}");
+            }
+            batch.pass = None;
+            let want = 200.0 + 100.0 * f64::from(turn);
+            assert_eq!(content(&batch)[1..], [(60, 101.0), (4, want), (2, want + 1.0)]);
+        }
     }
 
     #[test]

@@ -6,6 +6,9 @@ use tch::{Device, Kind, Tensor};
 use super::noise;
 use super::processors::{Processors, argmax};
 
+/// In place of a token, where a row holds NaN: a broken target is found where it breaks.
+pub const NO_NUMBERS: i64 = -1;
+
 /// How the next token is chosen: what is done to the logits, and the key of the noise where a token is sampled.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Sampling {
@@ -26,7 +29,7 @@ impl Sampling {
         Self { processors: Processors::at_temperature(temperature), seed }
     }
 
-    /// Chooses one token for each row of `logits [R, V]`. `keys` gives each row's own seed offset and its position,
+    /// Chooses one token for each row of `logits [R, V]`, or [`NO_NUMBERS`]. One copy from the device. `keys` gives each row's own seed offset and its position,
     /// `context` the tokens before it; that is only asked for where a penalty needs it.
     pub fn choose<'a>(
         &self,
@@ -36,8 +39,10 @@ impl Sampling {
     ) -> Vec<i64> {
         let Self { processors, seed } = *self;
         if processors.leaves_the_greedy_choice() {
-            let chosen = logits.argmax(-1, false); // [R]
-            return Vec::try_from(chosen).expect("argmax gives int64");
+            let (best, tokens) = logits.max_dim(-1, false); // [R] each
+            // NaN counts as the largest.
+            let chosen = tokens.masked_fill(&best.isnan(), NO_NUMBERS);
+            return Vec::try_from(chosen).expect("places are int64");
         }
         let vocabulary = logits.size()[1] as usize;
         let logits = logits.to_device(Device::Cpu).to_kind(Kind::Double).contiguous().view([-1]);
@@ -45,6 +50,9 @@ impl Sampling {
         let rows = values.par_chunks_exact_mut(vocabulary).zip(keys).enumerate();
         rows.map(|(index, (row, &(row_seed, position)))| {
             let parts = if processors.repetition_penalty == 1.0 { Vec::new() } else { context(index) };
+            if row.iter().any(|logit| logit.is_nan()) {
+                return NO_NUMBERS;
+            }
             processors.apply(row, parts.iter().flat_map(|part| part.iter().copied()));
             match processors.is_greedy() {
                 true => argmax(row) as i64,

@@ -14,6 +14,7 @@ use super::branches::Branches;
 use super::dynamic_tree::{DynamicTree, Expand, Names, grow};
 use super::{Branch, Context, DraftSampling, Drafter, Joining, Progress};
 use crate::decode::policy::Proposal;
+use crate::decode::prefill::Passes;
 use crate::device;
 use crate::draft::eagle3::Eagle3Shape;
 use crate::draft::eagle3::layers::Network;
@@ -65,6 +66,8 @@ pub struct Eagle3Drafter {
     names: Names,
     tree: DynamicTree,
     sampling: DraftSampling,
+    /// How prompts are cut.
+    pub(super) passes: Passes,
     pub(super) rows: Option<Rows>,
 }
 
@@ -147,7 +150,7 @@ impl Eagle3Drafter {
         let network = Network::new(&shape, &parameters, &embedding.f_to_device(device)?.detach(), device)?;
         let target_ids = vocabulary.map(|map| map.target_ids().to_vec());
         let names = Names { target_size: shape.vocab_size, target_ids };
-        Ok(Self { network, capture: shape.capture, names, tree, sampling, rows: None })
+        Ok(Self { network, capture: shape.capture, names, tree, sampling, passes: Passes::default(), rows: None })
     }
 
     /// The cache, row `i` that of the `i`-th running request.
@@ -211,7 +214,19 @@ impl Drafter for Eagle3Drafter {
         let features: Vec<&[Tensor]> = rows.iter().map(|row| row.features.as_slice()).collect();
         let longest = tokens.iter().map(|tokens| tokens.len()).max().unwrap_or(0);
         let mut cache = self.network.new_cache(rows.len() as i64, longest as i64);
-        let last = self.refresh(&mut cache, &tokens, &features)?; // [B, H]
+        let mut last = None;
+        for piece in self.passes.pieces(longest) {
+            // A prompt of more than one piece is alone; of a group every prompt is in its one piece.
+            let part = |tokens: &&'_ [u32]| piece.start..piece.end.min(tokens.len());
+            let own: Vec<&[u32]> = tokens.iter().map(|tokens| &tokens[part(tokens)]).collect();
+            let features: Vec<Vec<Tensor>> = (features.iter().zip(&own))
+                .map(|(layers, own)| layers.iter().map(|layer| layer.narrow(0, piece.start as i64, own.len() as i64)))
+                .map(Iterator::collect)
+                .collect();
+            let features: Vec<&[Tensor]> = features.iter().map(Vec::as_slice).collect();
+            last = Some(self.refresh(&mut cache, &own, &features)?); // [B, H]
+        }
+        let last = last.ok_or_else(|| Error::Failed("the engine handed the draft an empty prompt".to_owned()))?;
         self.rows = Some(match self.rows.take() {
             None => Rows { cache, last },
             Some(mut running) => {

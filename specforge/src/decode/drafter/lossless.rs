@@ -6,12 +6,15 @@ use tch::{Device, Kind, Tensor};
 use super::super::engine::{Decoded, Engine, EngineOptions};
 use super::super::event::Silent;
 use super::super::policy::Policy;
+use super::super::prefill::Passes;
 use super::super::{Request, tiny};
 use super::*;
 use crate::draft::eagle3::{Eagle3Shape, HeadStart};
 use crate::models::{ForwardInput, LlamaConfig, LlamaTarget, LogitRows, TargetModel};
 use crate::nn::{AttentionMask, KvCache, Processors, noise};
 use crate::vocab::VocabMap;
+
+mod arrivals;
 
 const SEED: u64 = 3;
 
@@ -343,6 +346,30 @@ fn a_model_drafts_cache_is_that_of_a_fresh_prefill() {
         );
         assert!(kept > 10, "{kept}");
     }
+}
+
+/// A prompt of several pieces leaves the same cache as one that is run at once.
+#[test]
+fn prompts_may_run_in_pieces() {
+    let target = target(2, 1.0, Kind::Double);
+    let tokens: Vec<u32> = (0..23).map(|place| place * 7 % 64).collect();
+    let mut whole = eagle3(&target, 2, true, SMALL, sampling(1.0));
+    let mut pieces = eagle3(&target, 2, true, SMALL, sampling(1.0));
+    pieces.passes = Passes::of(10, 4);
+    let (_, features) = prefilled(&target, &tokens[..22], &whole.capture());
+    for drafter in [&mut whole, &mut pieces] {
+        let features = features.iter().map(Tensor::shallow_clone).collect();
+        drafter.join(&[Joining { tokens: &tokens, features }]).unwrap();
+    }
+    let (whole, pieces) = (whole.rows.unwrap(), pieces.rows.unwrap());
+    assert!((&whole.last - &pieces.last).abs().max().double_value(&[]) < 1e-11);
+    equals_fresh(&pieces.cache, 0, whole.cache, "eagle3");
+    let mut pieces = model(tiny::target(3), &target, SMALL, sampling(1.0));
+    pieces.passes = Passes::of(10, 4);
+    pieces.join(&[Joining { tokens: &tokens, features: Vec::new() }]).unwrap();
+    let pieces = pieces.rows.unwrap();
+    assert_eq!(pieces.known, [22]);
+    equals_fresh(&pieces.cache, 0, prefilled(&tiny::target(3), &tokens, &[]).0, "model");
 }
 
 #[test]

@@ -13,6 +13,7 @@ use super::dynamic_tree::{DynamicTree, Expand, Names, grow};
 use super::{Branch, Context, DraftSampling, Drafter, Joining, Progress};
 use crate::data::ChatTokenizer;
 use crate::decode::policy::Proposal;
+use crate::decode::prefill::Passes;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::models::{Dimensions, ForwardInput, LogitRows, TargetModel};
@@ -24,6 +25,8 @@ pub struct ModelDrafter<'a> {
     names: Names,
     tree: DynamicTree,
     sampling: DraftSampling,
+    /// How prompts are cut.
+    pub(super) passes: Passes,
     pub(super) rows: Option<Rows>,
 }
 
@@ -53,7 +56,7 @@ impl<'a> ModelDrafter<'a> {
             )));
         }
         let names = Names { target_size: theirs, target_ids: None };
-        Ok(Self { model, names, tree, sampling, rows: None })
+        Ok(Self { model, names, tree, sampling, passes: Passes::default(), rows: None })
     }
 
     /// Refuses a draft model whose tokens mean something else than the target's.
@@ -111,7 +114,12 @@ impl Drafter for ModelDrafter<'_> {
         let prompts: Vec<&[u32]> = rows.iter().map(|row| &row.tokens[..row.tokens.len() - 1]).collect();
         let longest = prompts.iter().map(|prompt| prompt.len()).max().unwrap_or(0);
         let mut cache = self.model.new_cache(rows.len() as i64, longest as i64);
-        run(self.model.as_ref(), &mut cache, &prompts, false)?;
+        for piece in self.passes.pieces(longest) {
+            // A prompt of more than one piece is alone; of a group every prompt is in its one piece.
+            let own: Vec<&[u32]> =
+                prompts.iter().map(|prompt| &prompt[piece.start..piece.end.min(prompt.len())]).collect();
+            run(self.model.as_ref(), &mut cache, &own, false)?;
+        }
         let mut known: Vec<i64> = self.rows.as_ref().map_or_else(Vec::new, |running| running.known.clone());
         known.extend(cache.lengths());
         let cache = match self.rows.take() {

@@ -19,10 +19,10 @@ use tch::Tensor;
 
 use super::medusa::{Guesses, MedusaHeads, Place, last_state};
 use super::{Context, DraftSampling, Drafter, Joining, Progress, last};
-use crate::decode::autoregressive::{Finish, Request};
 use crate::decode::engine::{Engine, EngineOptions};
 use crate::decode::event::Silent;
 use crate::decode::policy::Proposal;
+use crate::decode::{Finish, Request};
 use crate::error::{Error, Result};
 use crate::models::TargetModel;
 

@@ -1,8 +1,11 @@
 //! The engine's part of `fault`: where a mistake changes what the engine computes, keeps or tells.
 
 use super::*;
+use crate::decode::drafter::last;
+use crate::decode::event::Source;
 use crate::decode::fault::{Fault, active};
 use crate::decode::policy::Rows;
+use crate::tree::TokenTree;
 use tch::Kind;
 
 /// Cache lengths that the pass believes in.
@@ -11,7 +14,7 @@ pub(super) fn lengths(lengths: Vec<i64>) -> Vec<i64> {
     if active(Fault::RaggedLength) { vec![longest; lengths.len()] } else { lengths }
 }
 
-pub(super) fn positions(positions: &mut [i64], nodes: usize, lengths: &[i64]) {
+pub(super) fn positions(mut positions: Vec<i64>, nodes: usize, lengths: &[i64]) -> Vec<i64> {
     for (line, &length) in positions.chunks_exact_mut(nodes).zip(lengths) {
         if active(Fault::PositionsWithoutDepth) {
             line.fill(length);
@@ -20,6 +23,7 @@ pub(super) fn positions(positions: &mut [i64], nodes: usize, lengths: &[i64]) {
             line.iter_mut().for_each(|position| *position += 1);
         }
     }
+    positions
 }
 
 pub(super) fn mask(mask: AttentionMask, proposals: &[Proposal], nodes: usize, lengths: &[i64]) -> AttentionMask {
@@ -44,7 +48,7 @@ pub(super) fn mask(mask: AttentionMask, proposals: &[Proposal], nodes: usize, le
     mask
 }
 
-pub(super) fn places(places: &mut [Vec<i64>], proposals: &[Proposal]) {
+pub(super) fn places(mut places: Vec<Vec<i64>>, proposals: &[Proposal]) -> Vec<Vec<i64>> {
     for (row, proposal) in places.iter_mut().zip(proposals) {
         if active(Fault::NoRollback) {
             *row = (0..proposal.tree.len() as i64).collect();
@@ -56,6 +60,7 @@ pub(super) fn places(places: &mut [Vec<i64>], proposals: &[Proposal]) {
             row.remove(0);
         }
     }
+    places
 }
 
 pub(super) fn limits(limits: Limits<'_>) -> Limits<'_> {
@@ -110,9 +115,9 @@ impl Engine<'_> {
         Ok(())
     }
 
-    pub(super) fn seeded_prefill(&self, requests: &[Request], cache: &mut KvCache) -> Result<()> {
+    pub(super) fn seeded_prefill(&self, rows: &[Row], cache: &mut KvCache) -> Result<()> {
         match active(Fault::PromptTokenTwice) {
-            true => self.seeded_run(&requests.iter().map(|request| last(&request.prompt)).collect::<Vec<_>>(), cache),
+            true => self.seeded_run(&rows.iter().map(|row| last(&row.tokens)).collect::<Vec<_>>(), cache),
             false => Ok(()),
         }
     }

@@ -2,25 +2,27 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::super::policy::Rows;
+use super::super::policy::{Policy, Rows};
+use super::EngineOptions;
 use crate::error::{Error, Result};
-use crate::models::ForwardOutput;
 use crate::nn::Processors;
 use crate::nn::processors::argmax;
+use crate::nn::sampling::{NO_NUMBERS, Sampling};
 use crate::tree::TokenTree;
 
-/// In place of a token, where a row holds NaN.
-const NO_NUMBERS: i64 = -1;
-
-/// The most likely token of every row, where that is what is chosen: `[R]`, one copy from the device.
-pub(super) fn greedy_choices(processors: &Processors, output: &ForwardOutput) -> Result<Option<Vec<i64>>> {
-    let logits = output.logits.as_ref().filter(|_| processors.leaves_the_greedy_choice());
-    let choose = |logits: &Tensor| {
-        let (best, tokens) = logits.max_dim(-1, false); // [R] each
-        // NaN counts as the largest.
-        Ok(Vec::try_from(tokens.masked_fill(&best.isnan(), NO_NUMBERS))?)
-    };
-    logits.map(choose).transpose()
+/// How the target chooses behind every node of a pass where all can be chosen at once: where nothing but its own row
+/// decides, and the processors ask for no token on a path.
+pub(super) fn at_once(options: &EngineOptions, nodes: usize) -> Option<Sampling> {
+    let EngineOptions { processors, policy, .. } = options;
+    let sampling = |seed| Some(Sampling { processors: *processors, seed });
+    match *policy {
+        Policy::Typical { .. } => None,
+        _ if processors.leaves_the_greedy_choice() => sampling(0),
+        _ if nodes > 1 => None,
+        _ if processors.is_greedy() => sampling(0),
+        Policy::Keyed { seed } => sampling(seed),
+        Policy::Maximal { .. } => None,
+    }
 }
 
 fn no_numbers() -> Error {
@@ -34,29 +36,41 @@ pub(super) struct TargetRows<'a> {
     committed: &'a [u32],
     /// What is guessed, where the pass was over a tree.
     pub(super) tree: Option<&'a TokenTree>,
-    greedy: Option<&'a [i64]>,
+    chosen: Option<&'a [i64]>,
     processors: &'a Processors,
 }
 
 impl<'a> TargetRows<'a> {
-    /// `count` rows of the pass from `first` on, behind everything `committed`.
+    /// Rows of a pass, `[R, V]`, from `first` on, behind everything `committed`; what is chosen behind each, where that is
+    /// known.
     pub(super) fn new(
-        output: &'a ForwardOutput,
+        logits: &'a Tensor,
         first: usize,
-        count: usize,
         committed: &'a [u32],
-        greedy: Option<&'a [i64]>,
+        chosen: Option<&'a [i64]>,
         processors: &'a Processors,
-    ) -> Result<Self> {
-        let missing = || Error::Failed("the target returned no logits although they were asked for".to_owned());
-        let logits = output.logits.as_ref().ok_or_else(missing)?;
-        debug_assert!(logits.size()[0] >= (first + count) as i64);
-        Ok(Self { logits, first, committed, tree: None, greedy, processors })
+    ) -> Self {
+        Self { logits, first, committed, tree: None, chosen, processors }
     }
 
     /// The row of a node as the target gave it, `[V]`.
     pub(super) fn raw(&self, node: usize) -> Tensor {
         self.logits.get((self.first + node) as i64)
+    }
+
+    /// Whether the target's choices are known.
+    pub(super) fn chosen_at_once(&self) -> bool {
+        self.chosen.is_some()
+    }
+
+    /// The target's own choice behind the last node of a path.
+    pub(super) fn chosen(&mut self, path: &[usize]) -> Result<u32> {
+        let node = path.last().copied().unwrap_or(0);
+        match self.chosen {
+            Some(choices) if choices[node] == NO_NUMBERS => Err(no_numbers()),
+            Some(choices) => Ok(choices[node] as u32),
+            None => self.greedy(path),
+        }
     }
 }
 
@@ -82,11 +96,9 @@ impl Rows for TargetRows<'_> {
     }
 
     fn greedy(&mut self, path: &[usize]) -> Result<u32> {
-        let node = path.last().copied().unwrap_or(0);
-        match self.greedy {
-            Some(choices) if choices[node] == NO_NUMBERS => Err(no_numbers()),
-            Some(choices) => Ok(choices[node] as u32),
-            None => Ok(argmax(&self.row(path)?) as u32),
+        match self.chosen {
+            Some(_) if self.processors.leaves_the_greedy_choice() => self.chosen(path),
+            _ => Ok(argmax(&self.row(path)?) as u32),
         }
     }
 }

@@ -1,10 +1,12 @@
 use std::collections::HashMap;
 
-use super::super::drafter::{Plain, PromptLookup};
-use super::super::event::Silent;
+use super::super::drafter::{Context, Joining, Plain, Progress, PromptLookup, last};
+use super::super::event::{Committed, Silent};
 use super::super::tiny;
 use super::*;
+use crate::data::Finish;
 use crate::nn::noise::keyed_stream;
+use crate::tree::TokenTree;
 use tch::{Device, Kind};
 
 /// Guesses what it was told the target will choose, right or wrong as the dice fall, in a tree of a given shape.
@@ -89,30 +91,6 @@ fn decode<'a>(target: &'a dyn TargetModel, drafter: Box<dyn Drafter + 'a>, optio
 
 fn texts(decoded: &[Decoded]) -> Vec<(Vec<u32>, Finish)> {
     decoded.iter().map(|decoded| (decoded.tokens.clone(), decoded.finish)).collect()
-}
-
-#[test]
-fn the_engine_without_a_draft_is_plain_decoding() {
-    let target = tiny::target(1);
-    for temperature in [0.0, 1.0] {
-        let sampling = match temperature {
-            0.0 => crate::nn::sampling::Sampling::greedy(),
-            _ => crate::nn::sampling::Sampling::keyed(temperature, 3),
-        };
-        let mut generator = autoregressive::Generator::new(&target, sampling, vec![7, 8], 4);
-        requests(9).into_iter().for_each(|request| generator.submit(request).unwrap());
-        let mut want = HashMap::new();
-        generator
-            .run(&std::sync::atomic::AtomicBool::new(false), &mut |_, finished| {
-                want.insert(finished.tag, finished.answer?);
-                Ok(())
-            })
-            .unwrap();
-        for decoded in decode(&target, Box::new(Plain), options(temperature, 4)) {
-            let want = &want[&decoded.tag];
-            assert_eq!((&decoded.tokens, decoded.finish), (&want.tokens, want.finish), "request {}", decoded.tag);
-        }
-    }
 }
 
 #[test]

@@ -2,7 +2,7 @@
 //!
 //! A row of the prompts is a conversation. Its assistant messages are dropped and generated again: every user message
 //! is answered in turn, and each prompt holds the answers before it. A row without assistant messages thus asks its
-//! user messages one after the other. Rows run together in a batch that stays full (see [`super::autoregressive`]).
+//! user messages one after the other. Rows run together in a batch that stays full (see [`super::engine`]).
 //!
 //! Files, for `--out answers.jsonl`:
 //! - `answers.jsonl`: one line a finished row: everything the prompt's row held, and `messages` with the answers. Beside
@@ -30,7 +30,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
-use super::autoregressive::{Finish, Finished, Generator, Request};
+use super::drafter::Opened;
+use super::event::Silent;
+use super::{Engine, EngineOptions, Finish, Left, Policy, Request};
 use crate::data::Marks;
 use crate::data::conversation::Message;
 use crate::data::recorded::{self, prompt_hash};
@@ -38,7 +40,6 @@ use crate::data::tokenizer::ChatTokenizer;
 use crate::error::{Error, Result};
 use crate::models::TargetModel;
 use crate::nn::Processors;
-use crate::nn::sampling::Sampling;
 
 mod answer_file;
 mod cut_file;
@@ -81,6 +82,10 @@ pub struct RegenOptions {
     pub max_rows: usize,
     /// How tokens are chosen; [`GenerationConfig`] has the target's own way.
     pub processors: Processors,
+    /// Who guesses, as [`super::drafter::open`] takes it. The answers are the same with and without.
+    pub draft: Option<String>,
+    /// Which guesses are tried; the draft's own default where nothing is said.
+    pub tree: Option<String>,
     /// What becomes of a row with an answer that was cut off.
     pub on_length: OnLength,
     /// Key of the sampling noise.
@@ -101,6 +106,8 @@ impl Default for RegenOptions {
             max_prompt_tokens: None,
             max_rows: 32,
             processors: Processors::default(),
+            draft: None,
+            tree: None,
             on_length: OnLength::Keep,
             seed: 0,
             max_bad_share: 0.01,
@@ -138,8 +145,14 @@ impl RegenOptions {
         Ok(())
     }
 
-    fn sampling(&self) -> Sampling {
-        Sampling { processors: self.processors, seed: self.seed }
+    /// How tokens are chosen: as the target itself chooses, so that no draft changes an answer.
+    pub fn policy(&self) -> Policy {
+        Policy::Keyed { seed: self.seed }
+    }
+
+    /// How the engine decodes, given the tokens that end an answer.
+    fn engine(&self, stop_tokens: Vec<u32>) -> EngineOptions {
+        EngineOptions { processors: self.processors, policy: self.policy(), stop_tokens, max_rows: self.max_rows }
     }
 }
 
@@ -187,6 +200,10 @@ pub struct RegenReport {
     pub dropped: usize,
     /// How tokens were chosen.
     pub processors: Processors,
+    /// Who guessed: `none`, or the kind of the draft.
+    pub drafter: String,
+    /// Tokens a verification behind the first token of each answer; none where there was no verification.
+    pub acceptance_length: Option<f64>,
     /// Answers without a visible character.
     pub empty: usize,
     /// Prompt tokens processed.
@@ -213,12 +230,13 @@ trait Chat {
     fn vocabulary_hash(&self) -> String;
 }
 
-/// Answers every prompt that is not answered yet. Stops early, with everything finished so far on disk, once `stop` is
-/// set.
+/// Answers every prompt that is not answered yet, with the guesses of `draft`: what `options` name, opened. Stops early, with
+/// everything finished so far on disk, once `stop` is set.
 pub fn run(
     options: &RegenOptions,
     target: &dyn TargetModel,
     tokenizer: &ChatTokenizer,
+    draft: Opened<'_>,
     stop: &AtomicBool,
     progress: &mut dyn FnMut(Progress),
 ) -> Result<RegenReport> {
@@ -227,7 +245,7 @@ pub fn run(
         return Err(Error::bad_file(tokenizer.folder(), "names no end-of-sequence token: no answer would ever end")
             .with_hint("name `eos_token_id` in generation_config.json"));
     }
-    run_chat(options, target, tokenizer, stop, progress)
+    run_chat(options, (target, draft), tokenizer, stop, progress)
 }
 
 impl Chat for ChatTokenizer {
@@ -254,7 +272,7 @@ impl Chat for ChatTokenizer {
 
 fn run_chat(
     options: &RegenOptions,
-    target: &dyn TargetModel,
+    (target, draft): (&dyn TargetModel, Opened<'_>),
     chat: &dyn Chat,
     stop: &AtomicBool,
     progress: &mut dyn FnMut(Progress),
@@ -266,18 +284,18 @@ fn run_chat(
     let answers = AnswerFile::open(&options.out, &prompts, &record, options.restart)?;
     let errors = ErrorFile::begin(beside(&options.out, ".errors.jsonl"), &prompts)?;
     let cut = CutFile::open(beside(&options.out, ".cut.jsonl"), &prompts)?;
-    let mut generator = Generator::new(target, options.sampling(), chat.stop_tokens(), options.max_rows);
+    let mut engine = Engine::new(target, draft.drafter, options.engine(chat.stop_tokens()))?;
     let mut job = Job::new(options, chat, &prompts, answers, (errors, cut));
     let total = prompts.rows.len();
     while !stop.load(Ordering::Relaxed) {
-        job.feed(&mut generator)?;
-        if generator.pending() == 0 {
+        job.feed(&mut engine)?;
+        if engine.pending() == 0 {
             break;
         }
-        for finished in generator.step()? {
-            job.receive(&mut generator, finished)?;
+        for left in engine.step(&mut Silent)? {
+            job.receive(&mut engine, left)?;
         }
-        let throughput = generator.throughput();
+        let throughput = engine.throughput();
         let (done, failed) = (job.answered_before + job.answered + job.dropped, job.failed);
         let (tokens, tokens_per_second) = (throughput.new_tokens, throughput.tokens_per_second());
         progress(Progress { done, failed, total, tokens, tokens_per_second });
@@ -288,7 +306,7 @@ fn run_chat(
     } else {
         job.answers.sort()?;
     }
-    let throughput = generator.throughput();
+    let throughput = engine.throughput();
     Ok(RegenReport {
         out: options.out.clone(),
         rows: total,
@@ -303,6 +321,8 @@ fn run_chat(
         stopped: job.stopped,
         dropped: job.dropped,
         processors: options.processors,
+        drafter: draft.method,
+        acceptance_length: (job.rounds > 0).then(|| job.verified as f64 / job.rounds as f64),
         empty: job.empty,
         prompt_tokens: throughput.prompt_tokens,
         new_tokens: throughput.new_tokens,
@@ -362,6 +382,9 @@ struct Job<'a> {
     turns: usize,
     stopped: usize,
     empty: usize,
+    /// Verifications, and tokens that came of them.
+    rounds: usize,
+    verified: usize,
 }
 
 impl<'a> Job<'a> {
@@ -378,7 +401,7 @@ impl<'a> Job<'a> {
         cut.rows().iter().for_each(|&row| done[row] = true);
         let open: VecDeque<usize> = (0..done.len()).filter(|&row| !done[row]).collect();
         let dropped = done.len() - open.len() - answered_before;
-        let (answered, failed, turns, stopped, empty) = (0, 0, 0, 0, 0);
+        let (answered, failed, turns, stopped, empty, rounds, verified) = (0, 0, 0, 0, 0, 0, 0);
         let running = HashMap::new();
         Self {
             options,
@@ -397,22 +420,24 @@ impl<'a> Job<'a> {
             turns,
             stopped,
             empty,
+            rounds,
+            verified,
         }
     }
 
     /// Begins rows until as many wait as could run. More would hold their tokens in memory for nothing.
-    fn feed(&mut self, generator: &mut Generator<'_>) -> Result<()> {
-        while generator.waiting() < self.options.max_rows {
+    fn feed(&mut self, engine: &mut Engine<'_>) -> Result<()> {
+        while engine.waiting() < self.options.max_rows {
             let Some(row) = self.open.pop_front() else {
                 return Ok(());
             };
-            self.proceed(generator, row, Dialogue::new(&self.prompts.rows[row]))?;
+            self.proceed(engine, row, Dialogue::new(&self.prompts.rows[row]))?;
         }
         Ok(())
     }
 
     /// Asks the next question of a row, or writes the row where none is left.
-    fn proceed(&mut self, generator: &mut Generator<'_>, row: usize, mut dialogue: Dialogue) -> Result<()> {
+    fn proceed(&mut self, engine: &mut Engine<'_>, row: usize, mut dialogue: Dialogue) -> Result<()> {
         if !dialogue.ask() {
             let line = self.prompts.rows[row].answered(&dialogue.messages)?;
             self.answers.append(row, &line)?;
@@ -424,7 +449,7 @@ impl<'a> Job<'a> {
             Err(error) => return self.fail(row, dialogue.turns, &error),
         };
         dialogue.prompt_hash = prompt_hash(&request.prompt);
-        let submitted = if dialogue.turns == 0 { generator.submit(request) } else { generator.submit_first(request) };
+        let submitted = if dialogue.turns == 0 { engine.submit(request) } else { engine.submit_first(request) };
         match submitted {
             Ok(()) => {
                 self.running.insert(row, dialogue);
@@ -446,13 +471,13 @@ impl<'a> Job<'a> {
         Ok(Request { tag: row as u64, prompt, max_new_tokens: self.options.max_new_tokens, key })
     }
 
-    fn receive(&mut self, generator: &mut Generator<'_>, finished: Finished) -> Result<()> {
-        let row = finished.tag as usize;
+    fn receive(&mut self, engine: &mut Engine<'_>, left: Left) -> Result<()> {
+        let row = left.tag as usize;
         let Some(mut dialogue) = self.running.remove(&row) else {
             return Err(Error::Failed(format!("row {row} was answered without being asked")));
         };
         let turn = dialogue.turns;
-        let answer = match finished.answer {
+        let answer = match left.decoded {
             Ok(answer) => answer,
             Err(error) => return self.fail(row, turn, &error),
         };
@@ -461,6 +486,8 @@ impl<'a> Job<'a> {
             Err(error) => return self.fail(row, turn, &error),
         };
         self.turns += 1;
+        self.rounds += answer.rounds.len();
+        self.verified += answer.rounds.iter().map(|round| round.tokens).sum::<usize>();
         self.stopped += usize::from(answer.finish == Finish::Stop);
         self.empty += usize::from(text.trim().is_empty());
         let cut = answer.finish == Finish::Length;
@@ -482,7 +509,7 @@ impl<'a> Job<'a> {
         };
         dialogue.messages.push(Message { marks, ..Message::new("assistant", text) });
         dialogue.turns += 1;
-        self.proceed(generator, row, dialogue)
+        self.proceed(engine, row, dialogue)
     }
 
     fn fail(&mut self, row: usize, turn: usize, error: &Error) -> Result<()> {

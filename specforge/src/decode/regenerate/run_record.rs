@@ -26,6 +26,9 @@ pub(super) struct RunRecord {
     target: PathBuf,
     prompts: PathBuf,
     max_rows: usize,
+    /// Who guessed when the file was begun. It changes no answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    draft: Option<String>,
     /// Must be the same for a run that goes on.
     same: Same,
 }
@@ -55,6 +58,7 @@ impl RunRecord {
             target: options.target.clone(),
             prompts: options.prompts.clone(),
             max_rows: options.max_rows,
+            draft: options.draft.clone(),
             same: Same {
                 target_fingerprint: target_fingerprint(&options.target)?,
                 tokenizer_fingerprint,

@@ -2,6 +2,7 @@ use std::fs;
 
 use serde_json::json;
 
+use super::super::drafter::{DraftSampling, Drafter, DynamicTree, ModelDrafter, Plain, PromptLookup};
 use super::super::tiny;
 use super::*;
 use crate::models::LlamaTarget;
@@ -43,6 +44,11 @@ impl Chat for Letters {
     }
 }
 
+/// A drafter as it is opened.
+fn of(drafter: Box<dyn Drafter + '_>) -> Opened<'_> {
+    Opened { drafter, method: "some".to_owned(), tree: String::new(), folder: None, notes: Vec::new() }
+}
+
 struct Bench {
     folder: tempfile::TempDir,
     target: LlamaTarget,
@@ -81,7 +87,11 @@ impl Bench {
     }
 
     fn run(&self) -> Result<RegenReport> {
-        run_chat(&self.options, &self.target, &Letters, &AtomicBool::new(false), &mut |_| {})
+        self.run_with(Box::new(Plain))
+    }
+
+    fn run_with<'a>(&'a self, drafter: Box<dyn Drafter + 'a>) -> Result<RegenReport> {
+        run_chat(&self.options, (&self.target, of(drafter)), &Letters, &AtomicBool::new(false), &mut |_| {})
     }
 
     /// Runs and asks to stop after so many passes.
@@ -92,7 +102,8 @@ impl Bench {
             left -= 1;
             stop.store(left == 0, Ordering::Relaxed);
         };
-        run_chat(&self.options, &self.target, &Letters, &stop, &mut progress).unwrap()
+        let models = (&self.target as &dyn TargetModel, of(Box::new(Plain)));
+        run_chat(&self.options, models, &Letters, &stop, &mut progress).unwrap()
     }
 
     fn out(&self) -> String {
@@ -135,13 +146,10 @@ fn every_turn_is_answered_alone_after_the_answers_before_it() {
             let prompt = Letters.prompt(&messages[..index], None, &Map::new()).unwrap();
             assert_eq!(written["prompt_hash"], prompt_hash(&prompt));
             let key = noise_key(row["id"].as_str().unwrap());
-            let mut generator = Generator::new(&bench.target, bench.options.sampling(), Letters.stop_tokens(), 1);
-            generator.submit(Request { tag: 0, prompt, max_new_tokens: 6, key }).unwrap();
-            let mut alone = Vec::new();
-            while generator.pending() > 0 {
-                alone.extend(generator.step().unwrap());
-            }
-            let alone = alone.remove(0).answer.unwrap();
+            let alone = EngineOptions { max_rows: 1, ..bench.options.engine(Letters.stop_tokens()) };
+            let mut engine = Engine::new(&bench.target, Box::new(Plain), alone).unwrap();
+            engine.submit(Request { tag: 0, prompt, max_new_tokens: 6, key }).unwrap();
+            let alone = engine.run(&mut Silent).unwrap().remove(0).decoded.unwrap();
             assert_eq!(message.content.as_deref().unwrap(), Letters.text(alone.text_tokens()).unwrap());
             assert_eq!(written["finish"], serde_json::to_value(alone.finish).unwrap());
             assert_eq!(written["token_ids"], json!(alone.tokens));
@@ -173,6 +181,39 @@ fn neither_the_batch_nor_other_rows_change_an_answer_but_the_seed_does() {
     bench.options.seed = 5;
     bench.run().unwrap();
     assert_ne!(bench.out(), want);
+}
+
+/// A draft changes when an answer comes, never what it is.
+#[test]
+fn a_draft_changes_no_answer() {
+    let mut bench = Bench::new(PROMPTS);
+    bench.options.max_new_tokens = 24;
+    let penalised = Processors { repetition_penalty: 1.3, top_k: 30, ..Processors::at_temperature(0.9) };
+    for processors in [Processors::default(), Processors::at_temperature(1.3), penalised] {
+        bench.options.processors = processors;
+        let plain = bench.run().unwrap();
+        let want = bench.out();
+        assert_eq!(plain.acceptance_length, Some(1.0));
+        let sampling = DraftSampling::for_policy(bench.options.policy(), processors.temperature);
+        for max_rows in [1, 3, 32] {
+            bench.options.max_rows = max_rows;
+            let tree = DynamicTree { depth: 3, top_k: 3, nodes: 8, min_probability: 0.0 };
+            let model = |seed| {
+                let draft = Box::new(tiny::target(seed));
+                ModelDrafter::new(draft, &bench.target.dimensions(), tree, sampling).unwrap()
+            };
+            let lookup = PromptLookup { longest_match: 2, depth: 3, nodes: 6 };
+            let drafters: [Box<dyn Drafter>; 3] = [Box::new(model(2)), Box::new(model(5)), Box::new(lookup)];
+            for (index, drafter) in drafters.into_iter().enumerate() {
+                bench.forget();
+                let report = bench.run_with(drafter).unwrap();
+                assert_eq!(bench.out(), want, "draft {index}, {max_rows} rows, {processors:?}");
+                let taken = report.acceptance_length.unwrap();
+                assert!(taken >= [1.2, 1.0, 1.0][index], "draft {index}: {taken}");
+            }
+        }
+        bench.forget();
+    }
 }
 
 #[test]

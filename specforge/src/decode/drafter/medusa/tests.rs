@@ -2,12 +2,12 @@ use tch::{Device, Kind};
 
 use super::heads_for_tests::{VOCABULARY, blocks, good, good_tensors, random_shared, target};
 use super::*;
-use crate::decode::autoregressive::{Finish, Request};
 use crate::decode::drafter::{Plain, choices};
 use crate::decode::engine::{Decoded, Engine, EngineOptions};
 use crate::decode::event::Silent;
 use crate::decode::policy::Policy;
 use crate::decode::tiny;
+use crate::decode::{Finish, Request};
 use crate::draft::medusa::{HeadProjection, MedusaConfig};
 use crate::export;
 use crate::models::{LlamaTarget, TargetModel};

@@ -1,0 +1,174 @@
+//! How requests come in: their prompts are run in groups, their first tokens chosen, and their rows added to the batch.
+
+use tch::Tensor;
+
+use super::request::{Left, Request};
+use super::rows::Row;
+use super::target_rows::TargetRows;
+use super::{Engine, logits};
+use crate::decode::drafter::{Joining, last};
+use crate::decode::event::{Committed, Listener, Source, Started};
+use crate::decode::policy::Proposal;
+use crate::device;
+use crate::error::Result;
+use crate::models::{ForwardOutput, LogitRows};
+use crate::nn::{AttentionMask, KvCache};
+
+impl Engine<'_> {
+    /// Prefills waiting requests until every place is taken; a request may end with its first token. Whether there were
+    /// any.
+    pub(super) fn admit(&mut self, listener: &mut dyn Listener, left: &mut Vec<Left>) -> Result<bool> {
+        let waited = self.queue.len();
+        let most = self.options.max_rows.max(1);
+        while self.rows.len() < most && !self.queue.is_empty() {
+            let free = (most - self.rows.len()).min(self.queue.len());
+            let mut requests: Vec<Request> = self.queue.drain(..free).collect();
+            requests.sort_by_key(|request| request.prompt.len());
+            while !requests.is_empty() {
+                let group = self.passes.group(requests.iter().map(|request| request.prompt.len()));
+                let rest = requests.split_off(group);
+                self.prefill(requests, rest.len(), listener, left)?;
+                requests = rest;
+            }
+        }
+        Ok(self.queue.len() < waited)
+    }
+
+    /// Runs a group of prompts and chooses their first tokens. `coming` requests join behind it.
+    fn prefill(
+        &mut self,
+        requests: Vec<Request>,
+        coming: usize,
+        listener: &mut dyn Listener,
+        left: &mut Vec<Left>,
+    ) -> Result<()> {
+        let context = self.target.dimensions().max_position_embeddings as usize;
+        let mut rows: Vec<Row> = requests.into_iter().map(|request| Row::new(request, context)).collect();
+        let longest = rows.iter().map(|row| row.tokens.len()).max().unwrap_or(0);
+        let mut cache = self.target.new_cache(rows.len() as i64, longest as i64);
+        let output = self.run_prompts(&rows, &mut cache)?;
+        #[cfg(test)]
+        self.seeded_prefill(&rows, &mut cache)?;
+        let choices = self.choices(&output, 1, &rows)?;
+        self.done.prompt_tokens += rows.iter().map(|row| row.tokens.len() as u64).sum::<u64>();
+        let mut joining = Vec::with_capacity(rows.len());
+        for (index, row) in rows.iter_mut().enumerate() {
+            listener.started(&Started { tag: row.tag, key: row.key, prompt: &row.tokens, limit: row.limit })?;
+            let chosen = choices.as_ref().map(|choices| &choices[index..=index]);
+            let mut target = TargetRows::new(logits(&output)?, index, &row.tokens, chosen, &self.options.processors);
+            // The first token is the target's own under every policy: there is no guess yet.
+            let token = match self.verdict(&Proposal::nothing(last(&row.tokens)), row, &mut target) {
+                Ok(verdict) => verdict.tokens[0],
+                Err(error) => {
+                    listener.ended(row.tag, None)?;
+                    left.push(Left { tag: row.tag, decoded: Err(error) });
+                    continue;
+                }
+            };
+            let (position, slot) = (row.tokens.len(), row.tokens.len() - 1);
+            let raw = listener.wants_rows().then(|| target.raw(0));
+            listener.committed(&Committed {
+                tag: row.tag,
+                position,
+                token,
+                source: Source::Prefill,
+                round: 0,
+                slot,
+                parent_slot: slot.saturating_sub(1),
+                depth: 0,
+                cache_length: 0,
+                row: raw.as_ref(),
+            })?;
+            row.tokens.push(token);
+            self.done.new_tokens += 1;
+            match row.ended(&self.options.stop_tokens) {
+                Some(finish) => {
+                    listener.ended(row.tag, Some(finish))?;
+                    left.push(row.finish(finish));
+                }
+                None => joining.push(index),
+            }
+        }
+        let joined = super::rows::select(rows, &joining);
+        self.join(joined, &joining, (cache, &output.hidden), coming)
+    }
+
+    /// The target over prompts, padded to one length, in as many passes as they take. Logits are those behind each
+    /// prompt, `[B, V]`, captured states those of all their tokens, `[B, T, H]` each.
+    fn run_prompts(&self, rows: &[Row], cache: &mut KvCache) -> Result<ForwardOutput> {
+        let lengths: Vec<usize> = rows.iter().map(|row| row.tokens.len()).collect();
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+        let mut output = ForwardOutput { hidden: Vec::new(), logits: None };
+        let mut pieces = Vec::new();
+        for piece in self.passes.pieces(longest) {
+            let (width, is_last) = (piece.len(), piece.end == longest);
+            let (mut ids, mut positions) = (Vec::new(), Vec::new());
+            for row in rows {
+                // Padding is on the right: causal order hides it, and the cache does not keep it.
+                ids.extend(piece.clone().map(|place| row.tokens.get(place).map_or(0, |&id| i64::from(id))));
+                positions.extend(piece.clone().map(|place| place as i64));
+            }
+            let end = |(row, &length): (usize, &usize)| (row * width + length - piece.start - 1) as i64;
+            let ends = match is_last {
+                true => Some(device::upload(
+                    &lengths.iter().enumerate().map(end).collect::<Vec<_>>(),
+                    self.target.device(),
+                )?), // [B]
+                false => None,
+            };
+            let wanted = ends.as_ref().map_or(LogitRows::None, LogitRows::Rows);
+            output = self.forward((&ids, &positions), (rows.len(), width), &AttentionMask::Causal, wanted, cache)?;
+            let own = |&length: &usize| length.clamp(piece.start, piece.end) - piece.start;
+            cache.advance(&lengths.iter().map(|length| own(length) as i64).collect::<Vec<_>>());
+            pieces.push(std::mem::take(&mut output.hidden));
+        }
+        output.hidden = match pieces.len() {
+            1 => pieces.remove(0),
+            _ => {
+                let layers = 0..pieces.first().map_or(0, Vec::len);
+                let whole = |layer: usize| {
+                    Tensor::cat(&pieces.iter().map(|piece| &piece[layer]).collect::<Vec<_>>(), 1) // [B, T, H]
+                };
+                layers.map(whole).collect()
+            }
+        };
+        Ok(output)
+    }
+
+    /// Adds prefilled rows behind those that run. `places` are their rows of the cache and of the captured states.
+    fn join(
+        &mut self,
+        joined: Vec<Row>,
+        places: &[usize],
+        (mut cache, hidden): (KvCache, &[Tensor]),
+        coming: usize,
+    ) -> Result<()> {
+        if joined.is_empty() {
+            return Ok(());
+        }
+        if (joined.len() as i64) < cache.rows() {
+            cache.select_rows(&places.iter().map(|&row| row as i64).collect::<Vec<_>>());
+        }
+        let news: Vec<Joining<'_>> = joined
+            .iter()
+            .zip(places)
+            .map(|(row, &place)| {
+                let prompt = |layer: &Tensor| layer.get(place as i64).narrow(0, 0, row.prompt_length as i64); // [P, H]
+                Joining { tokens: &row.tokens, features: hidden.iter().map(prompt).collect() }
+            })
+            .collect();
+        self.drafter.join(&news)?;
+        // Room for all who are known to come, so that they do not move those that run.
+        let known = self.rows.len() + joined.len() + coming + self.queue.len();
+        let room = known.min(self.options.max_rows.max(1)) as i64;
+        match &mut self.cache {
+            Some(batch) => {
+                batch.reserve_rows(room);
+                batch.append_rows(cache);
+            }
+            none => none.insert(cache).reserve_rows(room),
+        }
+        self.rows.extend(joined);
+        Ok(())
+    }
+}
