@@ -56,7 +56,7 @@ impl Setup {
         let tallies = batches
             .iter()
             .map(|batch| {
-                let features = self.source.features(Arc::new(batch.clone()), &self.draft.capture()).unwrap();
+                let features = self.source.features(Arc::new((*batch).clone()), &self.draft.capture()).unwrap();
                 self.draft.accumulate(&features, counts, &mut Gradients::new(&mut gradients)).unwrap()
             })
             .collect();
