@@ -76,7 +76,7 @@ fn every_recipe_is_valid_and_can_be_planned() {
 fn the_largest_model_that_is_accepted_can_be_planned() {
     let value = json!({
         "target": {"path": "/nowhere", "keep_hidden_states": true, "config": {
-            "hidden_size": 1 << 20, "intermediate_size": 1 << 22, "num_hidden_layers": 10_000,
+            "model_type": "llama", "hidden_size": 1 << 20, "intermediate_size": 1 << 22, "num_hidden_layers": 10_000,
             "num_attention_heads": 8192, "head_dim": 512, "vocab_size": 1 << 22,
             "max_position_embeddings": 1u64 << 40,
         }},

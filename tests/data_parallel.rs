@@ -16,8 +16,8 @@ use specforge::draft::{self, DraftContext, DraftModel, Parameter};
 use specforge::features::store::Share;
 use specforge::features::{FeatureBatch, FeatureSource, OnlineFeatures, StoredFeatures};
 use specforge::files::Digests;
-use specforge::models::{self, Dimensions, TargetIdentity, TargetTables};
-use specforge::nn::noise;
+use specforge::models::{self, TargetIdentity, TargetInfo, TargetTables};
+use specforge::nn::{Embedding, Head, noise};
 use specforge::stop::Stop;
 use specforge::tracking::Tracker;
 use specforge::train::{GradientSums, Provenance, Split, TrainReport, Trainer, TrainerParts, Writer};
@@ -128,7 +128,7 @@ impl World {
             tch::set_num_threads(1);
             let (tables, source) = self.source(&config, kind);
             let context = DraftContext {
-                target: tables.dimensions,
+                target: tables.info.clone(),
                 embedding: &tables.embedding,
                 head: &tables.head,
                 vocabulary: None,
@@ -295,9 +295,9 @@ const VOCABULARY: i64 = 8192;
 fn heads(count: usize) -> Box<dyn DraftModel> {
     let table = |stream| noise::normal(&[VOCABULARY, HIDDEN], 0.1, 5, stream);
     let context = DraftContext {
-        target: Dimensions::of(HIDDEN, VOCABULARY, 2, 256),
-        embedding: &table(0),
-        head: &table(1),
+        target: TargetInfo::of(HIDDEN, VOCABULARY, 2, 256),
+        embedding: &Embedding::plain(table(0)),
+        head: &Head::plain(table(1)),
         vocabulary: None,
         kind: Kind::Float,
         device: Device::Cpu,

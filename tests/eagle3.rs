@@ -9,8 +9,8 @@ use specforge::data::PackedBatch;
 use specforge::draft::eagle3::{Eagle3, Eagle3Config, Eagle3Shape};
 use specforge::draft::{DraftContext, DraftModel, Gradients, Parameter, Tally};
 use specforge::features::FeatureBatch;
-use specforge::models::{Dimensions, LayerShape};
-use specforge::nn::{Rope, RopeConfig, RopeScaling, noise};
+use specforge::models::{LayerShape, TargetInfo};
+use specforge::nn::{Embedding, Head, Rope, RopeConfig, RopeScaling, noise};
 use specforge::vocab::VocabMap;
 use tch::{Device, Kind, Tensor};
 
@@ -21,8 +21,8 @@ const METRICS: usize = 5;
 
 /// A target of no layers: its embedding, its head, and features from a formula.
 struct World {
-    embedding: Tensor,
-    head: Tensor,
+    embedding: Embedding,
+    head: Head,
     map: VocabMap,
 }
 
@@ -30,10 +30,10 @@ impl World {
     fn new() -> Self {
         let table = |stream| noise::normal(&[VOCABULARY, HIDDEN], 1.0, 11, stream).to_kind(Kind::Double);
         let map = VocabMap::new(vec![0, 2, 3, 5, 8, 9, 11, 14, 15, 20, 22], VOCABULARY).unwrap();
-        Self { embedding: table(0), head: table(1), map }
+        Self { embedding: Embedding::plain(table(0)), head: Head::plain(table(1)), map }
     }
 
-    fn dimensions() -> Dimensions {
+    fn dimensions() -> TargetInfo {
         let rope = RopeConfig {
             theta: 100.0,
             head_dim: 6,
@@ -48,7 +48,7 @@ impl World {
             rms_norm_eps: 1e-5,
             rope,
         };
-        Dimensions { layer, ..Dimensions::of(HIDDEN, VOCABULARY, 8, 64) }
+        TargetInfo { template: layer, ..TargetInfo::of(HIDDEN, VOCABULARY, 8, 64) }
     }
 
     /// A draft with parameters far from their start, so that no term is too small to matter.
@@ -111,7 +111,7 @@ fn rms(input: &Tensor, weight: &Tensor) -> Tensor {
 
 /// `x` rotated by halves, `[T, N, D]`.
 fn rotated(heads: Tensor, positions: &[i64]) -> Tensor {
-    let rope = Rope::new(World::dimensions().layer.rope, Device::Cpu);
+    let rope = Rope::new(World::dimensions().template.rope, Device::Cpu);
     let positions = Tensor::from_slice(positions).unsqueeze(0);
     let tables = rope.tables(&positions, Kind::Double);
     tables.rotate(&heads.transpose(0, 1).unsqueeze(0)).squeeze_dim(0).transpose(0, 1)
@@ -174,7 +174,7 @@ fn dense(
     for (k, weight) in config.weights().into_iter().enumerate() {
         let tokens: Vec<i64> = (0..rows).map(|row| further(batch, row, 1 + k).map_or(0, |at| batch.ids[at])).collect();
         let positions: Vec<i64> = batch.positions.iter().map(|position| position + k as i64).collect();
-        let embedded = world.embedding.index_select(0, &Tensor::from_slice(&tokens));
+        let embedded = world.embedding.table.index_select(0, &Tensor::from_slice(&tokens));
         let mut state = feature.shallow_clone();
         for (layer, cached) in cached.iter_mut().enumerate() {
             let prefix = Eagle3Shape::layer_prefix(layer);
@@ -223,7 +223,8 @@ fn dense(
                 continue;
             }
             count += 1;
-            let logits = hidden[3].get((row + 1 + k) as i64).unsqueeze(0).matmul(&world.head.tr()).squeeze_dim(0);
+            let logits =
+                hidden[3].get((row + 1 + k) as i64).unsqueeze(0).matmul(&world.head.weight.tr()).squeeze_dim(0);
             let top = logits.argmax(-1, false).int64_value(&[]);
             if !Vec::<i64>::try_from(&ids).unwrap().contains(&top) {
                 continue;

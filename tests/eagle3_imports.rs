@@ -356,7 +356,7 @@ fn an_embedding_that_comes_with_a_draft_is_compared_with_the_targets() {
         });
         open::open(out.to_str(), None, (model.as_ref(), target.as_path()), DraftSampling::Greedy).unwrap().notes
     };
-    let own = model.embedding().to_kind(Kind::Half);
+    let own = model.embedding().table.to_kind(Kind::Half);
     assert_eq!(notes(own.copy()), Vec::<String>::new());
     let other = own.copy();
     let _ = other.get(100).get(3).fill_(9.0);

@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 use specforge::draft::medusa::{HeadProjection, Medusa, MedusaConfig};
 use specforge::draft::{DraftContext, DraftModel};
 use specforge::export::medusa::{Heads, read};
-use specforge::models::Dimensions;
-use specforge::nn::noise;
+use specforge::models::TargetInfo;
+use specforge::nn::{Embedding, Head, noise};
 use specforge::weights;
 use tch::{Device, Kind, Tensor};
 
@@ -20,8 +20,9 @@ const HIDDEN: i64 = 32;
 
 /// Logits of every head on the same random rows.
 fn logits(config: &MedusaConfig, tensors: &[(String, Tensor)], head: &Tensor, kind: Kind) -> Vec<Tensor> {
-    let target = Dimensions::of(HIDDEN, TOKENIZER_SIZE, 2, 256);
-    let (embedding, vocabulary) = (head, None);
+    let target = TargetInfo::of(HIDDEN, TOKENIZER_SIZE, 2, 256);
+    let (embedding, head) = (&Embedding::plain(head.shallow_clone()), &Head::plain(head.shallow_clone()));
+    let vocabulary = None;
     let (device, seed, chunk_bytes) = (Device::Cpu, 0, 1 << 20);
     let context = DraftContext { target, embedding, head, vocabulary, kind, device, seed, chunk_bytes };
     let draft = Medusa::new(config.clone(), &context).unwrap();

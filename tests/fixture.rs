@@ -9,7 +9,7 @@ use std::process::{Command, Output, Stdio};
 use candle_core::quantized::gguf_file::{self, Value as GgufValue};
 use candle_core::quantized::{GgmlDType, QTensor};
 use serde_json::{Value, json};
-use specforge::models::LlamaConfig;
+use specforge::models::TargetConfig;
 use specforge::nn::noise;
 use specforge::weights::{self, WeightsFolder};
 use tch::{Device, Kind, Tensor};
@@ -164,8 +164,8 @@ pub fn model_config(changes: &Value) -> Value {
 
 /// Random weights for a configuration, by name.
 pub fn model_tensors(config: &Value) -> Vec<(String, Tensor)> {
-    let config = LlamaConfig::from_value(config).unwrap();
-    let tensors = config.tensors().into_iter().enumerate();
+    let config = TargetConfig::from_value(config).unwrap();
+    let tensors = config.tensors().unwrap().into_iter().enumerate();
     tensors
         .map(|(stream, (name, shape))| {
             let random = noise::normal(&shape, 0.15, 7, stream as u64);

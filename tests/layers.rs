@@ -164,6 +164,56 @@ fn a_circle_is_found() {
     assert_eq!(circles(folder.path()).len(), 4);
 }
 
+/// Where a family of models may be named: in its own files, in the table, and where a format of somebody else's has the
+/// name in a file.
+const FAMILY_NAMED: [&str; 4] = ["models/llama", "models/mod.rs", "weights/gguf", "export/eagle3"];
+
+/// Lines of code, tests and comments left out, that name a family.
+fn lines_with_a_family(folder: &Path) -> Vec<String> {
+    let mut wrong = Vec::new();
+    for path in rust_files(folder) {
+        let relative = path.strip_prefix(folder).unwrap().display().to_string();
+        // Files that are compiled for tests alone.
+        let tests = ["tests.rs", "tests/", "lossless", "tiny.rs", "heads_for_tests.rs"];
+        if FAMILY_NAMED.iter().any(|place| relative.starts_with(place))
+            || tests.iter().any(|name| relative.contains(name))
+        {
+            continue;
+        }
+        let text = fs::read_to_string(&path).unwrap();
+        let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
+        for line in code.lines().map(|line| line.split("//").next().unwrap_or_default()) {
+            // A variant of the rotary embedding that many families use is called after one.
+            let line = line.to_lowercase().replace("llama3", "");
+            // The line of the table.
+            let is_the_line = relative == "models/family.rs" && line.contains("llama::family");
+            let is_the_use = relative == "models/family.rs" && line.starts_with("use super::");
+            if line.contains("llama") && !is_the_line && !is_the_use {
+                wrong.push(format!("{relative}: {}", line.trim()));
+            }
+        }
+    }
+    wrong
+}
+
+#[test]
+fn no_family_of_models_is_named_outside_its_own_file() {
+    let wrong = lines_with_a_family(&source_folder());
+    assert!(wrong.is_empty(), "go through `models::TargetConfig` and the table of families:\n{}", wrong.join("\n"));
+}
+
+#[test]
+fn a_named_family_is_found() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir_all(folder.path().join("models/llama")).unwrap();
+    let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
+    write("models/llama/config.rs", "struct LlamaConfig;");
+    write("plan.rs", "// Llama\nlet rope = RopeScaling::Llama3;\n#[cfg(test)]\nmod tests { use LlamaConfig; }");
+    assert_eq!(lines_with_a_family(folder.path()), Vec::<String>::new());
+    write("plan.rs", "use crate::models::LlamaConfig;");
+    assert_eq!(lines_with_a_family(folder.path()), ["plan.rs: use crate::models::llamaconfig;"]);
+}
+
 #[test]
 fn the_training_loop_names_no_algorithm() {
     for path in rust_files(&source_folder().join("train")) {

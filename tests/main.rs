@@ -21,6 +21,9 @@ mod layers;
 mod medusa;
 mod narrow_gradients;
 mod parallel;
+mod plugins {
+    pub mod windowed;
+}
 mod processes;
 mod regeneration;
 mod rehearsal;
@@ -34,3 +37,4 @@ mod tracing;
 mod training;
 mod tree;
 mod vocab;
+mod windowed;

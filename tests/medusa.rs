@@ -7,7 +7,8 @@ use specforge::data::PackedBatch;
 use specforge::draft::medusa::{Medusa, MedusaConfig};
 use specforge::draft::{DraftContext, DraftModel, Gradients, Tally};
 use specforge::features::{FeatureSource, OnlineFeatures};
-use specforge::models::{LlamaConfig, LlamaTarget, TargetModel};
+use specforge::models::TargetModel;
+use specforge::models::llama::{LlamaConfig, LlamaTarget};
 use specforge::nn::noise;
 use tch::{Device, Kind, Tensor};
 
@@ -29,7 +30,7 @@ impl Setup {
         let target = LlamaTarget::build(llama, Device::Cpu, &mut tensor).unwrap();
         let heads = MedusaConfig::read(&json!({"num_heads": 3, "num_layers": 2, "projection": projection})).unwrap();
         let context = DraftContext {
-            target: target.dimensions(),
+            target: target.info().clone(),
             embedding: target.embedding(),
             head: target.head(),
             vocabulary: None,

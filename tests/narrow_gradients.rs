@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 use specforge::data::PackedBatch;
 use specforge::draft::{self, DraftContext, DraftModel, Gradients};
 use specforge::features::FeatureBatch;
-use specforge::models::{Dimensions, LayerShape};
-use specforge::nn::{RopeConfig, RopeScaling, noise};
+use specforge::models::{LayerShape, TargetInfo};
+use specforge::nn::{Embedding, Head, RopeConfig, RopeScaling, noise};
 use specforge::vocab::VocabMap;
 use tch::{Device, Kind, Tensor};
 
@@ -16,7 +16,7 @@ const VOCABULARY: i64 = 211;
 const HIDDEN: i64 = 64;
 const LAYERS: usize = 6;
 
-fn dimensions() -> Dimensions {
+fn dimensions() -> TargetInfo {
     let rope = RopeConfig { theta: 1e4, head_dim: 16, max_position_embeddings: 512, scaling: RopeScaling::Default };
     let layer = LayerShape {
         intermediate_size: 96,
@@ -26,7 +26,7 @@ fn dimensions() -> Dimensions {
         rms_norm_eps: 1e-5,
         rope,
     };
-    Dimensions { layer, ..Dimensions::of(HIDDEN, VOCABULARY, LAYERS, 512) }
+    TargetInfo { template: layer, ..TargetInfo::of(HIDDEN, VOCABULARY, LAYERS, 512) }
 }
 
 /// A long document and two short ones; the last two thirds of each are supervised.
@@ -50,8 +50,8 @@ fn gradients(section: &Value, narrow: Kind, kind: Kind, count: f64) -> Vec<(Stri
     let map = VocabMap::new((0..90).map(|id| id * 2).collect(), VOCABULARY).unwrap();
     let context = DraftContext {
         target: dimensions(),
-        embedding: &embedding,
-        head: &head,
+        embedding: &Embedding::plain(embedding),
+        head: &Head::plain(head),
         vocabulary: section.get("draft_vocab_size").map(|_| &map),
         kind,
         device: Device::Cpu,

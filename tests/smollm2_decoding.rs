@@ -65,7 +65,7 @@ fn every_draft_is_lossless_on_a_real_model() {
     let target = target.as_ref();
     let tokenizer = ChatTokenizer::load(&folder, None).unwrap();
     let context = DraftContext {
-        target: target.dimensions(),
+        target: target.info().clone(),
         embedding: target.embedding(),
         head: target.head(),
         vocabulary: None,
@@ -89,7 +89,7 @@ fn every_draft_is_lossless_on_a_real_model() {
         let drafters: [(&str, Box<dyn Drafter>); 4] = [
             ("medusa", trained(medusa.as_ref(), "mc_sim_7b_63")),
             ("eagle3", trained(eagle3.as_ref(), "dynamic:depth=3,top_k=4,nodes=16")),
-            ("the target itself", Box::new(ModelDrafter::new(model, &target.dimensions(), twin, sampling).unwrap())),
+            ("the target itself", Box::new(ModelDrafter::new(model, target.info(), twin, sampling).unwrap())),
             ("prompt lookup", Box::new(PromptLookup { longest_match: 2, depth: 4, nodes: 8 })),
         ];
         for (name, drafter) in drafters {

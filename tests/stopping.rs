@@ -116,7 +116,7 @@ impl World {
             let target = models::load_target(&config.target.path, Kind::Float, Device::Cpu).unwrap();
             let tables = TargetTables::of(target.as_ref());
             let context = DraftContext {
-                target: tables.dimensions,
+                target: tables.info.clone(),
                 embedding: &tables.embedding,
                 head: &tables.head,
                 vocabulary: None,

@@ -104,10 +104,13 @@ fn tables_are_those_of_the_whole_target() {
         for kind in [Kind::Float, Kind::BFloat16] {
             let whole = models::load_target(&folder, kind, Device::Cpu).unwrap();
             let tables = models::load_tables(&folder, kind, Device::Cpu).unwrap();
-            assert_eq!(tables.dimensions, whole.dimensions());
-            assert!(tables.embedding.equal(whole.embedding()) && tables.head.equal(whole.head()));
+            assert_eq!(&tables.info, whole.info());
+            assert!(
+                tables.embedding.table.equal(&whole.embedding().table)
+                    && tables.head.weight.equal(&whole.head().weight)
+            );
             assert_eq!((tables.head.kind(), tables.embedding.kind()), (kind, kind));
-            assert_eq!(tables.head.data_ptr() == tables.embedding.data_ptr(), tied);
+            assert_eq!(tables.head.weight.data_ptr() == tables.embedding.table.data_ptr(), tied);
         }
     }
     // The same errors as the whole target's.

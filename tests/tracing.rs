@@ -27,7 +27,7 @@ fn record(folder: &Path, out: &Path, drafter: Box<dyn Drafter>, (name, max_rows)
         draft: None,
         dtype: "float32".to_owned(),
         device: "cpu".to_owned(),
-        vocabulary: target.dimensions().vocab_size as usize,
+        vocabulary: target.info().vocab_size as usize,
         settings: Settings {
             drafter: name.to_owned(),
             tree: "10 nodes".to_owned(),

@@ -13,7 +13,8 @@ use specforge::draft::supervision::{MaskAlignment, trained_rows};
 use specforge::draft::{DraftContext, DraftModel, Gradients, Tally};
 use specforge::export::medusa::read;
 use specforge::features::{FeatureBatch, FeatureSource, OnlineFeatures};
-use specforge::models::{LlamaConfig, LlamaTarget, TargetModel};
+use specforge::models::TargetModel;
+use specforge::models::llama::{LlamaConfig, LlamaTarget};
 use specforge::nn::noise;
 use specforge::vocab::{Record, VocabFile, VocabMap};
 use specforge::weights;
@@ -315,7 +316,7 @@ fn heads(projection: &str, map: Option<&VocabMap>) -> (Medusa, LlamaTarget) {
     let config =
         MedusaConfig::read(&json!({"num_heads": 3, "projection": projection, "loss_weights": [1.0, 0.5, 2.0]}));
     let context = DraftContext {
-        target: target.dimensions(),
+        target: target.info().clone(),
         embedding: target.embedding(),
         head: target.head(),
         vocabulary: map,
@@ -352,7 +353,7 @@ fn gradients_equal_a_full_vocabulary_cut_to_the_map() {
     let batch = batch(90);
     for projection in ["own", "shared"] {
         let (draft, target) = heads(projection, Some(&map));
-        let source_head = target.head().shallow_clone();
+        let source_head = target.head().weight.shallow_clone();
         let source = OnlineFeatures::new(target);
         let features: FeatureBatch = source.features(Arc::new(batch.clone()), &draft.capture()).unwrap();
         let counts = draft.count_rows(&batch);

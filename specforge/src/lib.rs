@@ -13,6 +13,7 @@ pub mod shim;
 pub mod stop;
 pub mod streams;
 pub mod strict;
+pub mod table;
 pub mod threads;
 // L1: mathematics, files and data, processes; no model names
 pub mod data;

@@ -11,7 +11,7 @@ use crate::data::{self, TokenCache};
 use crate::draft::{self, vocabulary};
 use crate::error::{Error, Result};
 use crate::features::store::{MANIFEST_FILE, StoreManifest};
-use crate::models::{Dimensions, LlamaConfig};
+use crate::models::{self, TargetConfig, TargetInfo};
 
 /// Bytes of a token in English text, for corpora that cannot be tokenised because the tokenizer is not there.
 const BYTES_PER_TOKEN: f64 = 4.0;
@@ -108,14 +108,12 @@ impl Plan {
     /// Plans a run of `world_size` processes.
     pub fn new(config: &RunConfig, world_size: usize) -> Result<Self> {
         let world_size = world_size.max(1) as u64;
-        let target = target_config(config)?;
-        let dimensions = target_dimensions(config)?;
+        let target = target_info(config)?;
         let algorithm = draft::algorithm(&config.draft)?;
-        let section = vocabulary::with_size(&config.draft, dimensions.vocab_size)?;
-        let size = (algorithm.size)(&section, &dimensions)?;
-        let draft_vocabulary = vocabulary::draft_size(&section, dimensions.vocab_size)? as u64;
-        let target_parameters: u64 =
-            target.tensors().iter().map(|(_, shape)| shape.iter().product::<i64>() as u64).sum();
+        let section = vocabulary::with_size(&config.draft, target.vocab_size)?;
+        let size = (algorithm.size)(&section, &target)?;
+        let draft_vocabulary = vocabulary::draft_size(&section, target.vocab_size)? as u64;
+        let target_parameters = target.parameters.all;
         let width = config.target.dtype.kind().elt_size_in_bytes() as u64;
         let masters = if config.target.dtype == Dtype::Float32 { 0 } else { 4 };
         let counted = data_plan(config, world_size as usize)?;
@@ -131,13 +129,10 @@ impl Plan {
         let kept_tokens = counted.kept_tokens.map_or(0, |tokens| tokens.saturating_add(held_out));
         let most_kept = config.target.keep_hidden_mib.map_or(u64::MAX, |mebibytes| mebibytes.saturating_mul(1 << 20));
         let hidden_states = (kept_tokens * size.captured * target.hidden_size as u64 * width).min(most_kept);
-        // The embedding is a look-up; the target's head is not run for training.
-        let embedding = (target.vocab_size * target.hidden_size) as u64;
-        let heads = if target.tie_word_embeddings { 1 } else { 2 };
-        // A store stands for the layers.
+        // A store stands for the layers. The embedding is a look-up; the target's head is not run for training.
         let offline = config.target.feature_store.as_ref();
-        let loaded_parameters = if offline.is_some() { heads * embedding } else { target_parameters };
-        let run_parameters = if offline.is_some() { 0 } else { target_parameters - heads * embedding };
+        let loaded_parameters = if offline.is_some() { target.parameters.tables } else { target_parameters };
+        let run_parameters = if offline.is_some() { 0 } else { target.parameters.a_token };
         let weights = (loaded_parameters + size.trainable + size.frozen) * width;
         let checkpoint_bytes = size.trainable * width + whole_optimizer;
         let memory = Memory {
@@ -160,7 +155,7 @@ impl Plan {
             algorithm: algorithm.name.to_owned(),
             world_size,
             target_parameters,
-            target_vocabulary: dimensions.vocab_size as u64,
+            target_vocabulary: target.vocab_size as u64,
             draft_vocabulary,
             trainable_parameters: size.trainable,
             memory,
@@ -176,30 +171,26 @@ impl Plan {
 }
 
 /// Working memory of a target forward and of one chunk of logits (logits, probabilities and their gradient).
-fn activations(config: &RunConfig, target: &LlamaConfig, captured: u64, width: u64) -> u64 {
+fn activations(config: &RunConfig, target: &TargetInfo, captured: u64, width: u64) -> u64 {
     let tokens = config.train.micro_batch_tokens as u64;
-    let per_token = 8 * target.hidden_size as u64 + 3 * target.intermediate_size as u64;
+    let per_token = 8 * target.hidden_size as u64 + 3 * target.widest as u64;
     let batches = 1 + config.train.prefetch as u64;
     tokens * (per_token + batches * captured * target.hidden_size as u64) * width
         + 3 * ((config.train.chunk_mib as u64) << 20)
 }
 
-/// Sizes of the target, from its folder or from the configuration. No weight is read.
-pub fn target_dimensions(config: &RunConfig) -> Result<Dimensions> {
-    target_config(config)?.dimensions().map_err(Error::Failed)
-}
-
-/// The folder's config.json, or the one written into the configuration.
-pub fn target_config(config: &RunConfig) -> Result<LlamaConfig> {
-    let path = config.target.path.join("config.json");
-    if path.is_file() {
-        return LlamaConfig::read(&path);
+/// What the target is, from its folder or from the configuration. No weight is read.
+pub fn target_info(config: &RunConfig) -> Result<TargetInfo> {
+    let folder = &config.target.path;
+    if folder.join("config.json").is_file() {
+        return models::read_info(folder);
     }
-    let value: &Value = config.target.config.as_ref().ok_or_else(|| {
-        Error::bad_file(&config.target.path, "is not a model folder: config.json is not there")
+    let values: &Value = config.target.config.as_ref().ok_or_else(|| {
+        Error::bad_file(folder, "is not a model folder: config.json is not there")
             .with_hint("give target.config in the configuration to plan without the model")
     })?;
-    LlamaConfig::from_value(value).map_err(|problem| Error::config("target.config", problem))
+    let config = TargetConfig::from_value(values).map_err(|problem| Error::config("target.config", problem))?;
+    Ok(config.info().clone())
 }
 
 /// The evaluations of a run whose target has `target` multiply-adds a token, and whose draft has `draft` for a row that is

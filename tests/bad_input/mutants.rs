@@ -22,7 +22,7 @@ use specforge::features::store::shard::{ShardWriter, file_name};
 use specforge::features::store::{Element, Share, Store, StoreManifest};
 use specforge::files::Digests;
 use specforge::models::{TargetIdentity, TargetModel, load_target};
-use specforge::nn::noise;
+use specforge::nn::{Head, noise};
 use specforge::vocab::VocabFile;
 use specforge::weights::gguf::{ImportOptions, import};
 use specforge::weights::{self};
@@ -248,7 +248,7 @@ fn write_store(folder: &Path) {
     let states = |stream| noise::normal(&[9, 4], 1.0, 1, stream);
     let mut writer = ShardWriter::new(&manifest, &[4, 5]);
     writer.add(&[1, 2, 3, 4, 5, 6, 7, 8, 9], &[states(1), states(2)]).unwrap();
-    let entry = writer.write(folder, file_name(0), &noise::normal(&[10, 4], 1.0, 1, 3)).unwrap();
+    let entry = writer.write(folder, file_name(0), &Head::plain(noise::normal(&[10, 4], 1.0, 1, 3))).unwrap();
     manifest.shards.push(entry);
     manifest.write(folder).unwrap();
 }

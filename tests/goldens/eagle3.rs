@@ -12,7 +12,8 @@ use specforge::data::PackedBatch;
 use specforge::draft::eagle3::{Eagle3, Eagle3Config};
 use specforge::draft::{DraftContext, DraftModel, Gradients, Parameter, Tally};
 use specforge::features::FeatureBatch;
-use specforge::models::Dimensions;
+use specforge::models::TargetInfo;
+use specforge::nn::{Embedding, Head};
 use specforge::vocab::VocabMap;
 use tch::{Device, Kind, Tensor};
 
@@ -93,9 +94,9 @@ fn case(golden: &Golden, mut section: Map<String, Value>, target_head: &Tensor, 
     let ids: Vec<i64> = d2t.iter().enumerate().map(|(draft, offset)| draft as i64 + offset).collect();
     let map = (ids.len() as i64 != vocabulary).then(|| VocabMap::new(ids, vocabulary)).transpose().map_err(text)?;
     let context = DraftContext {
-        target: Dimensions::of(target_hidden, vocabulary, 8, 256),
-        embedding: &embedding,
-        head: target_head,
+        target: TargetInfo::of(target_hidden, vocabulary, 8, 256),
+        embedding: &Embedding::plain(embedding),
+        head: &Head::plain(target_head.shallow_clone()),
         vocabulary: map.as_ref(),
         kind: Kind::Float,
         device: Device::Cpu,

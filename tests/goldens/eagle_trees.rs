@@ -14,7 +14,7 @@ use specforge::decode::drafter::{Joining, Progress};
 use specforge::decode::event::Source;
 use specforge::decode::policy::{Limits, walk};
 use specforge::draft::eagle3::Eagle3Config;
-use specforge::models::Dimensions;
+use specforge::models::TargetInfo;
 use specforge::tree::TokenTree;
 use specforge::vocab::VocabMap;
 use tch::{Device, Kind, Tensor};
@@ -71,7 +71,7 @@ fn drafter(golden: &Golden, tree: DynamicTree) -> Result<Eagle3Drafter, String> 
     let embedding = golden.tensor("w.embed_tokens.weight")?;
     let (vocabulary, hidden) = embedding.size2().map_err(text)?;
     let config = Eagle3Config::read(&json!({"algorithm": "eagle3", "config": config})).map_err(text)?;
-    let shape = config.shape(&Dimensions::of(hidden, vocabulary, 8, 128)).map_err(text)?;
+    let shape = config.shape(&TargetInfo::of(hidden, vocabulary, 8, 128)).map_err(text)?;
     let tensors = shape
         .tensors()
         .into_iter()

@@ -13,7 +13,8 @@ use specforge::draft::loss::{Projection, cross_entropy};
 use specforge::draft::medusa::{Medusa, MedusaConfig};
 use specforge::draft::{DraftContext, DraftModel, Gradients};
 use specforge::features::FeatureBatch;
-use specforge::models::Dimensions;
+use specforge::models::TargetInfo;
+use specforge::nn::{Embedding, Head};
 use specforge::weights::WeightsFolder;
 use tch::{Device, Kind, Tensor};
 
@@ -44,7 +45,7 @@ pub fn check(path: &Path) -> Result<String, String> {
         documents: (0..rows).map(|row| format!("row {row}")).collect(),
     };
     let build = |weights: &[f64]| {
-        let target = Dimensions::of(hidden_size, vocabulary, 1, tokens);
+        let target = TargetInfo::of(hidden_size, vocabulary, 1, tokens);
         let head = Tensor::zeros([vocabulary, hidden_size], (Kind::Float, Device::Cpu));
         let config = MedusaConfig::read(&json!({
             "num_heads": num_heads, "num_layers": num_layers, "loss_weights": weights, "mask": "label",
@@ -53,8 +54,8 @@ pub fn check(path: &Path) -> Result<String, String> {
         let chunk_bytes = 5 * 4 * vocabulary as usize;
         let context = DraftContext {
             target,
-            embedding: &head,
-            head: &head,
+            embedding: &Embedding::plain(head.shallow_clone()),
+            head: &Head::plain(head),
             vocabulary: None,
             kind: Kind::Float,
             device: Device::Cpu,
@@ -97,8 +98,8 @@ pub fn check(path: &Path) -> Result<String, String> {
     let tally = build(&weights)?.evaluate(&features, &counts).map_err(|error| error.to_string())?;
     let (own_rows, own_labels) = next_token_rows(&labels_flat, tokens as usize);
     let base = get("l.base_logits")?.reshape([-1, vocabulary]).index_select(0, &Tensor::from_slice(&own_rows));
-    let identity = Tensor::eye(vocabulary, (Kind::Float, Device::Cpu));
-    let mut projection = Projection { weight: &identity, gradient: None };
+    let identity = Head::plain(Tensor::eye(vocabulary, (Kind::Float, Device::Cpu)));
+    let mut projection = Projection { head: &identity, gradient: None };
     let own = cross_entropy(&base, &Tensor::from_slice(&own_labels), &mut projection, None, 5)
         .map_err(|error| error.to_string())?;
     near("medusa2_loss", &(tally.objective + own.sum / own_rows.len() as f64), &get("l.medusa2_loss")?.squeeze())?;

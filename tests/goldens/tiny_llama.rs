@@ -41,7 +41,7 @@ fn forward(golden: &Golden, target: &dyn TargetModel) -> Result<(Vec<Tensor>, Te
         Ok(lengths) => AttentionMask::Documents(serde_json::from_str(lengths).map_err(|error| error.to_string())?),
         Err(_) => AttentionMask::Causal,
     };
-    let capture: Vec<usize> = (0..=target.dimensions().num_layers).collect();
+    let capture: Vec<usize> = (0..=target.info().num_layers()).collect();
     let input =
         ForwardInput { ids: &ids, positions: &positions, mask: &mask, capture: &capture, logits: LogitRows::All };
     let output = target.forward(&input, None).map_err(|error| error.to_string())?;

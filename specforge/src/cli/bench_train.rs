@@ -42,7 +42,7 @@ pub(super) fn run(args: &BenchTrainArgs, output: &Output) -> Result<()> {
     }
     let config = RunConfig::load(&args.config, &args.set)?;
     let report = bench_train::run(&BenchTrainOptions {
-        target: plan::target_dimensions(&config)?,
+        target: plan::target_info(&config)?,
         batch: args.batch,
         supervised: args.supervised,
         repeat: args.repeat,

@@ -15,7 +15,7 @@ use crate::features::OnlineFeatures;
 use crate::features::store::{Capture, CaptureReport, Element, LAYER_CONVENTION, Overview, StoreManifest};
 use crate::features::store::{capture, manifest};
 use crate::files::{self, Digests};
-use crate::models::{self, Dimensions, SharedTarget, TargetIdentity};
+use crate::models::{self, SharedTarget, TargetIdentity, TargetInfo};
 use crate::progress::Progress;
 use crate::stop::{Answer, Stop};
 
@@ -73,7 +73,7 @@ pub(super) fn run(args: &CaptureArgs, stop: &Stop, output: &Output) -> Result<()
     if !config.data.eval.is_empty() {
         caches.push(train::tokens(&config, &config.data.eval, &tokenizer)?);
     }
-    let dimensions = models::read_dimensions(&config.target.path)?;
+    let dimensions = models::read_info(&config.target.path)?;
     for cache in &caches {
         train::fits_context(cache, dimensions.max_position_embeddings)?;
     }
@@ -91,7 +91,7 @@ pub(super) fn run(args: &CaptureArgs, stop: &Stop, output: &Output) -> Result<()
         target_dtype: config.target.dtype.name().to_owned(),
         hidden_size: dimensions.hidden_size,
         vocab_size: dimensions.vocab_size,
-        num_layers: dimensions.num_layers,
+        num_layers: dimensions.num_layers(),
         tokenizer: tokenizer.fingerprint().to_owned(),
         data: Vec::new(),
         layers,
@@ -138,12 +138,12 @@ pub(super) fn run(args: &CaptureArgs, stop: &Stop, output: &Output) -> Result<()
 }
 
 /// The states to store, ascending.
-fn layers(args: &CaptureArgs, config: &RunConfig, dimensions: &Dimensions) -> Result<Vec<usize>> {
+fn layers(args: &CaptureArgs, config: &RunConfig, dimensions: &TargetInfo) -> Result<Vec<usize>> {
     let mut layers = match args.layers.is_empty() {
         true => (draft::algorithm(&config.draft)?.capture)(&config.draft, dimensions)?,
         false => args.layers.clone(),
     };
-    let last = dimensions.num_layers;
+    let last = dimensions.num_layers();
     if let Some(layer) = layers.iter().find(|&&layer| layer > last) {
         return Err(Error::Usage(format!("--layers: this target has hidden states 0 to {last}, got {layer}")));
     }

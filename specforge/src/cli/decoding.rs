@@ -77,7 +77,7 @@ impl DecodingArgs {
         let device = self.device()?;
         let tokenizer = self.template.tokenizer(&self.target)?;
         let target = models::load_target(&self.target, self.dtype.kind(), device)?;
-        super::train::fits_vocabulary(&tokenizer, target.dimensions().vocab_size, &self.target)?;
+        super::train::fits_vocabulary(&tokenizer, target.info().vocab_size, &self.target)?;
         Ok(Models { target, tokenizer })
     }
 
@@ -146,7 +146,7 @@ impl DecodingArgs {
             draft: folder.map(ModelName::draft).transpose()?,
             dtype: self.dtype.name().to_owned(),
             device: device::name(self.device()?),
-            vocabulary: models.target.dimensions().vocab_size as usize,
+            vocabulary: models.target.info().vocab_size as usize,
             settings: Settings {
                 drafter: opened.method.clone(),
                 tree: opened.tree.clone(),

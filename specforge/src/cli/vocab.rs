@@ -56,7 +56,7 @@ pub(super) fn run(args: &VocabArgs, output: &Output) -> Result<()> {
     let mut config = RunConfig::load(&args.config, &args.set)?;
     args.template.apply(&mut config.data)?;
     config.data.check()?;
-    let target_size = plan::target_config(&config)?.vocab_size;
+    let target_size = plan::target_info(&config)?.vocab_size;
     let tokenizer = config.data.tokenizer(&config.target.path)?;
     train::fits_vocabulary(&tokenizer, target_size, &config.target.path)?;
     let cache = train::tokens(&config, &config.data.train, &tokenizer)?;

@@ -39,7 +39,7 @@ mod target_rows;
 mod trees;
 
 pub use request::{Clock, Decoded, Left, Request, RoundOutcome, Throughput};
-pub(crate) use trees::visible;
+pub(crate) use trees::tree_mask;
 
 /// How an engine decodes.
 #[derive(Debug, Clone)]

@@ -2,7 +2,7 @@
 
 use tch::{Device, Tensor};
 
-use crate::models::{LlamaConfig, LlamaTarget};
+use crate::models::llama::{LlamaConfig, LlamaTarget};
 use crate::nn::noise;
 
 /// Context of [`target`].

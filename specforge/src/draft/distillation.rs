@@ -28,7 +28,7 @@ use tch::{Device, Kind, Tensor};
 use super::loss::{Projection, project};
 use crate::device;
 use crate::error::Result;
-use crate::nn::linear;
+use crate::nn::{Head, linear};
 use crate::shim;
 use crate::vocab::VocabMap;
 
@@ -56,8 +56,8 @@ pub enum DistillationLoss {
 pub struct Teacher<'a> {
     /// `[U, TH]` normed hidden states of the target.
     pub hidden: &'a Tensor,
-    /// `[V, TH]` its vocabulary projection.
-    pub head: &'a Tensor,
+    /// Its vocabulary projection, whose matrix is `[V, TH]`.
+    pub head: &'a Head,
     /// `[DV]` the target id of each draft id, and `[V]` the draft id of each target id or -1; `None` for the target's
     /// whole vocabulary.
     pub vocabulary: Option<&'a DraftVocabulary>,
@@ -193,7 +193,8 @@ pub fn distill(
     weighting: Option<&Weighting<'_>>,
 ) -> Result<RowOutcomes> {
     let _guard = tch::no_grad_guard();
-    let weight = projection.weight.detach(); // [DV, H]
+    let head = projection.head;
+    let weight = head.weight.detach(); // [DV, H]
     let sorted = input.index_select(0, &order.permutation); // [M, H]
     let arrange = |values: &Tensor| values.index_select(0, &order.permutation);
     let lift = weighting.map_or(1.0, |weighting| weighting.lift);
@@ -212,7 +213,7 @@ pub fn distill(
         let rows_of = |values: &Tensor| values.narrow(0, first_row, rows);
         let chunk = rows_of(&sorted); // [m, H]
         let own = rows_of(&order.teachers) - first_position; // [m]
-        let logits = project(&chunk, &weight)?; // [m, DV]
+        let logits = head.finish(project(&chunk, &weight)?); // [m, DV]
         let part = Chunk::new(&logits, &target, &own, objective);
         let keep = |place: &Tensor, values: &Tensor| rows_of(place).f_copy_(values).map(drop);
         keep(&losses, &part.losses)?;
@@ -223,6 +224,7 @@ pub fn distill(
         let parity = parity.as_ref().map(|values| [0, 1].map(|at| rows_of(&values[at])));
         let (part_sum, slope) = part.weighted(&target, &own, objective, &rows_of(weights), parity);
         sum += part_sum;
+        let slope = head.derivative(&logits).map_or(slope.shallow_clone(), |bend| slope * bend);
         let slope = slope.to_kind(chunk.kind()); // [m, DV]
         keep(gradient, &linear(&slope, &weight.transpose(0, 1), None))?;
         if let Some(total) = projection.gradient.as_deref_mut() {
@@ -252,7 +254,8 @@ struct TargetChunk {
 
 impl Teacher<'_> {
     fn chunk(&self, positions: &Tensor) -> Result<TargetChunk> {
-        let logits = project(&self.hidden.index_select(0, positions), self.head)?; // [u, V]
+        let product = project(&self.hidden.index_select(0, positions), &self.head.weight)?; // [u, V]
+        let logits = self.head.finish(product);
         let logits = if logits.kind() == Kind::Double { logits } else { logits.to_kind(Kind::Float) };
         let top = logits.argmax(-1, false); // [u]
         let all = logits.logsumexp([-1], true); // [u, 1]

@@ -10,15 +10,15 @@
 use tch::{Kind, Tensor};
 
 use crate::error::Result;
-use crate::nn::linear;
+use crate::nn::{Head, linear};
 use crate::shim;
 
 /// A vocabulary projection and where its gradient goes.
 #[derive(Debug)]
 pub struct Projection<'a> {
-    /// `[V, H]`
-    pub weight: &'a Tensor,
-    /// `[V, H]` float32 accumulator; `None` for a frozen projection.
+    /// Its matrix is `[V, H]`.
+    pub head: &'a Head,
+    /// `[V, H]` float32 accumulator of the matrix; `None` for a frozen projection.
     pub gradient: Option<&'a mut Tensor>,
 }
 
@@ -63,7 +63,8 @@ pub fn cross_entropy(
     let mut sum = Tensor::zeros([], (Kind::Double, input.device()));
     let (mut top1, mut top5, mut gradients) = (Vec::new(), Vec::new(), Vec::new());
     // A trained weight asks for gradients; the products here are not autograd's business.
-    let weight = projection.weight.detach();
+    let head = projection.head;
+    let weight = head.weight.detach();
     // One piece of memory for the log-probabilities of every chunk. A fresh one for each would leave gaps in the heap of
     // the C library, which would then grow with the number of chunks after all.
     let wide = if input.kind() == Kind::Double { Kind::Double } else { Kind::Float };
@@ -75,7 +76,9 @@ pub fn cross_entropy(
         let label = labels.narrow(0, start, count).unsqueeze(1); // [C, 1]
         start += count;
 
-        let mut logits = project(&chunk, &weight)?; // [C, V]
+        let mut logits = head.finish(project(&chunk, &weight)?); // [C, V]
+        // The logits' memory is taken for their ranks below.
+        let bend = scale.and_then(|_| head.derivative(&logits));
         let log_probabilities = room.narrow(0, 0, count); // [C, V]
         let _ = logits.f_log_softmax_int_out(&log_probabilities, -1, room.kind())?;
         let own_logit = logits.f_gather(1, &label, false)?; // [C, 1]
@@ -89,6 +92,7 @@ pub fn cross_entropy(
 
         if let Some(scale) = scale {
             let slope = slope(log_probabilities, &label, &at_label, chunk.kind())?; // [C, V]
+            let slope = bend.map_or(slope.shallow_clone(), |bend| slope * bend.to_kind(chunk.kind()));
             gradients.push(linear(&slope, &weight.transpose(0, 1), None)); // [C, H]
             if let Some(total) = projection.gradient.as_deref_mut() {
                 shim::add_product(total, &slope.transpose(0, 1), &chunk, scale.factor)?;
@@ -156,30 +160,22 @@ mod tests {
         let options = (Kind::Double, Device::Cpu);
         let input = Tensor::randn([7, 5], options).set_requires_grad(true);
         let weight = Tensor::randn([11, 5], options).set_requires_grad(true);
+        let plain = Head::plain(weight.shallow_clone());
+        let bent = Head { bias: Some(Tensor::randn([11], options)), scale: 0.7, softcap: Some(2.0), ..plain.share() };
         let labels = Tensor::from_slice(&[3i64, 0, 10, 3, 7, 1, 2]);
-        let loss = input.linear(&weight, None::<&Tensor>).cross_entropy_loss::<Tensor>(
-            &labels,
-            None,
-            tch::Reduction::Sum,
-            -100,
-            0.0,
-        );
-        (&loss * 0.3).backward();
-        for rows_per_chunk in [1, 2, 3, 7, 50] {
-            let mut gradient = Tensor::zeros([11, 5], options);
-            let mut projection = Projection { weight: &weight, gradient: Some(&mut gradient) };
-            let losses = cross_entropy(
-                &input.detach(),
-                &labels,
-                &mut projection,
-                Some(Scale { factor: 0.3, lift: 1.0 }),
-                rows_per_chunk,
-            )
-            .unwrap();
-            let difference = |a: &Tensor, b: &Tensor| (a - b).abs().max().double_value(&[]);
-            assert!(difference(&losses.sum, &loss) < 1e-12);
-            assert!(difference(&losses.input_gradient.unwrap(), &input.grad()) < 1e-12);
-            assert!(difference(&gradient, &weight.grad()) < 1e-12);
+        for head in [plain, bent] {
+            let loss = head.logits(&input).cross_entropy_loss::<Tensor>(&labels, None, tch::Reduction::Sum, -100, 0.0);
+            let wanted = Tensor::run_backward(&[&loss * 0.3], &[&input, &weight], false, false);
+            for rows_per_chunk in [1, 2, 3, 7, 50] {
+                let mut gradient = Tensor::zeros([11, 5], options);
+                let mut projection = Projection { head: &head, gradient: Some(&mut gradient) };
+                let scale = Some(Scale { factor: 0.3, lift: 1.0 });
+                let losses = cross_entropy(&input.detach(), &labels, &mut projection, scale, rows_per_chunk).unwrap();
+                let difference = |a: &Tensor, b: &Tensor| (a - b).abs().max().double_value(&[]);
+                assert!(difference(&losses.sum, &loss) < 1e-12);
+                assert!(difference(&losses.input_gradient.unwrap(), &wanted[0]) < 1e-12, "{:?}", head.form());
+                assert!(difference(&gradient, &wanted[1]) < 1e-12, "{:?}", head.form());
+            }
         }
     }
 
@@ -191,8 +187,9 @@ mod tests {
         let input = Tensor::from_slice2(&[[8f32, 0., 0., 0.], [0., 7., 0., 1.]]);
         let labels = Tensor::from_slice(&[0i64, 1]);
         let gradients = |kind: Kind| {
-            let (weight, mut total) = (weight.to_kind(kind), Tensor::zeros([4, 4], (Kind::Float, Device::Cpu)));
-            let mut projection = Projection { weight: &weight, gradient: Some(&mut total) };
+            let head = Head::plain(weight.to_kind(kind));
+            let mut total = Tensor::zeros([4, 4], (Kind::Float, Device::Cpu));
+            let mut projection = Projection { head: &head, gradient: Some(&mut total) };
             let losses = cross_entropy(
                 &input.to_kind(kind),
                 &labels,
@@ -211,12 +208,12 @@ mod tests {
 
     #[test]
     fn hits_count_ranks_and_ties_are_misses() {
-        let weight = Tensor::eye(7, (Kind::Float, Device::Cpu));
+        let head = Head::plain(Tensor::eye(7, (Kind::Float, Device::Cpu)));
         let input = Tensor::from_slice2(&[[7f32, 6., 5., 4., 3., 2., 1.]; 7]);
         let labels = Tensor::arange(7, (Kind::Int64, Device::Cpu));
         let hits = |input: &Tensor| {
             let losses =
-                cross_entropy(input, &labels, &mut Projection { weight: &weight, gradient: None }, None, 3).unwrap();
+                cross_entropy(input, &labels, &mut Projection { head: &head, gradient: None }, None, 3).unwrap();
             [losses.top1, losses.top5]
                 .map(|hits| Vec::<bool>::try_from(hits).unwrap().iter().filter(|&&hit| hit).count())
         };

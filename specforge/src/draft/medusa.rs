@@ -29,7 +29,8 @@ use crate::data::PackedBatch;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::features::FeatureBatch;
-use crate::models::Dimensions;
+use crate::models::TargetInfo;
+use crate::nn::Head;
 use crate::strict;
 use crate::vocab::VocabMap;
 
@@ -45,7 +46,7 @@ pub const ALGORITHM: Algorithm = Algorithm {
         let draft_vocabulary = vocabulary::draft_size(section, target.vocab_size)?;
         Ok(MedusaConfig::read(section)?.size(target, draft_vocabulary))
     },
-    capture: |_, target| Ok(vec![target.num_layers]),
+    capture: |_, target| Ok(vec![target.num_layers()]),
     build: |section, context| Ok(Box::new(Medusa::new(MedusaConfig::read(section)?, context)?)),
 };
 
@@ -53,7 +54,9 @@ pub const ALGORITHM: Algorithm = Algorithm {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum HeadProjection {
-    /// A trained projection of its own, started from the target's head ("v1" of the reference).
+    /// A trained matrix of its own, started from the target's head ("v1" of the reference): from its matrix times its
+    /// scale. What else the target's head does is not its own.
+    ///
     #[default]
     Own,
     /// The target's head, frozen ("version 2" of the reference).
@@ -152,7 +155,7 @@ impl MedusaConfig {
         tensors
     }
 
-    fn size(&self, target: &Dimensions, vocabulary: i64) -> DraftSize {
+    fn size(&self, target: &TargetInfo, vocabulary: i64) -> DraftSize {
         let hidden = target.hidden_size;
         let shapes = (0..self.num_heads).flat_map(|head| self.head_tensors(head, hidden, vocabulary));
         let trainable = shapes.map(|(_, shape)| shape.iter().product::<i64>() as u64).sum();
@@ -170,10 +173,10 @@ impl MedusaConfig {
 /// Medusa heads in training.
 pub struct Medusa {
     config: MedusaConfig,
-    target: Dimensions,
+    target: TargetInfo,
     vocabulary: Option<VocabMap>,
-    /// The target's projection onto the heads' vocabulary, `[DV, H]`.
-    head: Tensor,
+    /// The target's projection onto the heads' vocabulary.
+    head: Head,
     parameters: Vec<Parameter>,
     rows_per_chunk: i64,
 }
@@ -183,17 +186,17 @@ impl Medusa {
     pub fn new(config: MedusaConfig, context: &DraftContext<'_>) -> Result<Self> {
         let hidden_size = context.target.hidden_size;
         let options = (context.kind, context.device);
-        let head = context.head.f_to_device(context.device)?.f_to_kind(context.kind)?.detach(); // [V, H]
+        let head = context.head.to(context.kind, context.device)?;
         let head = match context.vocabulary {
-            Some(map) => vocabulary::gather_rows(&head, map)?, // [DV, H]
+            Some(map) => vocabulary::gather_rows(&head, map)?,
             None => head,
         };
-        let vocab_size = head.size()[0];
+        let vocab_size = head.vocab_size();
         let mut parameters = Vec::new();
         for number in 0..config.num_heads {
             for (name, shape) in config.head_tensors(number, hidden_size, vocab_size) {
                 let value = if shape == [vocab_size, hidden_size] && !name.contains("linear") {
-                    head.copy()
+                    head.start()
                 } else {
                     Tensor::f_zeros(&shape, options)?
                 };
@@ -201,7 +204,7 @@ impl Medusa {
                 parameters.push(Parameter { name, value: value.set_requires_grad(true), decay });
             }
         }
-        let (target, vocabulary) = (context.target, context.vocabulary.cloned());
+        let (target, vocabulary) = (context.target.clone(), context.vocabulary.cloned());
         let rows_per_chunk = loss::chunk_rows(context.chunk_bytes, vocab_size);
         Ok(Self { config, target, vocabulary, head, parameters, rows_per_chunk })
     }
@@ -228,8 +231,13 @@ impl Medusa {
 
     /// Logits of one head on rows `[R, H]`: `[R, DV]`, by draft id.
     pub fn compute_logits(&self, head: usize, rows: &Tensor) -> Tensor {
+        self.projection(head).logits(&self.backbone(head, rows))
+    }
+
+    /// The vocabulary projection of one head: its own matrix and nothing else, or the target's with all it does.
+    fn projection(&self, head: usize) -> Head {
         let (_, own) = self.head_parameters(head);
-        self.backbone(head, rows).linear(own.unwrap_or(&self.head), None::<&Tensor>)
+        own.map_or_else(|| self.head.share(), |own| Head::plain(own.shallow_clone()))
     }
 
     fn rows(&self, batch: &PackedBatch, head: usize) -> TrainedRows {
@@ -272,8 +280,8 @@ impl Medusa {
                 Some(gradients) => self.backward_head(head, &input, &labels, scale, gradients)?,
                 None => {
                     let _guard = tch::no_grad_guard();
-                    let own = self.head_parameters(head).1;
-                    let mut projection = Projection { weight: own.unwrap_or(&self.head), gradient: None };
+                    let own = self.projection(head);
+                    let mut projection = Projection { head: &own, gradient: None };
                     let output = self.backbone(head, &input);
                     loss::cross_entropy(&output, &labels, &mut projection, None, self.rows_per_chunk)?
                 }
@@ -301,11 +309,9 @@ impl Medusa {
         let first = head * count;
         let (projection, last) = (first + count / 2 * 2, first + count);
         let output = self.backbone(head, input); // [R, H], with a graph
-        let (weight, gradient) = match self.head_parameters(head).1 {
-            Some(own) => (own, Some(gradients.total(projection))),
-            None => (&self.head, None),
-        };
-        let mut scored = Projection { weight, gradient };
+        let is_own = self.config.projection == HeadProjection::Own;
+        let own = self.projection(head);
+        let mut scored = Projection { head: &own, gradient: is_own.then(|| gradients.total(projection)) };
         let lift = lift(output.kind(), [(scale, labels.size()[0] as usize)].into_iter());
         let scale = Some(Scale { factor: scale, lift });
         let losses = loss::cross_entropy(&output.detach(), labels, &mut scored, scale, self.rows_per_chunk)?;
@@ -340,7 +346,7 @@ impl DraftModel for Medusa {
     }
 
     fn capture(&self) -> Vec<usize> {
-        vec![self.target.num_layers]
+        vec![self.target.num_layers()]
     }
 
     fn parameters(&self) -> &[Parameter] {
@@ -374,13 +380,18 @@ impl DraftModel for Medusa {
     }
 
     fn description(&self) -> Value {
-        json!({
+        let mut description = json!({
             "draft": self.config,
             "hidden_size": self.target.hidden_size,
             "vocab_size": self.target.vocab_size,
-            "draft_vocab_size": self.head.size()[0],
-            "num_target_layers": self.target.num_layers,
-        })
+            "draft_vocab_size": self.head.vocab_size(),
+            "num_target_layers": self.target.num_layers(),
+        });
+        // Heads that share the target's projection are not whole without what it does beside the product.
+        if self.config.projection == HeadProjection::Shared && !self.head.is_plain() {
+            description["target_head"] = json!(self.head.form());
+        }
+        description
     }
 
     fn buffers(&self) -> Vec<(String, Tensor)> {

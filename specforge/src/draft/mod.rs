@@ -9,7 +9,8 @@ use tch::{Device, Kind, Tensor};
 use crate::data::PackedBatch;
 use crate::error::{Error, Result};
 use crate::features::FeatureBatch;
-use crate::models::Dimensions;
+use crate::models::TargetInfo;
+use crate::nn::{Embedding, Head};
 use crate::vocab::VocabMap;
 
 pub mod distillation;
@@ -90,11 +91,11 @@ pub trait DraftModel {
 #[derive(Debug)]
 pub struct DraftContext<'a> {
     /// Sizes of the target.
-    pub target: Dimensions,
-    /// The target's token embedding, `[V, H]`.
-    pub embedding: &'a Tensor,
-    /// The target's vocabulary projection, `[V, H]`.
-    pub head: &'a Tensor,
+    pub target: TargetInfo,
+    /// The target's token embedding.
+    pub embedding: &'a Embedding,
+    /// The target's vocabulary projection.
+    pub head: &'a Head,
     /// The draft's own vocabulary, where it is smaller than the target's.
     pub vocabulary: Option<&'a VocabMap>,
     /// Element type of the draft's parameters.
@@ -136,10 +137,10 @@ pub struct Algorithm {
     /// Checks a configuration and fills in defaults.
     pub resolve: fn(&Value) -> Result<Value>,
     /// Size from configuration and target dimensions, before any weight is loaded.
-    pub size: fn(&Value, &Dimensions) -> Result<DraftSize>,
+    pub size: fn(&Value, &TargetInfo) -> Result<DraftSize>,
     /// Hidden states the draft will ask for, by Hugging Face's index: those of [`DraftModel::capture`], from
     /// configuration alone.
-    pub capture: fn(&Value, &Dimensions) -> Result<Vec<usize>>,
+    pub capture: fn(&Value, &TargetInfo) -> Result<Vec<usize>>,
     /// Builds the draft.
     pub build: fn(&Value, &DraftContext<'_>) -> Result<Box<dyn DraftModel>>,
 }

@@ -13,6 +13,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::data::{ChatTokenizer, TokenCache, supervised_counts};
 use crate::error::{Error, Result};
+use crate::nn::Head;
 use crate::strict;
 use crate::vocab::{self, Coverage, Record, VocabFile, VocabMap, Wanted};
 
@@ -187,16 +188,15 @@ pub fn from_tensors(tensors: &[(String, Tensor)]) -> Result<Option<VocabMap>> {
     VocabMap::from_tables(&Vec::<i64>::try_from(d2t)?, &Vec::<bool>::try_from(t2d)?).map(Some).map_err(wrong)
 }
 
-/// The target's rows that a draft's vocabulary names, `[DV, H]` of `[V, H]`.
-pub fn gather_rows(head: &Tensor, map: &VocabMap) -> Result<Tensor> {
-    if head.size().first() != Some(&map.target_size()) {
-        let (want, got) = (map.target_size(), head.size());
+/// The target's rows that a draft's vocabulary names: a head of `DV` tokens of one of `V`.
+pub fn gather_rows(head: &Head, map: &VocabMap) -> Result<Head> {
+    if head.weight.size().first() != Some(&map.target_size()) {
+        let (want, got) = (map.target_size(), head.weight.size());
         return Err(Error::Failed(format!(
             "the vocabulary map is of a target with {want} tokens, its head is {got:?}"
         )));
     }
-    let ids = Tensor::from_slice(map.target_ids()).f_to_device(head.device())?; // [DV]
-    Ok(head.f_index_select(0, &ids)?) // [DV, H]
+    head.rows(&Tensor::from_slice(map.target_ids()).f_to_device(head.device())?)
 }
 
 #[cfg(test)]
@@ -252,7 +252,7 @@ mod tests {
         assert_eq!(from_tensors(&tensors).unwrap(), Some(map.clone()));
         assert_eq!(from_tensors(&tensors[..1]).unwrap(), None);
         let head = Tensor::arange(16, (Kind::Float, Device::Cpu)).view([8, 2]);
-        let rows = gather_rows(&head, &map).unwrap();
+        let rows = gather_rows(&Head::plain(head), &map).unwrap().weight;
         assert_eq!(Vec::<f32>::try_from(rows.reshape([-1])).unwrap(), [0., 1., 8., 9., 10., 11.]);
         drop(tensors[1].1.logical_not_());
         assert!(from_tensors(&tensors).unwrap_err().to_string().contains("disagree"));

@@ -158,7 +158,7 @@ pub fn run(options: &BenchOptions) -> Result<BenchReport> {
     let target = load_target(&options.target, options.kind, options.device)?;
     let load_seconds = start.elapsed().as_secs_f64();
     let target = target.as_ref();
-    check_context(options, target.dimensions().max_position_embeddings)?;
+    check_context(options, target.info().max_position_embeddings)?;
     let prefill = options.prefill.iter().map(|&shape| {
         let run = || Ok(prefill(target, shape)?.timed(shape.rows));
         measure(shape, shape.rows * shape.tokens, options.repeat, run)
@@ -249,9 +249,7 @@ fn verify(target: &dyn TargetModel, shape: VerifyShape, repeat: u32) -> Result<V
             |values: &[i64]| Tensor::from_slice(values).to_device(target.device()).expand([rows, count], false);
         let mask = match count {
             1 => AttentionMask::Causal,
-            _ => {
-                AttentionMask::Visible(engine::visible(&trees, tree.len(), cache.lengths()).to_device(target.device()))
-            }
+            _ => engine::tree_mask(&trees, tree.len(), cache.lengths(), target.device()),
         };
         let (ids, positions) = (every_row(&row), every_row(&depths)); // [B, T]
         let input =
@@ -291,7 +289,7 @@ fn prefill(target: &dyn TargetModel, shape: PrefillShape) -> Result<Prefilled> {
     let PrefillShape { rows, tokens } = shape;
     let options = (Kind::Int64, target.device());
     let (row, token) = (Tensor::arange(rows, options).unsqueeze(1), Tensor::arange(tokens, options));
-    let ids: Tensor = (row * 7919 + token * 104_729 + 17).remainder(target.dimensions().vocab_size); // [B, T]
+    let ids: Tensor = (row * 7919 + token * 104_729 + 17).remainder(target.info().vocab_size); // [B, T]
     let start = Instant::now();
     let positions = Tensor::arange(tokens, options).expand([rows, tokens], false);
     let last = Tensor::arange(rows, options) * tokens + (tokens - 1); // [B]

@@ -18,8 +18,8 @@ use crate::dist::ProcessGroup;
 use crate::draft::{self, DraftContext, DraftModel, Gradients};
 use crate::error::{Error, Result};
 use crate::features::FeatureBatch;
-use crate::models::Dimensions;
-use crate::nn::noise;
+use crate::models::TargetInfo;
+use crate::nn::{Embedding, Head, noise};
 use crate::optim::{AdamW, Group, OptimConfig, ParameterSlot};
 use crate::shim;
 use crate::vocab::VocabMap;
@@ -29,8 +29,8 @@ use crate::vocab::VocabMap;
 pub struct BenchTrainOptions {
     /// The `draft` section.
     pub draft: Value,
-    /// Sizes of the target.
-    pub target: Dimensions,
+    /// What the target is.
+    pub target: TargetInfo,
     /// Documents and tokens of each.
     pub batch: BatchShape,
     /// Share of each document, at its end, that is supervised.
@@ -104,16 +104,16 @@ pub fn run(options: &BenchTrainOptions) -> Result<BenchTrainReport> {
         tch::set_num_threads(threads);
     }
     let BatchShape { documents, tokens } = options.batch;
-    let (device, target) = (options.device, options.target);
+    let (device, target) = (options.device, &options.target);
     let random = |shape: &[i64], stream: u64| {
         let values = noise::normal(shape, 1.0, 7, stream).f_to_device(device)?.f_to_kind(options.kind)?;
         Ok::<_, Error>(values)
     };
     let table = |stream| Ok::<_, Error>(random(&[target.vocab_size, target.hidden_size], stream)? * 0.02);
-    let (embedding, head) = (table(0)?, table(1)?);
+    let (embedding, head) = (Embedding::plain(table(0)?), Head::plain(table(1)?));
     let vocabulary = spread_vocabulary(&options.draft, target.vocab_size)?;
     let context = DraftContext {
-        target,
+        target: target.clone(),
         embedding: &embedding,
         head: &head,
         vocabulary: vocabulary.as_ref(),
@@ -249,7 +249,7 @@ mod tests {
         ] {
             let options = BenchTrainOptions {
                 draft: (draft::algorithm(&draft).unwrap().resolve)(&draft).unwrap(),
-                target: Dimensions::of(16, 40, 4, 64),
+                target: TargetInfo::of(16, 40, 4, 64),
                 batch: BatchShape { documents: 2, tokens: 10 },
                 supervised: 0.5,
                 repeat: 3,

@@ -20,7 +20,8 @@ use crate::draft::medusa::{HeadProjection, MedusaConfig};
 use crate::draft::vocabulary;
 use crate::error::{Error, Result};
 use crate::files;
-use crate::models::{LlamaConfig, limits};
+use crate::models::{self, limits};
+use crate::nn::HeadForm;
 use crate::vocab::VocabMap;
 use crate::weights::{WeightsFolder, quantised, writer};
 
@@ -58,6 +59,8 @@ struct Description {
     draft: MedusaConfig,
     hidden_size: i64,
     vocab_size: i64,
+    /// What the target's head does that heads share.
+    target_head: HeadForm,
 }
 
 /// The same, before it is checked.
@@ -66,6 +69,8 @@ struct Words {
     draft: Value,
     hidden_size: i64,
     vocab_size: i64,
+    #[serde(default)]
+    target_head: HeadForm,
 }
 
 /// Heads read back from an export, under the names training uses.
@@ -147,23 +152,43 @@ fn block_of(name: &str) -> &str {
     name.split('.').nth(1).unwrap_or_default()
 }
 
-/// The target's own projection, for a layout that has no shared one.
+/// The target's own projection, for a layout that has no shared one: its matrix `[DV, H]`, with its scale.
 fn target_head(source: &Source, description: &Description) -> Result<Tensor> {
-    let weights = WeightsFolder::open(&source.target)?;
-    let name = if weights.contains("lm_head.weight") { "lm_head.weight" } else { "model.embed_tokens.weight" };
-    let kind = weights.kind(name).unwrap_or(Kind::Float);
-    let expected = vec![(name.to_owned(), vec![description.vocab_size, description.hidden_size])];
-    weights.check(&expected, |_| true)?;
-    let head = weights.load(name, kind, Device::Cpu)?; // [V, H]
+    let HeadForm { scale, .. } = description.target_head;
+    refuse_form(HeadForm { scale: 1.0, ..description.target_head }, &VLLM)?;
+    let head = models::load_head(&source.target)?;
+    let (want, got) = (vec![description.vocab_size, description.hidden_size], head.weight.size());
+    if want != got || head.scale != scale {
+        let problem = format!(
+            "the head of the target is {got:?} with a scale of {}; these heads were trained on one of {want:?} with a \
+             scale of {scale}",
+            head.scale
+        );
+        return Err(Error::bad_file(&source.target, problem));
+    }
     match vocabulary::from_tensors(&source.tensors)? {
-        Some(map) => vocabulary::gather_rows(&head, &map), // [DV, H]
-        None => Ok(head),
+        Some(map) => Ok(vocabulary::gather_rows(&head, &map)?.start()),
+        None => Ok(head.start()),
+    }
+}
+
+/// Refuses heads that share a target's head of which a layout cannot say everything: engines would decode with another
+/// draft than was trained.
+fn refuse_form(form: HeadForm, format: &Format) -> Result<()> {
+    match form == HeadForm::PLAIN {
+        true => Ok(()),
+        false => Err(Error::Usage(format!(
+            "--format {}: the heads share the target's head, which has {}; this layout holds a matrix alone. Train with \
+             draft.projection=own to export",
+            format.name,
+            form.words()
+        ))),
     }
 }
 
 fn describe(source: &Source) -> Result<Description> {
     let failed = |problem: String| Error::Failed(format!("the checkpoint is not one of Medusa heads: {problem}"));
-    let Words { draft, hidden_size, vocab_size } =
+    let Words { draft, hidden_size, vocab_size, target_head } =
         serde_path_to_error::deserialize(&source.description).map_err(|error| failed(error.to_string()))?;
     let draft = MedusaConfig::read(&draft).map_err(|error| failed(error.to_string()))?;
     limits::within(&[
@@ -171,7 +196,7 @@ fn describe(source: &Source) -> Result<Description> {
         ("vocab_size", vocab_size, limits::MOST_TOKENS),
     ])
     .map_err(failed)?;
-    Ok(Description { draft, hidden_size, vocab_size })
+    Ok(Description { draft, hidden_size, vocab_size, target_head })
 }
 
 fn write_original(source: &Source, out: &Path) -> Result<()> {
@@ -192,6 +217,7 @@ fn write_original(source: &Source, out: &Path) -> Result<()> {
         ("base_model_name_or_path".to_owned(), json!(source.target)),
     ]);
     if description.draft.projection == HeadProjection::Shared {
+        refuse_form(description.target_head, &ORIGINAL)?;
         config.insert("version".to_owned(), json!("2"));
     }
     writer::write_tensors(&out.join(ORIGINAL_FILE), &renamed(source, &description, false)?, &[])?;
@@ -368,9 +394,9 @@ fn check_tensors(
     }
     let mut warnings = Vec::new();
     let base = base_model(path);
-    match base.as_ref().map(|base| (base, base.join("config.json"))) {
-        Some((_, config_path)) if config_path.is_file() => {
-            let target = LlamaConfig::read(&config_path)?;
+    match &base {
+        Some(base) if base.join("config.json").is_file() => {
+            let target = models::read_info(base)?;
             // With a map, the heads' vocabulary is the one that the map leads to.
             let vocabulary = map.map(VocabMap::target_size).or(vocabulary);
             let pairs = [("hidden size", hidden, target.hidden_size), ("vocabulary", vocabulary, target.vocab_size)];
@@ -379,7 +405,7 @@ fn check_tensors(
                 return Err(Error::bad_file(&file_path, problem));
             }
         }
-        Some((base, _)) => warnings.push(format!("target {} is not here: its sizes were not compared", base.display())),
+        Some(base) => warnings.push(format!("target {} is not here: its sizes were not compared", base.display())),
         None => warnings.push("config.json names no base_model_name_or_path".to_owned()),
     }
     let projection = if has_projection { "own projections" } else { "the target's projection" };

@@ -21,7 +21,7 @@ use super::{FeatureBatch, FeatureSource, Pending};
 use crate::data::{PackedBatch, TokenCache};
 use crate::error::{Error, Result};
 use crate::files::{Digests, hexadecimal};
-use crate::models::{Dimensions, TargetIdentity, TargetTables};
+use crate::models::{TargetIdentity, TargetInfo, TargetTables};
 
 /// A feature source that runs nothing.
 #[derive(Debug)]
@@ -59,11 +59,11 @@ impl StoredFeatures {
         for what in target.differences(&manifest.target) {
             differences.push(format!("{what} of {} are not those it was captured from", target.path.display()));
         }
-        let Dimensions { hidden_size, vocab_size, num_layers, .. } = tables.dimensions;
+        let TargetInfo { hidden_size, vocab_size, .. } = tables.info;
         let sizes = [
             ("hidden size", hidden_size, manifest.hidden_size),
             ("vocabulary", vocab_size, manifest.vocab_size),
-            ("number of layers", num_layers as i64, manifest.num_layers as i64),
+            ("number of layers", tables.info.num_layers() as i64, manifest.num_layers as i64),
         ];
         for (name, want, got) in sizes.into_iter().filter(|(_, want, got)| want != got) {
             differences.push(format!("{name}: expected {want}, got {got}"));

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::family;
+use super::family::table_names;
 use crate::error::{Error, Result};
 use crate::files::Digests;
 use crate::weights::{WeightsFolder, content};
@@ -48,7 +48,7 @@ impl TargetIdentity {
 
     /// Takes a quick look at a model folder.
     pub fn read(path: &Path) -> Result<Self> {
-        let family = family(path)?;
+        let names = table_names(path)?;
         let config_path = path.join("config.json");
         let config = std::fs::read(&config_path).map_err(Error::io("read", &config_path))?;
         let weights = WeightsFolder::open(path)?;
@@ -60,7 +60,7 @@ impl TargetIdentity {
             samples.update(&bytes[..bytes.len().min(SAMPLE_BYTES)]);
             samples.update(&bytes[bytes.len().saturating_sub(SAMPLE_BYTES)..]);
         }
-        let tables = family.table_names.iter().filter_map(|name| weights.bytes(name));
+        let tables = names.iter().filter_map(|name| weights.bytes(name));
         let tables: Vec<String> = tables.map(|bytes| format!("{:08x}", crc32c::crc32c(bytes))).collect();
         Ok(Self {
             path: path.to_path_buf(),

@@ -3,21 +3,19 @@
 //! Reference: `transformers/models/llama/modeling_llama.py` (Hugging Face transformers 5.8.1), checked against its
 //! hidden states, logits and greedy tokens by `tests/goldens`. Shape legend: see `nn`.
 
-use std::path::Path;
-
+use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use super::{Dimensions, ForwardInput, ForwardOutput, Loading, LogitRows, TargetModel, TargetTables};
+use super::{Family, ForwardInput, ForwardOutput, GetTensor, LogitRows, PlainModel, TargetInfo, TargetModel};
 use crate::error::{Error, Result};
 use crate::nn::rope::RopeTables;
-use crate::nn::{AttentionMask, KvCache, Linear, PreparedMask, RmsNorm, Rope, attention, linear};
-use crate::progress;
+use crate::nn::{Embedding, Head, KvCache, LayerCache, Linear, Masks, Options, PreparedMask, RmsNorm, Rope, attention};
 use crate::weights::WeightsFolder;
 
 mod config;
 
 pub use config::LlamaConfig;
-pub(super) use config::{EMBEDDING, HEAD};
+use config::{EMBEDDING, HEAD};
 
 struct Attention {
     query: Linear,
@@ -53,7 +51,7 @@ impl Attention {
             None => (key, value),
         };
         // 4. Attend and join the heads.
-        let attended = attention(&query, &key, &value, mask); // [B, N, T, D]
+        let attended = attention(&query, &key, &value, mask, &Options::default()); // [B, N, T, D]
         let joined = attended.transpose(1, 2).reshape([rows, tokens, self.heads * self.head_dim]);
         self.output.forward(&joined) // [B, T, H]
     }
@@ -83,66 +81,53 @@ struct Layer {
 /// A Llama model with its weights.
 pub struct LlamaTarget {
     config: LlamaConfig,
-    dimensions: Dimensions,
-    embedding: Tensor,
+    info: TargetInfo,
+    embedding: Embedding,
     layers: Vec<Layer>,
     norm: RmsNorm,
-    head: Tensor,
+    head: Head,
     rope: Rope,
 }
 
-/// Reads a model folder's configuration and headers, and says what the user should know of them.
-fn open(path: &Path) -> Result<(LlamaConfig, WeightsFolder)> {
-    let config = LlamaConfig::read(&path.join("config.json"))?;
-    let weights = WeightsFolder::open(path)?;
-    let (config, warnings) = config.fit(&weights)?;
-    warnings.iter().for_each(|warning| progress::say(&format!("warning: {warning}")));
-    Ok((config, weights))
+/// Row of the table of families.
+pub const FAMILY: Family = Family {
+    model_type: "llama",
+    info: |values| LlamaConfig::from_value(values)?.info(),
+    tensors: |values| Ok(LlamaConfig::from_value(values)?.tensors()),
+    check: Some(|values, weights| read(values)?.check_tensors(weights)),
+    correct: Some(correct),
+    build: |values, device, tensor| Ok(Box::new(LlamaTarget::build(read(values)?, device, tensor)?)),
+    tables,
+    table_names: &[EMBEDDING, HEAD],
+};
+
+fn read(values: &Value) -> Result<LlamaConfig> {
+    LlamaConfig::from_value(values).map_err(Error::Failed)
 }
 
-/// Loads a model folder.
-pub fn load(path: &Path, loading: &Loading<'_>) -> Result<Box<dyn TargetModel>> {
-    let (config, weights) = open(path)?;
-    let names: Vec<String> = config.tensors().into_iter().map(|(name, _)| name).collect();
-    let weights = loading.arrange(weights, &names);
-    let (kind, device) = (loading.kind, loading.device);
-    Ok(Box::new(LlamaTarget::build(config, device, &mut |name, _| weights.load(name, kind, device))?))
+/// Takes the head from the files, whatever config.json says of it.
+fn correct(mut values: Value, weights: &WeightsFolder) -> Result<(Value, Vec<String>)> {
+    let (config, warnings) = read(&values)?.fit(weights)?;
+    values["tie_word_embeddings"] = config.tie_word_embeddings.into();
+    Ok((values, warnings))
 }
 
-/// Sizes of the model of a folder.
-pub fn read_dimensions(path: &Path) -> Result<Dimensions> {
-    let path = path.join("config.json");
-    LlamaConfig::read(&path)?.dimensions().map_err(|problem| Error::bad_file(&path, problem))
+fn tables(values: &Value, tensor: &mut GetTensor<'_>) -> Result<(Embedding, Head)> {
+    let config = read(values)?;
+    let shape = [config.vocab_size, config.hidden_size];
+    let embedding = tensor(EMBEDDING, &shape)?;
+    let head = if config.tie_word_embeddings { embedding.shallow_clone() } else { tensor(HEAD, &shape)? };
+    Ok((Embedding::plain(embedding), Head::plain(head)))
 }
 
-/// Refuses a folder whose weights are not what config.json says.
-pub fn check(path: &Path) -> Result<()> {
-    let weights = WeightsFolder::open(path)?;
-    LlamaConfig::read(&path.join("config.json"))?.check_tensors(&weights)
-}
-
-/// Loads embedding and head of a model folder.
-pub fn load_tables(path: &Path, loading: &Loading<'_>) -> Result<TargetTables> {
-    let (config, weights) = open(path)?;
-    let dimensions = config.dimensions().map_err(Error::Failed)?;
-    let mut names = vec![EMBEDDING.to_owned()];
-    if !config.tie_word_embeddings {
-        names.push(HEAD.to_owned());
-    }
-    let weights = loading.arrange(weights, &names);
-    let load = |name| weights.load(name, loading.kind, loading.device);
-    let embedding = load(EMBEDDING)?;
-    let head = if config.tie_word_embeddings { embedding.shallow_clone() } else { load(HEAD)? };
-    Ok(TargetTables { dimensions, embedding, head })
+/// Sizes of a model of plain layers, as drafts are, whose configuration has the keys of this family.
+pub fn plain_model(values: &Value) -> Result<PlainModel, String> {
+    LlamaConfig::from_value(values)?.plain()
 }
 
 impl LlamaTarget {
     /// Builds the model from a function that gives each tensor by name and shape.
-    pub fn build(
-        config: LlamaConfig,
-        device: Device,
-        tensor: &mut dyn FnMut(&str, &[i64]) -> Result<Tensor>,
-    ) -> Result<Self> {
+    pub fn build(config: LlamaConfig, device: Device, tensor: &mut GetTensor<'_>) -> Result<Self> {
         let shapes: std::collections::HashMap<String, Vec<i64>> = config.tensors().into_iter().collect();
         let mut get = |name: String| tensor(&name, &shapes[&name]);
         let embedding = get(EMBEDDING.to_owned())?;
@@ -152,42 +137,15 @@ impl LlamaTarget {
         }
         let norm = RmsNorm { weight: get("model.norm.weight".to_owned())?, epsilon: config.rms_norm_eps };
         let head = if config.tie_word_embeddings { embedding.shallow_clone() } else { get(HEAD.to_owned())? };
-        let dimensions = config.dimensions().map_err(Error::Failed)?;
-        let rope = Rope::new(dimensions.layer.rope, device);
-        Ok(Self { config, dimensions, embedding, layers, norm, head, rope })
+        let info = config.info().map_err(Error::Failed)?;
+        let rope = Rope::new(info.template.rope, device);
+        let (embedding, head) = (Embedding::plain(embedding), Head::plain(head));
+        Ok(Self { config, info, embedding, layers, norm, head, rope })
     }
 
     /// The configuration the model was built from.
     pub fn config(&self) -> &LlamaConfig {
         &self.config
-    }
-
-    /// Everything a caller can get wrong, checked once.
-    fn check_input(&self, input: &ForwardInput<'_>, cache: Option<&KvCache>) -> Result<()> {
-        let (rows, tokens) = input.ids.size2()?;
-        let last = self.layers.len();
-        if let Some(index) = input.capture.iter().find(|&&index| index > last) {
-            return Err(Error::Failed(format!("hidden state {index} was asked for; this model has 0 to {last}")));
-        }
-        if input.positions.size() != [rows, tokens] {
-            let got = input.positions.size();
-            return Err(Error::Failed(format!(
-                "positions: expected the shape of the ids, [{rows}, {tokens}], got {got:?}"
-            )));
-        }
-        if let Some(cached) = cache.map(KvCache::rows).filter(|&cached| cached != rows) {
-            return Err(Error::Failed(format!("the cache holds {cached} rows, the ids {rows}")));
-        }
-        match input.mask {
-            AttentionMask::Documents(lengths) if lengths.iter().sum::<i64>() != tokens => {
-                let sum: i64 = lengths.iter().sum();
-                Err(Error::Failed(format!("the documents of a pack have {sum} tokens, the ids {tokens}")))
-            }
-            AttentionMask::Documents(_) if cache.is_some_and(|cache| !cache.is_empty()) => {
-                Err(Error::Failed("packed documents cannot follow cached tokens".to_owned()))
-            }
-            _ => Ok(()),
-        }
     }
 }
 
@@ -221,23 +179,26 @@ fn build_layer(config: &LlamaConfig, prefix: &str, get: &mut dyn FnMut(String) -
 }
 
 impl TargetModel for LlamaTarget {
-    fn dimensions(&self) -> Dimensions {
-        self.dimensions
+    fn info(&self) -> &TargetInfo {
+        &self.info
     }
 
     fn new_cache(&self, rows: i64, capacity: i64) -> KvCache {
         let options = (self.kind(), self.device());
-        KvCache::new(self.layers.len(), rows, self.config.groups(), self.config.head_dim(), capacity, options)
+        let layer = LayerCache::full(self.config.groups(), self.config.head_dim());
+        KvCache::new(&vec![layer; self.layers.len()], rows, capacity, options)
     }
 
     fn forward(&self, input: &ForwardInput<'_>, mut cache: Option<&mut KvCache>) -> Result<ForwardOutput> {
         let _guard = tch::no_grad_guard();
-        self.check_input(input, cache.as_deref())?;
+        input.check(self.layers.len(), cache.as_deref())?;
         let (rows, tokens) = input.ids.size2()?;
         let last = self.layers.len();
-        let empty = vec![0; rows as usize];
-        let past = cache.as_ref().map_or(empty.as_slice(), |cache| cache.lengths());
-        let mask = input.mask.prepare(past, tokens, self.device());
+        let mut masks = match cache.as_deref_mut() {
+            Some(cache) => cache.masks(input.mask, input.positions),
+            None => Masks::new(input.mask, input.positions),
+        };
+        let mask = masks.of(None);
         let rope = self.rope.tables(input.positions, self.kind());
         let mut captured: Vec<(usize, Tensor)> = Vec::new();
         let mut keep = |index: usize, hidden: &Tensor| {
@@ -247,12 +208,12 @@ impl TargetModel for LlamaTarget {
         };
 
         // A token id outside the vocabulary is an error of libtorch here, and the only one an input can cause from now on.
-        let mut hidden = Tensor::f_embedding(&self.embedding, input.ids, -1, false, false)?; // [B, T, H]
+        let mut hidden = self.embedding.look_up(input.ids)?; // [B, T, H]
         for (index, layer) in self.layers.iter().enumerate() {
             keep(index, &hidden);
             let cache = cache.as_mut().map(|cache| (&mut **cache, index));
             // Each block's own output takes the sum: `hidden` itself may have been captured.
-            hidden = layer.attention.forward(&layer.input_norm.forward(&hidden), &rope, &mask, cache).g_add_(&hidden);
+            hidden = layer.attention.forward(&layer.input_norm.forward(&hidden), &rope, mask, cache).g_add_(&hidden);
             hidden = layer.mlp.forward(&layer.post_attention_norm.forward(&hidden)).g_add_(&hidden);
         }
         // The final norm works row by row: where only some rows are projected, only those are normed.
@@ -264,23 +225,23 @@ impl TargetModel for LlamaTarget {
                 LogitRows::All => Some(hidden.view([rows * tokens, -1])),
                 LogitRows::Rows(index) => Some(hidden.view([rows * tokens, -1]).index_select(0, index)),
             };
-            return Ok(output(input, &captured, logits.map(|rows| linear(&rows, &self.head, None))));
+            return Ok(output(input, &captured, logits.map(|rows| self.head.logits(&rows))));
         }
         let logits = match input.logits {
             LogitRows::Rows(index) => {
                 let chosen = hidden.view([rows * tokens, -1]).index_select(0, index); // [R, H]
-                Some(linear(&self.norm.forward(&chosen), &self.head, None)) // [R, V]
+                Some(self.head.logits(&self.norm.forward(&chosen))) // [R, V]
             }
             LogitRows::None | LogitRows::All => None,
         };
         Ok(output(input, &captured, logits))
     }
 
-    fn embedding(&self) -> &Tensor {
+    fn embedding(&self) -> &Embedding {
         &self.embedding
     }
 
-    fn head(&self) -> &Tensor {
+    fn head(&self) -> &Head {
         &self.head
     }
 

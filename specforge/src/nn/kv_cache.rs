@@ -1,24 +1,57 @@
-//! Keys and values of past tokens, as a value: nothing else knows how many tokens a row holds.
+//! What the layers of a model keep of past tokens, as a value: nothing else knows how many tokens a row holds.
 //!
-//! Rows may differ in length. Slot `s` of row `b` holds the key of the row's token `s`; slots at or behind the row's
-//! length hold nothing, whatever lies there. A pass erases what it is about to show of them to a longer row's sake: a
-//! mask takes a hidden slot's weight to zero, but zero times NaN is NaN.
+//! Layers are of two kinds. Attention keeps keys and values: slot `s` of row `b` holds the key of the row's token `s`; slots
+//! at or behind the row's length hold nothing, whatever lies there. A pass erases what it is about to show of them to a
+//! longer row's sake: a mask takes a hidden slot's weight to zero, but zero times NaN is NaN. Recurrent layers and
+//! convolutions keep a state, one for each row: during a pass there is one behind every new token, and the last kept
+//! token's stays.
 //!
-//! A forward pass writes the new keys of every layer, from layer 0 on, with [`KvCache::write`]; the caller then moves
-//! the lengths once: with [`KvCache::advance`] by the first tokens of the pass, with [`KvCache::keep`] by any of them.
+//! A forward pass writes the new keys and states of every layer; the caller then moves the lengths once: with
+//! [`KvCache::advance`] by the first tokens of the pass, with [`KvCache::keep`] by any of them.
 //!
 //! Rows come and go in place. Of the rows that stay when others leave only those that change their place are copied, and
 //! the room of those that left takes the next ones in.
 
 use tch::{Device, Kind, Tensor};
 
+use super::mask::{AttentionMask, Masks};
 use crate::device;
 
-/// One layer's keys and values, each `[R, G, capacity, D]`: the `B` rows there are, and room for more behind them.
+/// What one layer of a model keeps.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LayerCache {
+    /// Keys and values.
+    Attention {
+        /// `G`
+        groups: i64,
+        /// `D` of the keys.
+        key_dim: i64,
+        /// `D` of the values.
+        value_dim: i64,
+        /// Tokens that a query sees, itself included; `None` for all.
+        window: Option<i64>,
+    },
+    /// A state of this shape for each row.
+    State {
+        /// Without rows and tokens.
+        shape: Vec<i64>,
+    },
+}
+
+impl LayerCache {
+    /// Attention on everything before, with keys and values of one size.
+    pub fn full(groups: i64, head_dim: i64) -> Self {
+        Self::Attention { groups, key_dim: head_dim, value_dim: head_dim, window: None }
+    }
+}
+
+/// What one layer keeps of the `B` rows there are, with room for more behind them, `R` in all.
 #[derive(Debug)]
-struct Layer {
-    key: Tensor,
-    value: Tensor,
+enum Layer {
+    /// `[R, G, capacity, D]` each.
+    Attention { key: Tensor, value: Tensor },
+    /// Behind the row's last token, `[R, ..]`, and behind each of the pass at hand, `[B, T, ..]`.
+    State { held: Tensor, pass: Option<Tensor> },
 }
 
 /// Tokens written behind the lengths and not yet kept.
@@ -27,13 +60,19 @@ struct Pass {
     tokens: i64,
     /// Where each row's tokens go, `[B, 1, T, 1]`; `None` where all rows have one length.
     slots: Option<Tensor>,
+    /// Whether no layer has written yet.
+    is_new: bool,
 }
 
-/// Keys and values of all layers.
+/// Keys, values and states of all layers.
 #[derive(Debug)]
 pub struct KvCache {
     layers: Vec<Layer>,
     lengths: Vec<i64>,
+    capacity: i64,
+    device: Device,
+    /// Positions of all slots, `[R, capacity]`, where a layer has a window.
+    positions: Option<Tensor>,
     /// Where the slots of each row, and of the room behind the rows, are zero from on: `R` numbers.
     clean_from: Vec<i64>,
     pass: Option<Pass>,
@@ -44,11 +83,22 @@ const GROWTH: i64 = 64;
 
 impl KvCache {
     /// An empty cache for `rows` sequences, with room for `capacity` tokens each before it has to grow.
-    pub fn new(layers: usize, rows: i64, groups: i64, dim: i64, capacity: i64, options: (Kind, Device)) -> Self {
+    pub fn new(layers: &[LayerCache], rows: i64, capacity: i64, (kind, device): (Kind, Device)) -> Self {
         // Zeros, not uninitialised memory: a hidden slot has weight zero, and zero times NaN is NaN.
-        let empty = || Tensor::zeros([rows, groups, capacity, dim], options);
-        let layers = (0..layers).map(|_| Layer { key: empty(), value: empty() }).collect();
-        Self { layers, lengths: vec![0; rows as usize], clean_from: vec![0; rows as usize], pass: None }
+        let empty = |size: &[i64]| Tensor::zeros(size, (kind, device));
+        let has_windows = layers.iter().any(|layer| matches!(layer, LayerCache::Attention { window: Some(_), .. }));
+        let layers = layers.iter().map(|layer| match layer {
+            LayerCache::Attention { groups, key_dim, value_dim, .. } => Layer::Attention {
+                key: empty(&[rows, *groups, capacity, *key_dim]),
+                value: empty(&[rows, *groups, capacity, *value_dim]),
+            },
+            LayerCache::State { shape } => {
+                Layer::State { held: empty(&[&[rows][..], shape.as_slice()].concat()), pass: None }
+            }
+        });
+        let positions = has_windows.then(|| Tensor::zeros([rows, capacity], (Kind::Int64, device)));
+        let (lengths, clean_from) = (vec![0; rows as usize], vec![0; rows as usize]);
+        Self { layers: layers.collect(), lengths, capacity, device, positions, clean_from, pass: None }
     }
 
     /// Number of tokens of every row.
@@ -71,28 +121,66 @@ impl KvCache {
         self.lengths.len() as i64
     }
 
+    /// Begins a pass over new tokens at `positions [B, T]`, and gives its masks.
+    pub fn masks<'a>(&mut self, mask: &'a AttentionMask, positions: &'a Tensor) -> Masks<'a> {
+        let tokens = positions.size()[1];
+        self.begin_pass(tokens);
+        let end = self.len() + tokens;
+        let keys = self.positions.as_ref().map(|kept| {
+            let kept = kept.narrow(0, 0, self.rows());
+            match self.pass.as_ref().and_then(|pass| pass.slots.as_ref()) {
+                Some(slots) => drop(kept.shallow_clone().scatter_(1, &slots.view([-1, tokens]), positions)),
+                None => kept.narrow(1, self.lengths[0], tokens).copy_(positions),
+            }
+            kept.narrow(1, 0, end) // [B, S]
+        });
+        Masks::behind(mask, positions, &self.lengths, keys)
+    }
+
     /// Writes `key, value [B, G, T, D]` of one layer behind every row's length and returns the layer's keys and values
-    /// up to the longest row's end, `[B, G, S, D]`. Lengths do not move.
+    /// up to the longest row's end, `[B, G, S, D]`. Lengths do not move. Where nobody asked for the masks of the pass, it
+    /// begins with layer 0.
     pub fn write(&mut self, layer: usize, key: &Tensor, value: &Tensor) -> (Tensor, Tensor) {
         let tokens = key.size()[2];
-        if layer == 0 {
-            self.begin_pass(tokens);
-        }
-        let pass = self.pass.as_ref().filter(|pass| pass.tokens == tokens);
-        let pass = pass.expect("a pass writes the same number of tokens to every layer, from layer 0 on");
-        let target = &self.layers[layer];
-        for (store, new) in [(&target.key, key), (&target.value, value)] {
-            match &pass.slots {
+        self.enter(layer, tokens);
+        let slots = self.pass.as_ref().and_then(|pass| pass.slots.as_ref());
+        let Layer::Attention { key: keys, value: values } = &self.layers[layer] else {
+            panic!("layer {layer} keeps a state, no keys");
+        };
+        for (store, new) in [(keys, key), (values, value)] {
+            match slots {
                 Some(slots) => drop(store.shallow_clone().scatter_(2, &slots.expand_as(new), new)),
                 None => store.narrow(0, 0, self.rows()).narrow(2, self.lengths[0], tokens).copy_(new),
             }
         }
         let (rows, end) = (self.rows(), self.len() + tokens);
         let shown = |store: &Tensor| store.narrow(0, 0, rows).narrow(2, 0, end);
-        (shown(&target.key), shown(&target.value))
+        (shown(keys), shown(values))
+    }
+
+    /// State of one layer behind the last token of every row, `[B, ..]`; zeros where a row holds none.
+    pub fn state(&self, layer: usize) -> Tensor {
+        let Layer::State { held, .. } = &self.layers[layer] else { panic!("layer {layer} keeps keys, no state") };
+        held.narrow(0, 0, self.rows())
+    }
+
+    /// Notes the states of one layer behind each new token, `[B, T, ..]`: behind a node of a tree, that of the path to it.
+    pub fn write_states(&mut self, layer: usize, states: &Tensor) {
+        self.enter(layer, states.size()[1]);
+        let Layer::State { pass, .. } = &mut self.layers[layer] else { panic!("layer {layer} keeps keys, no state") };
+        *pass = Some(states.shallow_clone());
+    }
+
+    fn enter(&mut self, layer: usize, tokens: i64) {
+        if layer == 0 && !self.pass.as_ref().is_some_and(|pass| pass.is_new && pass.tokens == tokens) {
+            self.begin_pass(tokens);
+        }
+        let pass = self.pass.as_mut().filter(|pass| pass.tokens == tokens);
+        pass.expect("a pass writes the same number of tokens to every layer, from layer 0 on").is_new = false;
     }
 
     fn begin_pass(&mut self, tokens: i64) {
+        self.end_pass();
         let end = self.len() + tokens;
         self.reserve(end);
         // A shorter row's slots between its own end and the longest one's will be seen, with weight zero.
@@ -104,19 +192,47 @@ impl KvCache {
         }
         let ragged = self.lengths.iter().any(|&length| length != self.lengths[0]);
         let slots = ragged.then(|| {
-            let first = device::send(&Tensor::from_slice(&self.lengths), self.device()).view([-1, 1, 1, 1]);
-            first + Tensor::arange(tokens, (Kind::Int64, self.device())).view([1, 1, -1, 1]) // [B, 1, T, 1]
+            let first = device::send(&Tensor::from_slice(&self.lengths), self.device).view([-1, 1, 1, 1]);
+            first + Tensor::arange(tokens, (Kind::Int64, self.device)).view([1, 1, -1, 1]) // [B, 1, T, 1]
         });
-        self.pass = Some(Pass { tokens, slots });
+        self.pass = Some(Pass { tokens, slots, is_new: true });
+    }
+
+    /// Forgets what was written and not kept.
+    fn end_pass(&mut self) {
+        self.pass = None;
+        for layer in &mut self.layers {
+            if let Layer::State { pass, .. } = layer {
+                *pass = None;
+            }
+        }
     }
 
     /// Moves every row's length by its own number of tokens, after all layers were written. Rows of a padded prefill
     /// move by their true length.
     pub fn advance(&mut self, tokens: &[i64]) {
         assert_eq!(tokens.len(), self.lengths.len(), "one count for each row");
-        let written = self.pass.take().map_or(0, |pass| pass.tokens);
+        let written = self.pass.as_ref().map_or(0, |pass| pass.tokens);
         assert!(tokens.iter().all(|&count| count <= written), "advancing by {tokens:?} tokens, {written} were written");
+        self.hold(&tokens.iter().map(|count| count - 1).collect::<Vec<_>>());
+        self.end_pass();
         self.lengths.iter_mut().zip(tokens).for_each(|(length, &count)| *length += count);
+    }
+
+    /// Takes over the state behind one token of the pass in each row; a row with -1 keeps the state it has.
+    fn hold(&mut self, last: &[i64]) {
+        let device = self.device;
+        for layer in &mut self.layers {
+            let Layer::State { held, pass: Some(pass) } = layer else { continue };
+            let index = |values: Vec<i64>| device::send(&Tensor::from_slice(&values), device);
+            let rows = last.len() as i64;
+            let mut held = held.narrow(0, 0, rows);
+            // All that a row may end with, one behind the other: the state before the pass, and those behind its tokens.
+            let all = Tensor::cat(&[&held.unsqueeze(1), &*pass], 1); // [B, 1 + T, ..]
+            let width = all.size()[1];
+            let places = (0..rows).zip(last).map(|(row, last)| row * width + 1 + last).collect();
+            held.copy_(&all.flatten(0, 1).index_select(0, &index(places)));
+        }
     }
 
     /// Keeps those tokens of the pass that stand at the named places, ascending, and closes the gaps between them: what
@@ -130,23 +246,26 @@ impl KvCache {
             assert!(ascending && inside, "keeping {row:?} of {written} tokens");
         }
         self.close_gaps(&self.lengths, places);
-        self.advance(&places.iter().map(|row| row.len() as i64).collect::<Vec<_>>());
+        self.hold(&places.iter().map(|row| row.last().copied().unwrap_or(-1)).collect::<Vec<_>>());
+        self.end_pass();
+        self.lengths.iter_mut().zip(places).for_each(|(length, row)| *length += row.len() as i64);
     }
 
     /// Forgets each row's tokens from `base` on, but for those that stand at the named places behind it, ascending, and
-    /// closes the gaps between them: as [`KvCache::keep`], where a tree was written in several passes.
+    /// closes the gaps between them: as [`KvCache::keep`], where a tree was written in several passes. States of tokens
+    /// before the last are not there any more: a cache with layers of those cannot go back.
     pub fn keep_behind(&mut self, base: &[i64], places: &[Vec<i64>]) {
         let rows = self.lengths.len();
         assert!(base.len() == rows && places.len() == rows, "one length and one list of places for each row");
-        self.pass = None;
+        self.end_pass();
         for ((row, base), length) in places.iter().zip(base).zip(&self.lengths) {
             let ascending = row.windows(2).all(|pair| pair[0] < pair[1]);
             let inside = base <= length && row.iter().all(|place| (0..length - base).contains(place));
             assert!(ascending && inside, "keeping {row:?} behind {base} of {length} tokens");
         }
         self.close_gaps(base, places);
-        let kept = base.iter().zip(places).map(|(base, row)| base + row.len() as i64);
-        self.lengths = kept.collect();
+        let kept: Vec<i64> = base.iter().zip(places).map(|(base, row)| base + row.len() as i64).collect();
+        self.go_back(kept);
     }
 
     /// Moves what stands at the places behind `base` to `base` and on.
@@ -162,35 +281,51 @@ impl KvCache {
                 .flat_map(|(row, base)| (0..most).map(move |index| (row, base, index)))
                 .map(|(row, base, index)| base + slot(row, index))
                 .collect();
-            device::send(&Tensor::from_slice(&slots).view([-1, 1, most, 1]), self.device()) // [B, 1, K, 1]
+            device::send(&Tensor::from_slice(&slots).view([-1, 1, most, 1]), self.device) // [B, 1, K, 1]
         };
         // Places that a shorter list lacks move onto themselves.
         let from = slots(&|row, index| row.get(index as usize).copied().unwrap_or(index));
         let to = slots(&|_, index| index);
-        for layer in &self.layers {
-            for store in [&layer.key, &layer.value] {
-                let [_, groups, _, dim] = <[i64; 4]>::try_from(store.size()).expect("stores are [R, G, C, D]");
-                let shape = [self.rows(), groups, most, dim];
-                // Gathered into memory of its own first: the places may overlap.
-                let kept = store.gather(2, &from.expand(shape, false), false); // [B, G, K, D]
-                let _ = store.shallow_clone().scatter_(2, &to.expand(shape, false), &kept);
-            }
+        for store in self.stores() {
+            let [_, groups, _, dim] = <[i64; 4]>::try_from(store.size()).expect("stores are [R, G, C, D]");
+            let shape = [self.rows(), groups, most, dim];
+            // Gathered into memory of its own first: the places may overlap.
+            let kept = store.gather(2, &from.expand(shape, false), false); // [B, G, K, D]
+            let _ = store.shallow_clone().scatter_(2, &to.expand(shape, false), &kept);
+        }
+        if let Some(positions) = &self.positions {
+            let (from, to) = (from.view([-1, most]), to.view([-1, most])); // [B, K]
+            let kept = positions.gather(1, &from, false);
+            let _ = positions.shallow_clone().scatter_(1, &to, &kept);
         }
     }
 
     /// Forgets the tokens of each row from `lengths` on. A row never grows this way.
     pub fn truncate(&mut self, lengths: &[i64]) {
         assert_eq!(lengths.len(), self.lengths.len(), "one length for each row");
-        self.pass = None;
-        let ends = std::mem::replace(&mut self.lengths, lengths.to_vec());
-        let grown = lengths.iter().zip(&ends).find(|(keep, end)| keep > end);
-        assert!(grown.is_none(), "truncating {ends:?} tokens to {lengths:?} would show slots that hold nothing");
+        self.end_pass();
+        self.go_back(lengths.to_vec());
+    }
+
+    fn go_back(&mut self, lengths: Vec<i64>) {
+        let ends = std::mem::replace(&mut self.lengths, lengths);
+        let grown = self.lengths.iter().zip(&ends).find(|(keep, end)| keep > end);
+        assert!(grown.is_none(), "truncating {ends:?} tokens to {:?} would show slots that hold nothing", self.lengths);
+        let has_states = self.layers.iter().any(|layer| matches!(layer, Layer::State { .. }));
+        assert!(!has_states || self.lengths == ends, "states of tokens before the last are not kept");
     }
 
     /// Keys and values that one row of one layer holds, `[G, len, D]` each.
     pub fn contents(&self, layer: usize, row: usize) -> [Tensor; 2] {
-        let held = |store: &Tensor| store.select(0, row as i64).narrow(1, 0, self.lengths[row]);
-        [held(&self.layers[layer].key), held(&self.layers[layer].value)]
+        let Layer::Attention { key, value } = &self.layers[layer] else {
+            panic!("layer {layer} keeps a state, no keys");
+        };
+        [key, value].map(|store| store.select(0, row as i64).narrow(1, 0, self.lengths[row]))
+    }
+
+    /// Positions of the tokens that one row holds, `[len]`, where a layer has a window.
+    pub fn positions(&self, row: usize) -> Option<Tensor> {
+        Some(self.positions.as_ref()?.select(0, row as i64).narrow(0, 0, self.lengths[row]))
     }
 
     /// Number of layers.
@@ -198,16 +333,22 @@ impl KvCache {
         self.layers.len()
     }
 
+    /// Keys and values of all layers that have some.
+    fn stores(&self) -> impl Iterator<Item = &Tensor> {
+        self.layers.iter().flat_map(|layer| match layer {
+            Layer::Attention { key, value } => vec![key, value],
+            Layer::State { .. } => Vec::new(),
+        })
+    }
+
     /// Writes NaN wherever nothing is held, as a test of those who read.
     #[cfg(test)]
     pub(crate) fn poison(&mut self) {
-        self.pass = None;
-        let capacity = self.capacity();
+        self.end_pass();
+        let capacity = self.capacity;
         for (row, &length) in self.lengths.iter().enumerate() {
-            for layer in &self.layers {
-                for store in [&layer.key, &layer.value] {
-                    let _ = store.select(0, row as i64).narrow(1, length, capacity - length).fill_(f64::NAN);
-                }
+            for store in self.stores() {
+                let _ = store.select(0, row as i64).narrow(1, length, capacity - length).fill_(f64::NAN);
             }
         }
         self.clean_from.fill(capacity);
@@ -216,7 +357,7 @@ impl KvCache {
     /// Says that rows hold other numbers of tokens, as a seeded fault.
     #[cfg(test)]
     pub(crate) fn pretend(&mut self, lengths: &[i64]) {
-        self.pass = None;
+        self.end_pass();
         self.reserve(lengths.iter().copied().max().unwrap_or(0));
         self.lengths = lengths.to_vec();
     }
@@ -224,21 +365,17 @@ impl KvCache {
     /// Copies a row's slots `from` over its slots `to`, as a seeded fault.
     #[cfg(test)]
     pub(crate) fn rearrange(&mut self, row: usize, from: &[i64], to: &[i64]) {
-        for layer in &self.layers {
-            for store in [&layer.key, &layer.value] {
-                let mut row = store.select(0, row as i64); // [G, C, D]
-                let moved = row.index_select(1, &Tensor::from_slice(from));
-                let _ = row.index_copy_(1, &Tensor::from_slice(to), &moved);
-            }
+        for store in self.stores() {
+            rearrange(store, row, from, to);
         }
     }
 
     /// The same for values alone.
     #[cfg(test)]
     pub(crate) fn rearrange_values(&mut self, row: usize, from: &[i64], to: &[i64]) {
-        let back: Vec<Tensor> = self.layers.iter().map(|layer| layer.key.copy()).collect();
-        self.rearrange(row, from, to);
-        self.layers.iter_mut().zip(back).for_each(|(layer, key)| layer.key = key);
+        for value in self.stores().skip(1).step_by(2) {
+            rearrange(value, row, from, to);
+        }
     }
 
     /// Writes zeros into each row's slots `from .. to`.
@@ -247,20 +384,18 @@ impl KvCache {
         let (Some(first), Some(last)) = (spans().map(|span| *span.0).min(), spans().map(|span| *span.1).max()) else {
             return;
         };
-        let column = |values: &[i64]| device::send(&Tensor::from_slice(values), self.device()).view([-1, 1, 1, 1]);
-        let slot = Tensor::arange_start(first, last, (Kind::Int64, self.device())).view([1, 1, -1, 1]);
+        let column = |values: &[i64]| device::send(&Tensor::from_slice(values), self.device).view([-1, 1, 1, 1]);
+        let slot = Tensor::arange_start(first, last, (Kind::Int64, self.device)).view([1, 1, -1, 1]);
         let erased = slot.ge_tensor(&column(from)).logical_and(&slot.lt_tensor(&column(to))); // [B, 1, n, 1]
-        for layer in &self.layers {
-            for store in [&layer.key, &layer.value] {
-                let _ = store.narrow(0, 0, self.rows()).narrow(2, first, last - first).masked_fill_(&erased, 0.0);
-            }
+        for store in self.stores() {
+            let _ = store.narrow(0, 0, self.rows()).narrow(2, first, last - first).masked_fill_(&erased, 0.0);
         }
     }
 
     /// Keeps the rows named, in that order. Rows that keep their place are not touched.
     pub fn select_rows(&mut self, rows: &[i64]) {
         assert!(rows.len() <= self.lengths.len(), "{} rows cannot be chosen from {}", rows.len(), self.lengths.len());
-        self.pass = None;
+        self.end_pass();
         let moved: Vec<(i64, i64)> = rows.iter().copied().zip(0..).filter(|(from, to)| from != to).collect();
         if !moved.is_empty() {
             self.move_rows(&moved);
@@ -282,34 +417,39 @@ impl KvCache {
         let overlap = moved.iter().any(|&(from, _)| overwritten(from));
         let index = overlap.then(|| {
             let (from, to): (Vec<i64>, Vec<i64>) = moved.iter().copied().unzip();
-            [from, to].map(|rows| device::send(&Tensor::from_slice(&rows), self.device()))
+            [from, to].map(|rows| device::send(&Tensor::from_slice(&rows), self.device))
         });
-        for layer in &self.layers {
-            for store in [&layer.key, &layer.value] {
-                let mut held = store.narrow(2, 0, used); // [R, G, used, D]
-                match &index {
-                    // Gathered into memory of its own first.
-                    Some([from, to]) => drop(held.index_copy_(0, to, &held.index_select(0, from))),
-                    None => moved.iter().for_each(|&(from, to)| held.get(to).copy_(&held.get(from))),
-                }
+        for mut held in self.held(0, self.room(), used) {
+            match &index {
+                // Gathered into memory of its own first.
+                Some([from, to]) => drop(held.index_copy_(0, to, &held.index_select(0, from))),
+                None => moved.iter().for_each(|&(from, to)| held.get(to).copy_(&held.get(from))),
             }
         }
     }
 
+    /// All that `count` rows from `first` on hold in their first `used` slots: keys, values, positions and states.
+    fn held(&self, first: i64, count: i64, used: i64) -> Vec<Tensor> {
+        let mut held: Vec<Tensor> = self.stores().map(|store| store.narrow(2, 0, used)).collect();
+        held.extend(self.positions.as_ref().map(|positions| positions.narrow(1, 0, used)));
+        held.extend(self.layers.iter().filter_map(|layer| match layer {
+            Layer::State { held, .. } => Some(held.shallow_clone()),
+            Layer::Attention { .. } => None,
+        }));
+        held.iter().map(|tensor| tensor.narrow(0, first, count)).collect()
+    }
+
     /// Adds the rows of another cache behind these.
     pub fn append_rows(&mut self, other: KvCache) {
-        self.pass = None;
+        self.end_pass();
         let (first, more, longest) = (self.rows(), other.rows(), other.len());
         self.reserve(longest);
         if first + more > self.room() {
             // By half, so that a batch that grows row by row is not copied for each of them.
             self.reserve_rows((first + more).max(first + first / 2));
         }
-        for (mine, theirs) in self.layers.iter().zip(&other.layers) {
-            for (store, new) in [(&mine.key, &theirs.key), (&mine.value, &theirs.value)] {
-                let held = |store: &Tensor, row: i64| store.narrow(0, row, more).narrow(2, 0, longest); // [n, G, longest, D]
-                held(store, first).copy_(&held(new, 0));
-            }
+        for (mut mine, theirs) in self.held(first, more, longest).into_iter().zip(other.held(0, more, longest)) {
+            mine.copy_(&theirs);
         }
         self.lengths.extend(&other.lengths);
         let new = first as usize..(first + more) as usize;
@@ -323,14 +463,20 @@ impl KvCache {
             return;
         }
         let held = self.rows();
+        let larger = |tensor: &Tensor| {
+            let mut size = tensor.size();
+            size[0] = rows;
+            let larger = Tensor::zeros(&size, (tensor.kind(), tensor.device()));
+            larger.narrow(0, 0, held).copy_(&tensor.narrow(0, 0, held));
+            larger
+        };
         for layer in &mut self.layers {
-            for store in [&mut layer.key, &mut layer.value] {
-                let [_, groups, capacity, dim] = <[i64; 4]>::try_from(store.size()).expect("stores are [R, G, C, D]");
-                let larger = Tensor::zeros([rows, groups, capacity, dim], (store.kind(), store.device()));
-                larger.narrow(0, 0, held).copy_(&store.narrow(0, 0, held));
-                *store = larger;
+            match layer {
+                Layer::Attention { key, value } => (*key, *value) = (larger(key), larger(value)),
+                Layer::State { held, .. } => *held = larger(held),
             }
         }
+        self.positions = self.positions.as_ref().map(larger);
         self.clean_from.truncate(held as usize);
         self.clean_from.resize(rows as usize, 0);
     }
@@ -344,21 +490,11 @@ impl KvCache {
             if dirty <= longest {
                 continue;
             }
-            for layer in &self.layers {
-                for store in [&layer.key, &layer.value] {
-                    let _ = store.get(row as i64).narrow(1, length, dirty - length).zero_();
-                }
+            for store in self.stores() {
+                let _ = store.get(row as i64).narrow(1, length, dirty - length).zero_();
             }
             self.clean_from[row] = length;
         }
-    }
-
-    fn device(&self) -> Device {
-        self.layers.first().map_or(Device::Cpu, |layer| layer.key.device())
-    }
-
-    fn capacity(&self) -> i64 {
-        self.layers.first().map_or(0, |layer| layer.key.size()[2])
     }
 
     /// Rows there is room for.
@@ -367,25 +503,34 @@ impl KvCache {
     }
 
     fn reserve(&mut self, slots: i64) {
-        let capacity = self.capacity();
-        if slots > capacity {
-            self.grow_to(capacity + (slots - capacity).max(capacity / 2).max(GROWTH));
+        if slots > self.capacity {
+            let more = (slots - self.capacity).max(self.capacity / 2).max(GROWTH);
+            self.grow_to(self.capacity + more);
         }
     }
 
     fn grow_to(&mut self, capacity: i64) {
-        let more = capacity - self.capacity();
-        if more <= 0 {
-            return;
-        }
+        let more = capacity - self.capacity;
+        let grown = |tensor: &Tensor, axis: usize| {
+            let mut size = tensor.size();
+            size[axis] = more;
+            Tensor::cat(&[tensor, &Tensor::zeros(&size, (tensor.kind(), tensor.device()))], axis as i64)
+        };
         for layer in &mut self.layers {
-            for store in [&mut layer.key, &mut layer.value] {
-                let [rows, groups, _, dim] = <[i64; 4]>::try_from(store.size()).expect("stores are [R, G, C, D]");
-                let room = Tensor::zeros([rows, groups, more, dim], (store.kind(), store.device()));
-                *store = Tensor::cat(&[&*store, &room], 2);
+            if let Layer::Attention { key, value } = layer {
+                (*key, *value) = (grown(key, 2), grown(value, 2));
             }
         }
+        self.positions = self.positions.as_ref().map(|positions| grown(positions, 1));
+        self.capacity = capacity;
     }
+}
+
+#[cfg(test)]
+fn rearrange(store: &Tensor, row: usize, from: &[i64], to: &[i64]) {
+    let mut row = store.select(0, row as i64); // [G, C, D]
+    let moved = row.index_select(1, &Tensor::from_slice(from));
+    let _ = row.index_copy_(1, &Tensor::from_slice(to), &moved);
 }
 
 #[cfg(test)]
@@ -395,7 +540,7 @@ mod tests {
     /// A cache of one layer whose row `r` holds `lengths[r]` tokens of value `100 * mark + r`.
     fn cache(mark: f64, lengths: &[i64], capacity: i64) -> KvCache {
         let rows = lengths.len() as i64;
-        let mut cache = KvCache::new(1, rows, 1, 2, capacity, (Kind::Double, Device::Cpu));
+        let mut cache = KvCache::new(&[LayerCache::full(1, 2)], rows, capacity, (Kind::Double, Device::Cpu));
         let longest = lengths.iter().copied().max().unwrap();
         let values = Tensor::arange(rows, (Kind::Double, Device::Cpu)) + 100.0 * mark;
         let values = values.view([rows, 1, 1, 1]).expand([rows, 1, longest, 2], false);
@@ -407,7 +552,7 @@ mod tests {
     /// What each row holds: its length and its first number.
     fn content(cache: &KvCache) -> Vec<(i64, f64)> {
         let row = |(row, &length): (usize, &i64)| {
-            let held = cache.layers[0].value.select(0, row as i64).narrow(1, 0, length);
+            let [_, held] = cache.contents(0, row);
             assert_eq!(held.min().double_value(&[]), held.max().double_value(&[]));
             (length, held.min().double_value(&[]))
         };
@@ -438,12 +583,12 @@ mod tests {
     fn rows_that_come_take_the_room_of_those_that_left_and_show_nothing_of_them() {
         let mut batch = cache(1.0, &[3, 60, 5], 80);
         batch.reserve_rows(4);
-        let room = batch.layers[0].key.data_ptr();
+        let room = batch.stores().next().unwrap().data_ptr();
         for turn in 0..5 {
             // The last row takes the first place; what left was longer than what comes.
             batch.select_rows(&[batch.rows() - 1, 1]);
             batch.append_rows(cache(2.0 + f64::from(turn), &[4, 2], 9));
-            assert_eq!(batch.layers[0].key.data_ptr(), room, "the batch was copied");
+            assert_eq!(batch.stores().next().unwrap().data_ptr(), room, "the batch was copied");
             let new = Tensor::ones([4, 1, 1, 2], (Kind::Double, Device::Cpu)) * 5.0;
             let (key, _) = batch.write(0, &new, &new);
             for (row, &length) in batch.lengths.iter().enumerate() {
@@ -459,7 +604,7 @@ mod tests {
     #[test]
     fn slots_that_were_never_written_are_finite() {
         let batch = cache(1.0, &[3, 5], 64);
-        assert!(batch.layers[0].key.isfinite().all().int64_value(&[]) == 1);
+        assert!(batch.stores().next().unwrap().isfinite().all().int64_value(&[]) == 1);
     }
 
     const OPTIONS: (Kind, Device) = (Kind::Float, Device::Cpu);
@@ -479,7 +624,7 @@ mod tests {
 
     #[test]
     fn tokens_lie_behind_their_own_row_and_nothing_else_does() {
-        let mut cache = KvCache::new(1, 2, 1, 1, 1, OPTIONS);
+        let mut cache = KvCache::new(&[LayerCache::full(1, 1)], 2, 1, OPTIONS);
         assert_eq!(write(&mut cache, &[&[11, 12, 13], &[21, 99, 99]]), [11.0, 12.0, 13.0, 21.0, 99.0, 99.0]);
         cache.advance(&[3, 1]);
         assert_eq!(write(&mut cache, &[&[14], &[22]]), [11.0, 12.0, 13.0, 14.0, 21.0, 22.0, 0.0, 0.0]);
@@ -493,7 +638,7 @@ mod tests {
 
     #[test]
     fn what_came_true_of_several_passes_stays() {
-        let mut cache = KvCache::new(1, 2, 1, 1, 1, OPTIONS);
+        let mut cache = KvCache::new(&[LayerCache::full(1, 1)], 2, 1, OPTIONS);
         write(&mut cache, &[&[11, 12], &[21, 99]]);
         cache.advance(&[2, 1]);
         let base = cache.lengths().to_vec();
@@ -509,7 +654,7 @@ mod tests {
 
     #[test]
     fn growth_keeps_everything() {
-        let mut cache = KvCache::new(1, 1, 1, 1, 0, OPTIONS);
+        let mut cache = KvCache::new(&[LayerCache::full(1, 1)], 1, 0, OPTIONS);
         let mut want = Vec::new();
         for token in 0..200 {
             want.push(token as f32);
@@ -523,14 +668,109 @@ mod tests {
     #[test]
     #[should_panic(expected = "would show slots that hold nothing")]
     fn a_row_cannot_be_truncated_to_more_than_it_holds() {
-        KvCache::new(1, 2, 1, 1, 8, OPTIONS).truncate(&[0, 1]);
+        KvCache::new(&[LayerCache::full(1, 1)], 2, 8, OPTIONS).truncate(&[0, 1]);
     }
 
     #[test]
     #[should_panic(expected = "2 were written")]
     fn a_row_cannot_advance_over_what_was_not_written() {
-        let mut cache = KvCache::new(1, 1, 1, 1, 8, OPTIONS);
+        let mut cache = KvCache::new(&[LayerCache::full(1, 1)], 1, 8, OPTIONS);
         write(&mut cache, &[&[1, 2]]);
         cache.advance(&[3]);
+    }
+
+    /// Two windows, full attention with keys wider than values, and a state.
+    fn kinds() -> Vec<LayerCache> {
+        vec![
+            LayerCache::Attention { groups: 2, key_dim: 3, value_dim: 3, window: Some(4) },
+            LayerCache::State { shape: vec![2, 2] },
+            LayerCache::Attention { groups: 1, key_dim: 5, value_dim: 2, window: None },
+        ]
+    }
+
+    /// A pass over tokens, given as each row's list of (token, position): what layers keep says whose it is.
+    fn pass(cache: &mut KvCache, rows: &[Vec<(i64, i64)>]) {
+        let (count, tokens) = (rows.len() as i64, rows[0].len() as i64);
+        let column = |values: Vec<i64>| Tensor::from_slice(&values).view([count, tokens]);
+        let ids = column(rows.iter().flatten().map(|token| token.0).collect());
+        let positions = column(rows.iter().flatten().map(|token| token.1).collect());
+        let _ = cache.masks(&AttentionMask::Causal, &positions);
+        let of = |groups: i64, dim: i64, layer: f64| {
+            let ids = ids.to_kind(Kind::Double).view([count, 1, tokens, 1]) + layer;
+            ids.expand([count, groups, tokens, dim], false)
+        };
+        let _ = cache.write(0, &of(2, 3, 0.1), &of(2, 3, 0.2));
+        cache.write_states(1, &of(2, 2, 0.3).permute([0, 2, 1, 3]).contiguous());
+        let _ = cache.write(2, &of(1, 5, 0.4), &of(1, 2, 0.5));
+    }
+
+    /// Everything a row holds.
+    fn held(cache: &KvCache, row: usize) -> Vec<Tensor> {
+        let [keys, values] = cache.contents(0, row);
+        let [others, more] = cache.contents(2, row);
+        let state = cache.state(1).get(row as i64);
+        vec![keys, values, others, more, state, cache.positions(row).unwrap()]
+    }
+
+    #[track_caller]
+    fn is_fresh(cache: &KvCache, row: usize, tokens: &[i64]) {
+        let mut fresh = KvCache::new(&kinds(), 1, 0, (Kind::Double, Device::Cpu));
+        pass(&mut fresh, &[tokens.iter().copied().zip(0..).collect()]);
+        fresh.advance(&[tokens.len() as i64]);
+        for (got, want) in held(cache, row).iter().zip(held(&fresh, 0)) {
+            assert!(got.equal(&want), "row {row}: {got} and not {want}");
+        }
+    }
+
+    /// After a padded prefill, a tree of each row, rows that leave, join and take another's place: what is held is what a
+    /// fresh prefill of the same tokens holds, of every kind of layer.
+    #[test]
+    fn every_kind_of_layer_is_rolled_back_to_a_fresh_prefill() {
+        let mut cache = KvCache::new(&kinds(), 2, 3, (Kind::Double, Device::Cpu));
+        let texts = [vec![11, 12, 13, 14, 15], vec![21, 22]];
+        let padded = |row: &[i64]| (0..5).map(|place| (row.get(place).copied().unwrap_or(0), place as i64)).collect();
+        pass(&mut cache, &[padded(&texts[0]), padded(&texts[1])]);
+        cache.advance(&[5, 2]);
+        is_fresh(&cache, 0, &texts[0]);
+        is_fresh(&cache, 1, &texts[1]);
+        // A root, two guesses side by side, and one behind the second.
+        let tree =
+            |first: i64, at: i64| vec![(first, at), (first + 1, at + 1), (first + 2, at + 1), (first + 3, at + 2)];
+        pass(&mut cache, &[tree(30, 5), tree(40, 2)]);
+        cache.keep(&[vec![0, 2, 3], vec![0]]);
+        is_fresh(&cache, 0, &[11, 12, 13, 14, 15, 30, 32, 33]);
+        is_fresh(&cache, 1, &[21, 22, 40]);
+        // A pass that nobody keeps leaves nothing.
+        pass(&mut cache, &[tree(70, 8), tree(80, 3)]);
+        pass(&mut cache, &[vec![(50, 8)], vec![(60, 3)]]);
+        cache.advance(&[1, 0]);
+        is_fresh(&cache, 0, &[11, 12, 13, 14, 15, 30, 32, 33, 50]);
+        is_fresh(&cache, 1, &[21, 22, 40]);
+        let joining = |tokens: &[i64]| {
+            let mut new = KvCache::new(&kinds(), 1, 1, (Kind::Double, Device::Cpu));
+            pass(&mut new, &[tokens.iter().copied().zip(0..).collect()]);
+            new.advance(&[tokens.len() as i64]);
+            new
+        };
+        cache.append_rows(joining(&[7, 8, 9]));
+        cache.select_rows(&[2, 1]);
+        is_fresh(&cache, 0, &[7, 8, 9]);
+        // The room of the row that left takes the next one in.
+        cache.append_rows(joining(&[1, 2, 3, 4]));
+        is_fresh(&cache, 0, &[7, 8, 9]);
+        is_fresh(&cache, 1, &[21, 22, 40]);
+        is_fresh(&cache, 2, &[1, 2, 3, 4]);
+        cache.select_rows(&[2, 0]);
+        is_fresh(&cache, 0, &[1, 2, 3, 4]);
+        is_fresh(&cache, 1, &[7, 8, 9]);
+    }
+
+    #[test]
+    #[should_panic(expected = "states of tokens before the last are not kept")]
+    fn a_state_cannot_go_back() {
+        let mut cache = KvCache::new(&kinds(), 1, 3, (Kind::Double, Device::Cpu));
+        pass(&mut cache, &[vec![(1, 0), (2, 1)]]);
+        cache.advance(&[2]);
+        cache.truncate(&[1]);
     }
 }

@@ -5,6 +5,8 @@
 //! `D` head dimension, `V` vocabulary, `R` selected rows.
 
 pub mod attention;
+pub mod embedding;
+pub mod head;
 pub mod kv_cache;
 pub mod linear;
 pub mod mask;
@@ -15,10 +17,12 @@ pub mod rms_norm;
 pub mod rope;
 pub mod sampling;
 
-pub use attention::attention;
-pub use kv_cache::KvCache;
+pub use attention::{Options, attention};
+pub use embedding::Embedding;
+pub use head::{Head, HeadForm};
+pub use kv_cache::{KvCache, LayerCache};
 pub use linear::{Linear, linear};
-pub use mask::{AttentionMask, PreparedMask};
+pub use mask::{AttentionMask, Masks, PreparedMask, TreeMask};
 pub use processors::Processors;
 pub use rms_norm::RmsNorm;
 pub use rope::{Rope, RopeConfig, RopeScaling};

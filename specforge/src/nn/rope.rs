@@ -54,7 +54,7 @@ pub enum RopeScaling {
 pub struct RopeConfig {
     /// Base of the frequencies.
     pub theta: f64,
-    /// Dimension of a head, `D`.
+    /// Channels of a head that turn: `D`, or fewer where a family turns a part.
     pub head_dim: i64,
     /// Context length of the model.
     pub max_position_embeddings: i64,
@@ -140,9 +140,14 @@ impl Rope {
 }
 
 impl RopeTables {
-    /// Rotates `[B, N, T, D]` in halves: `(x1, x2)` becomes `(x1 cos - x2 sin, x2 cos + x1 sin)`.
+    /// Rotates `[B, N, T, D]` in halves: `(x1, x2)` becomes `(x1 cos - x2 sin, x2 cos + x1 sin)`. Tables that are narrower
+    /// than the heads turn the first channels and leave the others.
     pub fn rotate(&self, heads: &Tensor) -> Tensor {
-        let half = heads.size()[3] / 2;
+        let (turned, all) = (self.cos.size()[3], heads.size()[3]);
+        if turned < all {
+            return Tensor::cat(&[self.rotate(&heads.narrow(3, 0, turned)), heads.narrow(3, turned, all - turned)], 3);
+        }
+        let half = turned / 2;
         let (first, second) = (heads.narrow(3, 0, half), heads.narrow(3, half, half));
         let swapped = Tensor::cat(&[second, first], 3); // [B, N, T, D]
         (heads * &self.cos).addcmul_(&swapped, &self.sin)
@@ -224,6 +229,10 @@ mod tests {
             assert!((at(&turned, pair) - (first * angle.cos() - second * angle.sin())).abs() < 1e-6);
             assert!((at(&turned, pair + 4) - (second * angle.cos() + first * angle.sin())).abs() < 1e-6);
         }
+        let wider = Tensor::randn([1, 3, 2, 12], (Kind::Double, Device::Cpu));
+        let part = tables.rotate(&wider);
+        assert!(part.narrow(3, 0, 8).equal(&tables.rotate(&wider.narrow(3, 0, 8))));
+        assert!(part.narrow(3, 8, 4).equal(&wider.narrow(3, 8, 4)));
     }
 
     /// A long row must not stretch its neighbours, or a batch would not equal its rows alone.

@@ -166,7 +166,7 @@ impl Judge<'_> {
         wanted: &[i64],
         capture: &[usize],
     ) -> Result<ForwardOutput> {
-        let vocabulary = self.target.dimensions().vocab_size;
+        let vocabulary = self.target.info().vocab_size;
         if let Some(id) = ids.iter().find(|&&id| id >= vocabulary) {
             let problem = format!("a trace has token {id}; the target's vocabulary has {vocabulary}");
             return Err(Error::Usage(problem));

@@ -9,7 +9,8 @@ use crate::decode::engine::{Engine, EngineOptions};
 use crate::decode::fault::{self, Fault};
 use crate::decode::policy::Policy;
 use crate::decode::{Request, tiny};
-use crate::models::{LlamaTarget, TargetModel};
+use crate::models::TargetModel;
+use crate::models::llama::LlamaTarget;
 use crate::nn::Processors;
 use crate::nn::noise::keyed_stream;
 
@@ -78,7 +79,7 @@ impl<'a> Decode<'a> {
             draft: None,
             dtype: "float64".to_owned(),
             device: "cpu".to_owned(),
-            vocabulary: self.target.dimensions().vocab_size as usize,
+            vocabulary: self.target.info().vocab_size as usize,
             settings: Settings {
                 drafter: drafter.to_owned(),
                 tree,

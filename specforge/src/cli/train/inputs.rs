@@ -30,7 +30,7 @@ pub(super) fn vocabulary(
     }
     // Tables of this size are made: it must be the weights' own.
     models::check(&config.target.path)?;
-    let target_size = plan::target_config(config)?.vocab_size;
+    let target_size = plan::target_info(config)?.vocab_size;
     fits_vocabulary(tokenizer, target_size, &config.target.path)?;
     let corpus = Corpus { cache, documents, tokenizer, target_size };
     let vocabulary = draft::vocabulary::prepare(&config.draft, &corpus)?;

@@ -151,13 +151,13 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
     note(format!("loading {} on {}", config.target.path.display(), device::name(device)));
     let identity = content.target()?;
     let Target { tables, source, model } = inputs::target(config, device, local, &tokenizer, &identity)?;
-    let dimensions = tables.dimensions;
+    let dimensions = &tables.info;
     inputs::fits_vocabulary(&tokenizer, dimensions.vocab_size, &config.target.path)?;
     for cache in [Some(&train_cache), eval_cache.as_ref()].into_iter().flatten() {
         inputs::fits_context(cache, dimensions.max_position_embeddings)?;
     }
     let context = DraftContext {
-        target: dimensions,
+        target: dimensions.clone(),
         embedding: &tables.embedding,
         head: &tables.head,
         vocabulary: vocabulary.as_ref().map(|vocabulary| &vocabulary.file.map),
@@ -170,7 +170,8 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
     let draft = (algorithm.build)(&section, &context)?;
     // A resumed run has its values from the checkpoint, and other ranks have theirs from the first.
     if let (true, None, Some(from)) = (is_first, checkpoint, config.draft.get("init_from").and_then(Value::as_str)) {
-        let notes = export::eagle3::start_from(Path::new(from), draft.as_ref(), context.vocabulary, context.embedding)?;
+        let notes =
+            export::eagle3::start_from(Path::new(from), draft.as_ref(), context.vocabulary, &context.embedding.table)?;
         notes.iter().for_each(|line| note(format!("{from}: {line}")));
         note(format!("starting from the draft in {from}"));
     }

@@ -7,7 +7,7 @@ use tch::{Device, Tensor};
 
 use crate::device;
 use crate::error::Result;
-use crate::nn::AttentionMask;
+use crate::nn::{AttentionMask, TreeMask};
 
 /// A guess that is run next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,7 +44,7 @@ pub(super) struct Level {
     pub positions: Tensor,
     /// Places of the parents in the level before, `[B, T]`.
     pub parents: Tensor,
-    /// Of `[B, T, S + T]` slots.
+    /// Of the slots behind the base alone: everything before it is seen.
     pub mask: AttentionMask,
     /// `T`
     pub width: i64,
@@ -64,7 +64,7 @@ impl Branches {
     /// Adds a level, whose guesses stand one position behind their parents.
     pub fn level(&mut self, frontier: &[Vec<Branch>], device: Device) -> Result<Level> {
         let width = frontier.iter().map(Vec::len).max().unwrap_or(0);
-        let slots = self.base.iter().copied().max().unwrap_or(0) as usize + self.taken as usize + width;
+        let slots = self.taken as usize + width;
         let mut mask = vec![false; frontier.len() * width * slots];
         let (mut ids, mut positions, mut parents) = (Vec::new(), Vec::new(), Vec::new());
         let mut level = Vec::new();
@@ -74,7 +74,7 @@ impl Branches {
                 let line = &mut mask[(row * width + place) * slots..][..slots];
                 let own = self.taken + place as i64;
                 // Padding sees itself, so that its softmax is defined.
-                line[(base + own) as usize] = true;
+                line[own as usize] = true;
                 let branch = branches.get(place).copied().unwrap_or(Branch { token: 0, parent: 0 });
                 ids.push(i64::from(branch.token));
                 positions.push(base + self.levels.len() as i64);
@@ -82,8 +82,7 @@ impl Branches {
                 if place < branches.len() {
                     let above = self.levels.last().map(|level| level[row][branch.parent].slots.as_slice());
                     let slots: Vec<i64> = above.unwrap_or_default().iter().copied().chain([own]).collect();
-                    line[..base as usize].fill(true);
-                    slots.iter().for_each(|slot| line[(base + slot) as usize] = true);
+                    slots.iter().for_each(|slot| line[*slot as usize] = true);
                     ran.push(Ran { token: branch.token, slots });
                 }
             }
@@ -93,12 +92,12 @@ impl Branches {
         self.taken += width as i64;
         let shape = [frontier.len() as i64, width as i64];
         let shaped = |values: &[i64]| device::send(&Tensor::from_slice(values).view(shape), device);
-        let mask = device::send(&Tensor::from_slice(&mask).view([shape[0], shape[1], slots as i64]), device);
+        let seen = device::send(&Tensor::from_slice(&mask).view([shape[0], shape[1], slots as i64]), device);
         Ok(Level {
             ids: shaped(&ids),
             positions: shaped(&positions),
             parents: shaped(&parents),
-            mask: AttentionMask::Visible(mask),
+            mask: AttentionMask::Tree(TreeMask { base: self.base.clone(), seen }),
             width: width as i64,
         })
     }
@@ -135,8 +134,10 @@ mod tests {
     }
 
     fn seen(level: &Level, row: i64, place: i64) -> Vec<i64> {
-        let AttentionMask::Visible(mask) = &level.mask else { panic!() };
-        Vec::try_from(mask.get(row).get(place).nonzero().flatten(0, -1)).unwrap()
+        let AttentionMask::Tree(TreeMask { base, seen }) = &level.mask else { panic!() };
+        let behind: Vec<i64> = Vec::try_from(seen.get(row).get(place).nonzero().flatten(0, -1)).unwrap();
+        let base = base[row as usize];
+        (0..base).chain(behind.into_iter().map(|slot| base + slot)).collect()
     }
 
     #[test]
@@ -144,7 +145,7 @@ mod tests {
         let mut branches = Branches::behind(&[3, 1]);
         let first = branches.level(&[vec![branch(5, 0), branch(6, 0)], vec![branch(7, 0)]], Device::Cpu).unwrap();
         assert_eq!((seen(&first, 0, 0), seen(&first, 0, 1)), (vec![0, 1, 2, 3], vec![0, 1, 2, 4]));
-        assert_eq!((seen(&first, 1, 0), seen(&first, 1, 1)), (vec![0, 1], vec![2]));
+        assert_eq!((seen(&first, 1, 0), seen(&first, 1, 1)), (vec![0, 1], vec![0, 2]));
         let second = branches.level(&[vec![branch(5, 1)], vec![branch(7, 0), branch(8, 0)]], Device::Cpu).unwrap();
         assert_eq!(seen(&second, 0, 0), [0, 1, 2, 4, 5]);
         assert_eq!((seen(&second, 1, 0), seen(&second, 1, 1)), (vec![0, 1, 3], vec![0, 1, 4]));

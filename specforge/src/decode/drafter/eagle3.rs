@@ -86,7 +86,7 @@ impl Eagle3Drafter {
         tree: DynamicTree,
         sampling: DraftSampling,
     ) -> Result<Self> {
-        let dimensions = target.dimensions();
+        let dimensions = target.info();
         let shape = &parts.shape;
         for (what, own, theirs) in [
             ("tokens", shape.vocab_size, dimensions.vocab_size),
@@ -98,19 +98,19 @@ impl Eagle3Drafter {
                 return Err(Error::Failed(problem));
             }
         }
-        if let Some(layer) = shape.capture.iter().find(|&&layer| layer > dimensions.num_layers) {
-            let layers = dimensions.num_layers;
+        if let Some(layer) = shape.capture.iter().find(|&&layer| layer > dimensions.num_layers()) {
+            let layers = dimensions.num_layers();
             let problem = format!("the draft reads hidden state {layer}, this target has {layers} layers");
             return Err(Error::Failed(problem));
         }
         let (kind, device) = (target.kind(), target.device());
         let embedding = match &parts.embedding {
-            Some(own) if own.size() != target.embedding().size() => {
-                let (want, got) = (target.embedding().size(), own.size());
+            Some(own) if own.size() != target.embedding().table.size() => {
+                let (want, got) = (target.embedding().table.size(), own.size());
                 return Err(Error::Failed(format!("the draft's embedding: expected {want:?}, got {got:?}")));
             }
             Some(own) => own.f_to_device(device)?.f_to_kind(kind)?,
-            None => target.embedding().shallow_clone(),
+            None => target.embedding().table.shallow_clone(),
         };
         Self::with_embedding(parts, &embedding, (kind, device), tree, sampling)
     }

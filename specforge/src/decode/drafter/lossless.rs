@@ -10,7 +10,8 @@ use super::super::prefill::Passes;
 use super::super::{Request, tiny};
 use super::*;
 use crate::draft::eagle3::{Eagle3Shape, HeadStart};
-use crate::models::{ForwardInput, LlamaConfig, LlamaTarget, LogitRows, TargetModel};
+use crate::models::llama::{LlamaConfig, LlamaTarget};
+use crate::models::{ForwardInput, LogitRows, TargetModel};
 use crate::nn::{AttentionMask, KvCache, Processors, noise};
 use crate::vocab::VocabMap;
 
@@ -33,18 +34,18 @@ fn eagle3(
     tree: DynamicTree,
     sampling: DraftSampling,
 ) -> Eagle3Drafter {
-    let dimensions = target.dimensions();
+    let dimensions = target.info();
     let vocabulary =
         mapped.then(|| VocabMap::new((0..64).filter(|token| token % 3 != 1).collect(), dimensions.vocab_size).unwrap());
     let shape = Eagle3Shape {
         hidden_size: dimensions.hidden_size,
         target_hidden_size: dimensions.hidden_size,
-        num_target_layers: dimensions.num_layers,
+        num_target_layers: dimensions.num_layers(),
         vocab_size: dimensions.vocab_size,
         draft_vocab_size: vocabulary.as_ref().map_or(dimensions.vocab_size, VocabMap::draft_size),
         num_layers: layers,
         max_position_embeddings: dimensions.max_position_embeddings,
-        layer: dimensions.layer,
+        layer: dimensions.template,
         capture: vec![0, 1, 2],
         fc_norm: false,
         norm_before_fc: false,
@@ -56,8 +57,8 @@ fn eagle3(
         let value = match name.as_str() {
             // The target's own head makes a few guesses right.
             "lm_head.weight" => match &vocabulary {
-                Some(map) => target.head().index_select(0, &Tensor::from_slice(map.target_ids())),
-                None => target.head().shallow_clone(),
+                Some(map) => target.head().weight.index_select(0, &Tensor::from_slice(map.target_ids())),
+                None => target.head().weight.shallow_clone(),
             },
             _ => noise::normal(&size, 0.2, 21, stream) + if size.len() == 1 { 1.0 } else { 0.0 },
         };
@@ -68,7 +69,7 @@ fn eagle3(
 }
 
 fn model<'a>(draft: LlamaTarget, target: &LlamaTarget, tree: DynamicTree, sampling: DraftSampling) -> ModelDrafter<'a> {
-    ModelDrafter::new(Box::new(draft), &target.dimensions(), tree, sampling).unwrap()
+    ModelDrafter::new(Box::new(draft), target.info(), tree, sampling).unwrap()
 }
 
 fn requests() -> Vec<Request> {
@@ -379,10 +380,10 @@ fn drafts_of_another_target_are_refused() {
     config.vocab_size = 65;
     let larger =
         LlamaTarget::build(config, Device::Cpu, &mut |_, shape| Ok(Tensor::zeros(shape, (Kind::Double, Device::Cpu))));
-    let drafter = ModelDrafter::new(Box::new(larger.unwrap()), &target.dimensions(), SMALL, DraftSampling::Greedy);
+    let drafter = ModelDrafter::new(Box::new(larger.unwrap()), target.info(), SMALL, DraftSampling::Greedy);
     assert!(drafter.err().unwrap().to_string().contains("65 tokens, the target 64"));
     let wrong = DynamicTree { top_k: 0, ..SMALL };
-    assert!(ModelDrafter::new(Box::new(tiny::target(1)), &target.dimensions(), wrong, DraftSampling::Greedy).is_err());
+    assert!(ModelDrafter::new(Box::new(tiny::target(1)), target.info(), wrong, DraftSampling::Greedy).is_err());
 }
 
 /// A draft that is being trained drafts with the parameters it has, and follows them.
@@ -399,7 +400,7 @@ fn a_draft_in_training_drafts() {
         ..Eagle3Config::default()
     };
     let context = DraftContext {
-        target: target.dimensions(),
+        target: target.info().clone(),
         embedding: target.embedding(),
         head: target.head(),
         vocabulary: Some(&map),

@@ -16,7 +16,7 @@ use crate::decode::policy::Proposal;
 use crate::decode::prefill::Passes;
 use crate::device;
 use crate::error::{Error, Result};
-use crate::models::{Dimensions, ForwardInput, LogitRows, TargetModel};
+use crate::models::{ForwardInput, LayerKind, LogitRows, TargetInfo, TargetModel};
 use crate::nn::{AttentionMask, KvCache};
 
 /// Drafts with a model of its own.
@@ -43,17 +43,22 @@ impl<'a> ModelDrafter<'a> {
     /// A drafter for a target of these sizes.
     pub fn new(
         model: Box<dyn TargetModel + 'a>,
-        target: &Dimensions,
+        target: &TargetInfo,
         tree: DynamicTree,
         sampling: DraftSampling,
     ) -> Result<Self> {
         tree.check()?;
         sampling.check()?;
-        let (own, theirs) = (model.dimensions().vocab_size, target.vocab_size);
+        let (own, theirs) = (model.info().vocab_size, target.vocab_size);
         if own != theirs {
             return Err(Error::Failed(format!(
                 "the draft model has {own} tokens, the target {theirs}: a draft model needs the target's vocabulary"
             )));
+        }
+        if model.info().layers.contains(&LayerKind::State) {
+            return Err(Error::Failed(
+                "the draft model has layers with a state, which cannot be taken back level by level".to_owned(),
+            ));
         }
         let names = Names { target_size: theirs, target_ids: None };
         Ok(Self { model, names, tree, sampling, passes: Passes::default(), rows: None })

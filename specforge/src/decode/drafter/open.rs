@@ -110,10 +110,10 @@ fn from_folder<'a>(
         return medusa(MedusaHeads::read(folder, target)?, tree, sampling);
     }
     if formats(&[export::eagle3::RAW, export::eagle3::SPECULATORS]) {
-        let mut imported = export::eagle3::read(folder, Some(target.dimensions().num_layers))?;
+        let mut imported = export::eagle3::read(folder, Some(target.info().num_layers()))?;
         let mut notes = imported.warnings.clone();
         if let Some(own) = imported.embedding.take()
-            && export::eagle3::is_other_embedding(&own, target.embedding())?
+            && export::eagle3::is_other_embedding(&own, &target.embedding().table)?
         {
             notes.push("the draft has an embedding that is not the target's: the draft's own is used".to_owned());
             imported.embedding = Some(own);
@@ -126,8 +126,7 @@ fn from_folder<'a>(
     let tokenizers = [ChatTokenizer::load(target_path, None)?, ChatTokenizer::load(folder, None)?];
     ModelDrafter::check_tokenizers(&tokenizers[0], &tokenizers[1]).map_err(|error| of_folder(folder, error))?;
     let (tree, text) = dynamic(tree)?;
-    let drafter =
-        ModelDrafter::new(model, &target.dimensions(), tree, sampling).map_err(|error| of_folder(folder, error))?;
+    let drafter = ModelDrafter::new(model, target.info(), tree, sampling).map_err(|error| of_folder(folder, error))?;
     Ok(opened(Box::new(drafter), "model", text))
 }
 

@@ -42,7 +42,7 @@ impl Engine<'_> {
         listener: &mut dyn Listener,
         left: &mut Vec<Left>,
     ) -> Result<()> {
-        let context = self.target.dimensions().max_position_embeddings as usize;
+        let context = self.target.info().max_position_embeddings as usize;
         let mut rows: Vec<Row> = requests.into_iter().map(|request| Row::new(request, context)).collect();
         let longest = rows.iter().map(|row| row.tokens.len()).max().unwrap_or(0);
         let mut cache = self.target.new_cache(rows.len() as i64, longest as i64);

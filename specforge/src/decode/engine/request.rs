@@ -24,7 +24,7 @@ pub struct Request {
 impl Request {
     /// Refuses what no target of these dimensions can answer.
     pub(super) fn check(&self, target: &dyn TargetModel) -> Result<()> {
-        let dimensions = target.dimensions();
+        let dimensions = target.info();
         let (length, context) = (self.prompt.len(), dimensions.max_position_embeddings);
         if length == 0 {
             return Err(Error::Failed("the prompt is empty".to_owned()));

@@ -66,7 +66,7 @@ impl Engine<'_> {
         }
         let fitted: Vec<Proposal> =
             proposals.into_iter().zip(&contexts).map(|(proposal, context)| proposal.cut(context.depth)).collect();
-        let vocabulary = self.target.dimensions().vocab_size;
+        let vocabulary = self.target.info().vocab_size;
         for (proposal, context) in fitted.iter().zip(&contexts) {
             let tokens = proposal.tree.tokens();
             if tokens[0] != last(context.tokens) {
@@ -106,7 +106,7 @@ impl Engine<'_> {
         let positions = seeded::positions(positions, nodes, &lengths);
         let mask = trees::mask(proposals, nodes, &lengths, self.target.device());
         #[cfg(test)]
-        let mask = seeded::mask(mask, proposals, nodes, &lengths);
+        let mask = seeded::mask(mask, proposals);
         let mut cache =
             self.cache.take().ok_or_else(|| Error::Failed("there is no cache to decode with".to_owned()))?;
         let output = self.forward((&ids, &positions), (proposals.len(), nodes), &mask, LogitRows::All, &mut cache);

@@ -5,6 +5,7 @@ use crate::decode::drafter::last;
 use crate::decode::event::Source;
 use crate::decode::fault::{Fault, active};
 use crate::decode::policy::Rows;
+use crate::nn::TreeMask;
 use crate::tree::TokenTree;
 use tch::Kind;
 
@@ -26,13 +27,13 @@ pub(super) fn positions(mut positions: Vec<i64>, nodes: usize, lengths: &[i64]) 
     positions
 }
 
-pub(super) fn mask(mask: AttentionMask, proposals: &[Proposal], nodes: usize, lengths: &[i64]) -> AttentionMask {
-    let AttentionMask::Visible(visible) = &mask else { return mask };
+pub(super) fn mask(mask: AttentionMask, proposals: &[Proposal]) -> AttentionMask {
+    let AttentionMask::Tree(TreeMask { seen, .. }) = &mask else { return mask };
     for (row, proposal) in proposals.iter().enumerate() {
         let parents = proposal.tree.topology().parents();
         for node in 1..proposal.tree.len() {
             let set = |other: usize, value: i64| {
-                let _ = visible.get(row as i64).get(node as i64).get(lengths[row] + other as i64).fill_(value);
+                let _ = seen.get(row as i64).get(node as i64).get(other as i64).fill_(value);
             };
             if active(Fault::DroppedParent) {
                 set(parents[node], 0);
@@ -44,7 +45,6 @@ pub(super) fn mask(mask: AttentionMask, proposals: &[Proposal], nodes: usize, le
             }
         }
     }
-    debug_assert!(visible.size()[1] == nodes as i64);
     mask
 }
 

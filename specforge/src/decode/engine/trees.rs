@@ -1,10 +1,10 @@
 //! Trees of a round as the target runs over them: padded to one size, each behind its row's cache.
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::decode::policy::Proposal;
 use crate::device;
-use crate::nn::AttentionMask;
+use crate::nn::{AttentionMask, TreeMask};
 use crate::tree::TokenTree;
 
 /// Token ids and positions of all trees behind caches of these lengths, `[B, T]` each. Padding is token 0 at position 0.
@@ -22,31 +22,25 @@ pub(super) fn inputs(proposals: &[Proposal], nodes: usize, lengths: &[i64]) -> (
 }
 
 /// What each node sees. Roots alone are ordinary next tokens.
-pub(super) fn mask(proposals: &[Proposal], nodes: usize, lengths: &[i64], device: tch::Device) -> AttentionMask {
+pub(super) fn mask(proposals: &[Proposal], nodes: usize, lengths: &[i64], device: Device) -> AttentionMask {
     if nodes == 1 {
         return AttentionMask::Causal;
     }
     let trees: Vec<&TokenTree> = proposals.iter().map(|proposal| &proposal.tree).collect();
-    AttentionMask::Visible(device::send(&visible(&trees, nodes, lengths), device))
+    tree_mask(&trees, nodes, lengths, device)
 }
 
-/// What each node sees: its row's cache, its ancestors and itself. `[B, T, S + T]`, where `S` is the longest row's cache.
-/// Padding sees itself, so that its softmax is defined.
-pub(crate) fn visible(trees: &[&TokenTree], nodes: usize, lengths: &[i64]) -> Tensor {
-    let slots = lengths.iter().copied().max().unwrap_or(0) as usize + nodes;
-    let mut mask = vec![false; trees.len() * nodes * slots];
-    for (row, (tree, &length)) in trees.iter().zip(lengths).enumerate() {
-        let (length, own) = (length as usize, tree.len());
-        let ancestors = tree.topology().visible();
-        for node in 0..nodes {
-            let line = &mut mask[(row * nodes + node) * slots..][..slots];
-            if node < own {
-                line[..length].fill(true);
-                line[length..length + own].copy_from_slice(&ancestors[node * own..(node + 1) * own]);
-            } else {
-                line[length + node] = true;
-            }
+/// What each node sees: its row's cache, its ancestors and itself. Padding sees itself too, so that its softmax is defined.
+/// Only `[B, T, T]` is sent to the device.
+pub(crate) fn tree_mask(trees: &[&TokenTree], nodes: usize, lengths: &[i64], device: Device) -> AttentionMask {
+    let mut seen = vec![false; trees.len() * nodes * nodes];
+    for (tree, table) in trees.iter().zip(seen.chunks_exact_mut(nodes * nodes)) {
+        let own = tree.len();
+        for (line, ancestors) in table.chunks_exact_mut(nodes).zip(tree.topology().visible().chunks_exact(own)) {
+            line[..own].copy_from_slice(ancestors);
         }
+        (own..nodes).for_each(|node| table[node * nodes + node] = true);
     }
-    Tensor::from_slice(&mask).view([trees.len() as i64, nodes as i64, slots as i64])
+    let seen = Tensor::from_slice(&seen).view([trees.len() as i64, nodes as i64, nodes as i64]);
+    AttentionMask::Tree(TreeMask { base: lengths.to_vec(), seen: device::send(&seen, device) })
 }

@@ -5,7 +5,7 @@ use serde_json::json;
 use super::super::drafter::{DraftSampling, Drafter, DynamicTree, ModelDrafter, Plain, PromptLookup};
 use super::super::tiny;
 use super::*;
-use crate::models::LlamaTarget;
+use crate::models::llama::LlamaTarget;
 
 /// Letters as tokens 0 to 55, one marker before each role, 63 at the end of a message.
 struct Letters;
@@ -200,7 +200,7 @@ fn a_draft_changes_no_answer() {
             let tree = DynamicTree { depth: 3, top_k: 3, nodes: 8, min_probability: 0.0 };
             let model = |seed| {
                 let draft = Box::new(tiny::target(seed));
-                ModelDrafter::new(draft, &bench.target.dimensions(), tree, sampling).unwrap()
+                ModelDrafter::new(draft, bench.target.info(), tree, sampling).unwrap()
             };
             let lookup = PromptLookup { longest_match: 2, depth: 3, nodes: 6 };
             let drafters: [Box<dyn Drafter>; 3] = [Box::new(model(2)), Box::new(model(5)), Box::new(lookup)];

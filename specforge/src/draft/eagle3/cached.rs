@@ -10,14 +10,15 @@ use tch::Tensor;
 
 use super::layers::Network;
 use crate::error::Result;
-use crate::nn::{AttentionMask, KvCache, linear};
+use crate::nn::{AttentionMask, KvCache, LayerCache};
 
 impl Network {
     /// An empty cache for `rows` sequences with room for `capacity` tokens each.
     pub fn new_cache(&self, rows: i64, capacity: i64) -> KvCache {
         let layer = self.shape.layer;
         let options = (self.head().kind(), self.head().device());
-        KvCache::new(self.layers.len(), rows, layer.num_key_value_heads, layer.head_dim, capacity, options)
+        let layer = LayerCache::full(layer.num_key_value_heads, layer.head_dim);
+        KvCache::new(&vec![layer; self.layers.len()], rows, capacity, options)
     }
 
     /// One pass from `features [B, T, H]` (projected ones of the target, or [`Network::fed_back`]), the ids of the tokens
@@ -34,11 +35,12 @@ impl Network {
         let (rows, tokens) = ids.size2()?;
         let embedded = self.embed_input_ids(&ids.flatten(0, 1))?; // [B * T, H]
         let rope = self.tables(&positions.flatten(0, 1));
-        let mask = mask.prepare(cache.lengths(), tokens, ids.device());
+        let mut masks = cache.masks(mask, positions);
+        let mask = masks.of(None);
         let mut hidden = features.flatten(0, 1); // [B * T, H]
         for (index, layer) in self.layers.iter().enumerate() {
             let (input, residual) = layer.read(&embedded, &hidden);
-            hidden = layer.mix_cached((&input, &residual), &rope, &mask, (index, cache));
+            hidden = layer.mix_cached((&input, &residual), &rope, mask, (index, cache));
         }
         Ok(hidden.view([rows, tokens, -1])) // [B, T, H]
     }
@@ -50,7 +52,7 @@ impl Network {
 
     /// Logits of rows `[.., H]` without gradients: `[.., DV]`.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
-        linear(&self.normed(hidden), self.head(), None)
+        self.head().logits(&self.normed(hidden))
     }
 }
 

@@ -11,7 +11,7 @@ use crate::draft::distillation::DistillationLoss;
 use crate::draft::supervision::MaskAlignment;
 use crate::draft::vocabulary::VocabularyKeys;
 use crate::error::{Error, Result};
-use crate::models::{Dimensions, LayerShape, LlamaConfig, limits};
+use crate::models::{LayerShape, PlainModel, TargetInfo, limits, plain_model};
 use crate::nn::RopeConfig;
 use crate::strict;
 
@@ -159,7 +159,7 @@ impl Eagle3Config {
     }
 
     /// The draft for a target of these sizes.
-    pub fn shape(&self, target: &Dimensions) -> Result<Eagle3Shape> {
+    pub fn shape(&self, target: &TargetInfo) -> Result<Eagle3Shape> {
         Eagle3Shape::new(self, target)
     }
 }
@@ -178,7 +178,7 @@ fn inline(value: &Value) -> Result<Value> {
     })
 }
 
-/// Keys of a draft's config.json beside those of any Llama. Others are the engines' own business.
+/// Keys of a draft's config.json beside those of any model of plain layers. Others are the engines' own business.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default)]
 struct DraftKeys {
@@ -248,7 +248,7 @@ pub struct Eagle3Shape {
     pub vocab_size: i64,
     /// `DV`; `V` where the draft can name every token.
     pub draft_vocab_size: i64,
-    /// Layers of the draft. The first reads embedding and feature, the others are a plain Llama's.
+    /// Layers of the draft. The first reads embedding and feature, the others are plain ones.
     pub num_layers: usize,
     /// Longest context of the draft.
     pub max_position_embeddings: i64,
@@ -269,23 +269,28 @@ pub struct Eagle3Shape {
 }
 
 impl Eagle3Shape {
-    fn new(config: &Eagle3Config, target: &Dimensions) -> Result<Self> {
+    fn new(config: &Eagle3Config, target: &TargetInfo) -> Result<Self> {
         let keys = config.config.as_ref().map(DraftKeys::read).transpose()?.unwrap_or_default();
-        let llama = match &config.config {
+        let own = match &config.config {
             Some(value) => {
-                let llama = LlamaConfig::from_value(value).map_err(|problem| Error::config("draft.config", problem))?;
-                refuse_unsupported(&keys, &llama, target)?;
-                Some(llama.dimensions().map_err(|problem| Error::config("draft.config", problem))?)
+                let own = plain_model(value).map_err(|problem| Error::config("draft.config", problem))?;
+                refuse_unsupported(&keys, &own, target)?;
+                own
             }
-            None => None,
+            None => PlainModel {
+                hidden_size: target.hidden_size,
+                vocab_size: target.vocab_size,
+                num_layers: 1,
+                max_position_embeddings: target.max_position_embeddings,
+                layer: target.draft_template(),
+            },
         };
-        let own = llama.unwrap_or(Dimensions { num_layers: 1, ..*target });
         let capture = match config.capture.clone() {
             Some(capture) => capture,
-            None => keys.capture()?.map_or_else(|| default_capture(target.num_layers), Ok)?,
+            None => keys.capture()?.map_or_else(|| default_capture(target.num_layers()), Ok)?,
         };
-        if let Some(index) = capture.iter().find(|&&index| index > target.num_layers) {
-            let problem = format!("expected indices up to {}, the target's layers, got {index}", target.num_layers);
+        if let Some(index) = capture.iter().find(|&&index| index > target.num_layers()) {
+            let problem = format!("expected indices up to {}, the target's layers, got {index}", target.num_layers());
             return Err(Error::config("draft.capture", problem));
         }
         if let Some(count) = keys.num_aux_hidden_states.filter(|&count| count != capture.len()) {
@@ -298,7 +303,7 @@ impl Eagle3Shape {
         let shape = Self {
             hidden_size: own.hidden_size,
             target_hidden_size: target.hidden_size,
-            num_target_layers: target.num_layers,
+            num_target_layers: target.num_layers(),
             vocab_size: target.vocab_size,
             draft_vocab_size,
             num_layers: own.num_layers,
@@ -403,7 +408,7 @@ impl Eagle3Shape {
 }
 
 /// What the draft takes for granted about its target, a line each.
-pub(super) fn contract(config: &Eagle3Config, shape: &Eagle3Shape, target: &Dimensions) -> Vec<String> {
+pub(super) fn contract(config: &Eagle3Config, shape: &Eagle3Shape, target: &TargetInfo) -> Vec<String> {
     let LayerShape { num_attention_heads: heads, num_key_value_heads: groups, head_dim, rope, .. } = shape.layer;
     let layers = shape.capture.iter().map(usize::to_string).collect::<Vec<_>>().join(", ");
     let vocabulary = match shape.draft_vocab_size == shape.vocab_size {
@@ -426,9 +431,9 @@ pub(super) fn contract(config: &Eagle3Config, shape: &Eagle3Shape, target: &Dime
 
 /// The rotary embedding in words, and the target's where it is another: a draft may have one of its own, but who wants
 /// the target's should see that.
-fn rotary(rope: &RopeConfig, target: &Dimensions) -> String {
+fn rotary(rope: &RopeConfig, target: &TargetInfo) -> String {
     let words = |rope: &RopeConfig| format!("base {}, {:?}", rope.theta, rope.scaling).to_lowercase();
-    let theirs = target.layer.rope;
+    let theirs = target.draft_template().rope;
     match rope.theta == theirs.theta && rope.scaling == theirs.scaling {
         true => format!("{}, as the target's", words(rope)),
         false => format!("{}; the target's: {}", words(rope), words(&theirs)),
@@ -445,7 +450,7 @@ fn default_capture(layers: usize) -> Result<Vec<usize>> {
     Err(Error::config("draft.capture", problem).with_hint("name the layers, such as draft.capture=[0,1,2]"))
 }
 
-fn refuse_unsupported(keys: &DraftKeys, draft: &LlamaConfig, target: &Dimensions) -> Result<()> {
+fn refuse_unsupported(keys: &DraftKeys, draft: &PlainModel, target: &TargetInfo) -> Result<()> {
     let refuse = |problem: String, hint: &str| Err(Error::config("draft.config", problem).with_hint(hint));
     if draft.vocab_size != target.vocab_size {
         let problem = format!("`vocab_size`: the target has {} tokens, got {}", target.vocab_size, draft.vocab_size);

@@ -1,6 +1,6 @@
 //! The network: captured features and one token embedding in, a feature and logits out.
 //!
-//! One layer like a Llama's, except that it reads the embedding of the next token beside the feature, each normed by
+//! One plain layer, except that it reads the embedding of the next token beside the feature, each normed by
 //! itself. Rows are packed: a row is one position of one document, and attention works on runs of them.
 //!
 //! Shape legend: `n` rows (all `T` of a batch, or the `R` of a step), `H` hidden size, `TH` the target's, `N` heads, `G`
@@ -16,7 +16,7 @@ use crate::draft::Parameter;
 use crate::error::{Error, Result};
 use crate::nn::merged_attention::{self, Run};
 use crate::nn::rope::RopeTables;
-use crate::nn::{KvCache, PreparedMask, RmsNorm, Rope, attention, linear};
+use crate::nn::{Head, KvCache, Options, PreparedMask, RmsNorm, Rope, attention, linear};
 use crate::shim;
 
 /// The draft's weights, by what they do. They share their memory with the trained parameters.
@@ -28,7 +28,7 @@ pub struct Network {
     fc: Tensor,
     pub(super) layers: Vec<Layer>,
     norm: Option<RmsNorm>,
-    head: Tensor,
+    head: Head,
     rope: Rope,
     pub(super) shape: Eagle3Shape,
 }
@@ -54,7 +54,9 @@ pub(super) struct Layer {
 pub type LayerKeys = Vec<[Tensor; 2]>;
 
 impl Network {
-    /// The network over the trained parameters; `embedding [V, H]` is used where none of them is.
+    /// The network over the trained parameters; `embedding [V, H]` is used where none of them is: the target's bare table.
+    /// A scale of the target's embedding is left out, in training as in decoding: the first layer norms what it reads, which
+    /// undoes any scale, and engines hand a draft the table.
     pub fn new(shape: &Eagle3Shape, parameters: &[Parameter], embedding: &Tensor, device: Device) -> Result<Self> {
         let values: HashMap<&str, &Tensor> =
             parameters.iter().map(|parameter| (parameter.name.as_str(), &parameter.value)).collect();
@@ -91,14 +93,14 @@ impl Network {
             fc: find("fc".to_owned())?,
             layers: (0..shape.num_layers).map(layer).collect::<Result<_>>()?,
             norm: optional(shape.norm_output || shape.norm_feedback, "norm")?,
-            head: find("lm_head".to_owned())?,
+            head: Head::plain(find("lm_head".to_owned())?),
             rope: Rope::new(shape.layer.rope, device),
             shape: shape.clone(),
         })
     }
 
-    /// The vocabulary projection, `[DV, H]`.
-    pub fn head(&self) -> &Tensor {
+    /// The vocabulary projection: a trained matrix `[DV, H]` and nothing else.
+    pub fn head(&self) -> &Head {
         &self.head
     }
 
@@ -160,7 +162,7 @@ impl Network {
 
     /// Logits of rows `[n, H]`: `[n, DV]`.
     pub fn compute_logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        shim::trained_linear(&self.normed(hidden), &self.head)
+        shim::trained_linear(&self.normed(hidden), &self.head.weight)
     }
 
     /// What the next step reads of a step's output.
@@ -277,7 +279,8 @@ impl Layer {
         let key = batch(&rotate(&self.split(&linear(input, &self.key, None)), rope)); // [B, G, T, D]
         let value = batch(&self.split(&linear(input, &self.value, None)));
         let (keys, values) = cache.write(index, &key, &value); // [B, G, S, D]
-        let attended = attention(&query, &keys, &values, mask).transpose(1, 2).flatten(0, 1).flatten(1, 2); // [B * T, N * D]
+        let attended =
+            attention(&query, &keys, &values, mask, &Options::default()).transpose(1, 2).flatten(0, 1).flatten(1, 2); // [B * T, N * D]
         let hidden = residual + linear(&attended, &self.output, None); // [B * T, H]
         let normed = self.post_attention_norm.forward(&hidden);
         let gated = linear(&normed, &self.gate, None).silu() * linear(&normed, &self.up, None);

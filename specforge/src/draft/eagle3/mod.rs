@@ -23,8 +23,8 @@ use super::{Algorithm, DraftContext, DraftModel, DraftSize, Gradients, Parameter
 use crate::data::PackedBatch;
 use crate::error::{Error, Result};
 use crate::features::FeatureBatch;
-use crate::models::Dimensions;
-use crate::nn::noise;
+use crate::models::TargetInfo;
+use crate::nn::{Head, noise};
 
 mod cached;
 pub mod config;
@@ -71,9 +71,9 @@ pub struct Eagle3 {
     shape: Eagle3Shape,
     parameters: Vec<Parameter>,
     network: Network,
-    target: Dimensions,
-    /// The target's head, `[V, TH]`.
-    target_head: Tensor,
+    target: TargetInfo,
+    /// The target's head, whose matrix is `[V, TH]`.
+    target_head: Head,
     vocabulary: Option<DraftVocabulary>,
     buffers: Vec<(String, Tensor)>,
     positions_per_chunk: i64,
@@ -101,8 +101,8 @@ impl Eagle3 {
             let from_target = config.lm_head == HeadStart::Target && shape.hidden_size == shape.target_hidden_size;
             let value = if name == "lm_head.weight" && from_target {
                 let rows =
-                    map.map_or_else(|| Ok(context.head.copy()), |map| vocabulary::gather_rows(context.head, map))?;
-                rows.f_to_device(device)?.f_to_kind(kind)?
+                    map.map_or_else(|| Ok(context.head.share()), |map| vocabulary::gather_rows(context.head, map))?;
+                rows.start().f_to_device(device)?.f_to_kind(kind)?
             } else if tensor_shape.len() == 1 {
                 Tensor::f_ones(&tensor_shape, (kind, device))?
             } else {
@@ -112,7 +112,7 @@ impl Eagle3 {
             let decay = tensor_shape.len() > 1;
             parameters.push(Parameter { name, value: value.set_requires_grad(true), decay });
         }
-        let embedding = context.embedding.f_to_device(device)?.detach();
+        let embedding = context.embedding.table.f_to_device(device)?.detach();
         let network = Network::new(&shape, &parameters, &embedding, device)?;
         let buffers = map.map_or_else(Vec::new, vocabulary::buffers);
         let vocabulary = map.map(|map| DraftVocabulary::new(map, device)).transpose()?;
@@ -122,8 +122,8 @@ impl Eagle3 {
             shape.vocab_size,
             shape.draft_vocab_size,
         );
-        let target_head = context.head.f_to_device(device)?.detach();
-        let target = context.target;
+        let target_head = context.head.to(context.head.kind(), device)?;
+        let target = context.target.clone();
         Ok(Self { config, shape, parameters, network, target, target_head, vocabulary, buffers, positions_per_chunk })
     }
 
@@ -171,7 +171,7 @@ impl Eagle3 {
                 let weighting = Weighting { weights: &weights, parity, lift };
                 // The head is the last parameter; its gradient is made with the loss.
                 let head = self.parameters.len() - 1;
-                let mut projection = Projection { weight: self.network.head(), gradient: Some(gradients.total(head)) };
+                let mut projection = Projection { head: self.network.head(), gradient: Some(gradients.total(head)) };
                 let objective = self.objective();
                 let outcomes =
                     distillation::distill(&rows, &order, &teacher, &mut projection, objective, Some(&weighting))?;
@@ -228,7 +228,7 @@ impl Eagle3 {
 
     /// Outcomes of all rows without gradients.
     fn values(&self, rows: &Tensor, order: &Order, teacher: &Teacher<'_>) -> Result<RowOutcomes> {
-        let mut projection = Projection { weight: self.network.head(), gradient: None };
+        let mut projection = Projection { head: self.network.head(), gradient: None };
         distillation::distill(rows, order, teacher, &mut projection, self.objective(), None)
     }
 
@@ -393,7 +393,7 @@ fn capture(shape: &Eagle3Shape) -> Vec<usize> {
     shape.capture.iter().copied().chain([shape.num_target_layers]).collect()
 }
 
-fn size(config: &Eagle3Config, target: &Dimensions) -> Result<DraftSize> {
+fn size(config: &Eagle3Config, target: &TargetInfo) -> Result<DraftSize> {
     let shape = config.shape(target)?;
     let parameters = |(_, shape): &(String, Vec<i64>)| shape.iter().product::<i64>() as u64;
     let tensors = shape.tensors();

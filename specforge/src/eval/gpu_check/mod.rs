@@ -152,7 +152,8 @@ impl GpuCheck {
     }
 
     fn write_training(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let note = if self.quick { " at tiny shapes, where times mean nothing" } else { " at Llama-3-8B shapes" };
+        let note =
+            if self.quick { " at tiny shapes, where times mean nothing" } else { " at the shapes of a model of 8B" };
         writeln!(out, "\ntraining{note}")?;
         let width = self.training.iter().map(|run| run.name.len()).max().unwrap_or(0);
         writeln!(

@@ -9,7 +9,8 @@ use crate::data::PackedBatch;
 use crate::draft::eagle3::{Eagle3Config, Eagle3Shape};
 use crate::draft::medusa::{HeadProjection, MedusaConfig};
 use crate::draft::supervision;
-use crate::models::{Dimensions, LlamaConfig};
+use crate::error::Result;
+use crate::models::{TargetConfig, TargetInfo};
 
 /// Floating-point operations of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -20,14 +21,16 @@ pub struct Operations {
     pub draft: u64,
 }
 
-/// Forward pass of the layers on packed documents. The embedding is a look-up and the head is not run.
-pub fn of_target(config: &LlamaConfig, lengths: &[i64]) -> u64 {
-    let matrices = config.tensors().into_iter().filter(|(name, shape)| name.contains(".layers.") && shape.len() == 2);
+/// Forward pass of the layers on packed documents, for a target of plain layers. The embedding is a look-up and the head
+/// is not run.
+pub fn of_target(config: &TargetConfig, lengths: &[i64]) -> Result<u64> {
+    let matrices = config.tensors()?.into_iter().filter(|(name, shape)| name.contains(".layers.") && shape.len() == 2);
     let weights: i64 = matrices.map(|(_, shape)| shape.iter().product::<i64>()).sum();
     // Pairs of a query and a key it sees; each takes a score and a weighted value.
     let pairs: i64 = lengths.iter().map(|length| length * (length + 1) / 2).sum();
-    let attention = 2 * pairs * config.num_attention_heads * config.head_dim() * config.num_hidden_layers as i64;
-    2 * (weights * lengths.iter().sum::<i64>() + attention) as u64
+    let layer = config.info().draft_template();
+    let attention = 2 * pairs * layer.num_attention_heads * layer.head_dim * config.info().num_layers() as i64;
+    Ok(2 * (weights * lengths.iter().sum::<i64>() + attention) as u64)
 }
 
 /// Trained rows of every head or step.
@@ -36,7 +39,7 @@ pub fn trained_rows(batch: &PackedBatch, terms: usize, mask: supervision::MaskAl
 }
 
 /// Forward and backward pass of Medusa's heads on their rows.
-pub fn of_medusa(config: &MedusaConfig, target: &Dimensions, rows: &[u64]) -> u64 {
+pub fn of_medusa(config: &MedusaConfig, target: &TargetInfo, rows: &[u64]) -> u64 {
     let (hidden, vocabulary) = (target.hidden_size as u64, target.vocab_size as u64);
     // A block: forward, gradient of the weight, and gradient of the input, which the first block has no use for.
     let blocks = (3 * config.num_layers as u64 - 1) * hidden * hidden;
@@ -98,7 +101,7 @@ mod tests {
         // Scores and weighted values of every visible pair, in four heads of 32.
         let pairs = 24 * 25 / 2 + 9 * 10 / 2 + 17 * 18 / 2 + 14 * 15 / 2;
         let target = 2 * 3 * (64 * layer + pairs * 2 * 4 * 32);
-        assert_eq!(of_target(&setup.target, &setup.lengths), target);
+        assert_eq!(of_target(&setup.target, &setup.lengths).unwrap(), target);
 
         let config = MedusaConfig { num_heads: 2, ..MedusaConfig::default() };
         let batch = programs::documents(&setup.lengths, 307, 0);
@@ -106,7 +109,7 @@ mod tests {
         // of them in a row, which each run of n has n - k - 1 times.
         let rows = trained_rows(&batch, 2, config.mask);
         assert_eq!(rows, [13 + 4 + 9 + 7, 12 + 3 + 8 + 6]);
-        let dimensions = Dimensions::of(96, 307, 3, 128);
+        let dimensions = TargetInfo::of(96, 307, 3, 128);
         // Block: forward and weight gradient. Projection: forward, input gradient, weight gradient.
         let own = 2 * 62 * (2 * 96 * 96 + 3 * 307 * 96);
         assert_eq!(of_medusa(&config, &dimensions, &rows), own);
@@ -119,7 +122,7 @@ mod tests {
     fn counted_operations_of_eagle3_equal_a_count_by_hand() {
         let setup = TrainingSetup::quick().unwrap();
         let batch = programs::documents(&setup.lengths, 307, 0);
-        let shape = setup.eagle3.shape(&setup.target.dimensions().unwrap()).unwrap();
+        let shape = setup.eagle3.shape(setup.target.info()).unwrap();
         // Rows of the steps: the runs of 14, 5, 10 and 8 supervised tokens without 1, 2 and 3 of each.
         let (first, all) = (33, 33 + 29 + 25);
         // fc of every token: forward and weight gradient of 288 x 96.
@@ -146,7 +149,7 @@ mod tests {
             "rms_norm_eps": 1e-5,
         });
         let deeper = Eagle3Config { config: Some(config), ..setup.eagle3.clone() };
-        let shape = deeper.shape(&setup.target.dimensions().unwrap()).unwrap();
+        let shape = deeper.shape(setup.target.info()).unwrap();
         let added = 64 - first;
         let lower = added * (5 * 96 * 128 + 3 * (96 * 128 + 3 * 96 * 168));
         let upper = all * 3 * (2 * 96 * 128 + 3 * 96 * 168) + (64 + all - first) * 3 * 96 * 128;

@@ -17,7 +17,7 @@ use crate::data::PackedBatch;
 use crate::dist::{ParallelConfig, ProcessGroup, ReduceOp, Reducer, Store, nccl};
 use crate::error::{Error, Result};
 use crate::features::{FeatureSource, OnlineFeatures};
-use crate::models::{LlamaConfig, SharedTarget};
+use crate::models::{SharedTarget, TargetConfig};
 use crate::optim::{AdamW, OptimConfig, ParameterSlot};
 use crate::train::GradientSums;
 
@@ -166,7 +166,7 @@ fn share(vocabulary: i64, step: u64, rank: usize, world: usize) -> PackedBatch {
 }
 
 /// The draft's values after some steps as one of the ranks of a group, on the host.
-fn train(config: &LlamaConfig, section: &Value, device: Device, group: &ProcessGroup) -> Result<Vec<Tensor>> {
+fn train(config: &TargetConfig, section: &Value, device: Device, group: &ProcessGroup) -> Result<Vec<Tensor>> {
     let weights = &programs::random_weights;
     let target = SharedTarget::from(programs::build(config, weights, Place { device, kind: Kind::Float })?);
     let draft = programs::build_draft(section, &*target.in_use(), weights)?;
@@ -180,8 +180,8 @@ fn train(config: &LlamaConfig, section: &Value, device: Device, group: &ProcessG
     let parallel = ParallelConfig { bucket_mib: 1, ..ParallelConfig::default() };
     let mut gradients = GradientSums::new(draft.parameters(), group, &parallel)?;
     for step in 0..3 {
-        let counts = draft.count_rows(&share(config.vocab_size, step, 0, 1));
-        let batch = share(config.vocab_size, step, group.rank(), group.world_size());
+        let counts = draft.count_rows(&share(config.info().vocab_size, step, 0, 1));
+        let batch = share(config.info().vocab_size, step, group.rank(), group.world_size());
         let features = source.features(Arc::new(batch), &draft.capture())?;
         gradients.start()?;
         let tally = gradients.add(true, |gradients| draft.accumulate(&features, &counts, gradients))?;

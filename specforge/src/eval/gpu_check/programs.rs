@@ -13,7 +13,7 @@ use crate::draft::{self, DraftContext, DraftModel, Gradients};
 use crate::error::{Error, Result};
 use crate::eval::bench_train::spread_vocabulary;
 use crate::features::{FeatureSource, OnlineFeatures};
-use crate::models::{ForwardInput, LlamaConfig, LlamaTarget, LogitRows, SharedTarget, TargetModel};
+use crate::models::{ForwardInput, LogitRows, SharedTarget, TargetConfig, TargetModel};
 use crate::nn::{AttentionMask, noise};
 use crate::optim::{AdamW, OptimConfig, ParameterSlot};
 use crate::weights::writer::host_bytes;
@@ -50,28 +50,29 @@ pub fn random_weights(name: &str, shape: &[i64]) -> Tensor {
     values.to_kind(Kind::BFloat16).to_kind(Kind::Float)
 }
 
-/// Targets that between them use every option of the family that changes a kernel.
-pub fn targets() -> Result<Vec<(&'static str, LlamaConfig)>> {
-    let base = json!({
-        "hidden_size": 96, "intermediate_size": 168, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "vocab_size": 307, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
-    });
-    let with = |changes: Value| {
-        let mut config = base.clone();
-        if let (Some(config), Value::Object(changes)) = (config.as_object_mut(), changes) {
-            config.extend(changes);
-        }
-        LlamaConfig::from_value(&config).map_err(Error::Failed)
-    };
-    let rope = json!({
-        "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    });
-    Ok(vec![
-        // D = 32, which is not H / N = 24
-        ("grouped heads", with(json!({"num_key_value_heads": 2, "head_dim": 32, "rope_scaling": rope}))?),
-        ("biases", with(json!({"attention_bias": true, "mlp_bias": true, "tie_word_embeddings": true}))?),
-    ])
+/// Configurations of the targets that are checked and measured. What they are called in a family is data.
+const TARGETS: &str = include_str!("targets.json");
+
+/// The configuration of a name, with the values of another over it.
+fn target(name: &str, changes: Option<&str>) -> Result<TargetConfig> {
+    let all: Value = serde_json::from_str(TARGETS)
+        .map_err(|error| Error::Failed(format!("the configurations of the targets that are checked: {error}")))?;
+    let mut values = all[name].clone();
+    if let (Some(values), Some(changes)) = (values.as_object_mut(), changes.and_then(|name| all[name].as_object())) {
+        values.extend(changes.clone());
+    }
+    TargetConfig::from_value(&values).map_err(Error::Failed)
+}
+
+/// Targets that between them use every option of the family that changes a kernel. `D` of the first is 32, which is not
+/// `H / N`.
+pub fn targets() -> Result<Vec<(&'static str, TargetConfig)>> {
+    ["grouped heads", "biases"].into_iter().map(|name| Ok((name, target("small", Some(name))?))).collect()
+}
+
+/// A target of the shapes of a model of eight billion parameters.
+pub fn large_target() -> Result<TargetConfig> {
+    target("8B", None)
 }
 
 /// Documents of random tokens; the last 60 % of each are supervised.
@@ -89,11 +90,9 @@ pub fn documents(lengths: &[i64], vocabulary: i64, seed: u64) -> PackedBatch {
 }
 
 /// Builds a target with the given weights.
-pub fn build(config: &LlamaConfig, weights: Weights<'_>, place: Place) -> Result<LlamaTarget> {
+pub fn build(config: &TargetConfig, weights: Weights<'_>, place: Place) -> Result<Box<dyn TargetModel>> {
     let Place { device, kind } = place;
-    LlamaTarget::build(config.clone(), device, &mut |name, shape| {
-        Ok(weights(name, shape).f_to_kind(kind)?.f_to_device(device)?)
-    })
+    config.build(device, &mut |name, shape| Ok(weights(name, shape).f_to_kind(kind)?.f_to_device(device)?))
 }
 
 fn on_host(tensor: &Tensor) -> Result<Tensor> {
@@ -109,27 +108,27 @@ pub(super) fn all_on_host<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> 
 const PACKS: [(&str, &[i64]); 2] = [("5 documents", &[7, 1, 12, 5, 9]), ("40 documents", &[3; 40])];
 
 /// Forward passes of a target: packed documents, a ragged prefill, decoding with a cache.
-pub fn forward(config: &LlamaConfig, weights: Weights<'_>, place: Place) -> Result<Results> {
+pub fn forward(config: &TargetConfig, weights: Weights<'_>, place: Place) -> Result<Results> {
     let target = build(config, weights, place)?;
     let mut results = Results::new();
     for (name, lengths) in PACKS {
-        let batch = documents(lengths, config.vocab_size, 7);
+        let batch = documents(lengths, config.info().vocab_size, 7);
         let row = |values: &[i64]| Tensor::from_slice(values).to_device(place.device).unsqueeze(0); // [1, T]
         let (ids, positions) = (row(&batch.ids), row(&batch.positions));
         let mask = AttentionMask::Documents(batch.lengths);
-        let capture = [0, 1, config.num_hidden_layers];
+        let capture = [0, 1, config.info().num_layers()];
         let input =
             ForwardInput { ids: &ids, positions: &positions, mask: &mask, capture: &capture, logits: LogitRows::All };
         let output = target.forward(&input, None)?;
         results.push((format!("hidden states, {name}"), all_on_host(&output.hidden)?));
         results.push((format!("logits, {name}"), all_on_host(&output.logits)?));
     }
-    results.push(("logits, ragged cache".to_owned(), decode(&target, config.vocab_size)?));
+    results.push(("logits, ragged cache".to_owned(), decode(target.as_ref(), config.info().vocab_size)?));
     Ok(results)
 }
 
 /// Logits of three rows of different lengths: a padded prefill, single tokens, then three tokens at once.
-fn decode(target: &LlamaTarget, vocabulary: i64) -> Result<Vec<Tensor>> {
+fn decode(target: &dyn TargetModel, vocabulary: i64) -> Result<Vec<Tensor>> {
     let device = target.device();
     let mut lengths = [6i64, 9, 4];
     let mut cache = target.new_cache(3, 4); // has to grow
@@ -189,10 +188,10 @@ pub fn drafts() -> [(&'static str, &'static [Kind], Value); 4] {
 
 /// Loss, hits and gradients of a draft on packed documents. Hits are counts, and whatever else is summed beside losses:
 /// compare them where no rounding can turn one.
-pub fn loss(config: &LlamaConfig, section: &Value, weights: Weights<'_>, place: Place) -> Result<Results> {
+pub fn loss(config: &TargetConfig, section: &Value, weights: Weights<'_>, place: Place) -> Result<Results> {
     let target = SharedTarget::from(build(config, weights, place)?);
     let draft = build_draft(section, &*target.in_use(), weights)?;
-    let batch = documents(&[17, 4, 23, 9], config.vocab_size, 11);
+    let batch = documents(&[17, 4, 23, 9], config.info().vocab_size, 11);
     let source = OnlineFeatures::new(target);
     let features = source.features(Arc::new(batch.clone()), &draft.capture())?;
     let counts = draft.count_rows(&batch);
@@ -216,10 +215,10 @@ pub(super) fn build_draft(
     target: &dyn TargetModel,
     weights: Weights<'_>,
 ) -> Result<Box<dyn DraftModel>> {
-    let dimensions = target.dimensions();
+    let dimensions = target.info();
     let vocabulary = spread_vocabulary(section, dimensions.vocab_size)?;
     let context = DraftContext {
-        target: dimensions,
+        target: dimensions.clone(),
         embedding: target.embedding(),
         head: target.head(),
         vocabulary: vocabulary.as_ref(),

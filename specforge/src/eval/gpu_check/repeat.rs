@@ -14,7 +14,7 @@ use crate::dist::ProcessGroup;
 use crate::draft::Gradients;
 use crate::error::{Error, Result};
 use crate::features::{FeatureSource, OnlineFeatures};
-use crate::models::{LlamaConfig, SharedTarget};
+use crate::models::{SharedTarget, TargetConfig};
 use crate::optim::{AdamW, OptimConfig, ParameterSlot};
 use crate::shim;
 
@@ -72,7 +72,7 @@ fn refused<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
 }
 
 /// Gradients of every step, and the values and state after the last, as bytes.
-fn train(config: &LlamaConfig, section: &Value, place: Place, seed: u64) -> Result<Vec<Vec<u8>>> {
+fn train(config: &TargetConfig, section: &Value, place: Place, seed: u64) -> Result<Vec<Vec<u8>>> {
     let weights = &programs::random_weights;
     let target = SharedTarget::from(programs::build(config, weights, place)?);
     let draft = programs::build_draft(section, &*target.in_use(), weights)?;
@@ -83,7 +83,7 @@ fn train(config: &LlamaConfig, section: &Value, place: Place, seed: u64) -> Resu
     let lengths = if place.device == Device::Cpu { SHORT_LENGTHS } else { LENGTHS };
     let mut found = Vec::new();
     for step in 0..STEPS {
-        let batch = programs::documents(&lengths, config.vocab_size, seed + step);
+        let batch = programs::documents(&lengths, config.info().vocab_size, seed + step);
         let features = source.features(Arc::new(batch.clone()), &draft.capture())?;
         let mut gradients = Gradients::zeros(draft.parameters())?;
         let tally = draft.accumulate(&features, &draft.count_rows(&batch), &mut Gradients::new(&mut gradients))?;

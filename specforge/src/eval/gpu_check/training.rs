@@ -24,7 +24,7 @@ use crate::draft::{self, DraftContext, DraftModel, Gradients};
 use crate::error::{Error, Result};
 use crate::eval::bench_train::spread_vocabulary;
 use crate::features::{FeatureSource, OnlineFeatures};
-use crate::models::{Dimensions, LlamaConfig, LlamaTarget, SharedTarget};
+use crate::models::{SharedTarget, TargetConfig, TargetInfo, TargetModel};
 use crate::optim::{AdamW, Group, OptimConfig, ParameterSlot};
 use crate::shim;
 
@@ -35,7 +35,7 @@ const OUT_OF_MEMORY: &str = "out of memory";
 #[derive(Debug, Clone)]
 pub struct TrainingSetup {
     /// Shape of the target.
-    pub target: LlamaConfig,
+    pub target: TargetConfig,
     /// Element type of target and draft.
     pub kind: Kind,
     /// Tokens of each document of a step.
@@ -57,16 +57,11 @@ pub struct TrainingSetup {
 }
 
 impl TrainingSetup {
-    /// Shapes of Llama-3-8B, batches as `configs/llama3-8B-medusa.json` has them, the draft of
-    /// `configs/llama3-8B-eagle3.json`.
+    /// Shapes of a target of eight billion parameters; batches and the EAGLE-3 draft as the recipes of that size in
+    /// `configs/` have them.
     pub fn full() -> Result<Self> {
-        let target = json!({
-            "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-            "num_key_value_heads": 8, "vocab_size": 128_256, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
-            "rope_theta": 500_000.0,
-        });
         Ok(Self {
-            target: LlamaConfig::from_value(&target).map_err(Error::Failed)?,
+            target: programs::large_target()?,
             kind: Kind::BFloat16,
             lengths: vec![2048; 4],
             chunk_bytes: 1 << 30,
@@ -146,9 +141,9 @@ pub struct Measured {
 /// Trains Medusa with heads of its own and with shared ones, and EAGLE-3 both ways it keeps its graph. Memory that does
 /// not suffice is a row of the result.
 pub fn run(setup: &TrainingSetup, device: Device, ceilings: &Ceilings, say: &dyn Fn(&str)) -> Result<Vec<TrainingRun>> {
-    say(&format!("training: a random target of {} parameters", parameters(&setup.target)));
+    say(&format!("training: a random target of {} parameters", setup.target.info().parameters.all));
     let target = SharedTarget::from(random_target(&setup.target, setup.kind, device)?);
-    let batch = |seed| Arc::new(programs::documents(&setup.lengths, setup.target.vocab_size, seed));
+    let batch = |seed| Arc::new(programs::documents(&setup.lengths, setup.target.info().vocab_size, seed));
     let batches: Vec<Arc<PackedBatch>> = (0..2).map(batch).collect();
     let mut runs = Vec::new();
     // The large one first: nothing that another left behind is in its way.
@@ -168,7 +163,7 @@ pub fn run(setup: &TrainingSetup, device: Device, ceilings: &Ceilings, say: &dyn
     let shared = medusa(setup, HeadProjection::Shared, setup.shared_heads, &batches[0]);
     runs.push(one(setup, shared, &target, &batches, ceilings, say)?);
     for recompute in [true, false] {
-        let draft = eagle3(setup, recompute, &target.in_use().dimensions(), &batches[0])?;
+        let draft = eagle3(setup, recompute, setup.target.info(), &batches[0])?;
         runs.push(one(setup, draft, &target, &batches, ceilings, say)?);
     }
     Ok(runs)
@@ -187,17 +182,16 @@ fn medusa(setup: &TrainingSetup, projection: HeadProjection, heads: usize, batch
     let layers = setup.num_layers;
     let config = MedusaConfig { num_heads: heads, num_layers: layers, projection, ..MedusaConfig::default() };
     let rows = operations::trained_rows(batch, heads, config.mask);
-    let dimensions = Dimensions::of(setup.target.hidden_size, setup.target.vocab_size, 0, 0);
     Candidate {
         name: format!("medusa {heads}x{layers} {}", json!(projection).as_str().unwrap_or_default()),
         rows: rows.iter().sum(),
-        chunk_rows: chunk_rows(setup.chunk_bytes, setup.target.vocab_size),
-        operations: operations::of_medusa(&config, &dimensions, &rows),
+        chunk_rows: chunk_rows(setup.chunk_bytes, setup.target.info().vocab_size),
+        operations: operations::of_medusa(&config, setup.target.info(), &rows),
         section: json!(config),
     }
 }
 
-fn eagle3(setup: &TrainingSetup, recompute: bool, target: &Dimensions, batch: &PackedBatch) -> Result<Candidate> {
+fn eagle3(setup: &TrainingSetup, recompute: bool, target: &TargetInfo, batch: &PackedBatch) -> Result<Candidate> {
     let config = Eagle3Config { recompute, ..setup.eagle3.clone() };
     let shape = config.shape(target)?;
     let steps = config.ttt_steps;
@@ -210,14 +204,10 @@ fn eagle3(setup: &TrainingSetup, recompute: bool, target: &Dimensions, batch: &P
     })
 }
 
-fn parameters(target: &LlamaConfig) -> i64 {
-    target.tensors().iter().map(|(_, shape)| shape.iter().product::<i64>()).sum()
-}
-
 /// A target with random values, made on the device.
-fn random_target(config: &LlamaConfig, kind: Kind, device: Device) -> Result<LlamaTarget> {
+fn random_target(config: &TargetConfig, kind: Kind, device: Device) -> Result<Box<dyn TargetModel>> {
     tch::manual_seed(1);
-    LlamaTarget::build(config.clone(), device, &mut |name, shape| {
+    config.build(device, &mut |name, shape| {
         let mut values = Tensor::f_ones(shape, (kind, device))?;
         if !name.ends_with("norm.weight") {
             let _ = values.f_normal_(0.0, 0.02)?;
@@ -236,8 +226,8 @@ fn one(
 ) -> Result<TrainingRun> {
     let Candidate { name, section, rows, chunk_rows, operations } = candidate;
     say(&format!("training: {name}"));
-    let trainable = (draft::algorithm(&section)?.size)(&section, &target.in_use().dimensions())?.trainable;
-    let operations = Operations { target: operations::of_target(&setup.target, &setup.lengths), draft: operations };
+    let trainable = (draft::algorithm(&section)?.size)(&section, setup.target.info())?.trainable;
+    let operations = Operations { target: operations::of_target(&setup.target, &setup.lengths)?, draft: operations };
     let measured = guarded(|| {
         let mut session = Session::new(setup, &section, target, batches)?;
         session.measure(setup, operations, ceilings)
@@ -298,9 +288,9 @@ impl<'a> Session<'a> {
         if let Device::Cuda(index) = device {
             shim::reset_cuda_peak(index)?;
         }
-        let vocabulary = spread_vocabulary(section, setup.target.vocab_size)?;
+        let vocabulary = spread_vocabulary(section, setup.target.info().vocab_size)?;
         let context = DraftContext {
-            target: in_use.dimensions(),
+            target: in_use.info().clone(),
             embedding: in_use.embedding(),
             head: in_use.head(),
             vocabulary: vocabulary.as_ref(),

@@ -16,7 +16,7 @@ use serde_json::{Map, Value, json};
 use super::{CONFIG_FILE, Layout};
 use crate::draft::eagle3::Eagle3Shape;
 use crate::error::{Error, Result};
-use crate::models::LlamaConfig;
+use crate::models::plain_model;
 use crate::nn::{RopeConfig, RopeScaling};
 use crate::weights::quantised;
 
@@ -255,9 +255,8 @@ pub(super) fn parse(path: &Path, layout: Layout, config: &Value, num_target_laye
         None => OwnKeys::default(),
     };
     supported(&keys).map_err(refuse)?;
-    let llama = LlamaConfig::from_value(&values).map_err(refuse)?;
-    one_rope(&values, &llama).map_err(refuse)?;
-    let sizes = llama.dimensions().map_err(refuse)?;
+    let sizes = plain_model(&values).map_err(refuse)?;
+    one_rope(&values).map_err(refuse)?;
     let num_target_layers = own.num_target_layers.or(num_target_layers).unwrap_or(0);
     let capture = capture(&keys, num_target_layers).map_err(refuse)?;
     let (norm_output, norm_feedback) = match (layout, keys.norm_feedback) {
@@ -372,13 +371,21 @@ fn supported(keys: &Keys) -> Result<(), String> {
 }
 
 /// Older readers take `rope_theta` and `rope_scaling`, newer ones `rope_parameters`: they must say the same.
-fn one_rope(values: &Value, llama: &LlamaConfig) -> Result<(), String> {
+fn one_rope(values: &Value) -> Result<(), String> {
+    const OLDER: [&str; 2] = ["rope_theta", "rope_scaling"];
     let newer = values.get("rope_parameters").and_then(Value::as_object).filter(|keys| !keys.is_empty());
-    if newer.is_none() || (llama.rope_theta.is_none() && llama.rope_scaling.is_none()) {
+    let is_there = |key: &str| values.get(key).is_some_and(|value| !value.is_null());
+    if newer.is_none() || !OLDER.into_iter().any(is_there) {
         return Ok(());
     }
-    let older = LlamaConfig { rope_parameters: None, ..llama.clone() }.rope()?;
-    let newer = LlamaConfig { rope_theta: None, rope_scaling: None, ..llama.clone() }.rope()?;
+    let without = |keys: &[&str]| {
+        let mut values = values.clone();
+        if let Some(values) = values.as_object_mut() {
+            values.retain(|key, _| !keys.contains(&key.as_str()));
+        }
+        Ok::<_, String>(plain_model(&values)?.layer.rope)
+    };
+    let (older, newer) = (without(&["rope_parameters"])?, without(&OLDER)?);
     if older == newer {
         return Ok(());
     }

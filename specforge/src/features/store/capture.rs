@@ -26,6 +26,7 @@ use crate::data::{self, PackedBatch, TokenCache};
 use crate::error::{Error, Result};
 use crate::features::FeatureSource;
 use crate::files::{self, Digests};
+use crate::nn::Head;
 
 const LOCK_FILE: &str = ".lock";
 /// Beginnings of the names of unfinished files: ours, and those of the safetensors crate.
@@ -217,7 +218,7 @@ impl<'a> Capture<'a> {
     pub fn run(
         mut self,
         source: &dyn FeatureSource,
-        head: &Tensor,
+        head: &Head,
         pack_tokens: usize,
         stop: &AtomicBool,
         progress: &dyn Fn(u64),

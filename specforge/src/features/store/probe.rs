@@ -12,6 +12,7 @@ use tch::{Kind, Tensor};
 
 use crate::device;
 use crate::error::Result;
+use crate::nn::Head;
 
 /// Rows that are probed in one shard.
 pub const PROBES_PER_SHARD: usize = 32;
@@ -37,7 +38,7 @@ pub struct Probes {
 impl Probes {
     /// Figures of rows with these final states `[P, H]`, these states as stored (`[P, H]` for each layer) and these next
     /// tokens.
-    pub fn make(rows: &[usize], last: &Tensor, stored: &[Tensor], next: &[i64], head: &Tensor) -> Result<Self> {
+    pub fn make(rows: &[usize], last: &Tensor, stored: &[Tensor], next: &[i64], head: &Head) -> Result<Self> {
         let rows = rows.iter().map(|&row| row as i64).collect();
         let answers = ask(last, next, head, false)?;
         let norms = stored.iter().map(norms).collect::<Result<Vec<_>>>()?;
@@ -85,27 +86,29 @@ pub(super) struct Answers {
     pub(super) margin: Vec<f64>,
     pub(super) log_sum_exp: Vec<f64>,
     pub(super) next_loss: Vec<f64>,
-    /// `sqrt(sum h^2 w^2)`, the largest over the vocabulary; empty where it was not asked for.
+    /// `|scale| sqrt(sum h^2 w^2)`, the largest over the vocabulary; empty where it was not asked for. A soft cap makes no
+    /// difference larger.
     pub(super) spread: Vec<f64>,
 }
 
 /// Logits of `states [P, H]` in float32, a chunk of the vocabulary at a time.
-pub(super) fn ask(states: &Tensor, next: &[i64], head: &Tensor, spread: bool) -> Result<Answers> {
+pub(super) fn ask(states: &Tensor, next: &[i64], head: &Head, spread: bool) -> Result<Answers> {
     let _guard = tch::no_grad_guard();
     let states = states.f_to_device(head.device())?.f_to_kind(Kind::Float)?; // [P, H]
-    let vocabulary = head.size()[0];
+    let vocabulary = head.vocab_size();
     let (mut best, mut tokens, mut sums, mut spreads) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for start in (0..vocabulary).step_by(HEAD_CHUNK as usize) {
         let count = HEAD_CHUNK.min(vocabulary - start);
-        let table = head.f_narrow(0, start, count)?.f_to_kind(Kind::Float)?; // [C, H]
-        let logits = states.f_matmul(&table.f_transpose(0, 1)?)?; // [P, C]
+        let part = head.narrow(start, count)?.to(Kind::Float, head.device())?;
+        let table = &part.weight; // [C, H]
+        let logits = part.finish(states.f_matmul(&table.f_transpose(0, 1)?)?); // [P, C]
         let (values, ids) = logits.f_topk(count.min(2), 1, true, true)?; // [P, 2]
         best.push(values);
         tokens.push(ids + start);
         sums.push(logits.f_logsumexp([1].as_slice(), false)?); // [P]
         if spread {
             let squares = states.f_square()?.f_matmul(&table.f_square()?.f_transpose(0, 1)?)?; // [P, C]
-            spreads.push(squares.f_amax([1].as_slice(), false)?.f_sqrt()?); // [P]
+            spreads.push(squares.f_amax([1].as_slice(), false)?.f_sqrt()? * head.scale.abs()); // [P]
         }
     }
     let (best, tokens) = (Tensor::f_cat(&best, 1)?, Tensor::f_cat(&tokens, 1)?);
@@ -114,8 +117,9 @@ pub(super) fn ask(states: &Tensor, next: &[i64], head: &Tensor, spread: bool) ->
     let margin = values.f_select(1, 0)? - values.f_select(1, -1)?; // [P]
     let log_sum_exp = Tensor::f_stack(&sums, 1)?.f_logsumexp([1].as_slice(), false)?; // [P]
     let next = device::upload(next, head.device())?;
-    let rows = head.f_index_select(0, &next)?.f_to_kind(Kind::Float)?; // [P, H]
-    let next_loss = &log_sum_exp - (rows * &states).f_sum_dim_intlist([1].as_slice(), false, Kind::Float)?; // [P]
+    let rows = head.rows(&next)?.to(Kind::Float, head.device())?;
+    let products = (&rows.weight * &states).f_sum_dim_intlist([1].as_slice(), false, Kind::Float)?; // [P]
+    let next_loss = &log_sum_exp - rows.finish(products); // [P]
     let spread = match spread {
         true => doubles(&Tensor::f_stack(&spreads, 1)?.f_amax([1].as_slice(), false)?)?,
         false => Vec::new(),
@@ -160,23 +164,28 @@ mod tests {
     fn a_head_is_asked_in_chunks_as_at_once() {
         tch::manual_seed(4);
         let options = (Kind::Float, tch::Device::Cpu);
-        let head = Tensor::randn([HEAD_CHUNK + 300, 8], options);
+        let weight = Tensor::randn([HEAD_CHUNK + 300, 8], options);
+        let bias = Some(Tensor::randn([HEAD_CHUNK + 300], options));
+        let bent = Head { bias, scale: 0.5, softcap: Some(4.0), ..Head::plain(weight.shallow_clone()) };
         let states = Tensor::randn([5, 8], options);
         let next = [0, 3, HEAD_CHUNK, HEAD_CHUNK + 299, 17];
-        let answers = ask(&states, &next, &head, true).unwrap();
-        let logits = states.matmul(&head.transpose(0, 1)).to_kind(Kind::Double);
-        let losses = -logits.log_softmax(-1, Kind::Double).gather(1, &Tensor::from_slice(&next).unsqueeze(1), false);
         let near = |got: &[f64], want: Tensor| {
             let difference = (Tensor::from_slice(got) - want.flatten(0, -1)).abs().max().double_value(&[]);
             assert!(difference < 1e-5, "{difference}");
         };
-        near(&answers.next_loss, losses);
-        near(&answers.log_sum_exp, logits.logsumexp([-1].as_slice(), false));
-        let (best, _) = logits.topk(2, 1, true, true);
-        near(&answers.margin, best.select(1, 0) - best.select(1, 1));
-        assert_eq!(answers.top1, Vec::<i64>::try_from(logits.argmax(1, false)).unwrap());
-        let products = states.unsqueeze(1) * head.unsqueeze(0); // [P, V, H]
-        let spread = products.square().sum_dim_intlist([2].as_slice(), false, Kind::Double).sqrt();
-        near(&answers.spread, spread.amax([1].as_slice(), false));
+        for head in [Head::plain(weight.shallow_clone()), bent] {
+            let answers = ask(&states, &next, &head, true).unwrap();
+            let logits = head.logits(&states).to_kind(Kind::Double);
+            let losses =
+                -logits.log_softmax(-1, Kind::Double).gather(1, &Tensor::from_slice(&next).unsqueeze(1), false);
+            near(&answers.next_loss, losses);
+            near(&answers.log_sum_exp, logits.logsumexp([-1].as_slice(), false));
+            let (best, _) = logits.topk(2, 1, true, true);
+            near(&answers.margin, best.select(1, 0) - best.select(1, 1));
+            assert_eq!(answers.top1, Vec::<i64>::try_from(logits.argmax(1, false)).unwrap());
+            let products = states.unsqueeze(1) * weight.unsqueeze(0); // [P, V, H]
+            let spread = products.square().sum_dim_intlist([2].as_slice(), false, Kind::Double).sqrt() * head.scale;
+            near(&answers.spread, spread.amax([1].as_slice(), false));
+        }
     }
 }

@@ -15,6 +15,7 @@ use super::manifest::{ShardEntry, StoreManifest};
 use super::probe::{self, Probes};
 use crate::error::{Error, Result};
 use crate::files::Digests;
+use crate::nn::Head;
 use crate::strict;
 use crate::weights::writer::{TensorBytes, host_bytes, write_bytes_seen};
 
@@ -138,7 +139,7 @@ impl<'a> ShardWriter<'a> {
     }
 
     /// Writes the file. The head is asked about the final states as they were before they were encoded.
-    pub fn write(self, folder: &Path, file: String, head: &Tensor) -> Result<ShardEntry> {
+    pub fn write(self, folder: &Path, file: String, head: &Head) -> Result<ShardEntry> {
         let next: Vec<i64> = self.probe_rows.iter().map(|&row| self.ids[row + 1]).collect();
         let stored = self.layers.iter().map(|layer| self.stored_probes(layer)).collect::<Result<Vec<_>>>()?;
         let last = Tensor::f_cat(&self.probe_states, 0)?; // [P, H]

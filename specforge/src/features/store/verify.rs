@@ -7,12 +7,13 @@
 //!
 //! Shape legend: see [`super`].
 
-use tch::{Kind, Tensor};
+use tch::Kind;
 
 use super::element::Element;
 use super::probe::{Probes, ask, doubles, norms};
 use super::reader::{Share, Store};
 use crate::error::{Error, Result};
+use crate::nn::Head;
 
 /// Probes that are asked in one pass over the head.
 const PROBES_PER_PASS: usize = 1024;
@@ -33,7 +34,7 @@ fn head_error(kind: Kind) -> f64 {
 }
 
 /// Asks a head about the probes of every shard of a share, and refuses a store whose states are not its own.
-pub fn verify(store: &Store, head: &Tensor, share: Share) -> Result<()> {
+pub fn verify(store: &Store, head: &Head, share: Share) -> Result<()> {
     let element = store.manifest().element;
     // An even spread from -e to e has the deviation e / sqrt(3).
     let error = element.relative_error().hypot(head_error(head.kind())) / 3f64.sqrt();

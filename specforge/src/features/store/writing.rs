@@ -15,6 +15,7 @@ use super::shard::{self, ShardWriter};
 use crate::data::PackedBatch;
 use crate::error::{Error, Result};
 use crate::features::{FeatureBatch, worker};
+use crate::nn::Head;
 
 /// Packs that wait for the thread, beside the one it is at. Each holds its states on the device.
 const WAITING: usize = 2;
@@ -45,10 +46,10 @@ impl<'scope> Writing<'scope> {
         scope: &'scope Scope<'scope, 'env>,
         folder: &'env Path,
         manifest: StoreManifest,
-        head: &Tensor,
+        head: &Head,
     ) -> Result<Self> {
         let (orders, taken) = mpsc::sync_channel(WAITING);
-        let head = head.shallow_clone();
+        let head = head.share();
         let write = move || write(&taken, folder, manifest, &head);
         let thread = Builder::new().name("shards".to_owned()).spawn_scoped(scope, write);
         let thread = thread.map_err(|error| Error::Failed(format!("cannot start a thread: {error}")))?;
@@ -81,7 +82,7 @@ impl<'scope> Writing<'scope> {
     }
 }
 
-fn write(orders: &Receiver<Order>, folder: &Path, mut manifest: StoreManifest, head: &Tensor) -> Result<StoreManifest> {
+fn write(orders: &Receiver<Order>, folder: &Path, mut manifest: StoreManifest, head: &Head) -> Result<StoreManifest> {
     while let Ok(order) = orders.recv() {
         // Packs and ends come behind a beginning, within `one`.
         if let Order::Begin(lengths) = order
@@ -99,7 +100,7 @@ fn one(
     lengths: &[usize],
     folder: &Path,
     manifest: &mut StoreManifest,
-    head: &Tensor,
+    head: &Head,
 ) -> Result<bool> {
     let mut writer = ShardWriter::new(manifest, lengths);
     loop {

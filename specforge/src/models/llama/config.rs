@@ -3,22 +3,19 @@
 //! Its numbers come from a file of somebody else's: each is compared with a limit before anything is computed from it,
 //! and the tensors it asks for with those that are there before anything is made as large as it says.
 
-use std::path::Path;
-
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
-use crate::models::{Dimensions, LayerShape, limits};
-use crate::nn::{RopeConfig, RopeScaling};
-use crate::strict;
+use crate::models::{LayerKind, LayerShape, ParameterCounts, PlainModel, TargetInfo, limits};
+use crate::nn::{HeadForm, RopeConfig, RopeScaling};
 use crate::weights::{WeightsFolder, is_old_buffer, quantised};
 
 /// Name of the token embedding.
-pub(in crate::models) const EMBEDDING: &str = "model.embed_tokens.weight";
+pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
 /// Name of the vocabulary projection, where it is not the embedding.
-pub(in crate::models) const HEAD: &str = "lm_head.weight";
+pub(super) const HEAD: &str = "lm_head.weight";
 
 /// The keys of config.json that the network depends on. Other keys are Hugging Face's own business.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -73,21 +70,6 @@ fn default_activation() -> String {
 }
 
 impl LlamaConfig {
-    /// Reads and checks config.json of a model folder.
-    pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read(path).map_err(Error::io("read", path))?;
-        let value: Value = strict::from_json(&text).map_err(|problem| Error::bad_file(path, problem))?;
-        if let Some(problem) = quantised::configured(&value) {
-            return Err(Error::bad_file(path, problem).with_hint(quantised::HINT));
-        }
-        let beside = path.parent().and_then(quantised::file_beside);
-        if let Some(name) = beside {
-            let problem = format!("the weights are quantised: {name} lies beside it");
-            return Err(Error::bad_file(path, problem).with_hint(quantised::HINT));
-        }
-        Self::from_value(&value).map_err(|problem| Error::bad_file(path, problem))
-    }
-
     /// Reads and checks a value with the keys of config.json.
     pub fn from_value(value: &Value) -> Result<Self, String> {
         if let Some(problem) = quantised::configured(value) {
@@ -121,7 +103,7 @@ impl LlamaConfig {
         if self.hidden_act != "silu" {
             return Err(format!("`hidden_act`: expected silu, got {}", self.hidden_act));
         }
-        self.dimensions()?.layer.check()
+        self.plain()?.layer.check()
     }
 
     /// `D`
@@ -193,9 +175,27 @@ impl LlamaConfig {
         Ok(RopeConfig { theta, head_dim: self.head_dim(), max_position_embeddings, scaling })
     }
 
-    /// The sizes the rest of the program needs.
-    pub fn dimensions(&self) -> Result<Dimensions, String> {
-        Ok(Dimensions {
+    /// What the rest of the program needs to know.
+    pub fn info(&self) -> Result<TargetInfo, String> {
+        let all: u64 = self.tensors().iter().map(|(_, shape)| shape.iter().product::<i64>() as u64).sum();
+        let heads = if self.tie_word_embeddings { 1 } else { 2 };
+        let tables = heads * (self.vocab_size * self.hidden_size) as u64;
+        Ok(TargetInfo {
+            hidden_size: self.hidden_size,
+            vocab_size: self.vocab_size,
+            layers: vec![LayerKind::Full; self.num_hidden_layers],
+            max_position_embeddings: self.max_position_embeddings,
+            parameters: ParameterCounts { all, tables, a_token: all - tables },
+            widest: self.intermediate_size,
+            head: HeadForm::PLAIN,
+            embedding_scale: 1.0,
+            template: self.plain()?.layer,
+        })
+    }
+
+    /// The sizes of a model that is nothing but plain layers.
+    pub fn plain(&self) -> Result<PlainModel, String> {
+        Ok(PlainModel {
             hidden_size: self.hidden_size,
             vocab_size: self.vocab_size,
             num_layers: self.num_hidden_layers,
@@ -249,10 +249,9 @@ impl LlamaConfig {
         weights.check(&expected, is_old_buffer)
     }
 
-    /// Refuses files whose tensors are not this model's. Gives the configuration that is theirs, and what a user should
-    /// know: a file's head that is not the embedding counts, whatever config.json says of it, as with other readers.
+    /// The configuration that is that of checked files, and what a user should know: a file's head that is not the
+    /// embedding counts, whatever config.json says of it, as with other readers.
     pub(super) fn fit(self, weights: &WeightsFolder) -> Result<(Self, Vec<String>)> {
-        self.check_tensors(weights)?;
         let mut warnings: Vec<String> = self.other_frequencies(weights)?.into_iter().collect();
         if self.tie_word_embeddings && weights.contains(HEAD) && !weights.same_content(HEAD, EMBEDDING)? {
             warnings.push(format!(

@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::*;
-use crate::nn::noise;
+use crate::nn::{AttentionMask, noise};
 
 const VOCABULARY: i64 = 50;
 
@@ -262,8 +262,8 @@ fn states_and_logits_come_as_asked_for() {
     let all = run(&[0, 1, 2, 3], LogitRows::All);
     let want = all.logits.unwrap();
     assert_eq!(want.size(), [8, VOCABULARY]);
-    assert!(all.hidden[0].equal(&Tensor::embedding(&target.embedding, &ids, -1, false, false)));
-    assert_close(&all.hidden[3].view([8, -1]).linear(target.head(), None::<&Tensor>), &want, 1e-6);
+    assert!(all.hidden[0].equal(&target.embedding.look_up(&ids).unwrap()));
+    assert_close(&target.head().logits(&all.hidden[3].view([8, -1])), &want, 1e-6);
 
     for capture in [[3, 0, 1].as_slice(), &[2, 1, 2], &[]] {
         let some = run(capture, LogitRows::Rows(&chosen));
@@ -391,10 +391,11 @@ fn fitted(tied: bool, change: &dyn Fn(&mut NamedTensors)) -> Result<(bool, Vec<S
     change(&mut tensors);
     crate::weights::write_tensors(&folder.path().join("model.safetensors"), &tensors, &[]).unwrap();
     let weights = WeightsFolder::open(folder.path())?;
+    config.check_tensors(&weights)?;
     let (config, warnings) = config.fit(&weights)?;
     let built =
         LlamaTarget::build(config.clone(), Device::Cpu, &mut |name, _| weights.load(name, Kind::Float, Device::Cpu))?;
-    let is_embedding = built.head().equal(built.embedding());
+    let is_embedding = built.head().weight.equal(&built.embedding().table);
     assert_eq!(config.tie_word_embeddings, is_embedding);
     Ok((is_embedding, warnings))
 }

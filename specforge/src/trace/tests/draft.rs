@@ -7,7 +7,8 @@ use crate::decode::drafter::{Context, Drafter, Joining, Progress, last};
 use crate::decode::fault::{Fault, active};
 use crate::decode::policy::Proposal;
 use crate::error::Result;
-use crate::models::{ForwardInput, LlamaTarget, LogitRows, TargetModel};
+use crate::models::llama::LlamaTarget;
+use crate::models::{ForwardInput, LogitRows, TargetModel};
 use crate::nn::{AttentionMask, KvCache};
 use crate::tree::TokenTree;
 
@@ -52,7 +53,7 @@ impl<'a> Small<'a> {
     fn guess(&self, row: &mut Row, context: &Context<'_>) -> Result<Proposal> {
         // What the target's last feature says beside the draft's own logits.
         let feature = row.features.get(if active(Fault::DraftFeaturesShifted) { 0 } else { 1 });
-        let hint = self.target.head().matmul(&feature) * 0.05; // [V]
+        let hint = self.target.head().weight.matmul(&feature) * 0.05; // [V]
         let mut tree = TokenTree::root(last(context.tokens));
         let mut scores = vec![0.0];
         let mut best: Vec<Option<Vec<(u32, f64)>>> = vec![None];

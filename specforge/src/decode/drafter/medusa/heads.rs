@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::export;
 use crate::models::TargetModel;
 use crate::nn::linear::linear;
-use crate::nn::noise;
+use crate::nn::{self, noise};
 use crate::vocab::VocabMap;
 
 /// Noise domain of the draws of [`DraftSampling::Drawn`].
@@ -23,8 +23,8 @@ const DRAWS: u64 = 33;
 #[derive(Debug)]
 pub struct MedusaHeads {
     heads: Vec<Head>,
-    /// The target's own projection, `[DV, H]`, where heads share it.
-    shared: Option<Tensor>,
+    /// The target's own projection onto `DV` tokens, where heads share it.
+    shared: Option<nn::Head>,
     vocabulary: Option<VocabMap>,
     /// `V`
     vocab_size: i64,
@@ -77,7 +77,7 @@ impl MedusaHeads {
         vocabulary: Option<&VocabMap>,
         target: &dyn TargetModel,
     ) -> Result<Self> {
-        let (dimensions, kind, device) = (target.dimensions(), target.kind(), target.device());
+        let (dimensions, kind, device) = (target.info(), target.kind(), target.device());
         let (hidden, vocab_size) = (dimensions.hidden_size, dimensions.vocab_size);
         if let Some(map) = vocabulary.filter(|map| map.target_size() != vocab_size) {
             let problem = format!("the heads' vocabulary is of a target with {} tokens", map.target_size());
@@ -111,10 +111,10 @@ impl MedusaHeads {
         }
         let shared = match (config.projection, vocabulary) {
             (HeadProjection::Own, _) => None,
-            (HeadProjection::Shared, None) => Some(target.head().detach()),
-            (HeadProjection::Shared, Some(map)) => Some(vocabulary::gather_rows(&target.head().detach(), map)?),
+            (HeadProjection::Shared, None) => Some(target.head().to(kind, device)?),
+            (HeadProjection::Shared, Some(map)) => Some(vocabulary::gather_rows(target.head(), map)?),
         };
-        let (vocabulary, layer) = (vocabulary.cloned(), dimensions.num_layers);
+        let (vocabulary, layer) = (vocabulary.cloned(), dimensions.num_layers());
         Ok(Self { heads, shared, vocabulary, vocab_size, kind, device, layer })
     }
 
@@ -144,7 +144,7 @@ impl MedusaHeads {
         };
         match &self.shared {
             // One product for all heads: the projection is read once.
-            Some(shared) => linear(&Tensor::stack(&heads.iter().map(backbone).collect::<Vec<_>>(), 0), shared, None),
+            Some(shared) => shared.logits(&Tensor::stack(&heads.iter().map(backbone).collect::<Vec<_>>(), 0)),
             None => {
                 // Every projection is another matrix and is read once in any case.
                 let project = |head: &Head| match &head.projection {

@@ -5,7 +5,8 @@ use tch::{Kind, Tensor};
 use super::MedusaHeads;
 use crate::decode::tiny;
 use crate::draft::medusa::{HeadProjection, MedusaConfig};
-use crate::models::{LlamaTarget, TargetModel};
+use crate::models::TargetModel;
+use crate::models::llama::LlamaTarget;
 use crate::nn::noise;
 
 /// Tokens of the target.
@@ -45,7 +46,7 @@ pub(crate) fn good_tensors(target: &LlamaTarget, heads: usize, noise: f64) -> Ve
     let mut tensors = blocks(heads, 1, 0.02);
     for head in 0..heads {
         let random = noise::normal(&[VOCABULARY, 32], noise, 12, head as u64).to_kind(Kind::Double);
-        let projection = following(target.embedding(), 2 + head as i64) * 1.2 + random;
+        let projection = following(&target.embedding().table, 2 + head as i64) * 1.2 + random;
         tensors.push((format!("{head}.1.weight"), projection));
     }
     tensors

@@ -10,7 +10,8 @@ use crate::decode::tiny;
 use crate::decode::{Finish, Request};
 use crate::draft::medusa::{HeadProjection, MedusaConfig};
 use crate::export;
-use crate::models::{LlamaTarget, TargetModel};
+use crate::models::TargetModel;
+use crate::models::llama::LlamaTarget;
 use crate::nn::{Processors, noise};
 use crate::vocab::VocabMap;
 
@@ -84,7 +85,7 @@ fn a_peaky_target_is_followed_to_the_depth_of_the_tree() {
     let target = tiny::target_with(6, &|name, tensor| {
         if name.contains("o_proj") || name.contains("down_proj") { tensor * 0.0 } else { tensor }
     });
-    let counting = target.embedding().roll([1i64], [0i64]) * 6.0;
+    let counting = target.embedding().table.roll([1i64], [0i64]) * 6.0;
     let target = tiny::target_with(6, &|name, tensor| match name {
         "lm_head.weight" => counting.shallow_clone(),
         name if name.contains("o_proj") || name.contains("down_proj") => tensor * 0.0,
@@ -115,7 +116,7 @@ fn knowing(target: &LlamaTarget, noise: f64) -> MedusaHeads {
     let mut tensors = blocks(2, 1, 0.0);
     for head in 0..2 {
         let random = noise::normal(&[VOCABULARY, 32], noise, 15, head).to_kind(Kind::Double);
-        tensors.push((format!("{head}.1.weight"), target.head() + random));
+        tensors.push((format!("{head}.1.weight"), &target.head().weight + random));
     }
     let config = MedusaConfig { num_heads: 2, ..MedusaConfig::default() };
     MedusaHeads::new(&config, &tensors, None, target).unwrap()

@@ -7,8 +7,8 @@ use super::*;
 use crate::data::PackedBatch;
 use crate::draft::supervision::MaskAlignment;
 use crate::draft::{DraftContext, DraftModel};
-use crate::models::Dimensions;
-use crate::nn::noise;
+use crate::models::TargetInfo;
+use crate::nn::{Embedding, Head, noise};
 
 const VOCABULARY: i64 = 23;
 const HIDDEN: i64 = 12;
@@ -23,9 +23,9 @@ fn draft(kind: Kind, extra: &Value) -> Eagle3 {
     config.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
     let config = Eagle3Config::read(&json!({"algorithm": "eagle3", "config": config, "ttt_steps": STEPS})).unwrap();
     let table = |stream| noise::normal(&[VOCABULARY, HIDDEN], 1.0, 11, stream).to_kind(kind);
-    let (embedding, head) = (table(0), table(1));
+    let (embedding, head) = (Embedding::plain(table(0)), Head::plain(table(1)));
     let context = DraftContext {
-        target: Dimensions::of(HIDDEN, VOCABULARY, 8, 64),
+        target: TargetInfo::of(HIDDEN, VOCABULARY, 8, 64),
         embedding: &embedding,
         head: &head,
         vocabulary: None,

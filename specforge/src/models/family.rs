@@ -1,0 +1,229 @@
+//! Families of models: how a folder is recognised, what its configuration says, and how its weights become a model.
+//!
+//! A family is one file with a [`Family`] in it, and a line of [`FAMILIES`]. A program around this library adds others with
+//! [`add_family`]. Everything else asks the table, by way of [`TargetConfig`]: a configuration together with its family.
+
+use std::path::Path;
+
+use serde_json::Value;
+use tch::{Device, Kind, Tensor};
+
+use super::{TargetInfo, TargetModel, TargetTables, llama};
+use crate::error::{Error, Result};
+use crate::nn::{Embedding, Head};
+use crate::progress;
+use crate::strict;
+use crate::table::Table;
+use crate::weights::{SharedCopies, WeightsFolder, quantised};
+
+/// Gives the tensor of a name, which must have this shape.
+pub type GetTensor<'a> = dyn FnMut(&str, &[i64]) -> Result<Tensor> + 'a;
+
+/// Names of tensors with their shapes.
+pub type Shapes = Vec<(String, Vec<i64>)>;
+
+/// A family of models. Functions take the values of config.json; what is wrong with those is a problem in words that names
+/// the key.
+#[derive(Debug)]
+pub struct Family {
+    /// `model_type` of config.json.
+    pub model_type: &'static str,
+    /// What a model is. Refuses everything that the family cannot run.
+    pub info: fn(&Value) -> Result<TargetInfo, String>,
+    /// Every tensor of a model under its Hugging Face name.
+    pub tensors: fn(&Value) -> Result<Shapes, String>,
+    /// Refuses files whose tensors are not these, by their headers alone; without it, files hold exactly
+    /// [`Family::tensors`].
+    pub check: Option<fn(&Value, &WeightsFolder) -> Result<()>>,
+    /// Corrects a configuration by checked files that are known to say it better, and tells the user; mostly none do.
+    pub correct: Option<fn(Value, &WeightsFolder) -> Result<(Value, Vec<String>)>>,
+    /// A model from its tensors.
+    pub build: fn(&Value, Device, &mut GetTensor<'_>) -> Result<Box<dyn TargetModel>>,
+    /// Embedding and head alone.
+    pub tables: fn(&Value, &mut GetTensor<'_>) -> Result<(Embedding, Head)>,
+    /// Names of the tensors behind [`Family::tables`], the embedding's first; a tied head is not there.
+    pub table_names: &'static [&'static str],
+}
+
+/// Families that this program can run. Adding one is adding a line.
+static FAMILIES: Table<Family> = Table::new("a family of models", |family| family.model_type, &[llama::FAMILY]);
+
+/// Every family, in the order of the table.
+pub fn families() -> Vec<&'static Family> {
+    FAMILIES.rows()
+}
+
+/// Adds a family, before any model is loaded. Refuses a `model_type` that is taken.
+pub fn add_family(family: &'static Family) -> Result<()> {
+    FAMILIES.add(family)
+}
+
+/// A configuration of a target, checked, and its family.
+#[derive(Debug, Clone)]
+pub struct TargetConfig {
+    family: &'static Family,
+    values: Value,
+    info: TargetInfo,
+}
+
+impl TargetConfig {
+    /// Reads config.json of a Hugging Face folder.
+    pub fn read(folder: &Path) -> Result<Self> {
+        let path = folder.join("config.json");
+        if !path.is_file() {
+            let hint = match folder.join("snapshots").is_dir() {
+                true => "this is a folder of the hub's cache: name one of those in `snapshots`",
+                false => "name a Hugging Face folder, or make one from a GGUF file with `specforge import`",
+            };
+            return Err(Error::bad_file(folder, "is not a model folder: config.json is not there").with_hint(hint));
+        }
+        let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
+        let refuse = |problem: String| Error::bad_file(&path, problem);
+        let values: Value = strict::from_json(&text).map_err(refuse)?;
+        let family = family_of(&values).map_err(refuse)?;
+        if let Some(problem) = quantised::configured(&values) {
+            return Err(refuse(problem).with_hint(quantised::HINT));
+        }
+        if let Some(name) = quantised::file_beside(folder) {
+            let problem = format!("the weights are quantised: {name} lies beside it");
+            return Err(refuse(problem).with_hint(quantised::HINT));
+        }
+        Self::of(family, values).map_err(refuse)
+    }
+
+    /// The same from values.
+    pub fn from_value(values: &Value) -> Result<Self, String> {
+        if let Some(problem) = quantised::configured(values) {
+            return Err(problem);
+        }
+        Self::of(family_of(values)?, values.clone())
+    }
+
+    fn of(family: &'static Family, values: Value) -> Result<Self, String> {
+        let info = (family.info)(&values)?;
+        Ok(Self { family, values, info })
+    }
+
+    /// What the target is.
+    pub fn info(&self) -> &TargetInfo {
+        &self.info
+    }
+
+    /// Every tensor of the model with its shape, under its Hugging Face name.
+    pub fn tensors(&self) -> Result<Shapes> {
+        (self.family.tensors)(&self.values).map_err(Error::Failed)
+    }
+
+    /// Builds the model from a function that gives each tensor by name and shape.
+    pub fn build(&self, device: Device, tensor: &mut GetTensor<'_>) -> Result<Box<dyn TargetModel>> {
+        (self.family.build)(&self.values, device, tensor)
+    }
+
+    /// Refuses files whose tensors are not this model's.
+    pub fn check(&self, weights: &WeightsFolder) -> Result<()> {
+        match self.family.check {
+            Some(check) => check(&self.values, weights),
+            None => {
+                let expected = self.tensors()?;
+                weights.check_numbers(&expected)?;
+                weights.check(&expected, |_| false)
+            }
+        }
+    }
+
+    /// Opens and checks the files of a folder. The configuration becomes that of the files, where they know better, and
+    /// the user hears of it.
+    fn open(folder: &Path) -> Result<(Self, WeightsFolder)> {
+        let config = Self::read(folder)?;
+        let weights = WeightsFolder::open(folder)?;
+        config.check(&weights)?;
+        let Some(correct) = config.family.correct else { return Ok((config, weights)) };
+        let (values, warnings) = correct(config.values, &weights)?;
+        warnings.iter().for_each(|warning| progress::say(&format!("warning: {warning}")));
+        Ok((Self::of(config.family, values).map_err(Error::Failed)?, weights))
+    }
+}
+
+/// The family that the values of a config.json name.
+fn family_of(values: &Value) -> Result<&'static Family, String> {
+    let name = match values.get("model_type") {
+        Some(Value::String(name)) => name,
+        Some(other) => return Err(format!("`model_type`: expected one of {}, got {other}", FAMILIES.names())),
+        None => return Err(format!("missing field `model_type`: expected one of {}", FAMILIES.names())),
+    };
+    let unknown = || format!("model_type `{name}` is not supported; supported: {}", FAMILIES.names());
+    FAMILIES.find(name).ok_or_else(unknown)
+}
+
+/// How the weights of a model are loaded.
+#[derive(Debug, Clone, Copy)]
+pub struct Loading<'a> {
+    /// Element type of the weights.
+    pub kind: Kind,
+    /// Where they go.
+    pub device: Device,
+    /// Where the processes of this machine keep what they share of weights on the CPU, if there are several.
+    pub copies: Option<SharedCopies<'a>>,
+}
+
+impl Loading<'_> {
+    /// Where the tensors of these names are best loaded from.
+    fn arrange(&self, weights: WeightsFolder, names: &[String]) -> WeightsFolder {
+        match &self.copies {
+            Some(copies) if self.device == Device::Cpu => copies.of(weights, names, self.kind),
+            _ => weights,
+        }
+    }
+}
+
+/// Loads the model of a Hugging Face folder.
+pub fn load_target(path: &Path, kind: Kind, device: Device) -> Result<Box<dyn TargetModel>> {
+    load_target_with(path, &Loading { kind, device, copies: None })
+}
+
+/// Loads the model of a Hugging Face folder, perhaps together with the other processes of this machine.
+pub fn load_target_with(path: &Path, loading: &Loading<'_>) -> Result<Box<dyn TargetModel>> {
+    let (config, weights) = TargetConfig::open(path)?;
+    let names: Vec<String> = config.tensors()?.into_iter().map(|(name, _)| name).collect();
+    let weights = loading.arrange(weights, &names);
+    config.build(loading.device, &mut |name, _| weights.load(name, loading.kind, loading.device))
+}
+
+/// Loads embedding and head of a Hugging Face folder. The layers must be in its files and are not read.
+pub fn load_tables(path: &Path, kind: Kind, device: Device) -> Result<TargetTables> {
+    load_tables_with(path, &Loading { kind, device, copies: None })
+}
+
+/// As [`load_tables`], perhaps together with the other processes of this machine.
+pub fn load_tables_with(path: &Path, loading: &Loading<'_>) -> Result<TargetTables> {
+    let (config, weights) = TargetConfig::open(path)?;
+    let tables = config.family.table_names;
+    let names = config.tensors()?.into_iter().map(|(name, _)| name).filter(|name| tables.contains(&name.as_str()));
+    let weights = loading.arrange(weights, &names.collect::<Vec<_>>());
+    let mut load = |name: &str, _: &[i64]| weights.load(name, loading.kind, loading.device);
+    let (embedding, head) = (config.family.tables)(&config.values, &mut load)?;
+    Ok(TargetTables { info: config.info, embedding, head })
+}
+
+/// The vocabulary projection of a Hugging Face folder, in the element type it is stored in, on the CPU.
+pub fn load_head(path: &Path) -> Result<Head> {
+    let (names, weights) = (table_names(path)?, WeightsFolder::open(path)?);
+    let kind = names.iter().rev().find_map(|name| weights.kind(name)).unwrap_or(Kind::Float);
+    Ok(load_tables(path, kind, Device::Cpu)?.head)
+}
+
+/// What the model of a Hugging Face folder is, from config.json alone.
+pub fn read_info(path: &Path) -> Result<TargetInfo> {
+    Ok(TargetConfig::read(path)?.info)
+}
+
+/// Refuses a Hugging Face folder whose weights are not what config.json says. Reads headers alone; to be asked before
+/// anything is made as large as config.json says.
+pub fn check(path: &Path) -> Result<()> {
+    TargetConfig::read(path)?.check(&WeightsFolder::open(path)?)
+}
+
+/// Names of the tensors that embedding and head of a Hugging Face folder may be made of.
+pub(super) fn table_names(path: &Path) -> Result<&'static [&'static str]> {
+    Ok(TargetConfig::read(path)?.family.table_names)
+}
