@@ -12,6 +12,7 @@ pub mod progress;
 pub mod shim;
 pub mod stop;
 pub mod strict;
+pub mod table;
 pub mod threads;
 // L1: mathematics, files and data, processes; no model names
 pub mod data;

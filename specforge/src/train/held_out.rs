@@ -7,14 +7,14 @@ use super::order::DataOrder;
 use super::parts::Split;
 use crate::data::PackedBatch;
 use crate::dist::ProcessGroup;
-use crate::draft::DraftModel;
+use crate::draft::{DraftModel, RowPlan, StepKey, add_counts};
 use crate::error::Result;
 use crate::features::FeatureSource;
 
 /// The held-out documents of a rank.
 pub(super) struct HeldOut {
-    /// Micro-batches of this rank.
-    own: Vec<PackedBatch>,
+    /// Micro-batches of this rank, planned alike for every evaluation.
+    own: Vec<(PackedBatch, RowPlan)>,
     /// Micro-batches of the rank that has most.
     rounds: usize,
     /// Trained rows of each loss term, over the micro-batches of all ranks.
@@ -33,11 +33,12 @@ impl HeldOut {
         let (mut own, mut counts) = (Vec::new(), Vec::new());
         for (index, part) in parts.iter().enumerate() {
             let batch = documents.batch(part);
-            let rows = draft.count_rows(&batch);
-            counts.resize(rows.len(), 0.0);
-            counts.iter_mut().zip(rows).for_each(|(sum, count)| *sum += count);
             if index % group.world_size() == group.rank() {
-                own.push(batch);
+                let plan = draft.plan(&batch, StepKey::EVALUATION)?;
+                add_counts(&mut counts, &plan.counts);
+                own.push((batch, plan));
+            } else {
+                add_counts(&mut counts, &draft.count(&batch, StepKey::EVALUATION)?);
             }
         }
         Ok(Self { own, rounds: parts.len().div_ceil(group.world_size()), counts })
@@ -64,9 +65,9 @@ impl HeldOut {
             if stopped()? {
                 return Ok(None);
             }
-            if let Some(part) = self.own.get(round) {
+            if let Some((part, plan)) = self.own.get(round) {
                 let features = source.features(part, &draft.capture())?;
-                window.add(&draft.evaluate(&features, &self.counts)?);
+                window.add(&draft.evaluate(&features, plan, &self.counts)?);
             }
         }
         Ok(Some(window.take(draft, group)?.into_iter().collect()))
