@@ -9,7 +9,8 @@
 // kernel the device's memory, and hands its results back as tensors of the device. An address of the device is one that
 // nothing is behind: the numbers lie elsewhere, and who reads it as the host's memory is ended by the system.
 //
-// REHEARSAL_COUNTS names a file for what was counted: kernels by operator, and waits of the host by their reason.
+// REHEARSAL_COUNTS names a file for what was counted: kernels by operator, waits of the host by their reason, and bytes
+// that were copied each way.
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
@@ -52,7 +53,7 @@ using torch::jit::Stack;
 
 struct Counts {
   std::mutex lock;
-  std::map<std::string, long> kernels, waits;
+  std::map<std::string, long> kernels, waits, bytes{{"to_device", 0}, {"to_host", 0}};
 
   void kernel(const std::string &name) {
     const std::lock_guard<std::mutex> guard(lock);
@@ -63,6 +64,10 @@ struct Counts {
     const std::lock_guard<std::mutex> guard(lock);
     waits[why]++;
   }
+  void copied(bool to_device, std::size_t count) {
+    const std::lock_guard<std::mutex> guard(lock);
+    bytes[to_device ? "to_device" : "to_host"] += static_cast<long>(count);
+  }
   ~Counts() {
     const char *path = std::getenv("REHEARSAL_COUNTS");
     if (path == nullptr) return;
@@ -71,7 +76,7 @@ struct Counts {
       const char *comma = "";
       for (const auto &[name, count] : counts) file << comma << '"' << name << "\": " << count, comma = ", ";
     };
-    file << "{\"waits\": {", list(waits), file << "}, \"kernels\": {";
+    file << "{\"waits\": {", list(waits), file << "}, \"bytes\": {", list(bytes), file << "}, \"kernels\": {";
     list(kernels), file << "}}\n";
   }
 };
@@ -241,6 +246,7 @@ bool may_be_of_the_host(const Tensor &tensor, const std::string &name) {
   if (tensor.dim() == 0) return true;
   if (name.rfind("aten::index.", 0) == 0 || name.rfind("aten::_index_put_impl_", 0) == 0) {
     counts.wait("indices of the host");
+    counts.copied(true, tensor.nbytes());
     return true;
   }
   return false;
@@ -322,6 +328,7 @@ Tensor &copy_(Tensor &self, const Tensor &source, bool non_blocking) {
   } else {
     const bool to_device = self.is_cuda();
     const auto &host = to_device ? source : self;
+    counts.copied(to_device, source.numel() * source.element_size());
     if (self.numel() > 0 && !(non_blocking && is_pinned(host)))
       counts.wait(to_device ? "copy to the device" : "copy to the host");
   }
@@ -332,6 +339,7 @@ Tensor &copy_(Tensor &self, const Tensor &source, bool non_blocking) {
 
 at::Scalar local_scalar_dense(const Tensor &self) {
   counts.wait("a number read");
+  counts.copied(false, self.element_size());
   HostViews views;
   return views.of(self).item();
 }
@@ -435,6 +443,226 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> efficient_attention_backward(const Te
           narrow(at::matmul(weights.transpose(-2, -1), s.to(wide))), Tensor()};
 }
 
+// Attention of documents of several lengths in one call, written out: queries `queries[i] .. queries[i + 1]` stand at the
+// end of keys `keys[i] .. keys[i + 1]`. q [R, N, D], k and v [S, G, D].
+struct DocumentBounds {
+  std::vector<std::int64_t> queries, keys;
+
+  static std::vector<std::int64_t> read(const Tensor &bounds, HostViews &views, const char *name) {
+    TORCH_CHECK(bounds.is_cuda() && bounds.scalar_type() == at::kInt && bounds.is_contiguous(), name,
+                " must be contiguous int32 on the device");
+    const auto seen = views.of(bounds).to(at::kLong).contiguous();
+    return {seen.data_ptr<std::int64_t>(), seen.data_ptr<std::int64_t>() + seen.numel()};
+  }
+
+  DocumentBounds(const Tensor &query, const Tensor &key, const Tensor &cu_queries, const Tensor &cu_keys,
+                 std::int64_t most_queries, std::int64_t most_keys, HostViews &views)
+      : queries(read(cu_queries, views, "cu_seqlens_q")), keys(read(cu_keys, views, "cu_seqlens_k")) {
+    TORCH_CHECK(queries.size() == keys.size() && queries.front() == 0 && keys.front() == 0 &&
+                    queries.back() == query.size(0) && keys.back() == key.size(0),
+                "the bounds of documents do not hold all rows");
+    for (std::size_t at = 0; at + 1 < queries.size(); at++) {
+      const auto rows = queries[at + 1] - queries[at], seen = keys[at + 1] - keys[at];
+      TORCH_CHECK(0 <= rows && rows <= most_queries && rows <= seen && seen <= most_keys, "a document of ", rows,
+                  " queries and ", seen, " keys, at most ", most_queries, " and ", most_keys, " were announced");
+    }
+  }
+
+  // Calls `visit(document, its rows, its keys, hidden [rows, keys])`.
+  template <typename Visit>
+  void each(Visit visit) const {
+    for (std::size_t at = 0; at + 1 < queries.size(); at++) {
+      const auto rows = queries[at + 1] - queries[at], seen = keys[at + 1] - keys[at];
+      if (rows == 0) continue;
+      const auto visible = at::ones({rows, seen}, at::kBool).tril(seen - rows);
+      visit(static_cast<std::int64_t>(at), at::indexing::Slice(queries[at], queries[at + 1]),
+            at::indexing::Slice(keys[at], keys[at + 1]), visible.logical_not());
+    }
+  }
+};
+
+Tensor heads_first(const Tensor &rows, std::int64_t heads) {  // [n, G, D] to [N, n, D]
+  return rows.to(at::kFloat).repeat_interleave(heads / rows.size(1), 1).transpose(0, 1);
+}
+
+// Output [R, N, D] and log-sum-exp [R, N] of CPU tensors.
+std::pair<Tensor, Tensor> documents_forward(const Tensor &query, const Tensor &key, const Tensor &value,
+                                            const DocumentBounds &bounds, double scale) {
+  const auto heads = query.size(1);
+  auto output = at::zeros_like(query, query.options(), at::MemoryFormat::Contiguous);
+  auto sums = at::zeros({query.size(0), heads}, at::kFloat);
+  bounds.each([&](std::int64_t, auto rows, auto seen, const Tensor &hidden) {
+    const auto q = heads_first(query.index({rows}), heads), k = heads_first(key.index({seen}), heads);
+    const auto scores = (at::matmul(q, k.transpose(1, 2)) * scale)
+                            .masked_fill(hidden, -std::numeric_limits<double>::infinity());
+    const auto sum = scores.logsumexp(-1);  // [N, n]
+    const auto mixed = at::matmul((scores - sum.unsqueeze(-1)).exp(), heads_first(value.index({seen}), heads));
+    output.index_put_({rows}, mixed.transpose(0, 1).to(query.scalar_type()));
+    sums.index_put_({rows}, sum.t());
+  });
+  return {output, sums};
+}
+
+// Gradients of CPU tensors; those of keys have the heads of the queries.
+std::array<Tensor, 3> documents_backward(const Tensor &slope, const Tensor &query, const Tensor &key,
+                                         const Tensor &value, const Tensor &output, const Tensor &sums,
+                                         const DocumentBounds &bounds, double scale) {
+  const auto heads = query.size(1);
+  auto of_query = at::zeros({query.size(0), heads, query.size(2)}, at::kFloat);
+  auto of_key = at::zeros({key.size(0), heads, query.size(2)}, at::kFloat), of_value = at::zeros_like(of_key);
+  bounds.each([&](std::int64_t, auto rows, auto seen, const Tensor &hidden) {
+    const auto part = [&](const Tensor &tensor) { return heads_first(tensor.index({rows}), heads); };
+    const auto q = part(query), s = part(slope), o = part(output), k = heads_first(key.index({seen}), heads),
+               v = heads_first(value.index({seen}), heads);
+    const auto scores = at::matmul(q, k.transpose(1, 2)) * scale;
+    const auto weights = (scores - sums.index({rows}).t().unsqueeze(-1)).exp().masked_fill(hidden, 0.0);
+    const auto of_scores = weights * (at::matmul(s, v.transpose(1, 2)) - (s * o).sum(-1, true)) * scale;
+    of_query.index_put_({rows}, at::matmul(of_scores, k).transpose(0, 1));
+    of_key.index_put_({seen}, at::matmul(of_scores.transpose(1, 2), q).transpose(0, 1));
+    of_value.index_put_({seen}, at::matmul(weights.transpose(1, 2), s).transpose(0, 1));
+  });
+  return {of_query, of_key, of_value};
+}
+
+void check_flash(const Tensor &query, const Tensor &key, const Tensor &value) {
+  for (const Tensor *tensor : {&query, &key, &value}) {
+    TORCH_CHECK(tensor->is_cuda() && tensor->dim() == 3 && tensor->stride(-1) == 1,
+                "flash attention: expected [tokens, heads, size] on the device with contiguous rows");
+    TORCH_CHECK(tensor->scalar_type() == at::kHalf || tensor->scalar_type() == at::kBFloat16,
+                "FlashAttention only support fp16 and bf16 data type");
+  }
+  TORCH_CHECK(query.size(2) % 8 == 0 && query.size(2) <= 256, "flash attention: head size ", query.size(2));
+  TORCH_CHECK(query.size(1) % key.size(1) == 0, "Number of heads in key/value must divide number of heads in query");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attention(
+    const Tensor &query, const Tensor &key, const Tensor &value, const std::optional<Tensor> &cu_queries,
+    const std::optional<Tensor> &cu_keys, std::int64_t most_queries, std::int64_t most_keys, double, bool causal, bool,
+    std::optional<double> scale, std::optional<std::int64_t>, std::optional<std::int64_t>, const std::optional<Tensor> &,
+    const std::optional<Tensor> &) {
+  counts.kernel("aten::_flash_attention_forward");
+  check_flash(query, key, value);
+  TORCH_CHECK(causal && cu_queries && cu_keys, "rehearsal: flash attention of documents alone");
+  HostViews views;
+  const DocumentBounds bounds(query, key, *cu_queries, *cu_keys, most_queries, most_keys, views);
+  const auto [output, sums] =
+      documents_forward(views.of(query), views.of(key), views.of(value), bounds, scale_of(query, scale));
+  const auto none = HostViews::on_device(at::zeros({2}, at::kLong));
+  return {HostViews::on_device(output), HostViews::on_device(sums.t().contiguous()), none, none, none};
+}
+
+std::tuple<Tensor, Tensor, Tensor> flash_attention_backward(
+    const Tensor &slope, const Tensor &query, const Tensor &key, const Tensor &value, const Tensor &output,
+    const Tensor &log_sum, const Tensor &cu_queries, const Tensor &cu_keys, std::int64_t most_queries,
+    std::int64_t most_keys, double, bool causal, const Tensor &, const Tensor &, std::optional<double> scale,
+    std::optional<std::int64_t>, std::optional<std::int64_t>) {
+  counts.kernel("aten::_flash_attention_backward");
+  check_flash(query, key, value);
+  TORCH_CHECK(causal && log_sum.scalar_type() == at::kFloat && log_sum.is_contiguous() &&
+                  log_sum.sizes() == at::IntArrayRef({query.size(1), query.size(0)}),
+              "flash attention: expected contiguous log-sum-exps [heads, tokens]");
+  HostViews views;
+  const DocumentBounds bounds(query, key, cu_queries, cu_keys, most_queries, most_keys, views);
+  const auto [of_query, of_key, of_value] =
+      documents_backward(views.of(slope), views.of(query), views.of(key), views.of(value), views.of(output),
+                         views.of(log_sum).t(), bounds, scale_of(query, scale));
+  const auto grouped = [&](const Tensor &all) {
+    return HostViews::on_device(
+        all.view({key.size(0), key.size(1), -1, key.size(2)}).sum(2).to(query.scalar_type()));
+  };
+  return {HostViews::on_device(of_query.to(query.scalar_type())), grouped(of_key), grouped(of_value)};
+}
+
+// What the memory-saving kernel asks of documents: one row of a batch, a key for every head.
+void check_efficient_documents(const Tensor &query, const Tensor &key, const Tensor &value,
+                               const std::optional<Tensor> &bias, std::int64_t mask) {
+  for (const Tensor *tensor : {&query, &key, &value}) {
+    TORCH_CHECK(tensor->is_cuda() && tensor->dim() == 4 && tensor->size(0) == 1 && tensor->stride(-1) == 1,
+                "efficient attention: expected one row of tokens on the device, contiguous in the last dimension");
+    TORCH_CHECK(tensor->size(2) == query.size(2) && tensor->scalar_type() == query.scalar_type() &&
+                    tensor->scalar_type() != at::kDouble,
+                "efficient attention: one number of heads and one type, not float64");
+  }
+  TORCH_CHECK(!(bias && bias->defined()) && mask == 2, "rehearsal: documents are causal from their end");
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt, c10::SymInt> efficient_documents(
+    const Tensor &query, const Tensor &key, const Tensor &value, const std::optional<Tensor> &bias,
+    const std::optional<Tensor> &cu_queries, const std::optional<Tensor> &cu_keys,
+    std::optional<std::int64_t> most_queries, std::optional<std::int64_t> most_keys, double, std::int64_t mask,
+    bool with_log_sum, std::optional<double> scale, const std::optional<Tensor> &, std::optional<std::int64_t>) {
+  counts.kernel("aten::_efficient_attention_forward");
+  check_efficient_documents(query, key, value, bias, mask);
+  HostViews views;
+  const auto q = views.of(query)[0], k = views.of(key)[0], v = views.of(value)[0];
+  const DocumentBounds bounds(q, k, *cu_queries, *cu_keys, *most_queries, *most_keys, views);
+  const auto [output, sums] = documents_forward(q, k, v, bounds, scale_of(query, scale));
+  const auto documents = static_cast<std::int64_t>(bounds.queries.size()) - 1, padded = (*most_queries + 31) / 32 * 32;
+  auto log_sum = at::zeros({documents, query.size(2), with_log_sum ? padded : 0}, at::kFloat);
+  if (with_log_sum)
+    for (std::int64_t at = 0; at < documents; at++) {
+      const auto rows = bounds.queries[at + 1] - bounds.queries[at];
+      log_sum[at].narrow(1, 0, rows).copy_(sums.narrow(0, bounds.queries[at], rows).t());
+    }
+  const auto none = HostViews::on_device(at::zeros({}, at::kLong));
+  return {HostViews::on_device(output.unsqueeze(0)), HostViews::on_device(log_sum), none, none, *most_queries,
+          *most_keys};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> efficient_documents_backward(
+    const Tensor &slope, const Tensor &query, const Tensor &key, const Tensor &value, const std::optional<Tensor> &bias,
+    const Tensor &output, const std::optional<Tensor> &cu_queries, const std::optional<Tensor> &cu_keys,
+    std::int64_t most_queries, std::int64_t most_keys, const Tensor &log_sum, double, const Tensor &, const Tensor &,
+    std::int64_t mask, bool, std::optional<double> scale, std::optional<std::int64_t>, std::optional<std::int64_t>,
+    bool) {
+  counts.kernel("aten::_efficient_attention_backward");
+  check_efficient_documents(query, key, value, bias, mask);
+  TORCH_CHECK(log_sum.size(2) % 32 == 0 && log_sum.is_contiguous(), "efficient attention: log-sum-exps are not padded");
+  HostViews views;
+  const auto q = views.of(query)[0], k = views.of(key)[0], v = views.of(value)[0], seen = views.of(log_sum);
+  const DocumentBounds bounds(q, k, *cu_queries, *cu_keys, most_queries, most_keys, views);
+  auto sums = at::zeros({q.size(0), q.size(1)}, at::kFloat);
+  for (std::size_t at = 0; at + 1 < bounds.queries.size(); at++) {
+    const auto rows = bounds.queries[at + 1] - bounds.queries[at];
+    sums.narrow(0, bounds.queries[at], rows).copy_(seen[at].narrow(1, 0, rows).t());
+  }
+  const auto slopes = documents_backward(views.of(slope)[0], q, k, v, views.of(output)[0], sums, bounds,
+                                         scale_of(query, scale));
+  const auto made = [&](const Tensor &tensor) {
+    return HostViews::on_device(tensor.unsqueeze(0).to(query.scalar_type()));
+  };
+  return {made(slopes[0]), made(slopes[1]), made(slopes[2]), Tensor()};
+}
+
+// The root mean square norm in one kernel, sums in float32; the second result is 1 / sqrt(mean(x^2) + epsilon).
+at::ScalarType wide_type(const Tensor &tensor) { return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+std::tuple<Tensor, Tensor> rms_norm(const Tensor &input, at::IntArrayRef shape, const std::optional<Tensor> &weight,
+                                    std::optional<double> epsilon) {
+  counts.kernel("aten::_fused_rms_norm");
+  TORCH_CHECK(shape.size() == 1 && weight && weight->is_cuda() && weight->scalar_type() == input.scalar_type(),
+              "rehearsal: the norm of rows with a weight of their type");
+  HostViews views;
+  const auto x = views.of(input).to(wide_type(input)), w = views.of(*weight).to(x.scalar_type());
+  const auto factor = (x.square().mean(-1, true) + epsilon.value_or(1e-6)).rsqrt();
+  return {HostViews::on_device((x * factor * w).to(input.scalar_type())), HostViews::on_device(factor)};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor &slope, const Tensor &input, at::IntArrayRef,
+                                             const Tensor &factor, const std::optional<Tensor> &weight,
+                                             std::array<bool, 2> wanted) {
+  counts.kernel("aten::_fused_rms_norm_backward");
+  HostViews views;
+  const auto x = views.of(input).to(wide_type(input)), f = views.of(factor), normed = x * f;
+  const auto s = views.of(slope).to(x.scalar_type()), w = views.of(*weight).to(x.scalar_type());
+  const auto of_normed = s * w;
+  const auto of_input = f * (of_normed - normed * (of_normed * normed).mean(-1, true));
+  const auto made = [&](bool want, const Tensor &tensor) {
+    return want ? HostViews::on_device(tensor.to(input.scalar_type())) : Tensor();
+  };
+  return {made(wanted[0], of_input), made(wanted[1], (s * normed).reshape({-1, x.size(-1)}).sum(0))};
+}
+
 // Products of 16-bit factors that are added up and kept in float32.
 Tensor wide_product(const Tensor &left, const Tensor &right, at::ScalarType type) {
   TORCH_CHECK(left.is_cuda() && right.is_cuda(), "Expected all tensors to be on the same device (mm.dtype)");
@@ -480,6 +708,12 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("set_.source_Storage_storage_offset", TORCH_FN(at::native::set_storage_cpu_));
   library.impl("_scaled_dot_product_efficient_attention", TORCH_FN(efficient_attention));
   library.impl("_scaled_dot_product_efficient_attention_backward", TORCH_FN(efficient_attention_backward));
+  library.impl("_flash_attention_forward", TORCH_FN(flash_attention));
+  library.impl("_flash_attention_backward", TORCH_FN(flash_attention_backward));
+  library.impl("_efficient_attention_forward", TORCH_FN(efficient_documents));
+  library.impl("_efficient_attention_backward", TORCH_FN(efficient_documents_backward));
+  library.impl("_fused_rms_norm", TORCH_FN(rms_norm));
+  library.impl("_fused_rms_norm_backward", TORCH_FN(rms_norm_backward));
   library.impl("mm.dtype", TORCH_FN(mm_dtype));
   library.impl("addmm.dtype_out", TORCH_FN(addmm_dtype_out));
 }
