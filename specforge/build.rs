@@ -59,7 +59,8 @@ fn main() {
         build
     };
     // Calls into libtorch, which nothing makes faster here.
-    build(&["csrc/shim.cpp", "csrc/autograd.cpp", "csrc/streams.cpp"], 1).compile("specforge_shim");
+    build(&["csrc/shim.cpp", "csrc/autograd.cpp", "csrc/attention.cpp", "csrc/streams.cpp"], 1)
+        .compile("specforge_shim");
     // The distributed engine, whose declarations need Gloo's headers.
     let mut engine = cc::Build::new();
     engine.cpp(true).std("c++17").opt_level(1).warnings(false);
@@ -68,9 +69,11 @@ fn main() {
     if env::var_os("CARGO_FEATURE_CUDA").is_some() {
         build_nccl(&include);
     }
-    // A kernel, which is nothing without its optimisation. Its threads are those of libtorch's own OpenMP library: a
+    // Kernels, which are nothing without their optimisation. Their threads are those of libtorch's own OpenMP library: a
     // second one would keep threads of its own, that wait by spinning.
-    let mut kernels = build(&["csrc/few_rows.cpp", "csrc/crowd.cpp"], 3);
+    let mut kernels = build(&["csrc/few_rows.cpp", "csrc/crowd.cpp", "csrc/vocabulary_loss.cpp"], 3);
+    // Vectors are passed between functions of one file alone.
+    kernels.flag_if_supported("-Wno-psabi");
     let is_openmp = |name: &std::ffi::OsString| name.to_string_lossy().starts_with("libgomp");
     let entries = std::fs::read_dir(&library_dir).into_iter().flatten().flatten();
     let openmp = entries.map(|entry| entry.file_name()).find(is_openmp).map(|name| library_dir.join(name));

@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use crate::config::{Dtype, RunConfig};
 use crate::data::{self, TokenCache};
+use crate::device;
 use crate::draft::{self, vocabulary};
 use crate::error::{Error, Result};
 use crate::features::store::{MANIFEST_FILE, StoreManifest};
@@ -175,8 +176,9 @@ fn activations(config: &RunConfig, target: &TargetInfo, captured: u64, width: u6
     let tokens = config.train.micro_batch_tokens as u64;
     let per_token = 8 * target.hidden_size as u64 + 3 * target.widest as u64;
     let batches = 1 + config.train.prefetch as u64;
-    tokens * (per_token + batches * captured * target.hidden_size as u64) * width
-        + 3 * ((config.train.chunk_mib as u64) << 20)
+    // The size that `--device auto` would give a chunk here.
+    let chunk = device::choose("auto").map_or(0, |device| config.train.chunk_bytes(device)) as u64;
+    tokens * (per_token + batches * captured * target.hidden_size as u64) * width + 3 * chunk
 }
 
 /// What the target is, from its folder or from the configuration. No weight is read.

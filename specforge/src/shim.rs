@@ -1,4 +1,4 @@
-//! The C++ shim (`csrc/shim.cpp`, `csrc/few_rows.cpp`) from Rust: what libtorch can do and tch does not offer.
+//! The C++ shim (`csrc/`) from Rust: what libtorch can do and tch does not offer.
 //!
 //! Every unsafe call into the shim is here. Its functions catch C++ exceptions and hand their text back.
 
@@ -44,8 +44,51 @@ unsafe extern "C" {
         own_value: *const C_tensor,
         runs: *const i64,
         run_count: i64,
+        places: *const *const C_tensor,
+        sizes: *const i64,
         scale: f64,
         output: *mut *mut C_tensor,
+        error: *mut c_char,
+        error_size: usize,
+    ) -> c_int;
+    fn specforge_packed_attention(
+        query: *const C_tensor,
+        key: *const C_tensor,
+        value: *const C_tensor,
+        bounds: *const C_tensor,
+        longest: i64,
+        scale: f64,
+        output: *mut *mut C_tensor,
+        error: *mut c_char,
+        error_size: usize,
+    ) -> c_int;
+    fn specforge_hard_losses(
+        logits: *const C_tensor,
+        labels: *const C_tensor,
+        losses: *const C_tensor,
+        ranks: *const C_tensor,
+        with_slope: c_int,
+        error: *mut c_char,
+        error_size: usize,
+    ) -> c_int;
+    fn specforge_teacher_rows(
+        logits: *const C_tensor,
+        vocabulary: *const *const C_tensor,
+        into: *const *const C_tensor,
+        with_entropy: c_int,
+        error: *mut c_char,
+        error_size: usize,
+    ) -> c_int;
+    fn specforge_soft_losses(
+        logits: *const C_tensor,
+        own: *const C_tensor,
+        teacher: *const *const C_tensor,
+        loss: i64,
+        lambda_scale: f64,
+        lambda_decay: f64,
+        weights: *const C_tensor,
+        parity: *const *const C_tensor,
+        into: *const *const C_tensor,
         error: *mut c_char,
         error_size: usize,
     ) -> c_int;
@@ -187,13 +230,17 @@ pub(crate) fn made(call: impl FnOnce(*mut *mut C_tensor, *mut c_char, usize) -> 
     Ok(unsafe { Tensor::from_ptr(output) })
 }
 
-/// Attention of `nn::merged_attention`; `runs` holds four numbers a run. The caller checks all sizes.
+/// Attention of `nn::merged_attention`; `runs` holds five numbers a run, `packed` the places and sizes of one call for all of
+/// them. The caller checks all sizes.
 pub fn merged_attention(
     [query, key, value, own_key, own_value]: [&Tensor; 5],
     runs: &[i64],
+    packed: Option<([&Tensor; 4], &[i64; 3])>,
     scale: f64,
 ) -> Result<Tensor> {
-    // SAFETY: five live tensors, and as many runs as the slice holds.
+    let places = packed.map(|(places, _)| places.map(|place| place.as_ptr()));
+    let sizes = packed.map_or(std::ptr::null(), |(_, sizes)| sizes.as_ptr());
+    // SAFETY: live tensors, as many runs as the slice holds, and four places with three sizes, or neither.
     made(|output, error, error_size| unsafe {
         specforge_merged_attention(
             query.as_ptr(),
@@ -202,9 +249,109 @@ pub fn merged_attention(
             own_key.as_ptr(),
             own_value.as_ptr(),
             runs.as_ptr(),
-            (runs.len() / 4) as i64,
+            (runs.len() / 5) as i64,
+            places.as_ref().map_or(std::ptr::null(), |places| places.as_ptr().cast()),
+            sizes,
             scale,
             output,
+            error,
+            error_size,
+        )
+    })
+}
+
+/// Causal attention of documents that follow each other, on CUDA and without gradients: `query [T, N, D]`, `key` and
+/// `value [T, G, D]`, `bounds` int32 where each begins and the last ends, `longest` tokens of one. Returns `[T, N, D]`.
+pub fn packed_attention(
+    [query, key, value]: [&Tensor; 3],
+    bounds: &Tensor,
+    longest: i64,
+    scale: f64,
+) -> Result<Tensor> {
+    // SAFETY: four live tensors; libtorch checks types, shapes and devices.
+    made(|output, error, error_size| unsafe {
+        specforge_packed_attention(
+            query.as_ptr(),
+            key.as_ptr(),
+            value.as_ptr(),
+            bounds.as_ptr(),
+            longest,
+            scale,
+            output,
+            error,
+            error_size,
+        )
+    })
+}
+
+/// Cross-entropy of `logits [m, V]` with `labels [m]`, in float32 on the CPU: `losses` and `ranks [m]` are written, and with
+/// `with_slope`, `softmax - onehot` takes the place of the logits. See `csrc/vocabulary_loss.cpp`.
+pub fn hard_losses([logits, labels, losses, ranks]: [&Tensor; 4], with_slope: bool) -> Result<()> {
+    // SAFETY: four live tensors; the shim checks sizes, types, layout and labels.
+    checked(|error, error_size| unsafe {
+        specforge_hard_losses(
+            logits.as_ptr(),
+            labels.as_ptr(),
+            losses.as_ptr(),
+            ranks.as_ptr(),
+            c_int::from(with_slope),
+            error,
+            error_size,
+        )
+    })
+}
+
+/// What a target predicts, from its `logits [u, V]` in float32 on the CPU. `vocabulary` is the target ids of the draft's
+/// tokens `[D]` and the draft ids of the target's `[V]`; `into` receives log p, p (`[u, D]`), the logarithm of what the draft
+/// can name, the entropy's sum (`[u]`, where `with_entropy`), and the likeliest token (int64 `[u]`).
+pub fn teacher_rows(
+    logits: &Tensor,
+    vocabulary: Option<[&Tensor; 2]>,
+    into: [&Tensor; 5],
+    with_entropy: bool,
+) -> Result<()> {
+    let vocabulary = vocabulary.map(|tables| tables.map(|table| table.as_ptr()));
+    let into = into.map(|tensor| tensor.as_ptr());
+    // SAFETY: live tensors, two of a vocabulary or none; the shim checks sizes, types, layout and ids.
+    checked(|error, error_size| unsafe {
+        specforge_teacher_rows(
+            logits.as_ptr(),
+            vocabulary.as_ref().map_or(std::ptr::null(), |tables| tables.as_ptr().cast()),
+            into.as_ptr().cast(),
+            c_int::from(with_entropy),
+            error,
+            error_size,
+        )
+    })
+}
+
+/// Losses of `logits [m, D]` in float32 on the CPU against what [`teacher_rows`] gave, at the positions `own [m]`. `loss` is
+/// the place of the loss in its enum with the two constants of `lk_lambda`; `into` receives losses, acceptance (float32),
+/// hits, covered (booleans) and weighted losses (float64), `[m]` each. With `weights [m]`, the gradient of the weighted losses
+/// takes the place of the logits; `parity` holds two more numbers a row.
+pub fn soft_losses(
+    [logits, own]: [&Tensor; 2],
+    teacher: [&Tensor; 5],
+    (loss, lambda): (i64, (f64, f64)),
+    weights: Option<&Tensor>,
+    parity: Option<[&Tensor; 2]>,
+    into: [&Tensor; 5],
+) -> Result<()> {
+    let teacher = teacher.map(|tensor| tensor.as_ptr());
+    let parity = parity.map(|values| values.map(|tensor| tensor.as_ptr()));
+    let into = into.map(|tensor| tensor.as_ptr());
+    // SAFETY: live tensors, two of parity or none; the shim checks sizes, types, layout and positions.
+    checked(|error, error_size| unsafe {
+        specforge_soft_losses(
+            logits.as_ptr(),
+            own.as_ptr(),
+            teacher.as_ptr().cast(),
+            loss,
+            lambda.0,
+            lambda.1,
+            weights.map_or(std::ptr::null(), |weights| weights.as_ptr()),
+            parity.as_ref().map_or(std::ptr::null(), |values| values.as_ptr().cast()),
+            into.as_ptr().cast(),
             error,
             error_size,
         )

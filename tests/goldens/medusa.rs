@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use serde_json::json;
 use specforge::data::{DocumentRef, PackedBatch};
-use specforge::draft::loss::{Projection, cross_entropy};
+use specforge::draft::loss::{Hard, Projection, Rows, cross_entropy};
 use specforge::draft::medusa::{Medusa, MedusaConfig};
 use specforge::draft::{DraftContext, DraftModel, Gradients};
 use specforge::features::FeatureBatch;
@@ -105,8 +105,8 @@ pub fn check(path: &Path) -> Result<String, String> {
     let base = get("l.base_logits")?.reshape([-1, vocabulary]).index_select(0, &Tensor::from_slice(&own_rows));
     let identity = Head::plain(Tensor::eye(vocabulary, (Kind::Float, Device::Cpu)));
     let mut projection = Projection { head: &identity, gradient: None };
-    let own = cross_entropy(&base, &Tensor::from_slice(&own_labels), &mut projection, None, 5)
-        .map_err(|error| error.to_string())?;
+    let rows = Rows { input: &base, targets: Hard(&Tensor::from_slice(&own_labels)), weights: None };
+    let own = cross_entropy(rows, &mut projection, None, 5).map_err(|error| error.to_string())?;
     near("medusa2_loss", &(tally.objective + own.sum / own_rows.len() as f64), &get("l.medusa2_loss")?.squeeze())?;
     let (trees, verifications) = super::medusa_trees::check_buffers(&super::Golden::open(path)?)?;
     Ok(format!(

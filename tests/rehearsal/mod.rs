@@ -65,11 +65,17 @@ fn rehearsed(command: &mut Command) -> Option<&mut Command> {
 struct Counts {
     waits: BTreeMap<String, i64>,
     kernels: BTreeMap<String, i64>,
+    /// Copied `to_device` and `to_host`.
+    bytes: BTreeMap<String, i64>,
 }
 
 impl Counts {
     fn waits(&self) -> i64 {
         self.waits.values().sum()
+    }
+
+    fn launches(&self) -> i64 {
+        self.kernels.values().sum()
     }
 }
 
@@ -79,7 +85,7 @@ fn on_device(command: &mut Command, workspace: &Workspace) -> Option<(Value, Cou
     let result = json_of(rehearsed(command)?.env("REHEARSAL_COUNTS", &file));
     let counts: Value = serde_json::from_str(&fs::read_to_string(file).unwrap()).unwrap();
     let list = |key: &str| serde_json::from_value(counts[key].clone()).unwrap();
-    Some((result, Counts { waits: list("waits"), kernels: list("kernels") }))
+    Some((result, Counts { waits: list("waits"), kernels: list("kernels"), bytes: list("bytes") }))
 }
 
 /// Numbers of two results are the same but for rounding, wherever they stand in them.
@@ -212,9 +218,70 @@ fn training_is_that_of_the_cpu() {
         // Twice as many steps wait as much longer as four steps do.
         let (_, long) = train(&workspace, "long", &["--set", "train.max_steps=8"]).unwrap();
         let a_step = (long.waits() - short.waits()) as f64 / 4.0;
-        let kernels = (long.kernels.values().sum::<i64>() - short.kernels.values().sum::<i64>()) / 4;
+        let kernels = (long.launches() - short.launches()) / 4;
         println!("{algorithm}: {a_step} waits and {kernels} kernels a step; {:?} in all", long.waits);
         assert!(a_step <= 3.0, "{algorithm}: {a_step} waits a step");
+    }
+}
+
+/// Attention of a pack does not cost a launch for each of its documents: four times as many are the same launches, in 16 bits
+/// and in 32.
+#[test]
+fn launches_of_a_step_do_not_grow_with_its_documents() {
+    let mut workspace = Workspace::new();
+    eagle3(&mut workspace);
+    for (dtype, kernel) in
+        [("bfloat16", "aten::_flash_attention_forward"), ("float32", "aten::_efficient_attention_forward")]
+    {
+        workspace.set("target.dtype", dtype);
+        let launches = |batch: &str| {
+            let mut command =
+                specforge(&["bench-train", "--json", "--device", "cuda", "--repeat", "1", "--batch", batch]);
+            command.arg("--config").arg(workspace.config());
+            on_device(&mut command, &workspace).map(|(_, counts)| counts)
+        };
+        let Some(few) = launches("6x24") else { return };
+        let many = launches("24x24").unwrap();
+        println!("{dtype}: {} and {} launches", few.launches(), many.launches());
+        assert_eq!(few.launches(), many.launches(), "{:?}\n{:?}", few.kernels, many.kernels);
+        // Three steps, forward and again for the backward pass, three times.
+        assert_eq!(many.kernels.get(kernel), Some(&18), "{:?}", many.kernels);
+    }
+}
+
+/// What a round copies does not grow with the vocabulary, whatever the policy: tokens and scores travel, never a row.
+#[test]
+fn a_round_copies_no_row_of_the_vocabulary() {
+    let workspace = decoding::workspace();
+    let policies = [
+        &["--temperature", "0.8"][..],
+        &["--temperature", "0.9", "--top-p", "0.9", "--top-k", "40"],
+        &["--temperature", "1", "--policy", "maximal"],
+    ];
+    for draft in [None, Some("medusa-files"), Some("eagle3")] {
+        for policy in policies {
+            let generate = |length: &str| {
+                let mut command =
+                    specforge(&["generate", "--json", "--max-new-tokens", length, "--prompt", "a cold bird"]);
+                command.args(["--device", "cuda", "--target"]).arg(workspace.path("model")).args(policy);
+                if let Some(draft) = draft {
+                    command.arg("--draft").arg(workspace.path(draft));
+                }
+                on_device(&mut command, &workspace)
+            };
+            let Some(((short, few), (long, many))) = generate("8").zip(generate("32")) else { return };
+            let rounds = |result: &serde_json::Value| result["summary"]["rounds"].as_i64().unwrap();
+            let more = rounds(&long) - rounds(&short);
+            assert!(more > 4, "{long}");
+            let copied = |way: &str| (many.bytes[way] - few.bytes[way]) / more;
+            println!(
+                "{draft:?} {policy:?}: {} to the host and {} back a round",
+                copied("to_host"),
+                copied("to_device")
+            );
+            // A row of 454 logits in float32.
+            assert!(copied("to_host") < 454 * 4, "{draft:?} {policy:?}: {} bytes a round", copied("to_host"));
+        }
     }
 }
 

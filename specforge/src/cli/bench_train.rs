@@ -41,6 +41,7 @@ pub(super) fn run(args: &BenchTrainArgs, output: &Output) -> Result<()> {
         return Err(Error::Usage(format!("--supervised: expected a share from 0 to below 1, got {}", args.supervised)));
     }
     let config = RunConfig::load(&args.config, &args.set)?;
+    let device = device::choose(&args.device)?;
     let report = bench_train::run(&BenchTrainOptions {
         target: plan::target_info(&config)?,
         batch: args.batch,
@@ -48,8 +49,8 @@ pub(super) fn run(args: &BenchTrainArgs, output: &Output) -> Result<()> {
         repeat: args.repeat,
         threads: args.threads,
         kind: config.target.dtype.kind(),
-        device: device::choose(&args.device)?,
-        chunk_bytes: config.train.chunk_mib << 20,
+        device,
+        chunk_bytes: config.train.chunk_bytes(device),
         draft: config.draft,
     })?;
     output.result(&report, || text(&report));

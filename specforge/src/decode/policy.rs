@@ -8,13 +8,19 @@
 //! - [`Policy::Typical`] is Medusa's (<https://arxiv.org/abs/2401.10774>, FasterDecoding/Medusa `e2a5d20`): it keeps
 //!   what is plausible enough, and is lossy.
 
+use std::rc::Rc;
+
 use serde::{Deserialize, Serialize};
+use specforge_hot::rows;
+use tch::Tensor;
 
 use super::event::Source;
 use crate::error::{Error, Result};
 use crate::nn::noise;
 use crate::nn::processors::{argmax, softmax};
 use crate::tree::TokenTree;
+
+pub mod many_rows;
 
 #[cfg(test)]
 use super::fault;
@@ -59,8 +65,9 @@ impl std::fmt::Display for Policy {
     }
 }
 
-/// A distribution that the children of a node were drawn from, one after the other without putting back.
-pub type DrawnFrom = Vec<f64>;
+/// A distribution that the children of a node were drawn from, one after the other without putting back: `[V]` float64, on
+/// the device of the draft that drew.
+pub type DrawnFrom = Rc<Tensor>;
 
 /// What a draft proposes for one row.
 #[derive(Debug, Clone)]
@@ -69,7 +76,7 @@ pub struct Proposal {
     pub tree: TokenTree,
     /// The draft's score of each node, the higher the surer; for reports and traces.
     pub scores: Vec<f64>,
-    /// For each node, what its children were drawn from, `[V]`; `None` where they were not drawn but picked.
+    /// For each node, what its children were drawn from; `None` where they were not drawn but picked.
     pub drawn_from: Vec<Option<DrawnFrom>>,
 }
 
@@ -154,7 +161,8 @@ pub fn verify(
             let mut chance = KeyedChance { seed: seed.wrapping_add(key), position, taken: 0 };
             let node = path[path.len() - 1];
             let guesses: Vec<u32> = tree.topology().children(node).map(|child| tree.tokens()[child]).collect();
-            couple(softmax(&rows.row(path)?), &guesses, proposal.drawn_from[node].as_deref(), &mut chance)
+            let drawn_from = proposal.drawn_from[node].as_ref().map(|row| Vec::<f64>::try_from(&**row)).transpose()?;
+            couple(softmax(&rows.row(path)?), &guesses, drawn_from.as_deref(), &mut chance)
         }),
     }
 }
@@ -222,8 +230,7 @@ struct KeyedChance {
 impl KeyedChance {
     fn uniform(&mut self) -> f64 {
         self.taken += 1;
-        let bits = noise::keyed_bits(self.seed, COUPLING, self.position, self.taken);
-        ((bits >> 11) as f64 + 0.5) * 2f64.powi(-53)
+        noise::uniform_of(noise::keyed_bits(self.seed, COUPLING, self.position, self.taken))
     }
 }
 
@@ -233,16 +240,7 @@ impl Chance for KeyedChance {
     }
 
     fn draw(&mut self, probabilities: &[f64]) -> usize {
-        let mut left = self.uniform() * probabilities.iter().sum::<f64>();
-        let mut last = 0;
-        for (index, &probability) in probabilities.iter().enumerate().filter(|(_, probability)| **probability > 0.0) {
-            last = index;
-            left -= probability;
-            if left < 0.0 {
-                break;
-            }
-        }
-        last
+        rows::pass_at(probabilities, self.uniform())
     }
 }
 
@@ -276,26 +274,15 @@ pub fn couple(
                 if offered > 0.0 && chance.happens((wanted / offered).min(1.0)) {
                     return Ok(guess as u32);
                 }
-                let left: Vec<f64> = target.iter().zip(draft.iter()).map(|(p, q)| (p - q).max(0.0)).collect();
                 // Nothing is left only where both agree up to rounding, and then a guess does not fail but by rounding.
-                if left.iter().any(|&weight| weight > 0.0) {
-                    target = left;
-                }
+                rows::subtract(&mut target, draft);
                 draft[guess] = 0.0;
-                normalise(draft);
+                rows::normalise(draft);
             }
         }
-        normalise(&mut target);
+        rows::normalise(&mut target);
     }
     Ok(chance.draw(&target) as u32)
-}
-
-/// Divides by the sum, where there is one.
-fn normalise(weights: &mut [f64]) {
-    let sum: f64 = weights.iter().sum();
-    if sum > 0.0 {
-        weights.iter_mut().for_each(|weight| *weight /= sum);
-    }
 }
 
 /// The longest path whose tokens are all plausible, the likeliest of equally long ones, and the most likely token

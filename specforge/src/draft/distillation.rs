@@ -25,14 +25,14 @@
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use super::loss::{Projection, project};
+use super::loss::{Projection, Rows, project, row_by_row};
 use crate::device;
 use crate::error::Result;
 use crate::nn::{Head, linear};
 use crate::shim;
 use crate::vocab::VocabMap;
 
-/// Objective of a row.
+/// Objective of a row. `csrc/vocabulary_loss.cpp` counts them in this order.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DistillationLoss {
@@ -136,11 +136,18 @@ impl Order {
     }
 }
 
-/// How the sum of losses becomes an objective.
+/// What rows learn from when they learn from distributions.
+#[derive(Debug, Clone, Copy)]
+pub struct Soft<'a> {
+    /// The target position of each row.
+    pub order: &'a Order,
+    /// The distributions at those positions.
+    pub teacher: &'a Teacher<'a>,
+}
+
+/// How the sum of weighted losses becomes the objective that gradients are of.
 #[derive(Debug)]
-pub struct Weighting<'a> {
-    /// `[M]` factor of each row's loss.
-    pub weights: &'a Tensor,
+pub struct Weighting {
     /// For losses with `alpha` as SpecForge divides them: the factor of each row's part that depends on `alpha`, and for
     /// `lk_lambda` the acceptance that decides its weight, the same for all rows of a step. `[M]` each.
     pub parity: Option<[Tensor; 2]>,
@@ -170,9 +177,9 @@ pub struct RowOutcomes {
     pub acceptance: Tensor,
     /// `[M]` booleans: the target's most likely token is in the draft's vocabulary.
     pub covered: Tensor,
-    /// Sum of weighted losses, a float64 scalar; 0 without weights.
+    /// Sum of weighted losses, a float64 scalar.
     pub objective: Tensor,
-    /// `[M, H]` gradient of the objective, times the lift; `None` without weights.
+    /// `[M, H]` gradient of the objective, times the lift, where it was asked for.
     pub input_gradient: Option<Tensor>,
 }
 
@@ -181,71 +188,104 @@ pub fn positions_per_chunk(bytes: usize, steps: usize, vocabulary: i64, draft_vo
     (bytes as i64 / (4 * (vocabulary + 2 * steps as i64 * draft_vocabulary))).max(1)
 }
 
-/// Loss, metrics and gradients of the rows `input [M, H]`.
+/// Loss, metrics and gradients of rows.
 ///
-/// Without weights, only values are computed. The projection's gradient is added to where it has a place for one.
+/// Without a weighting, only values are computed: losses, hits and acceptance of each row, from which weights of a second
+/// call may follow. The projection's gradient is added to where it has a place for one.
 pub fn distill(
-    input: &Tensor,
-    order: &Order,
-    teacher: &Teacher<'_>,
+    rows: Rows<'_, Soft<'_>>,
     projection: &mut Projection<'_>,
     objective: Objective,
-    weighting: Option<&Weighting<'_>>,
+    weighting: Option<&Weighting>,
 ) -> Result<RowOutcomes> {
     let _guard = tch::no_grad_guard();
+    let (input, Soft { order, teacher }) = (rows.input, rows.targets);
     let head = projection.head;
     let weight = head.weight.detach(); // [DV, H]
     let sorted = input.index_select(0, &order.permutation); // [M, H]
     let arrange = |values: &Tensor| values.index_select(0, &order.permutation);
     let lift = weighting.map_or(1.0, |weighting| weighting.lift);
-    let weights = weighting.map(|weighting| arrange(weighting.weights) * lift);
+    let weights = weighting.map(|_| match rows.weights {
+        Some(weights) => arrange(&weights.detach()) * lift,
+        None => Tensor::full([input.size()[0]], lift, (wide(input.kind()), input.device())),
+    }); // [M]
     let parity = weighting.and_then(|weighting| weighting.parity.as_ref());
     let parity = parity.map(|[factors, means]| [arrange(factors) * lift, arrange(means)]);
-    let kind = if input.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+    let kind = wide(input.kind());
     // Room for what stays, made first: between the large pieces of two chunks it would keep the heap from closing.
-    let rows = input.size()[0];
-    let room = |kind: Kind| Tensor::f_zeros([rows], (kind, input.device()));
+    let count = input.size()[0];
+    let room = |kind: Kind| Tensor::f_zeros([count], (kind, input.device()));
     let (losses, acceptance, hits, covered) = (room(kind)?, room(kind)?, room(Kind::Bool)?, room(Kind::Bool)?); // [M]
     let gradient = weights.as_ref().map(|_| sorted.f_zeros_like()).transpose()?; // [M, H]
+    let fused = row_by_row(kind, input.device());
+    let with_entropy = objective.loss == DistillationLoss::Kl;
     let mut sum = Tensor::zeros([], (Kind::Double, input.device()));
-    for [first_position, positions, first_row, rows] in order.chunks(objective.positions_per_chunk) {
-        let target = teacher.chunk(&order.positions.narrow(0, first_position, positions))?;
-        let rows_of = |values: &Tensor| values.narrow(0, first_row, rows);
+    for [first_position, positions, first_row, length] in order.chunks(objective.positions_per_chunk) {
+        let of_teacher = teacher.logits(&order.positions.narrow(0, first_position, positions))?; // [u, V]
+        let rows_of = |values: &Tensor| values.narrow(0, first_row, length);
         let chunk = rows_of(&sorted); // [m, H]
         let own = rows_of(&order.teachers) - first_position; // [m]
         let logits = head.finish(project(&chunk, &weight)?); // [m, DV]
-        let part = Chunk::new(&logits, &target, &own, objective);
-        let keep = |place: &Tensor, values: &Tensor| rows_of(place).f_copy_(values).map(drop);
-        keep(&losses, &part.losses)?;
-        keep(&acceptance, &part.acceptance)?;
-        keep(&hits, &part.hits)?;
-        keep(&covered, &part.covered)?;
-        let (Some(weights), Some(gradient)) = (&weights, &gradient) else { continue };
+        // The logits' memory may be taken for their slope below.
+        let bend = weights.as_ref().and_then(|_| head.derivative(&logits));
+        let weights = weights.as_ref().map(rows_of); // [m]
         let parity = parity.as_ref().map(|values| [0, 1].map(|at| rows_of(&values[at])));
-        let (part_sum, slope) = part.weighted(&target, &own, objective, &rows_of(weights), parity);
+        let into = [&losses, &acceptance, &hits, &covered].map(rows_of);
+        let (part_sum, slope) = if fused {
+            let target = ReachableRows::new(&of_teacher, teacher.vocabulary, with_entropy)?;
+            drop(of_teacher);
+            target.score(logits, &own, objective, (weights, parity), into)?
+        } else {
+            let target = TargetChunk::new(of_teacher, teacher.vocabulary);
+            let part = Chunk::new(&logits, &target, &own, objective);
+            for (place, values) in into.iter().zip([&part.losses, &part.acceptance, &part.hits, &part.covered]) {
+                place.shallow_clone().f_copy_(values)?;
+            }
+            match &weights {
+                None => (None, None),
+                Some(weights) => {
+                    let (sum, slope) = part.weighted(&target, &own, objective, weights, parity);
+                    (Some(sum), Some(slope))
+                }
+            }
+        };
+        let (Some(part_sum), Some(slope), Some(gradient)) = (part_sum, slope, &gradient) else { continue };
         sum += part_sum;
-        let slope = head.derivative(&logits).map_or(slope.shallow_clone(), |bend| slope * bend);
+        let slope = bend.map_or_else(|| slope.shallow_clone(), |bend| &slope * bend);
         let slope = slope.to_kind(chunk.kind()); // [m, DV]
-        keep(gradient, &linear(&slope, &weight.transpose(0, 1), None))?;
+        rows_of(gradient).f_copy_(&linear(&slope, &weight.transpose(0, 1), None))?;
         if let Some(total) = projection.gradient.as_deref_mut() {
             shim::add_product(total, &slope.transpose(0, 1), &chunk, lift.recip())?;
         }
     }
     let arranged = |values: Tensor| values.index_select(0, &order.inverse);
+    let losses = arranged(losses);
+    let objective = match (weighting, rows.weights) {
+        (Some(_), _) => sum / lift,
+        (None, Some(weights)) => (&losses * weights).sum(Kind::Double),
+        (None, None) => losses.sum(Kind::Double),
+    };
     Ok(RowOutcomes {
-        losses: arranged(losses),
+        losses,
         hits: arranged(hits),
         acceptance: arranged(acceptance),
         covered: arranged(covered),
-        objective: sum / lift,
+        objective,
         input_gradient: gradient.map(arranged),
     })
 }
 
-/// The target's predictions at some positions.
+/// The element type of sums: float64 stays float64, for exact tests.
+fn wide(kind: Kind) -> Kind {
+    if kind == Kind::Double { Kind::Double } else { Kind::Float }
+}
+
+/// The target's predictions at some positions. What rows of one position need alike is made once, for the position.
 struct TargetChunk {
     /// `[u, DV]` logarithm of `p_S`.
     log_reachable: Tensor,
+    /// `[u, DV]` `p_S`.
+    reachable: Tensor,
     /// `[u, 1]` logarithm of the target's own probability of `S`: `log p = log p_S + log_mass`.
     log_mass: Tensor,
     /// `[u]` the most likely token as a draft id, -1 where the draft cannot name it.
@@ -253,25 +293,81 @@ struct TargetChunk {
 }
 
 impl Teacher<'_> {
-    fn chunk(&self, positions: &Tensor) -> Result<TargetChunk> {
+    /// Logits at some positions, `[u, V]`, in float32 at least.
+    fn logits(&self, positions: &Tensor) -> Result<Tensor> {
         let product = project(&self.hidden.index_select(0, positions), &self.head.weight)?; // [u, V]
         let logits = self.head.finish(product);
-        let logits = if logits.kind() == Kind::Double { logits } else { logits.to_kind(Kind::Float) };
+        Ok(logits.to_kind(wide(logits.kind())))
+    }
+}
+
+impl TargetChunk {
+    fn new(logits: Tensor, vocabulary: Option<&DraftVocabulary>) -> Self {
         let top = logits.argmax(-1, false); // [u]
         let all = logits.logsumexp([-1], true); // [u, 1]
-        let Some(vocabulary) = self.vocabulary else {
-            let log_mass = all.zeros_like();
-            return Ok(TargetChunk { log_reachable: logits - all, log_mass, top });
+        let Some(vocabulary) = vocabulary else {
+            let (log_mass, log_reachable) = (all.zeros_like(), logits - all);
+            return Self { reachable: log_reachable.exp(), log_reachable, log_mass, top };
         };
         let mut reachable = logits.index_select(1, &vocabulary.target_ids); // [u, DV]
         let own = reachable.logsumexp([-1], true); // [u, 1]
         let log_mass = &own - all;
         let top = vocabulary.draft_ids.index_select(0, &top);
-        Ok(TargetChunk { log_reachable: reachable.g_sub_(&own), log_mass, top })
+        let log_reachable = reachable.g_sub_(&own);
+        Self { reachable: log_reachable.exp(), log_reachable, log_mass, top }
     }
 }
 
-/// Rows of a chunk: their values, `[m]` each, and what the gradient is made of.
+/// The same for losses that are computed row by row: log p_S, p_S `[u, DV]`, log mass, sum of p_S log p_S, likeliest `[u]`.
+struct ReachableRows([Tensor; 5]);
+
+impl ReachableRows {
+    fn new(logits: &Tensor, vocabulary: Option<&DraftVocabulary>, with_entropy: bool) -> Result<Self> {
+        let (positions, size) = logits.size2()?;
+        let size = vocabulary.map_or(size, |vocabulary| vocabulary.target_ids.size()[0]);
+        let room = |shape: &[i64], kind| Tensor::f_empty(shape, (kind, Device::Cpu));
+        let (matrix, column) = ([positions, size], [positions]);
+        let rows = [
+            room(&matrix, Kind::Float)?,
+            room(&matrix, Kind::Float)?,
+            room(&column, Kind::Float)?,
+            room(&column, Kind::Float)?,
+            room(&column, Kind::Int64)?,
+        ];
+        let tables = vocabulary.map(|vocabulary| [&vocabulary.target_ids, &vocabulary.draft_ids]);
+        shim::teacher_rows(logits, tables, rows.each_ref(), with_entropy)?;
+        Ok(Self(rows))
+    }
+
+    /// Writes losses, acceptance, hits and covered rows `into` their places; with weights, gives the sum of weighted losses
+    /// and its gradient with respect to the logits.
+    fn score(
+        &self,
+        logits: Tensor,
+        own: &Tensor,
+        objective: Objective,
+        (weights, parity): (Option<Tensor>, Option<[Tensor; 2]>),
+        into: [Tensor; 4],
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let weighted = Tensor::f_zeros(own.size(), (Kind::Double, Device::Cpu))?; // [m]
+        let [losses, acceptance, hits, covered] = into.each_ref();
+        let contiguous = |values: Tensor| values.to_kind(Kind::Float).contiguous();
+        let (weights, parity) = (weights.map(contiguous), parity.map(|values| values.map(contiguous)));
+        shim::soft_losses(
+            [&logits, own],
+            self.0.each_ref(),
+            (objective.loss as i64, objective.lambda),
+            weights.as_ref(),
+            parity.as_ref().map(<[Tensor; 2]>::each_ref),
+            [losses, acceptance, hits, covered, &weighted],
+        )?;
+        let with_slope = weights.is_some();
+        Ok((with_slope.then(|| weighted.sum(Kind::Double)), with_slope.then_some(logits)))
+    }
+}
+
+/// Rows of a chunk: their values, `[m]` each, and what the gradient is made of. Every line with `[m, DV]` is a pass over the
+/// chunk's largest memory, so there are as few as operators allow.
 struct Chunk {
     losses: Tensor,
     hits: Tensor,
@@ -279,6 +375,10 @@ struct Chunk {
     covered: Tensor,
     /// `[m, DV]` log q
     log_draft: Tensor,
+    /// `[m, DV]` q
+    draft: Tensor,
+    /// `[m, DV]` p_S
+    target: Tensor,
     /// `[m]` cross-entropy
     cross_entropy: Tensor,
 }
@@ -286,22 +386,26 @@ struct Chunk {
 impl Chunk {
     /// Values of the rows. `own [m]` says which of the target's positions each row learns from.
     fn new(logits: &Tensor, target: &TargetChunk, own: &Tensor, objective: Objective) -> Self {
-        let logits = if logits.kind() == Kind::Double { logits.shallow_clone() } else { logits.to_kind(Kind::Float) };
+        let kind = wide(logits.kind());
+        let logits = logits.to_kind(kind);
         let top = target.top.index_select(0, own).unsqueeze(1); // [m, 1]
         let covered = top.ge(0).squeeze_dim(1); // [m]
         let own_logit = logits.gather(1, &top.clamp_min(0), false); // [m, 1]
         let rank = logits.ge_tensor(&own_logit).sum_dim_intlist([-1i64].as_slice(), false, Kind::Float); // [m]
         let hits = rank.eq(1.0).logical_and(&covered);
-        let log_draft = logits.log_softmax(-1, logits.kind()); // [m, DV]
-        let log_target = target.log_reachable.index_select(0, own); // [m, DV]
-        let log_mass = target.log_mass.index_select(0, own); // [m, 1]
-        let sum = |values: Tensor| values.sum_dim_intlist([-1i64].as_slice(), false, logits.kind()); // [m]
-        let acceptance = sum((&log_target + log_mass).minimum(&log_draft).exp_()); // [m]
-        let cross_entropy = -sum(log_target.exp() * &log_draft);
+        let log_draft = logits.log_softmax(-1, kind); // [m, DV]
+        let draft = log_draft.exp(); // [m, DV]
+        let own_target = target.reachable.index_select(0, own); // [m, DV]
+        let sum = |values: Tensor| values.sum_dim_intlist([-1i64].as_slice(), false, kind); // [m]
+        let reached = (&target.reachable * target.log_mass.exp()).index_select(0, own); // [m, DV] p on S
+        let acceptance = sum(reached.minimum(&draft)); // [m]
+        // Sums of products without the products.
+        let dot = |left: &Tensor, right: &Tensor| left.unsqueeze(1).bmm(&right.unsqueeze(2)).view([-1]); // [m]
+        let cross_entropy = -dot(&own_target, &log_draft);
         let losses = match objective.loss {
             DistillationLoss::CrossEntropy => cross_entropy.shallow_clone(),
-            DistillationLoss::Kl => &cross_entropy + sum(log_target.exp() * &log_target),
-            DistillationLoss::ReverseKl => sum(log_draft.exp() * (&log_draft - &log_target)),
+            DistillationLoss::Kl => &cross_entropy + dot(&target.reachable, &target.log_reachable).index_select(0, own),
+            DistillationLoss::ReverseKl => dot(&draft, &(&log_draft - target.log_reachable.index_select(0, own))),
             DistillationLoss::TotalVariation => 1.0 - &acceptance,
             DistillationLoss::LkAlpha => -acceptance.log(),
             DistillationLoss::LkLambda => {
@@ -315,39 +419,39 @@ impl Chunk {
             _ => covered.shallow_clone(),
         };
         let losses = losses.where_self(&kept, &losses.zeros_like());
-        Self { losses, hits, acceptance, covered, log_draft, cross_entropy }
+        Self { losses, hits, acceptance, covered, log_draft, draft, target: own_target, cross_entropy }
     }
 
-    /// Sum of the weighted losses, and its gradient with respect to the logits, `[m, DV]`.
+    /// Sum of the weighted losses, and its gradient with respect to the logits, `[m, DV]`. Takes the memory of the rows.
     fn weighted(
-        &self,
+        mut self,
         target: &TargetChunk,
         own: &Tensor,
         objective: Objective,
         weights: &Tensor,
         parity: Option<[Tensor; 2]>,
     ) -> (Tensor, Tensor) {
-        let log_draft = &self.log_draft;
-        let log_target = target.log_reachable.index_select(0, own); // [m, DV]
-        let covered = self.covered.to_kind(log_draft.kind());
+        let covered = self.covered.to_kind(self.draft.kind());
         let weights = weights * &covered; // [m]
         let column = |values: &Tensor| values.unsqueeze(1); // [m, 1]
-        let draft = log_draft.exp(); // [m, DV]
+        let log_target = || target.log_reachable.index_select(0, own); // [m, DV]
+        let (log_draft, draft) = (&self.log_draft, &self.draft);
         // Gradient of alpha: q_j (m_j - sum of m q), where m_j says that q_j is the smaller one.
         let of_acceptance = |factor: &Tensor| {
             let log_mass = target.log_mass.index_select(0, own);
-            let smaller = &draft * log_draft.lt_tensor(&(&log_target + log_mass)); // [m, DV]
+            let smaller = draft * log_draft.lt_tensor(&(log_target() + log_mass)); // [m, DV]
             let sum = smaller.sum_dim_intlist([-1i64].as_slice(), true, draft.kind()); // [m, 1]
-            (smaller - &draft * sum) * column(factor)
+            (smaller - draft * sum).g_mul_(&column(factor))
         };
-        let of_cross_entropy = |factor: &Tensor| (&draft - log_target.exp()) * column(factor);
+        let of_cross_entropy = |factor: &Tensor| (draft - &self.target).g_mul_(&column(factor));
         let weighted_sum = |values: &Tensor| (values * &weights).sum(Kind::Double);
         match (objective.loss, parity) {
             (DistillationLoss::CrossEntropy | DistillationLoss::Kl, _) => {
-                (weighted_sum(&self.losses), of_cross_entropy(&weights))
+                let sum = weighted_sum(&self.losses);
+                (sum, self.draft.g_sub_(&self.target).g_mul_(&weights.unsqueeze(1)))
             }
             (DistillationLoss::ReverseKl, _) => {
-                let slope = &draft * (log_draft - &log_target - column(&self.losses)) * column(&weights);
+                let slope = draft * (log_draft - log_target() - column(&self.losses)) * column(&weights);
                 (weighted_sum(&self.losses), slope)
             }
             (DistillationLoss::TotalVariation, _) => (weighted_sum(&self.losses), of_acceptance(&-&weights)),
@@ -376,4 +480,71 @@ impl Chunk {
 fn lambda_share(objective: Objective, acceptance: &Tensor) -> Tensor {
     let (scale, decay) = objective.lambda;
     (acceptance * -decay).exp() * scale
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every loss, with a smaller vocabulary and without, with weights and divided as SpecForge does: row by row in float32
+    /// as by operators in float64.
+    #[test]
+    fn row_by_row_equals_operators() {
+        tch::manual_seed(12);
+        let options = (Kind::Double, Device::Cpu);
+        let positions = [4i64, 0, 2, 2, 4, 4, 1, 0, 5, 2, 3];
+        let (rows, size, hidden) = (positions.len() as i64, 71, 7);
+        let random = |shape: &[i64], size: f64| (Tensor::randn(shape, options) * size).to_kind(Kind::Float);
+        let (states, head) = (random(&[6, 9], 1.5), random(&[size, 9], 1.0));
+        // Position 5 is sure of one token, as far as float32 goes.
+        let _ = states.narrow(0, 5, 1).copy_(&(head.narrow(0, 3, 1) * 40.0));
+        let map = VocabMap::new((0..size).step_by(2).collect(), size).unwrap();
+        let map = DraftVocabulary::new(&map, Device::Cpu).unwrap();
+        let order = Order::new(&positions, Device::Cpu).unwrap();
+        let spread = |stream: i64| Tensor::arange(rows, options) * 0.1 + stream;
+        let losses = [
+            DistillationLoss::CrossEntropy,
+            DistillationLoss::Kl,
+            DistillationLoss::ReverseKl,
+            DistillationLoss::TotalVariation,
+            DistillationLoss::LkAlpha,
+            DistillationLoss::LkLambda,
+        ];
+        for (vocabulary, parity, loss) in [None, Some(&map)]
+            .into_iter()
+            .flat_map(|map| [false, true].map(|parity| (map, parity)))
+            .flat_map(|(map, parity)| losses.map(|loss| (map, parity, loss)))
+        {
+            let draft_size = vocabulary.map_or(size, |_| (size + 1) / 2);
+            let (input, weight) = (random(&[rows, hidden], 1.0), random(&[draft_size, hidden], 1.0));
+            let outcomes = |kind: Kind, weighting: bool| {
+                let cast = |tensor: &Tensor| tensor.to_kind(kind);
+                let (states, input) = (cast(&states), cast(&input));
+                let [head, draft_head] = [&head, &weight].map(|weight| Head::plain(cast(weight)));
+                let teacher = Teacher { hidden: &states, head: &head, vocabulary };
+                let weights = cast(&spread(1));
+                let parity = parity.then(|| [cast(&spread(2)), cast(&(spread(0) * 0.5))]);
+                let mut total = Tensor::zeros([draft_size, hidden], (kind, Device::Cpu));
+                let mut projection = Projection { head: &draft_head, gradient: Some(&mut total) };
+                let rows =
+                    Rows { input: &input, targets: Soft { order: &order, teacher: &teacher }, weights: Some(&weights) };
+                let objective = Objective { loss, lambda: (0.9, 2.0), positions_per_chunk: 2 };
+                let weighting = weighting.then_some(Weighting { parity, lift: 4.0 });
+                let outcomes = distill(rows, &mut projection, objective, weighting.as_ref()).unwrap();
+                let RowOutcomes { losses, hits, acceptance, covered, objective, input_gradient } = outcomes;
+                let all = [losses, hits, acceptance, covered, objective, total].into_iter().chain(input_gradient);
+                all.map(|tensor| tensor.to_kind(Kind::Double)).collect::<Vec<_>>()
+            };
+            for weighting in [false, true] {
+                let (got, want) = (outcomes(Kind::Float, weighting), outcomes(Kind::Double, weighting));
+                assert_eq!((got.len(), want.len()), (6 + usize::from(weighting), 6 + usize::from(weighting)));
+                for (index, (got, want)) in got.iter().zip(&want).enumerate() {
+                    let size = want.abs().max().double_value(&[]).max(1.0);
+                    let off = (got - want).abs().max().double_value(&[]) / size;
+                    let mapped = vocabulary.is_some();
+                    assert!(off < 2e-5, "{loss:?}, smaller {mapped}, {parity}, {weighting}: {index} off by {off:e}");
+                }
+            }
+        }
+    }
 }

@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
 use super::lift::lift;
-use super::loss::{self, Projection, RowLosses, Scale};
+use super::loss::{self, Hard, Projection, RowLosses, Rows, Scale};
 use super::supervision::{MaskAlignment, TrainedRows, rows, trained_rows};
 use super::{
     Algorithm, DraftContext, DraftModel, DraftSize, Gradients, Parameter, RowPlan, StepKey, Tally, vocabulary,
@@ -288,7 +288,8 @@ impl Medusa {
                     let own = self.projection(head);
                     let mut projection = Projection { head: &own, gradient: None };
                     let output = self.backbone(head, &input);
-                    loss::cross_entropy(&output, &labels, &mut projection, None, self.rows_per_chunk)?
+                    let rows = Rows { input: &output, targets: Hard(&labels), weights: None };
+                    loss::cross_entropy(rows, &mut projection, None, self.rows_per_chunk)?
                 }
             };
             objective += &losses.sum * scale;
@@ -319,7 +320,8 @@ impl Medusa {
         let mut scored = Projection { head: &own, gradient: is_own.then(|| gradients.total(projection)) };
         let lift = lift(output.kind(), [(scale, labels.size()[0] as usize)].into_iter());
         let scale = Some(Scale { factor: scale, lift });
-        let losses = loss::cross_entropy(&output.detach(), labels, &mut scored, scale, self.rows_per_chunk)?;
+        let rows = Rows { input: &output.detach(), targets: Hard(labels), weights: None };
+        let losses = loss::cross_entropy(rows, &mut scored, scale, self.rows_per_chunk)?;
         (projection..last).try_for_each(|index| gradients.complete(index))?;
         if let Some(slope) = losses.input_gradient.as_ref().filter(|slope| slope.numel() > 0) {
             // The chunked gradient enters the graph of the blocks through this product.

@@ -2,7 +2,8 @@
 
 use tch::{Kind, Tensor};
 
-use super::mask::{DenseMask, PreparedMask};
+use super::mask::{DenseMask, PreparedMask, Slices};
+use crate::shim;
 
 /// What a family changes about attention. The default changes nothing.
 #[derive(Debug, Clone, Copy, Default)]
@@ -43,10 +44,13 @@ pub fn attention(query: &Tensor, key: &Tensor, value: &Tensor, mask: &PreparedMa
             let (start, count) = ((slots - count).max(0), slots.min(*count));
             piece(query, &slice(key, start, count), &slice(value, start, count), &Seen::Full, options)
         }
-        PreparedMask::Slices(lengths) => {
+        PreparedMask::Slices(slices) => {
+            if let Some(output) = packed(query, key, value, slices, options) {
+                return output;
+            }
             // Keys for every head are made once for all slices, where a kernel wants them.
             let (key, value) = (for_every_head(query, key), for_every_head(query, value));
-            sliced(lengths, &key, &value, &|_| Seen::Causal)
+            sliced(&slices.lengths, &key, &value, &|_| Seen::Causal)
         }
         PreparedMask::Windowed { lengths, window, band } => {
             sliced(lengths, key, value, &|length| match length <= *window {
@@ -55,6 +59,23 @@ pub fn attention(query: &Tensor, key: &Tensor, value: &Tensor, mask: &PreparedMa
             })
         }
     }
+}
+
+/// All documents of a pack in one call of a GPU's kernel, where there is one for them: not for float64, for values of another
+/// size than keys, or for scores that are bent.
+fn packed(query: &Tensor, key: &Tensor, value: &Tensor, slices: &Slices, options: &Options<'_>) -> Option<Tensor> {
+    let bounds = slices.bounds.as_ref()?;
+    let plain = options.softcap.is_none() && options.sinks.is_none();
+    if !plain || query.kind() == Kind::Double || key.size() != value.size() {
+        return None;
+    }
+    let tokens = |tensor: &Tensor| tensor.squeeze_dim(0).transpose(0, 1); // [T, N or G, D]
+    let dim = query.size().last().copied().unwrap_or(1) as f64;
+    let longest = slices.lengths.iter().copied().max().unwrap_or(0);
+    let all = [query, key, value].map(tokens);
+    let output = shim::packed_attention(all.each_ref(), bounds, longest, options.scale.unwrap_or(dim.powf(-0.5)));
+    // Panics as tch's operators do.
+    Some(output.expect("a pack is one row of documents").transpose(0, 1).unsqueeze(0)) // [1, N, T, D]
 }
 
 /// What one call of a kernel sees.

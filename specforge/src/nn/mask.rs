@@ -46,8 +46,8 @@ pub enum PreparedMask {
     Recent(i64),
     /// Plain causal from an empty cache: the kernel's own fast path.
     Causal,
-    /// Causal inside consecutive slices of these lengths.
-    Slices(Vec<i64>),
+    /// Causal inside consecutive slices.
+    Slices(Slices),
     /// The same through a window: a slice of `n` tokens that is longer than the window sees the first `n` rows and columns
     /// of the band, `[W', W']` booleans for the longest of them.
     Windowed {
@@ -60,6 +60,26 @@ pub enum PreparedMask {
     },
     /// Any booleans.
     Dense(DenseMask),
+}
+
+/// Documents of a pack.
+#[derive(Debug)]
+pub struct Slices {
+    /// Their lengths; none is empty.
+    pub lengths: Vec<i64>,
+    /// Where each begins and the last ends, int32 on a GPU, whose kernel takes all of them in one call. `None` on the CPU.
+    pub bounds: Option<Tensor>,
+}
+
+impl Slices {
+    fn new(lengths: Vec<i64>, device: Device) -> Self {
+        let bounds = device.is_cuda().then(|| {
+            let mut bounds = vec![0i32];
+            lengths.iter().for_each(|&length| bounds.push(bounds[bounds.len() - 1] + length as i32));
+            device::send(&Tensor::from_slice(&bounds), device)
+        });
+        Self { lengths, bounds }
+    }
 }
 
 /// `[B or 1, 1, T, S]` booleans.
@@ -164,7 +184,7 @@ impl<'a> Masks<'a> {
     }
 }
 
-/// Packs of more documents than this take one dense mask on a GPU. A slice costs it a launch, tens of microseconds a
+/// Packs of more documents than this, seen through a window, take one dense mask on a GPU. A slice costs it a launch, tens of microseconds a
 /// layer; a dense mask over `T` tokens costs all `T^2` scores and a slower kernel, which at 4096 tokens of a model of 8B is
 /// worth dozens of launches.
 const SLICES_ON_GPU: usize = 32;
@@ -256,17 +276,13 @@ fn band(tokens: i64, window: i64, device: Device) -> Tensor {
 
 fn documents(lengths: &[i64], window: Option<i64>, device: Device) -> PreparedMask {
     let lengths: Vec<i64> = lengths.iter().copied().filter(|&length| length > 0).collect();
-    if device.is_cuda() && lengths.len() > SLICES_ON_GPU {
-        let visible = same_document_and_causal(&lengths, device); // [1, 1, T, T]
-        return PreparedMask::Dense(DenseMask::new(match window {
-            None => visible,
-            // Inside a document, places are as far from each other as positions.
-            Some(window) => visible.triu(1 - window),
-        }));
-    }
     match window {
         None if lengths.len() <= 1 => PreparedMask::Causal,
-        None => PreparedMask::Slices(lengths),
+        None => PreparedMask::Slices(Slices::new(lengths, device)),
+        Some(window) if device.is_cuda() && lengths.len() > SLICES_ON_GPU => {
+            // Inside a document, places are as far from each other as positions.
+            PreparedMask::Dense(DenseMask::new(same_document_and_causal(&lengths, device).triu(1 - window)))
+        }
         Some(window) => {
             let longest = lengths.iter().copied().max().unwrap_or(0);
             PreparedMask::Windowed { band: band(longest, window, device), lengths, window }
@@ -321,7 +337,7 @@ mod tests {
     fn empty_documents_leave_no_trace() {
         let prepare = |lengths: &[i64]| AttentionMask::Documents(lengths.to_vec()).prepare(&[0], 3, Device::Cpu);
         assert!(matches!(prepare(&[0, 3, 0]), PreparedMask::Causal));
-        assert!(matches!(prepare(&[1, 0, 2]), PreparedMask::Slices(lengths) if lengths == [1, 2]));
+        assert!(matches!(prepare(&[1, 0, 2]), PreparedMask::Slices(slices) if slices.lengths == [1, 2]));
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Attention on keys that all queries of a document share, plus a few keys that belong to one query alone.
+//! Attention on keys that all queries of a document share, plus a few keys that belong to one query alone, or to a few.
 //!
 //! EAGLE-3's training-time test (Li et al. 2025, <https://arxiv.org/abs/2503.01840>) asks for it: at step `k` a row sees
 //! the keys of step 0 up to its own place, and one key of its own for every later step. The shared keys go through
@@ -6,65 +6,188 @@
 //! log-sum-exp; no matrix of scores is kept. The backward pass gives the kernel the *merged* output and log-sum-exp, from
 //! which it finds each weight under the common denominator.
 //!
-//! Shape legend: `R` queries, `S` shared keys, `I` own keys of a query, `N` heads, `G` key/value heads, `D` head size.
+//! On a GPU, all causal runs go through one call of a kernel for documents of several lengths ([`Runs`]): the rows of a
+//! document from its first query on are its queries, those that nobody asked for zero. On the CPU, where a call costs
+//! nothing beside its work, the kernel runs once for each run.
+//!
+//! Shape legend: `R` queries, `S` shared keys, `I` own keys of a query, `b` queries that share a set of own keys, `N` heads,
+//! `G` key/value heads, `D` head size.
 
-use tch::Tensor;
+use std::ops::Range;
 
+use tch::{Device, Kind, Tensor};
+
+use crate::device;
 use crate::error::{Error, Result};
 use crate::shim;
 
-/// Consecutive queries of one document: queries `first_query ..` stand at keys `first_key ..` and see the keys from
-/// `document_start` up to their own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Consecutive queries that see one stretch of the shared keys.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Run {
-    /// First of the queries.
-    pub first_query: i64,
-    /// How many there are.
-    pub count: i64,
-    /// First key of the document.
-    pub document_start: i64,
-    /// Key of the first query.
-    pub first_key: i64,
+    /// The queries.
+    pub queries: Range<i64>,
+    /// The keys they see; none at all is allowed.
+    pub keys: Range<i64>,
+    /// The last query sees all of the keys, and each query before it one less. Otherwise every query sees all.
+    pub causal: bool,
 }
 
-/// Attention of `query [R, N, D]` on `key, value [S, G, D]` and on `own_key, own_value [R, I, G, D]`, where `I` may be 0.
-/// The runs take the queries in their order, without a gap. Returns `[R, N, D]`, with gradients for all five.
-pub fn merged_attention(
-    query: &Tensor,
-    [key, value]: [&Tensor; 2],
-    [own_key, own_value]: [&Tensor; 2],
-    runs: &[Run],
-) -> Result<Tensor> {
+/// All runs of an attention, checked, with what a GPU needs to take them in one call.
+#[derive(Debug)]
+pub struct Runs {
+    runs: Vec<Run>,
+    queries: i64,
+    keys: i64,
+    packed: Option<Packed>,
+}
+
+/// See `csrc/attention.cpp`.
+#[derive(Debug)]
+struct Packed {
+    /// Row of each query, place of its log-sum-exp (int64 `[R]`), where each document's rows and its keys begin (int32).
+    places: [Tensor; 4],
+    /// Rows, and the most rows and keys of a document.
+    sizes: [i64; 3],
+}
+
+/// The same on the host: numbers that travel to the device as one list.
+struct Plan {
+    slots: Vec<i64>,
+    sums: Vec<i64>,
+    queries: Vec<i64>,
+    keys: Vec<i64>,
+    sizes: [i64; 3],
+}
+
+impl Runs {
+    /// Runs that take all queries in their order, without a gap, and lie within `keys` shared keys.
+    pub fn new(runs: Vec<Run>, keys: i64, device: Device) -> Result<Self> {
+        let mut next = 0;
+        for run in &runs {
+            let (count, seen) = (run.queries.end - run.queries.start, run.keys.end - run.keys.start);
+            let within = count > 0 && run.keys.start >= 0 && seen >= if run.causal { count } else { 0 };
+            if run.queries.start != next || !within || run.keys.end > keys {
+                let problem = format!("merged attention: {run:?} does not fit {keys} keys after query {next}");
+                return Err(Error::Failed(problem));
+            }
+            next += count;
+        }
+        let plan = if device.is_cuda() { Plan::new(&runs, keys) } else { None };
+        let packed = plan.map(|plan| plan.upload(device)).transpose()?;
+        Ok(Self { runs, queries: next, keys, packed })
+    }
+
+    /// The runs.
+    pub fn list(&self) -> &[Run] {
+        &self.runs
+    }
+}
+
+impl Plan {
+    /// Documents, as far as runs say where they begin: a stretch of keys from the first key of some runs to that of the
+    /// next ones. `None` where runs are no rows of documents.
+    fn new(runs: &[Run], keys: i64) -> Option<Self> {
+        let mut plan =
+            Self { slots: Vec::new(), sums: Vec::new(), queries: Vec::new(), keys: Vec::new(), sizes: [0; 3] };
+        // Documents as (first key, first row that is a query).
+        let mut documents: Vec<(i64, i64)> = Vec::new();
+        let mut end = 0;
+        for run in runs {
+            let first_row = run.keys.end - (run.queries.end - run.queries.start);
+            let same = documents.last().is_some_and(|(start, _)| *start == run.keys.start);
+            if !run.causal || first_row < end || (!same && run.keys.start < end) {
+                return None;
+            }
+            if !same {
+                if documents.is_empty() && run.keys.start > 0 {
+                    documents.push((0, run.keys.start - 1)); // keys that nobody sees: one row that nobody asked for
+                }
+                documents.push((run.keys.start, first_row));
+            }
+            end = run.keys.end;
+        }
+        let ends: Vec<i64> = documents.iter().skip(1).map(|(start, _)| *start).chain([keys]).collect();
+        let mut rows = 0;
+        for ((start, first_row), end) in documents.iter().zip(&ends) {
+            plan.queries.push(rows);
+            plan.keys.push(*start);
+            rows += end - first_row;
+            plan.sizes = [rows, plan.sizes[1].max(end - first_row), plan.sizes[2].max(end - start)];
+        }
+        plan.queries.push(rows);
+        plan.keys.push(keys);
+        let padded = (plan.sizes[1] + 31) / 32 * 32;
+        let mut document = 0;
+        for run in runs {
+            while documents[document].0 != run.keys.start {
+                document += 1;
+            }
+            let count = run.queries.end - run.queries.start;
+            let offset = run.keys.end - count - documents[document].1;
+            plan.slots.extend((offset..offset + count).map(|place| plan.queries[document] + place));
+            plan.sums.extend((offset..offset + count).map(|place| document as i64 * padded + place));
+        }
+        (!runs.is_empty()).then_some(plan)
+    }
+
+    fn upload(self, device: Device) -> Result<Packed> {
+        let lists = [self.slots, self.sums, self.queries, self.keys];
+        let numbers = device::upload(&lists.concat(), device)?;
+        let mut start = 0;
+        let mut part = |list: &Vec<i64>| {
+            start += list.len() as i64;
+            numbers.narrow(0, start - list.len() as i64, list.len() as i64)
+        };
+        let [slots, sums, queries, keys] = lists.each_ref().map(&mut part);
+        let places = [slots, sums, queries.f_to_kind(Kind::Int)?, keys.f_to_kind(Kind::Int)?];
+        Ok(Packed { places, sizes: self.sizes })
+    }
+}
+
+/// Keys and values of queries' own, `[R / b, I, G, D]` each, where `I` may be 0.
+#[derive(Debug, Clone, Copy)]
+pub struct Own<'a> {
+    /// Keys.
+    pub key: &'a Tensor,
+    /// Values.
+    pub value: &'a Tensor,
+    /// `b`: consecutive queries that share a set.
+    pub queries_per_own: i64,
+}
+
+/// Attention of `query [R, N, D]` on `key, value [S, G, D]` and on own keys. Returns `[R, N, D]`, with gradients for all
+/// five. A query that sees no key at all becomes zero.
+pub fn merged_attention(query: &Tensor, [key, value]: [&Tensor; 2], own: Own<'_>, runs: &Runs) -> Result<Tensor> {
     let (queries, heads, dim) = query.size3()?;
     let (keys, groups, _) = key.size3()?;
-    let own = own_key.size().get(1).copied().unwrap_or(-1);
+    let count = own.key.size().get(1).copied().unwrap_or(-1);
+    let sets = if own.queries_per_own > 0 { queries / own.queries_per_own } else { -1 };
     let shapes = [(key, vec![keys, groups, dim]), (value, vec![keys, groups, dim])];
-    let own_shapes = [own_key, own_value].map(|tensor| (tensor, vec![queries, own, groups, dim]));
+    let own_shapes = [own.key, own.value].map(|tensor| (tensor, vec![sets, count, groups, dim]));
     for (tensor, want) in shapes.iter().chain(&own_shapes) {
         if tensor.size() != *want || heads % groups != 0 {
             let got = tensor.size();
             return Err(Error::Failed(format!("merged attention of {heads} heads: expected {want:?}, got {got:?}")));
         }
     }
-    let mut next = 0;
-    for run in runs {
-        let within = run.count > 0 && 0 <= run.document_start && run.document_start <= run.first_key;
-        if run.first_query != next || !within || run.first_key + run.count > keys {
-            return Err(Error::Failed(format!(
-                "merged attention: {run:?} does not fit {keys} keys after query {next}"
-            )));
-        }
-        next += run.count;
-    }
-    if next != queries {
-        return Err(Error::Failed(format!("merged attention: the runs hold {next} queries of {queries}")));
+    if (runs.queries, runs.keys) != (queries, keys) || sets * own.queries_per_own != queries {
+        return Err(Error::Failed(format!(
+            "merged attention: the runs hold {} queries of {queries} and {} keys of {keys}, {} queries share their own",
+            runs.queries, runs.keys, own.queries_per_own
+        )));
     }
     if queries == 0 {
         return Ok(query.shallow_clone());
     }
-    let numbers: Vec<i64> =
-        runs.iter().flat_map(|run| [run.first_query, run.count, run.document_start, run.first_key]).collect();
-    shim::merged_attention([query, key, value, own_key, own_value], &numbers, (dim as f64).powf(-0.5))
+    let number = |run: &Run| {
+        let (Range { start: first, end }, keys) = (run.queries.clone(), run.keys.clone());
+        [first, end - first, keys.start, keys.end - keys.start, i64::from(run.causal)]
+    };
+    let numbers: Vec<i64> = runs.runs.iter().flat_map(number).collect();
+    // float64 has no kernel for documents; its checks go run by run.
+    let packed = runs.packed.as_ref().filter(|_| query.kind() != Kind::Double);
+    let packed = packed.map(|packed| (packed.places.each_ref(), &packed.sizes));
+    shim::merged_attention([query, key, value, own.key, own.value], &numbers, packed, (dim as f64).powf(-0.5))
 }
 
 /// No own keys: `[R, 0, G, D]` beside `key [S, G, D]`.
@@ -75,25 +198,22 @@ pub fn no_own_keys(rows: i64, key: &Tensor) -> Result<Tensor> {
 
 #[cfg(test)]
 mod tests {
-    use tch::{Device, Kind};
-
     use super::*;
 
     fn random(shape: &[i64], kind: Kind) -> Tensor {
         Tensor::randn(shape, (kind, Device::Cpu)).set_requires_grad(true)
     }
 
-    /// The same as one softmax over a masked matrix of all scores.
+    /// The same as one softmax over a masked matrix of all scores. Every query has own keys here.
     fn written_out(query: &Tensor, shared: [&Tensor; 2], own: [&Tensor; 2], runs: &[Run]) -> Tensor {
         let (queries, heads, dim) = query.size3().unwrap();
         let (keys, groups, _) = shared[0].size3().unwrap();
         let times = heads / groups;
         let mut visible = vec![false; (queries * keys) as usize];
         for run in runs {
-            for offset in 0..run.count {
-                for key in run.document_start..=run.first_key + offset {
-                    visible[((run.first_query + offset) * keys + key) as usize] = true;
-                }
+            for query in run.queries.clone() {
+                let last = if run.causal { run.keys.end - (run.queries.end - 1 - query) } else { run.keys.end };
+                (run.keys.start..last).for_each(|key| visible[(query * keys + key) as usize] = true);
             }
         }
         let hidden = Tensor::from_slice(&visible).view([queries, 1, keys]).logical_not();
@@ -110,11 +230,34 @@ mod tests {
     }
 
     const RUNS: [Run; 4] = [
-        Run { first_query: 0, count: 3, document_start: 0, first_key: 0 },
-        Run { first_query: 3, count: 1, document_start: 0, first_key: 5 },
-        Run { first_query: 4, count: 4, document_start: 7, first_key: 9 },
-        Run { first_query: 8, count: 1, document_start: 13, first_key: 13 },
+        Run { queries: 0..3, keys: 0..3, causal: true },
+        Run { queries: 3..4, keys: 0..6, causal: true },
+        Run { queries: 4..8, keys: 7..13, causal: true },
+        Run { queries: 8..9, keys: 13..14, causal: true },
     ];
+
+    fn checked(runs: &[Run], keys: i64) -> Runs {
+        Runs::new(runs.to_vec(), keys, Device::Cpu).unwrap()
+    }
+
+    /// Outputs and gradients of all inputs equal those of the written-out softmax, whose own keys are given to each query.
+    fn compare(inputs: &[Tensor; 5], queries_per_own: i64, runs: &[Run], tolerance: f64, label: &str) {
+        let [query, key, value, own_key, own_value] = inputs;
+        let kind = query.kind();
+        let scaled = query * 3.0;
+        let slope = Tensor::randn(query.size(), (kind, Device::Cpu));
+        let each = [own_key, own_value].map(|own| own.repeat_interleave_self_int(queries_per_own, 0, None));
+        let want = written_out(&scaled, [key, value], each.each_ref(), runs);
+        let own = Own { key: own_key, value: own_value, queries_per_own };
+        let got = merged_attention(&scaled, [key, value], own, &checked(runs, key.size()[0])).unwrap();
+        let near = |left: &Tensor, right: &Tensor| (left - right).abs().max().double_value(&[]) < tolerance;
+        assert!(near(&got, &want), "{label}");
+        let wanted: Vec<&Tensor> = inputs.iter().filter(|tensor| tensor.numel() > 0).collect();
+        let gradients = |output: Tensor| Tensor::run_backward(&[(output * &slope).sum(kind)], &wanted, true, false);
+        for (index, (got, want)) in gradients(got).iter().zip(gradients(want)).enumerate() {
+            assert!(near(got, &want), "{label} gradient {index}");
+        }
+    }
 
     /// Outputs and all five gradients, with scores so large that a wrong denominator would show.
     #[test]
@@ -129,21 +272,59 @@ mod tests {
                     random(&[9, own, 2, 8], kind),
                     random(&[9, own, 2, 8], kind),
                 ];
-                let [query, key, value, own_key, own_value] = &inputs;
-                let scaled = query * 3.0;
-                let slope = Tensor::randn([9, 6, 8], (kind, Device::Cpu));
-                let want = written_out(&scaled, [key, value], [own_key, own_value], &RUNS);
-                let got = merged_attention(&scaled, [key, value], [own_key, own_value], &RUNS).unwrap();
-                let near = |left: &Tensor, right: &Tensor| (left - right).abs().max().double_value(&[]) < tolerance;
-                assert!(near(&got, &want), "{kind:?} {own}");
-                let wanted: Vec<&Tensor> = inputs.iter().filter(|tensor| tensor.numel() > 0).collect();
-                let gradients =
-                    |output: Tensor| Tensor::run_backward(&[(output * &slope).sum(kind)], &wanted, true, false);
-                for (index, (got, want)) in gradients(got).iter().zip(gradients(want)).enumerate() {
-                    assert!(near(got, &want), "{kind:?} {own} gradient {index}");
-                }
+                compare(&inputs, 1, &RUNS, tolerance, &format!("{kind:?} {own}"));
             }
         }
+    }
+
+    /// Blocks of 16 queries that all see the keys before their anchor, the first block none, and share 16 keys of their
+    /// own.
+    #[test]
+    fn blocks_that_share_own_keys_equal_one_softmax() {
+        tch::manual_seed(6);
+        let anchors = [0, 3, 4, 11];
+        let block = |(index, &anchor): (usize, &i64)| {
+            let first = 16 * index as i64;
+            // The last block stands in a document of its own.
+            Run { queries: first..first + 16, keys: if anchor == 11 { 7 } else { 0 }..anchor, causal: false }
+        };
+        let runs: Vec<Run> = anchors.iter().enumerate().map(block).collect();
+        for (kind, tolerance) in [(Kind::Double, 1e-11), (Kind::Float, 2e-4)] {
+            let inputs = [
+                random(&[64, 6, 8], kind),
+                random(&[12, 2, 8], kind),
+                random(&[12, 2, 8], kind),
+                random(&[4, 16, 2, 8], kind),
+                random(&[4, 16, 2, 8], kind),
+            ];
+            compare(&inputs, 16, &runs, tolerance, &format!("{kind:?}"));
+            // Groups that are no runs: two sets to a block.
+            let inputs = [0, 1, 2].map(|index: usize| inputs[index].shallow_clone());
+            let own = || random(&[8, 3, 2, 8], kind);
+            let [query, key, value] = inputs;
+            compare(&[query, key, value, own(), own()], 8, &runs, tolerance, &format!("{kind:?}, two sets"));
+        }
+    }
+
+    /// Where each query stands in one call over all documents: `rows` as (document, offset from its first row).
+    #[test]
+    fn runs_of_documents_become_one_call() {
+        let plan = Plan::new(&RUNS, 15).unwrap();
+        // Rows 0 ..= 6 of the first document, whose end nobody else names, 9 ..= 12 of the second, 13 and 14 of the third.
+        assert_eq!(plan.keys, [0, 7, 13, 15]);
+        assert_eq!(plan.queries, [0, 7, 11, 13]);
+        assert_eq!(plan.slots, [0, 1, 2, 5, 7, 8, 9, 10, 11]);
+        assert_eq!(plan.sums, [0, 1, 2, 5, 32, 33, 34, 35, 64]);
+        assert_eq!(plan.sizes, [13, 7, 7]);
+        // Keys before the first run are a document with one row.
+        let late = Plan::new(&[Run { queries: 0..2, keys: 4..9, causal: true }], 9).unwrap();
+        assert_eq!((late.keys, late.queries, late.slots), (vec![0, 4, 9], vec![0, 1, 3], vec![1, 2]));
+        let refused = [
+            vec![Run { queries: 0..2, keys: 0..3, causal: false }],
+            vec![Run { queries: 0..2, keys: 0..3, causal: true }, Run { queries: 2..3, keys: 0..2, causal: true }],
+            vec![Run { queries: 0..2, keys: 0..3, causal: true }, Run { queries: 2..3, keys: 2..5, causal: true }],
+        ];
+        assert!(refused.iter().all(|runs| Plan::new(runs, 9).is_none()));
     }
 
     /// In bfloat16, scores of own keys keep their digits until after the softmax, as those of shared keys and those of
@@ -188,7 +369,8 @@ mod tests {
                     written_out(query, [key, value], [own_key, own_value], &RUNS)
                 });
                 let got = run(&inputs, &|[query, key, value, own_key, own_value]| {
-                    merged_attention(query, [key, value], [own_key, own_value], &RUNS).unwrap()
+                    let own = Own { key: own_key, value: own_value, queries_per_own: 1 };
+                    merged_attention(query, [key, value], own, &checked(&RUNS, 15)).unwrap()
                 });
                 // A few roundings of the inputs' own size.
                 let limit = if kind == Kind::Half { 2e-3 } else { 1e-2 };
@@ -208,12 +390,21 @@ mod tests {
     fn runs_that_do_not_fit_are_refused() {
         let (query, key) = (random(&[9, 6, 8], Kind::Float), random(&[14, 2, 8], Kind::Float));
         let none = no_own_keys(9, &key).unwrap();
-        let attend = |runs: &[Run]| merged_attention(&query, [&key, &key], [&none, &none], runs);
+        let own = Own { key: &none, value: &none, queries_per_own: 1 };
+        let attend = |runs: &[Run]| merged_attention(&query, [&key, &key], own, &checked(runs, 14));
         assert!(attend(&RUNS).is_ok());
         assert!(attend(&RUNS[..3]).is_err());
-        let mut late = RUNS;
-        late[3].first_key = 14;
-        assert!(attend(&late).is_err());
-        assert!(merged_attention(&query, [&key, &none], [&none, &none], &RUNS).is_err());
+        assert!(merged_attention(&query, [&key, &none], own, &checked(&RUNS, 14)).is_err());
+        assert!(merged_attention(&query, [&key, &key], own, &checked(&RUNS, 15)).is_err());
+        for queries_per_own in [0, -1, 2, 9] {
+            let own = Own { queries_per_own, ..own };
+            assert!(merged_attention(&query, [&key, &key], own, &checked(&RUNS, 14)).is_err());
+        }
+        let late = |keys: Range<i64>| {
+            let mut runs = RUNS.to_vec();
+            runs[3].keys = keys;
+            Runs::new(runs, 14, Device::Cpu)
+        };
+        assert!(late(13..15).is_err() && late(13..13).is_err() && late(-1..13).is_err() && late(13..14).is_ok());
     }
 }

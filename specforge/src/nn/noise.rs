@@ -2,106 +2,78 @@
 //!
 //! The noise of a choice depends on the seed, the absolute position and the token alone, so sampled text is the same
 //! for every batch, tree and draft. Argmax of `logits / T + noise` is a sample of `softmax(logits / T)`.
+//!
+//! The hash is 64-bit integer arithmetic that wraps around, which a device does as well as the host: where logits are on a
+//! GPU, so is their noise ([`gumbel_rows`]), bit for bit, and no row of a vocabulary travels.
 
-use rayon::prelude::*;
+use specforge_hot::noise::{GOLDEN, position_key};
+pub use specforge_hot::noise::{gumbel_argmax, gumbel_top, keyed_bits, keyed_gumbel, permutation, uniform_of};
 use tch::{Device, Kind, Tensor};
 
-const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
+use crate::device;
 
 /// Noise domain of text positions.
 pub const TEXT: u64 = 0;
 
-fn mix(mut z: u64) -> u64 {
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
-}
-
-/// 64 random bits for one (seed, domain, position, token).
-pub fn keyed_bits(seed: u64, domain: u64, position: u64, token: u64) -> u64 {
-    mix(position_key(seed, domain, position).wrapping_add(GOLDEN.wrapping_mul(token + 1)))
-}
-
-fn position_key(seed: u64, domain: u64, position: u64) -> u64 {
-    let key = mix(seed.wrapping_add(GOLDEN.wrapping_mul(domain.wrapping_add(1))));
-    mix(key.wrapping_add(GOLDEN.wrapping_mul(position.wrapping_add(1))))
-}
-
-fn gumbel_of(bits: u64) -> f64 {
-    let uniform = ((bits >> 11) as f64 + 0.5) * 2f64.powi(-53);
-    -(-uniform.ln()).ln()
-}
-
-/// Standard Gumbel noise for one (seed, domain, position, token).
-pub fn keyed_gumbel(seed: u64, domain: u64, position: u64, token: u64) -> f64 {
-    gumbel_of(keyed_bits(seed, domain, position, token))
-}
-
 /// Noise of a whole vocabulary at one position: `[V]` float64 on the CPU.
 pub fn gumbel_row(seed: u64, domain: u64, position: u64, vocabulary: i64) -> Tensor {
-    gumbel_of_tokens(seed, domain, position, 0..vocabulary as u64)
+    Tensor::from_slice(&specforge_hot::noise::gumbel_of_all(seed, domain, position, vocabulary as u64))
 }
 
 /// Noise of some tokens at one position, in their order: `[n]` float64 on the CPU.
-pub fn gumbel_of_tokens(seed: u64, domain: u64, position: u64, tokens: impl Iterator<Item = u64>) -> Tensor {
-    let key = position_key(seed, domain, position);
-    let row: Vec<f64> = tokens.map(|token| gumbel_of(mix(key.wrapping_add(GOLDEN.wrapping_mul(token + 1))))).collect();
-    Tensor::from_slice(&row)
+pub fn gumbel_of_tokens(seed: u64, domain: u64, position: u64, tokens: &[i64]) -> Tensor {
+    Tensor::from_slice(&specforge_hot::noise::gumbel_of_some(seed, domain, position, tokens))
 }
 
-/// The token of the largest `logit / temperature + noise` at one position, the first of equals: what [`gumbel_row`] and
-/// an argmax give, at a twentieth of the cost. Nearly every token is ruled out by its leading bits, before a logarithm.
-pub fn gumbel_argmax(seed: u64, domain: u64, position: u64, logits: &[f64], temperature: f64) -> usize {
-    let key = position_key(seed, domain, position);
-    let (mut best, mut best_score) = (0, f64::NEG_INFINITY);
-    for (token, &logit) in logits.iter().enumerate() {
-        let scaled = logit / temperature;
-        let bits = mix(key.wrapping_add(GOLDEN.wrapping_mul(token as u64 + 1)));
-        if scaled + most_noise(bits) < best_score {
-            continue;
-        }
-        let score = scaled + gumbel_of(bits);
-        if score > best_score {
-            (best, best_score) = (token, score);
-        }
+/// Where noise is drawn: a seed and an absolute position.
+pub type Place = (u64, u64);
+
+/// Noise of `tokens [n]` (int64) at several places, on the device of the tokens: `[R, n]` float64, from the same bits as
+/// [`gumbel_row`]'s.
+pub fn gumbel_rows(domain: u64, places: &[Place], tokens: &Tensor) -> Tensor {
+    let keys = position_keys(domain, places, tokens.device()).unsqueeze(1); // [R, 1]
+    gumbels_of(&bits_of(&keys, tokens)) // [R, n]
+}
+
+/// The key of each place, `[R]` int64 on a device.
+pub fn position_keys(domain: u64, places: &[Place], device: Device) -> Tensor {
+    let keys: Vec<i64> = places.iter().map(|&(seed, position)| position_key(seed, domain, position) as i64).collect();
+    device::send(&Tensor::from_slice(&keys), device)
+}
+
+/// [`uniform_of`] the bits of a counter under each of some keys, `[R]` each.
+pub fn uniforms(keys: &Tensor, counters: &Tensor) -> Tensor {
+    uniforms_of(&bits_of(keys, counters))
+}
+
+/// [`keyed_bits`] of tokens, or counters, under keys of places.
+fn bits_of(keys: &Tensor, tokens: &Tensor) -> Tensor {
+    let steps = (tokens + 1i64).g_mul_scalar_(GOLDEN as i64);
+    mixed(keys + steps)
+}
+
+/// The hash's mixing of every number.
+fn mixed(mut z: Tensor) -> Tensor {
+    // int64 shifts its sign in from the left: what came in is masked out.
+    let folded = |z: &Tensor, shift: i64| {
+        let shifted = z.bitwise_right_shift_tensor_scalar(shift).bitwise_and_(i64::MAX >> (shift - 1));
+        z.bitwise_xor_tensor(&shifted)
+    };
+    for (shift, factor) in [(30, 0xBF58_476D_1CE4_E5B9u64), (27, 0x94D0_49BB_1331_11EB)] {
+        z = folded(&z, shift).g_mul_scalar_(factor as i64);
     }
-    best
+    folded(&z, 31)
 }
 
-/// The `count` tokens of the largest `logit + noise` at one position, largest first and the first of equals before the
-/// others; fewer where fewer have a logit above minus infinity. In this order they are drawn without putting back.
-pub fn gumbel_top(
-    seed: u64,
-    domain: u64,
-    position: u64,
-    logits: impl IntoIterator<Item = (u32, f64)>,
-    count: usize,
-) -> Vec<u32> {
-    let key = position_key(seed, domain, position);
-    let mut best: Vec<(f64, u32)> = Vec::with_capacity(count.min(64) + 1);
-    for (token, logit) in logits {
-        let least =
-            if best.len() < count { f64::NEG_INFINITY } else { best.last().map_or(f64::INFINITY, |last| last.0) };
-        let bits = mix(key.wrapping_add(GOLDEN.wrapping_mul(u64::from(token) + 1)));
-        if logit + most_noise(bits) < least {
-            continue;
-        }
-        let score = logit + gumbel_of(bits);
-        if score > least {
-            let place = best.partition_point(|(other, _)| *other >= score);
-            best.insert(place, (score, token));
-            best.truncate(count);
-        }
-    }
-    best.into_iter().map(|(_, token)| token).collect()
+/// [`uniform_of`] every number.
+fn uniforms_of(bits: &Tensor) -> Tensor {
+    let whole = bits.bitwise_right_shift_tensor_scalar(11i64).bitwise_and_(i64::MAX >> 10);
+    whole.to_kind(Kind::Double).g_add_scalar_(0.5).g_mul_scalar_(2f64.powi(-53))
 }
 
-/// At least the noise that some bits give, without a logarithm.
-fn most_noise(bits: u64) -> f64 {
-    // A uniform number u with n leading ones is at most 1 - 2^-(n + 1) (u is never 1 but by rounding, from 53 ones on),
-    // and -ln(-ln(u)) <= -ln(1 - u). One more covers every rounding.
-    let ones = bits.leading_ones();
-    if ones < 52 { f64::from(ones + 2) * std::f64::consts::LN_2 } else { f64::INFINITY }
+/// Gumbel noise of every number's bits.
+fn gumbels_of(bits: &Tensor) -> Tensor {
+    uniforms_of(bits).log_().neg_().log_().neg_()
 }
 
 /// A deterministic stream of 64-bit numbers for shuffles, keyed by two counters.
@@ -113,37 +85,17 @@ pub fn keyed_stream(seed: u64, stream: u64) -> impl FnMut() -> u64 {
     }
 }
 
-/// A permutation of `0..count` that depends on the seed and the stream alone (Fisher-Yates).
-pub fn permutation(count: usize, seed: u64, stream: u64) -> Vec<usize> {
-    let mut next = keyed_stream(seed, stream);
-    let mut order: Vec<usize> = (0..count).collect();
-    for last in (1..count).rev() {
-        // The high word of the product maps 64 random bits to 0..=last without division.
-        let pick = ((u128::from(next()) * (last as u128 + 1)) >> 64) as usize;
-        order.swap(last, pick);
-    }
-    order
-}
-
-/// Numbers that a thread makes at least: fewer are not worth another thread.
-const PIECE: usize = 1 << 14;
-
 /// Normal noise from the keyed stream, for initialising parameters alike on every device. float32 on the CPU.
 pub fn normal(shape: &[i64], deviation: f64, seed: u64, stream: u64) -> Tensor {
-    let uniform = |position: u64| ((keyed_bits(seed, stream, position, 0) >> 11) as f64 + 0.5) * 2f64.powi(-53);
-    // Each number has its own two places in the stream, so that any thread may make any of them.
-    let value = |index: usize| {
-        let first = 2 * index as u64 + 1;
-        let (radius, angle) = ((-2.0 * uniform(first).ln()).sqrt(), std::f64::consts::TAU * uniform(first + 1));
-        (deviation * radius * angle.cos()) as f32
-    };
     let count = shape.iter().product::<i64>().max(0) as usize;
-    let values: Vec<f32> = (0..count).into_par_iter().with_min_len(PIECE).map(value).collect();
+    let values = specforge_hot::noise::normal(count, deviation, seed, stream);
     Tensor::from_slice(&values).to_kind(Kind::Float).to_device(Device::Cpu).view(shape)
 }
 
 #[cfg(test)]
 mod tests {
+    use specforge_hot::noise::PIECE;
+
     use super::*;
 
     #[test]
@@ -160,6 +112,36 @@ mod tests {
                 keyed_gumbel(seed, domain, position, 3)
             );
         }
+    }
+
+    /// Every bit of the hash, sign bits among them, and the noise up to the last digit of a logarithm.
+    #[test]
+    fn noise_made_on_a_device_is_that_of_the_host() {
+        let places = [(0, 0), (7, 12), ((1 << 63) + 5, 1000), (u64::MAX, u64::MAX)];
+        let tokens = [0i64, 1, 2, 5, 77, 126_335, 4_000_000_000];
+        let of = |place: &Place, token: i64| (place.0, 3, place.1, token as u64);
+        let table = Tensor::from_slice(&tokens);
+        let keys = position_keys(3, &places, Device::Cpu);
+        let bits = bits_of(&keys.unsqueeze(1), &table);
+        let chances = uniforms(&keys, &Tensor::from_slice(&[1i64, 2, 3, 4]));
+        let noise = gumbel_rows(3, &places, &table);
+        assert_eq!((noise.size(), noise.kind()), (vec![4, 7], Kind::Double));
+        for (row, place) in places.iter().enumerate() {
+            let want = uniform_of(keyed_bits(place.0, 3, place.1, row as u64 + 1));
+            assert_eq!(chances.double_value(&[row as i64]), want, "{place:?}");
+            for (column, &token) in tokens.iter().enumerate() {
+                let (seed, domain, position, token) = of(place, token);
+                let at = [row as i64, column as i64];
+                assert_eq!(
+                    bits.int64_value(&at) as u64,
+                    keyed_bits(seed, domain, position, token),
+                    "{place:?} {token}"
+                );
+                let want = keyed_gumbel(seed, domain, position, token);
+                assert!((noise.double_value(&at) - want).abs() <= 1e-13 * (1.0 + want.abs()), "{place:?} {token}");
+            }
+        }
+        assert!(bits.lt(0).any().int64_value(&[]) == 1 && bits.gt(0).any().int64_value(&[]) == 1);
     }
 
     #[test]
@@ -184,12 +166,15 @@ mod tests {
             let logits: Vec<f64> = Vec::try_from(normal(&[400], 3.0, seed, 9).to_kind(Kind::Double)).unwrap();
             let noise: Vec<f64> = Vec::try_from(gumbel_row(seed, 33, 7, 1200)).unwrap();
             // Every third token, as a draft with a smaller vocabulary names them; one of them is ruled out.
-            let named = |id: usize| (3 * id as u32, if id == 5 { f64::NEG_INFINITY } else { logits[id] });
-            let mut want: Vec<(u32, f64)> = (0..400).map(named).collect();
+            let names: Vec<i64> = (0..400).map(|id| 3 * id).collect();
+            let logits: Vec<f64> =
+                logits.iter().enumerate().map(|(id, &logit)| if id == 5 { f64::NEG_INFINITY } else { logit }).collect();
+            let mut want: Vec<(u32, f64)> =
+                names.iter().map(|&token| token as u32).zip(logits.iter().copied()).collect();
             want.iter_mut().for_each(|(token, score)| *score += noise[*token as usize]);
             want.sort_by(|a, b| b.1.total_cmp(&a.1));
             for count in [0, 1, 10, 399, 500] {
-                let got = gumbel_top(seed, 33, 7, (0..400).map(named), count);
+                let got = gumbel_top((seed, 33, 7), Some(&names), &logits, count);
                 let want: Vec<u32> = want.iter().take(count.min(399)).map(|(token, _)| *token).collect();
                 assert_eq!(got, want, "seed {seed}, {count} tokens");
             }

@@ -1,10 +1,14 @@
 //! What is done to a row of logits before a token is chosen from it: repetition penalty, temperature, top-k, top-p, in
 //! the order of Hugging Face's `generate` (transformers 5.8.1, `generation/logits_process.py`).
 //!
-//! A row is float64 on the host: processing happens only for rows that a token is really chosen from. What a row becomes
-//! depends on the row and on the tokens before it alone, so plain and speculative decoding process it alike.
+//! A row is float64. On the CPU, processing happens only for rows that a token is really chosen from; on a GPU, for all rows
+//! of a pass where they are, because a row that travels costs more. What a row becomes depends on the row and on the tokens
+//! before it alone, so plain and speculative decoding process it alike.
 
 use serde::{Deserialize, Serialize};
+use specforge_hot::rows;
+pub use specforge_hot::rows::{argmax, softmax};
+use tch::{Kind, Tensor};
 
 /// How a row of logits is changed. The default changes nothing and chooses greedily.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -71,51 +75,45 @@ impl Processors {
             return;
         }
         if self.temperature != 1.0 {
-            row.iter_mut().for_each(|logit| *logit /= self.temperature);
+            rows::divide(row, self.temperature);
         }
-        if self.top_k > 0 && self.top_k < row.len() {
-            let mut sorted = row.to_vec();
-            let (_, &mut least, _) = sorted.select_nth_unstable_by(self.top_k - 1, |a, b| b.total_cmp(a));
-            row.iter_mut().filter(|logit| **logit < least).for_each(|logit| *logit = f64::NEG_INFINITY);
+        rows::keep_largest(row, self.top_k);
+        if self.top_p < 1.0 {
+            rows::keep_nucleus(row, self.top_p);
+        }
+    }
+
+    /// Whether [`Self::apply_rows`] knows all of it: everything but a penalty, which depends on each row's tokens.
+    pub fn depend_on_rows_alone(&self) -> bool {
+        self.repetition_penalty == 1.0
+    }
+
+    /// What [`Self::apply`] does, without a penalty, to many rows where they are: `[R, V]` to float64 `[R, V]`.
+    pub fn apply_rows(&self, logits: &Tensor) -> Tensor {
+        let mut all = logits.to_kind(Kind::Double);
+        if self.is_greedy() {
+            return all;
+        }
+        if self.temperature != 1.0 {
+            all = all / self.temperature;
+        }
+        let size = all.size()[1];
+        if self.top_k > 0 && (self.top_k as i64) < size {
+            let (best, _) = all.topk(self.top_k as i64, -1, true, false); // [R, k]
+            let least = best.amin([-1i64].as_slice(), true); // [R, 1]
+            all = all.masked_fill(&all.lt_tensor(&least), f64::NEG_INFINITY);
         }
         if self.top_p < 1.0 {
-            self.keep_nucleus(row);
+            // Equal probabilities keep their order: the result depends on the row alone.
+            let (sorted, order) = all.softmax(-1, Kind::Double).sort_stable(true, -1, true); // [R, V]
+            let before = sorted.cumsum(-1, Kind::Double) - &sorted;
+            let beyond = before.ge(self.top_p);
+            let _ = beyond.narrow(1, 0, 1).fill_(0); // the most likely token stays
+            let beyond = beyond.zeros_like().scatter(1, &order, &beyond);
+            all = all.masked_fill(&beyond, f64::NEG_INFINITY);
         }
+        all
     }
-
-    /// Rules out what is not needed to reach `top_p`. The most likely token always stays.
-    fn keep_nucleus(&self, row: &mut [f64]) {
-        let probabilities = softmax(row);
-        let mut order: Vec<usize> = (0..row.len()).filter(|&token| probabilities[token] > 0.0).collect();
-        // Equal probabilities keep their order: the result depends on the row alone.
-        order.sort_by(|&a, &b| probabilities[b].total_cmp(&probabilities[a]));
-        let mut before = 0.0;
-        for (place, &token) in order.iter().enumerate() {
-            if place > 0 && before >= self.top_p {
-                row[token] = f64::NEG_INFINITY;
-            }
-            before += probabilities[token];
-        }
-    }
-}
-
-/// Probabilities of a row `[V]`. A row of nothing but minus infinity is uniform.
-pub fn softmax(row: &[f64]) -> Vec<f64> {
-    let most = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let exponents: Vec<f64> = row.iter().map(|&logit| if logit == most { 1.0 } else { (logit - most).exp() }).collect();
-    let sum: f64 = exponents.iter().sum();
-    exponents.into_iter().map(|exponent| exponent / sum).collect()
-}
-
-/// The first of the largest values.
-pub fn argmax(row: &[f64]) -> usize {
-    let mut best = 0;
-    for (token, value) in row.iter().enumerate() {
-        if *value > row[best] {
-            best = token;
-        }
-    }
-    best
 }
 
 #[cfg(test)]
@@ -161,6 +159,25 @@ mod tests {
         let processors = Processors { repetition_penalty: 2.0, ..Processors::default() };
         assert_eq!(applied(processors, &[4.0, -1.0, 3.0], &[0, 0, 1, 77]), [2.0, -2.0, 3.0]);
         assert!(!processors.leaves_the_greedy_choice() && processors.is_greedy());
+    }
+
+    #[test]
+    fn many_rows_become_what_each_becomes_alone() {
+        tch::manual_seed(4);
+        let logits = Tensor::randn([6, 40], (Kind::Double, tch::Device::Cpu)) * 3.0;
+        let _ = logits.narrow(0, 2, 1).fill_(1.0); // all alike
+        let _ = logits.narrow(1, 7, 1).fill_(f64::NEG_INFINITY);
+        for (temperature, top_k, top_p) in
+            [(0.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 5, 1.0), (1.0, 40, 0.3), (2.0, 0, 0.9), (0.5, 7, 0.8), (1.0, 1, 0.5)]
+        {
+            let processors = Processors { temperature, top_k, top_p, ..Processors::default() };
+            let got = processors.apply_rows(&logits);
+            for row in 0..6 {
+                let values: Vec<f64> = Vec::try_from(logits.get(row)).unwrap();
+                let want = applied(processors, &values, &[]);
+                assert_eq!(Vec::<f64>::try_from(got.get(row)).unwrap(), want, "{processors:?}, row {row}");
+            }
+        }
     }
 
     #[test]

@@ -13,8 +13,16 @@ pub struct RmsNorm {
 
 impl RmsNorm {
     /// `[.., H]` to `[.., H]`, in the element type of `input`.
+    ///
+    /// On a GPU one kernel each way, which keeps its sums in float32 too and rounds once: the six operators below would
+    /// carry float32 numbers of every row through its memory five times.
     pub fn forward(&self, input: &Tensor) -> Tensor {
         let kind = input.kind();
+        if input.device().is_cuda() && kind == self.weight.kind() && kind != Kind::Double {
+            let (normed, _) =
+                input.internal_fused_rms_norm(self.weight.size().as_slice(), Some(&self.weight), self.epsilon);
+            return normed;
+        }
         // float64 stays float64: exact tests run there.
         let wide = if kind == Kind::Double { input.shallow_clone() } else { input.to_kind(Kind::Float) };
         let mean_of_squares = wide.square().mean_dim(-1, true, wide.kind()); // [.., 1]

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
-use super::noise;
+use super::noise::{self, Place};
 use super::processors::{Processors, argmax};
 
 /// In place of a token, where a row holds NaN: a broken target is found where it breaks.
@@ -44,6 +44,10 @@ impl Sampling {
             let chosen = tokens.masked_fill(&best.isnan(), NO_NUMBERS);
             return Vec::try_from(chosen).expect("places are int64");
         }
+        if logits.device() != Device::Cpu && processors.depend_on_rows_alone() {
+            let places: Vec<Place> = keys.iter().map(|&(row, position)| (seed.wrapping_add(row), position)).collect();
+            return Vec::try_from(keyed_choices(&processors, logits, &places)).expect("choices are int64");
+        }
         let vocabulary = logits.size()[1] as usize;
         let logits = logits.to_device(Device::Cpu).to_kind(Kind::Double).contiguous().view([-1]);
         let mut values: Vec<f64> = Vec::try_from(logits).expect("logits are float64 now"); // R * V
@@ -60,6 +64,35 @@ impl Sampling {
             }
         })
         .collect()
+    }
+}
+
+/// Numbers of a piece of rows: what noise of many rows may take of a device's memory.
+const PIECE: i64 = 1 << 24;
+
+/// Rows of a vocabulary that are sampled from at once.
+pub fn rows_of_a_piece(vocabulary: i64) -> usize {
+    (PIECE / vocabulary).max(1) as usize
+}
+
+/// The tokens that keyed noise chooses from rows `[R, V]`, made where the rows are: `[R]` int64. A row with NaN gives
+/// [`NO_NUMBERS`].
+/// Processors must depend on rows alone.
+pub fn keyed_choices(processors: &Processors, logits: &Tensor, places: &[Place]) -> Tensor {
+    let vocabulary = logits.size()[1];
+    let tokens = Tensor::arange(vocabulary, (Kind::Int64, logits.device()));
+    let rows = rows_of_a_piece(vocabulary);
+    let choose = |(index, places): (usize, &[Place])| {
+        let piece = logits.narrow(0, (index * rows) as i64, places.len() as i64);
+        let (best, token) =
+            (processors.apply_rows(&piece) + noise::gumbel_rows(noise::TEXT, places, &tokens)).max_dim(-1, false);
+        // NaN counts as the largest.
+        token.masked_fill(&best.isnan(), NO_NUMBERS)
+    };
+    let pieces: Vec<Tensor> = places.chunks(rows).enumerate().map(choose).collect();
+    match pieces.is_empty() {
+        true => Tensor::zeros([0], (Kind::Int64, logits.device())),
+        false => Tensor::cat(&pieces, 0),
     }
 }
 
@@ -84,6 +117,25 @@ mod tests {
         }
         // 99.9 % quantile of four degrees of freedom.
         assert!(chi_square < 18.5, "chi square {chi_square}");
+    }
+
+    /// What a device chooses from many rows is what the host chooses from each.
+    #[test]
+    fn choices_made_where_the_rows_are_equal_those_of_the_host() {
+        tch::manual_seed(9);
+        let logits = Tensor::randn([300, 211], (Kind::Float, Device::Cpu)) * 2.0;
+        let places: Vec<Place> = (0..300).map(|row| (row % 3, 40 + row)).collect();
+        for (temperature, top_k, top_p) in [(1.0, 0, 1.0), (0.6, 20, 0.95), (1.5, 0, 0.5)] {
+            let sampling =
+                Sampling { processors: Processors { temperature, top_k, top_p, ..Processors::default() }, seed: 17 };
+            let want = sampling.choose(&logits, &places, |_| unreachable!("no penalty"));
+            let shifted: Vec<Place> = places.iter().map(|&(seed, position)| (seed + 17, position)).collect();
+            let got = keyed_choices(&sampling.processors, &logits, &shifted);
+            assert_eq!(Vec::<i64>::try_from(got).unwrap(), want);
+        }
+        let _ = logits.narrow(0, 1, 1).narrow(1, 3, 1).fill_(f64::NAN);
+        let got = keyed_choices(&Processors::at_temperature(1.0), &logits.narrow(0, 0, 3), &places[..3]);
+        assert!(got.int64_value(&[0]) >= 0 && got.int64_value(&[1]) == -1);
     }
 
     #[test]

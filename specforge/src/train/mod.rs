@@ -7,6 +7,7 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use tch::Device;
 
 use crate::error::{Error, Result};
 
@@ -63,8 +64,8 @@ pub struct TrainConfig {
     pub eval_every: u64,
     /// Optimizer steps between checkpoints; 0 saves at the end and after the best evaluations only.
     pub save_every: u64,
-    /// Most bytes that one chunk of logits takes.
-    pub chunk_mib: usize,
+    /// Most MiB that one chunk of logits takes; without it what suits the device, see [`Self::chunk_bytes`].
+    pub chunk_mib: Option<usize>,
     /// Whether a GPU has to compute the same bits every time, which takes longer. A CPU does anyway.
     pub deterministic: bool,
     /// Micro-batches whose hidden states are fetched while another is trained on; 0 fetches each when its turn comes.
@@ -85,13 +86,16 @@ impl Default for TrainConfig {
             log_every: 10,
             eval_every: 200,
             save_every: 200,
-            chunk_mib: 64,
+            chunk_mib: None,
             deterministic: false,
             prefetch: 1,
             skip_non_finite: 0,
         }
     }
 }
+
+const CHUNK_MIB_ON_CPU: usize = 64;
+const CHUNK_MIB_ON_GPU: usize = 512;
 
 /// Epochs that are counted through to know how many steps a run has.
 const MOST_EPOCHS: u64 = 100_000;
@@ -105,13 +109,13 @@ impl TrainConfig {
             ("batch_tokens", self.batch_tokens as u64),
             ("micro_batch_tokens", self.micro_batch_tokens as u64),
             ("log_every", self.log_every),
-            ("chunk_mib", self.chunk_mib as u64),
+            ("chunk_mib", self.chunk_mib.unwrap_or(1) as u64),
         ];
         if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
             return Err(Error::config(format!("train.{key}"), "expected at least 1, got 0"));
         }
         // Far beyond any machine, and small enough that sizes in bytes stay within 64 bits.
-        for (key, value) in [("batch_tokens", self.batch_tokens), ("chunk_mib", self.chunk_mib)] {
+        for (key, value) in [("batch_tokens", self.batch_tokens), ("chunk_mib", self.chunk_mib.unwrap_or(1))] {
             if value > i32::MAX as usize {
                 return Err(Error::config(
                     format!("train.{key}"),
@@ -133,6 +137,15 @@ impl TrainConfig {
             return Err(Error::config("train.micro_batch_tokens", problem));
         }
         Ok(())
+    }
+
+    /// Most bytes of a chunk of logits on a device.
+    ///
+    /// Every chunk reads the heads again and adds to the head's whole gradient. On a GPU those passes over memory are most of
+    /// what a small chunk costs; on a CPU a large one falls out of the caches and is none the faster.
+    pub fn chunk_bytes(&self, device: Device) -> usize {
+        let default = if device.is_cuda() { CHUNK_MIB_ON_GPU } else { CHUNK_MIB_ON_CPU };
+        self.chunk_mib.unwrap_or(default) << 20
     }
 
     /// The order of training documents of these lengths.

@@ -170,7 +170,7 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
         kind,
         device,
         seed: config.train.seed,
-        chunk_bytes: config.train.chunk_mib << 20,
+        chunk_bytes: config.train.chunk_bytes(device),
     };
     let section = draft::vocabulary::with_size(&config.draft, dimensions.vocab_size)?;
     let draft = (algorithm.build)(&section, &context)?;

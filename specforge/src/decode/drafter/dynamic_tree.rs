@@ -11,15 +11,17 @@
 //!
 //! Shape legend: `B` rows, `T` guesses of a level, `V` vocabulary, `DV` the draft's own.
 
+use std::cell::OnceCell;
+use std::rc::Rc;
+
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use super::{Branch, Context, DraftSampling, last, to_host};
-use crate::decode::policy::Proposal;
+use crate::decode::policy::{DrawnFrom, Proposal};
 use crate::device;
 use crate::error::{Error, Result};
-use crate::nn::noise;
-use crate::nn::processors::softmax;
+use crate::nn::noise::{self, Place};
 use crate::tree::TokenTree;
 
 /// Size and shape of a tree. A chain has `top_k` 1 and as many nodes as its depth.
@@ -73,12 +75,19 @@ const DRAWING: u64 = 33;
 #[derive(Debug, Clone)]
 pub struct Names {
     /// `V`
-    pub target_size: i64,
+    target_size: i64,
     /// `[DV]`, where the draft names fewer tokens than the target.
-    pub target_ids: Option<Vec<i64>>,
+    target_ids: Option<Vec<i64>>,
+    /// The same on a device that asked for them.
+    on_device: Rc<OnceCell<Tensor>>,
 }
 
 impl Names {
+    /// Names in a vocabulary of `target_size` tokens: `target_ids [DV]`, or all of them.
+    pub fn new(target_size: i64, target_ids: Option<Vec<i64>>) -> Self {
+        Self { target_size, target_ids, on_device: Rc::default() }
+    }
+
     fn of(&self, draft: i64) -> u32 {
         self.target_ids.as_ref().map_or(draft, |ids| ids[draft as usize]) as u32
     }
@@ -87,21 +96,39 @@ impl Names {
         self.target_ids.as_ref().map_or(self.target_size, |ids| ids.len() as i64)
     }
 
-    /// Noise of every token of the draft, `[DV]`.
-    fn noise(&self, seed: u64, domain: u64, position: u64) -> Tensor {
-        match &self.target_ids {
-            Some(ids) => noise::gumbel_of_tokens(seed, domain, position, ids.iter().map(|&id| id as u64)),
-            None => noise::gumbel_row(seed, domain, position, self.target_size),
+    /// Noise of every token of the draft at the places of some rows, `[B, DV]` float64, made on the device.
+    fn noise(&self, domain: u64, places: &[Place], device: Device) -> Result<Tensor> {
+        if device == Device::Cpu {
+            let row = |&(seed, position): &Place| match &self.target_ids {
+                Some(ids) => noise::gumbel_of_tokens(seed, domain, position, ids),
+                None => noise::gumbel_row(seed, domain, position, self.target_size),
+            };
+            return Ok(Tensor::stack(&places.iter().map(row).collect::<Vec<_>>(), 0));
         }
+        Ok(noise::gumbel_rows(domain, places, &self.tokens(device)?))
     }
 
-    /// Probabilities over the target's vocabulary, `[V]`, from logits `[DV]`.
-    fn spread(&self, logits: &[f64]) -> Vec<f64> {
-        let probabilities = softmax(logits);
-        let Some(ids) = &self.target_ids else { return probabilities };
-        let mut all = vec![0.0; self.target_size as usize];
-        ids.iter().zip(probabilities).for_each(|(&id, probability)| all[id as usize] = probability);
-        all
+    /// Probabilities over the target's vocabulary, `[n, V]`, from logits `[n, DV]` in float64.
+    fn spread(&self, logits: &Tensor) -> Result<Tensor> {
+        let probabilities = logits.softmax(-1, Kind::Double);
+        if self.target_ids.is_none() {
+            return Ok(probabilities);
+        }
+        let all = Tensor::f_zeros([logits.size()[0], self.target_size], (Kind::Double, logits.device()))?;
+        Ok(all.f_index_copy(1, &self.tokens(logits.device())?, &probabilities)?)
+    }
+
+    /// The target's name of each token, `[DV]` on a device. They travel once: a draft stays on its device.
+    fn tokens(&self, device: Device) -> Result<Tensor> {
+        if let Some(tokens) = self.on_device.get().filter(|tokens| tokens.device() == device) {
+            return Ok(tokens.shallow_clone());
+        }
+        let tokens = match &self.target_ids {
+            Some(ids) => device::upload(ids, device)?,
+            None => Tensor::f_arange(self.target_size, (Kind::Int64, device))?,
+        };
+        let _ = self.on_device.set(tokens.shallow_clone());
+        Ok(tokens)
     }
 }
 
@@ -136,7 +163,7 @@ struct Growth {
     /// Candidates that are expanded next.
     frontier: Vec<usize>,
     /// What the children of a candidate, or of the root, were drawn from.
-    drawn_from: Vec<(Option<usize>, Vec<f64>)>,
+    drawn_from: Vec<(Option<usize>, DrawnFrom)>,
 }
 
 /// Grows a tree for every row.
@@ -189,7 +216,7 @@ struct Level {
     ids: Vec<i64>,
     /// `k`
     count: usize,
-    /// Logits at the temperature, `[n][DV]`, of what was drawn from.
+    /// What was drawn from, `[n, V]` probabilities on the draft's device.
     drawn_from: Option<Tensor>,
 }
 
@@ -206,34 +233,29 @@ impl Level {
         let logits = logits.to_kind(kind);
         let noisy = |seed: u64, domain: u64| {
             // The guess at depth d behind n tokens stands at position n + d - 1.
-            let noise = rows
-                .iter()
-                .map(|row| names.noise(seed.wrapping_add(row.key), domain, (row.tokens.len() + depth - 1) as u64));
-            device::send(&Tensor::stack(&noise.collect::<Vec<_>>(), 0).unsqueeze(1), logits.device()) // [B, 1, DV]
+            let place = |row: &Context<'_>| (seed.wrapping_add(row.key), (row.tokens.len() + depth - 1) as u64);
+            let places: Vec<Place> = rows.iter().map(place).collect();
+            Ok::<_, Error>(names.noise(domain, &places, logits.device())?.unsqueeze(1)) // [B, 1, DV]
         };
         let (ranked, scored) = match sampling {
             DraftSampling::Greedy => (logits.shallow_clone(), logits),
             DraftSampling::Keyed { temperature, seed } => {
-                let ranked = logits.to_kind(Kind::Double) / temperature + noisy(seed, noise::TEXT);
+                let ranked = logits.to_kind(Kind::Double) / temperature + noisy(seed, noise::TEXT)?;
                 (ranked.shallow_clone(), ranked)
             }
             DraftSampling::Drawn { temperature, seed } => {
                 let scaled = logits.to_kind(Kind::Double) / temperature;
-                (&scaled + noisy(seed, DRAWING), scaled)
+                (&scaled + noisy(seed, DRAWING)?, scaled)
             }
         };
         let count = (top_k as i64).min(names.draft_size());
         let (_, ids) = ranked.topk(count, -1, true, true); // [B, T, k]
         let total = scored.logsumexp([-1i64].as_slice(), true); // [B, T, 1]
         let scores = scored.gather(-1, &ids, false) - total;
+        let drawn = matches!(sampling, DraftSampling::Drawn { .. });
+        let drawn_from = drawn.then(|| names.spread(&scored.flatten(0, 1))).transpose()?;
         let (scores, ids) = to_host(&scores, &ids)?;
-        Ok(Self {
-            scores,
-            ids,
-            count: count as usize,
-            drawn_from: matches!(sampling, DraftSampling::Drawn { .. })
-                .then(|| scored.to_device(Device::Cpu).flatten(0, 1)),
-        })
+        Ok(Self { scores, ids, count: count as usize, drawn_from })
     }
 
     /// Children behind guess `place`: token and score behind it. None has probability zero, and where a draft's logits are
@@ -265,13 +287,12 @@ impl Growth {
             let child = |(token, score): (u32, f64)| Candidate { token, parent, place, depth, score: above + score };
             match &level.drawn_from {
                 None => self.candidates.extend(children.map(child).filter(|child| child.score >= least)),
-                Some(logits) => {
+                Some(probabilities) => {
                     let room = tree.nodes - self.candidates.len();
                     let before = self.candidates.len();
                     self.candidates.extend(children.take(room).map(child));
                     if self.candidates.len() > before {
-                        let row: Vec<f64> = Vec::try_from(logits.get((first + place) as i64)).unwrap_or_default();
-                        self.drawn_from.push((parent, names.spread(&row)));
+                        self.drawn_from.push((parent, Rc::new(probabilities.get((first + place) as i64))));
                     }
                 }
             }

@@ -181,7 +181,7 @@ impl Eagle3Drafter {
         }
         let network = Network::new(&shape, &parameters, &embedding.f_to_device(device)?.detach(), device)?;
         let target_ids = vocabulary.map(|map| map.target_ids().to_vec());
-        let names = Names { target_size: shape.vocab_size, target_ids };
+        let names = Names::new(shape.vocab_size, target_ids);
         Ok(Self { network, capture: shape.capture, names, tree, sampling, passes: Passes::default(), rows: None })
     }
 

@@ -60,7 +60,7 @@ impl<'a> ModelDrafter<'a> {
                 "the draft model has layers with a state, which cannot be taken back level by level".to_owned(),
             ));
         }
-        let names = Names { target_size: theirs, target_ids: None };
+        let names = Names::new(theirs, None);
         Ok(Self { model, names, tree, sampling, passes: Passes::default(), rows: None })
     }
 

@@ -6,10 +6,11 @@ use tch::Tensor;
 
 use super::request::{Left, RoundOutcome};
 use super::rows::{self, Row};
-use super::target_rows::TargetRows;
+use super::target_rows::{self, TargetRows};
 use super::{Engine, logits, trees};
 use crate::decode::drafter::{Context, Progress, last};
 use crate::decode::event::{Committed, Listener, Round, Source};
+use crate::decode::policy::many_rows::Node;
 use crate::decode::policy::{Proposal, Verdict};
 use crate::device;
 use crate::error::{Error, Result};
@@ -31,7 +32,10 @@ impl Engine<'_> {
         let start = Instant::now();
         let nodes = proposals.iter().map(|proposal| proposal.tree.len()).max().unwrap_or(1);
         let output = self.run_trees(&proposals, nodes)?;
-        let choices = self.choices(&output, nodes, &self.rows)?;
+        let choices = match self.sampled(&proposals, nodes, &output)? {
+            None => self.choices(&output, nodes, &self.rows)?,
+            sampled => sampled,
+        };
         if choices.is_none() {
             // The first look at a row would wait as long, and its time would not be the pass's.
             device::synchronize(self.target.device());
@@ -112,6 +116,28 @@ impl Engine<'_> {
         let output = self.forward((&ids, &positions), (proposals.len(), nodes), &mask, LogitRows::All, &mut cache);
         self.cache = Some(cache);
         output
+    }
+
+    /// What a policy that samples chooses behind every node, where a GPU does it for all of them: `[B * T]`.
+    fn sampled(&self, proposals: &[Proposal], nodes: usize, output: &ForwardOutput) -> Result<Option<Vec<i64>>> {
+        target_rows::sampled(&self.options, logits(output)?, |seed| {
+            let mut all = Vec::with_capacity(proposals.len() * nodes);
+            for (row, proposal) in self.rows.iter().zip(proposals) {
+                let (tree, topology) = (&proposal.tree, proposal.tree.topology());
+                // Nodes that pad a row are asked for too, and not looked at.
+                all.extend((0..nodes).map(|node| {
+                    let depth = topology.depths().get(node).copied().unwrap_or(0);
+                    let children =
+                        (node < tree.len()).then(|| topology.children(node).map(|child| tree.tokens()[child]));
+                    Node {
+                        place: (seed.wrapping_add(row.key), (row.tokens.len() + depth) as u64),
+                        guesses: children.into_iter().flatten().collect(),
+                        drawn_from: proposal.drawn_from.get(node).and_then(Option::as_ref),
+                    }
+                }));
+            }
+            all
+        })
     }
 
     /// What is committed to each row, or why it cannot go on.

@@ -2,27 +2,58 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::super::policy::many_rows::{self, Node};
 use super::super::policy::{Policy, Rows};
 use super::EngineOptions;
 use crate::error::{Error, Result};
 use crate::nn::Processors;
+use crate::nn::noise::Place;
 use crate::nn::processors::argmax;
-use crate::nn::sampling::{NO_NUMBERS, Sampling};
+use crate::nn::sampling::{self, NO_NUMBERS, Sampling};
 use crate::tree::TokenTree;
 
 /// How the target chooses behind every node of a pass where all can be chosen at once: where nothing but its own row
 /// decides, and the processors ask for no token on a path.
 pub(super) fn at_once(options: &EngineOptions, nodes: usize) -> Option<Sampling> {
     let EngineOptions { processors, policy, .. } = options;
-    let sampling = |seed| Some(Sampling { processors: *processors, seed });
+    let chosen_with = |seed| Some(Sampling { processors: *processors, seed });
     match *policy {
         Policy::Typical { .. } => None,
-        _ if processors.leaves_the_greedy_choice() => sampling(0),
+        _ if processors.leaves_the_greedy_choice() => chosen_with(0),
         _ if nodes > 1 => None,
-        _ if processors.is_greedy() => sampling(0),
-        Policy::Keyed { seed } => sampling(seed),
+        _ if processors.is_greedy() => chosen_with(0),
+        Policy::Keyed { seed } => chosen_with(seed),
         Policy::Maximal { .. } => None,
     }
+}
+
+/// What a policy that samples chooses behind every node of a pass over trees, where rows are on a GPU and processors look at
+/// nothing else: `[R]`, one copy from the device in place of rows of a vocabulary.
+pub(super) fn sampled<'a>(
+    options: &EngineOptions,
+    logits: &Tensor,
+    nodes: impl FnOnce(u64) -> Vec<Node<'a>>,
+) -> Result<Option<Vec<i64>>> {
+    let EngineOptions { processors, policy, .. } = options;
+    if logits.device() == Device::Cpu || processors.is_greedy() || !processors.depend_on_rows_alone() {
+        return Ok(None);
+    }
+    let chosen = match *policy {
+        Policy::Keyed { seed } => {
+            let places: Vec<Place> = nodes(seed).iter().map(|node| node.place).collect();
+            sampling::keyed_choices(processors, logits, &places)
+        }
+        Policy::Maximal { seed } => {
+            let (nodes, piece) = (nodes(seed), sampling::rows_of_a_piece(logits.size()[1]));
+            let couple = |(index, nodes): (usize, &[Node<'_>])| {
+                let rows = logits.f_narrow(0, (index * piece) as i64, nodes.len() as i64)?;
+                many_rows::couple(&processors.apply_rows(&rows), nodes)
+            };
+            Tensor::f_cat(&nodes.chunks(piece).enumerate().map(couple).collect::<Result<Vec<_>>>()?, 0)?
+        }
+        Policy::Typical { .. } => return Ok(None),
+    };
+    Ok(Some(Vec::try_from(chosen)?))
 }
 
 fn no_numbers() -> Error {

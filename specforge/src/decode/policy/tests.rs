@@ -1,3 +1,7 @@
+use specforge_hot::rows::normalise;
+use tch::{Device, Kind};
+
+use super::many_rows::Node;
 use super::*;
 use crate::nn::noise::keyed_stream;
 
@@ -223,4 +227,49 @@ fn keyed_chances_follow_the_targets_distribution() {
         seen.iter().zip(want).map(|(seen, p)| (seen - p * draws as f64).powi(2) / (p * draws as f64)).sum();
     // 99.9 % quantile of four degrees of freedom.
     assert!(chi_square < 18.5, "chi square {chi_square}");
+}
+
+/// Nodes of every kind at once choose what each chooses alone: picked and drawn guesses, none, some that were offered with
+/// probability zero, distributions that agree, tokens that are ruled out.
+#[test]
+fn many_nodes_are_coupled_as_each_alone() {
+    const SIZE: usize = 9;
+    let mut next = keyed_stream(8, 4);
+    let mut random = || (next() >> 11) as f64 * 2f64.powi(-53);
+    let (mut rows, mut guesses, mut drafts) = (Vec::new(), Vec::new(), Vec::new());
+    for node in 0..240usize {
+        let mut row: Vec<f64> = (0..SIZE).map(|_| 4.0 * random()).collect();
+        row[node % SIZE] = f64::NEG_INFINITY;
+        let mut draft: Vec<f64> = (0..SIZE).map(|_| random()).collect();
+        draft[(node + 2) % SIZE] = 0.0;
+        normalise(&mut draft);
+        if node % 7 == 0 {
+            draft = softmax(&row);
+        }
+        let mut tokens: Vec<u32> = (0..SIZE as u32).collect();
+        tokens.sort_by(|a, b| draft[*b as usize].total_cmp(&draft[*a as usize]));
+        tokens.rotate_left(node % 3);
+        tokens.truncate(node % 5);
+        drafts.push((node % 2 == 0).then(|| Rc::new(Tensor::from_slice(&draft))));
+        rows.push(row);
+        guesses.push(tokens);
+    }
+    let place = |node: usize| (5u64, 100 + node as u64);
+    let nodes: Vec<Node<'_>> = (0..rows.len())
+        .map(|node| Node { place: place(node), guesses: guesses[node].clone(), drawn_from: drafts[node].as_ref() })
+        .collect();
+    let table = Tensor::from_slice(&rows.concat()).view([-1, SIZE as i64]);
+    let got: Vec<i64> = Vec::try_from(many_rows::couple(&table, &nodes).unwrap()).unwrap();
+    let mut seen = [0; 2];
+    for (node, &got) in got.iter().enumerate() {
+        let (seed, position) = place(node);
+        let mut chance = KeyedChance { seed, position, taken: 0 };
+        let draft = drafts[node].as_ref().map(|draft| Vec::<f64>::try_from(&**draft).unwrap());
+        let want = couple(softmax(&rows[node]), &guesses[node], draft.as_deref(), &mut chance).unwrap();
+        assert_eq!(got, i64::from(want), "node {node}: {:?} {:?} {draft:?}", rows[node], guesses[node]);
+        seen[usize::from(guesses[node].contains(&want))] += 1;
+    }
+    assert!(seen.iter().all(|&count| count > 30), "{seen:?}");
+    let broken = Tensor::full([1, SIZE as i64], f64::NAN, (Kind::Double, Device::Cpu));
+    assert_eq!(many_rows::couple(&broken, &nodes[..1]).unwrap().int64_value(&[0]), -1);
 }

@@ -14,7 +14,7 @@ use super::config::Eagle3Shape;
 use super::steps::{Step, Steps};
 use crate::draft::Parameter;
 use crate::error::{Error, Result};
-use crate::nn::merged_attention::{self, Run};
+use crate::nn::merged_attention::{self, Own, Runs};
 use crate::nn::rope::RopeTables;
 use crate::nn::{Head, KvCache, Options, PreparedMask, RmsNorm, Rope, attention, linear};
 use crate::shim;
@@ -254,9 +254,10 @@ impl Layer {
         rope: &RopeTables,
         shared: &[Tensor; 2],
         own: [&Tensor; 2],
-        runs: &[Run],
+        runs: &Runs,
     ) -> Result<Tensor> {
         let query = rotate(&self.split(&shim::trained_linear(input, &self.query)?), rope); // [n, N, D]
+        let own = Own { key: own[0], value: own[1], queries_per_own: 1 };
         let attended = merged_attention::merged_attention(&query, [&shared[0], &shared[1]], own, runs)?; // [n, N, D]
         let hidden = residual + shim::trained_linear(&attended.flatten(1, 2), &self.output)?; // [n, H]
         let normed = self.post_attention_norm.forward(&hidden);

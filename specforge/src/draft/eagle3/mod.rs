@@ -15,9 +15,11 @@
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::distillation::{self, DistillationLoss, DraftVocabulary, Objective, Order, RowOutcomes, Teacher, Weighting};
+use super::distillation::{
+    self, DistillationLoss, DraftVocabulary, Objective, Order, RowOutcomes, Soft, Teacher, Weighting,
+};
 use super::lift::lift;
-use super::loss::Projection;
+use super::loss::{Projection, Rows};
 use super::supervision::{self, MaskAlignment};
 use super::{
     Algorithm, DraftContext, DraftModel, DraftSize, Gradients, Parameter, RowPlan, StepKey, Tally, vocabulary,
@@ -179,17 +181,18 @@ impl Eagle3 {
         let positions: Vec<i64> = plan.steps.iter().flat_map(|step| step.teachers.iter().copied()).collect();
         let order = Order::new(&positions, last.device())?;
         let weights = self.row_weights(&plan, global_counts, &rows); // [M]
-        let mut outcomes = match gradients {
+        let targets = Soft { order: &order, teacher: &teacher };
+        let scored = Rows { input: &rows, targets, weights: Some(&weights) };
+        let outcomes = match gradients {
             Some(gradients) => {
-                let parity = self.parity(&rows, &order, &teacher, &plan)?;
+                let parity = self.parity(scored, &plan)?;
                 let lift = self.lift(&plan, global_counts, parity.is_some());
-                let weighting = Weighting { weights: &weights, parity, lift };
+                let weighting = Weighting { parity, lift };
                 // The head is the last parameter; its gradient is made with the loss.
                 let head = self.parameters.len() - 1;
                 let mut projection = Projection { head: self.network.head(), gradient: Some(gradients.total(head)) };
                 let objective = self.objective();
-                let outcomes =
-                    distillation::distill(&rows, &order, &teacher, &mut projection, objective, Some(&weighting))?;
+                let outcomes = distillation::distill(scored, &mut projection, objective, Some(&weighting))?;
                 gradients.complete(head)?;
                 drop(rows);
                 if let Some(slopes) = outcomes.input_gradient.as_ref().filter(|slopes| slopes.numel() > 0) {
@@ -198,11 +201,8 @@ impl Eagle3 {
                 (0..head).try_for_each(|index| gradients.complete(index))?;
                 outcomes
             }
-            None => self.values(&rows, &order, &teacher)?,
+            None => self.values(scored)?,
         };
-        if outcomes.input_gradient.is_none() {
-            outcomes.objective = (&outcomes.losses * &weights).sum(Kind::Double);
-        }
         Ok(self.tally(&plan, &outcomes, last))
     }
 
@@ -242,9 +242,9 @@ impl Eagle3 {
     }
 
     /// Outcomes of all rows without gradients.
-    fn values(&self, rows: &Tensor, order: &Order, teacher: &Teacher<'_>) -> Result<RowOutcomes> {
+    fn values(&self, rows: Rows<'_, Soft<'_>>) -> Result<RowOutcomes> {
         let mut projection = Projection { head: self.network.head(), gradient: None };
-        distillation::distill(rows, order, teacher, &mut projection, self.objective(), None)
+        distillation::distill(rows, &mut projection, self.objective(), None)
     }
 
     fn objective(&self) -> Objective {
@@ -288,12 +288,12 @@ impl Eagle3 {
 
     /// SpecForge divides a step's LK loss by the rows of this batch that have one, and `lk_lambda` looks at their mean
     /// acceptance: both are known after a pass over all rows. `[M]` each, and on the device.
-    fn parity(&self, rows: &Tensor, order: &Order, teacher: &Teacher<'_>, plan: &Steps) -> Result<Option<[Tensor; 2]>> {
+    fn parity(&self, rows: Rows<'_, Soft<'_>>, plan: &Steps) -> Result<Option<[Tensor; 2]>> {
         let lk = matches!(self.config.loss, DistillationLoss::LkAlpha | DistillationLoss::LkLambda);
         if !lk || self.config.normalisation != Normalisation::AllPositions || plan.steps.is_empty() {
             return Ok(None);
         }
-        let outcomes = self.values(rows, order, teacher)?;
+        let outcomes = self.values(rows)?;
         let (mut factors, mut means) = (Vec::new(), Vec::new());
         let mut start = 0;
         for (step, weight) in plan.steps.iter().zip(self.config.weights()) {

@@ -15,7 +15,7 @@ use crate::data::PackedBatch;
 use crate::device;
 use crate::draft::supervision::{self, MaskAlignment};
 use crate::error::Result;
-use crate::nn::merged_attention::Run;
+use crate::nn::merged_attention::{Run, Runs};
 
 /// The rows of one step, on the device. All tensors are int64.
 #[derive(Debug)]
@@ -37,7 +37,7 @@ pub struct Step {
     /// Token from which the target predicts what each trained row should; `T` where there is none.
     pub teachers: Vec<i64>,
     /// The rows as runs.
-    pub runs: Vec<Run>,
+    pub runs: Runs,
 }
 
 /// All steps of a batch.
@@ -48,7 +48,7 @@ pub struct Steps {
     /// `[T]` rotary position of each row of the batch at step 0.
     pub positions: Tensor,
     /// Every row of the batch, as runs.
-    pub runs: Vec<Run>,
+    pub runs: Runs,
     /// The steps that have rows.
     pub steps: Vec<Step>,
 }
@@ -131,13 +131,15 @@ impl StepPlan {
     pub fn upload(&self, device: Device) -> Result<Steps> {
         let numbers = device::upload(&self.pool.numbers, device)?;
         let get = |(start, length): (i64, i64)| numbers.narrow(0, start, length);
+        let (_, keys) = self.tokens;
+        let on_device = |runs: &[Run]| Runs::new(runs.to_vec(), keys, device);
         let step = |PlannedStep { places, teachers, runs }: &PlannedStep| {
             let [rows, kept, tokens, positions, trained, trained_rows] = places.map(get);
-            let (len, teachers, runs) = (places[0].1, teachers.clone(), runs.clone());
-            Step { rows, kept, tokens, positions, trained, trained_rows, len, teachers, runs }
+            let (len, teachers, runs) = (places[0].1, teachers.clone(), on_device(runs)?);
+            Ok(Step { rows, kept, tokens, positions, trained, trained_rows, len, teachers, runs })
         };
-        let steps = self.steps.iter().map(step).collect();
-        Ok(Steps { tokens: get(self.tokens), positions: get(self.positions), runs: self.runs.clone(), steps })
+        let steps = self.steps.iter().map(step).collect::<Result<_>>()?;
+        Ok(Steps { tokens: get(self.tokens), positions: get(self.positions), runs: on_device(&self.runs)?, steps })
     }
 }
 
@@ -221,9 +223,12 @@ fn runs(rows: &[i64], batch: &PackedBatch) -> Vec<Run> {
             start = end;
             end += documents.next().copied().unwrap_or(i64::MAX / 2);
         }
+        let place = place as i64;
         match runs.last_mut() {
-            Some(run) if !new_document && run.first_key + run.count == row => run.count += 1,
-            _ => runs.push(Run { first_query: place as i64, count: 1, document_start: start, first_key: row }),
+            Some(run) if !new_document && run.keys.end == row => {
+                (run.queries.end, run.keys.end) = (place + 1, row + 1);
+            }
+            _ => runs.push(Run { queries: place..place + 1, keys: start..row + 1, causal: true }),
         }
     }
     runs
@@ -265,9 +270,9 @@ mod tests {
         assert_eq!(numbers(&second.positions), [2, 3, 1]);
         assert_eq!(second.teachers, [3, 4, 8]);
         assert_eq!(numbers(&third.rows), [1]);
-        let run = |first_query, count, document_start, first_key| Run { first_query, count, document_start, first_key };
-        assert_eq!(first.runs, [run(0, 3, 0, 1), run(3, 2, 6, 6)]);
-        assert_eq!(plan.runs, [run(0, 6, 0, 0), run(6, 5, 6, 6)]);
+        let run = |queries, keys| Run { queries, keys, causal: true };
+        assert_eq!(first.runs.list(), [run(0..3, 0..4), run(3..5, 6..8)]);
+        assert_eq!(plan.runs.list(), [run(0..6, 0..6), run(6..11, 6..11)]);
     }
 
     /// A row is computed as long as a later step trains it, and a teacher past the document's end is none.

@@ -7,7 +7,7 @@ use tch::{Kind, Tensor};
 
 use super::programs::{Place, Results, all_on_host};
 use crate::error::Result;
-use crate::nn::merged_attention::{Run, merged_attention};
+use crate::nn::merged_attention::{Own, Run, Runs, merged_attention};
 use crate::nn::noise;
 
 /// Sizes of one attention, and what its queries see.
@@ -70,8 +70,8 @@ impl AttentionShape {
         let (mut runs, mut first_query, mut document_start) = (Vec::new(), 0, 0);
         for (length, pieces) in self.documents {
             for [first_key, count] in *pieces {
-                let first_key = document_start + first_key;
-                runs.push(Run { first_query, count: *count, document_start, first_key });
+                let end = document_start + first_key + count;
+                runs.push(Run { queries: first_query..first_query + count, keys: document_start..end, causal: true });
                 first_query += count;
             }
             document_start += length;
@@ -98,7 +98,9 @@ pub fn run(shape: &AttentionShape, place: Place) -> Result<Results> {
     ]
     .map(|input| input.set_requires_grad(true));
     let [query, key, value, own_key, own_value] = &inputs;
-    let output = merged_attention(query, [key, value], [own_key, own_value], &runs)?; // [R, N, D]
+    let own = Own { key: own_key, value: own_value, queries_per_own: 1 };
+    let runs = Runs::new(runs, keys, place.device)?;
+    let output = merged_attention(query, [key, value], own, &runs)?; // [R, N, D]
     let slope = random(&[queries, heads, head_dim], 5)?;
     let wanted: Vec<&Tensor> = inputs.iter().filter(|input| input.numel() > 0).collect();
     let gradients = Tensor::f_run_backward(&[(&output * slope).sum(Kind::Float)], &wanted, false, false)?;
@@ -113,13 +115,13 @@ mod tests {
     fn runs_lie_in_their_documents() {
         let (runs, queries, keys) = SHAPES[1].runs();
         assert_eq!((queries, keys), (85, 99));
-        assert_eq!(runs[3], Run { first_query: 22, count: 63, document_start: 34, first_key: 35 });
+        assert_eq!(runs[3], Run { queries: 22..85, keys: 34..98, causal: true });
         for shape in &SHAPES {
             let (runs, ..) = shape.runs();
             let mut documents = shape.documents.iter().flat_map(|(length, pieces)| pieces.iter().map(move |_| length));
             for run in runs {
-                let end = run.document_start + documents.next().unwrap();
-                assert!(run.first_key + run.count <= end, "{} {run:?}", shape.label);
+                let end = run.keys.start + documents.next().unwrap();
+                assert!(run.keys.end <= end, "{} {run:?}", shape.label);
             }
         }
     }

@@ -1,6 +1,7 @@
 use std::collections::HashMap;
 
 use super::*;
+use crate::nn::processors::softmax;
 
 const OUT: f64 = f64::NEG_INFINITY;
 
@@ -56,7 +57,7 @@ impl Expand for Table {
 }
 
 fn names(target_size: i64) -> Names {
-    Names { target_size, target_ids: None }
+    Names::new(target_size, None)
 }
 
 fn contexts<'a>(tokens: &'a [u32], keys: &[u64], depth: usize) -> Vec<Context<'a>> {
@@ -174,7 +175,7 @@ fn unlikely_guesses_are_left_out() {
 
 #[test]
 fn every_row_has_its_own_depth_and_names() {
-    let names = Names { target_size: 50, target_ids: Some(vec![7, 20, 33, 49]) };
+    let names = Names::new(50, Some(vec![7, 20, 33, 49]));
     let tree = DynamicTree { depth: 3, top_k: 2, nodes: 6, min_probability: 0.0 };
     let tokens = [1];
     let rows: Vec<Context<'_>> = [0, 3, 1].map(|depth| Context { tokens: &tokens, depth, key: 0 }).to_vec();
@@ -183,7 +184,7 @@ fn every_row_has_its_own_depth_and_names() {
     assert_eq!(proposals[0].tree.tokens(), [1]);
     assert_eq!(proposals[1].tree.topology().depth(), 3);
     assert_eq!(proposals[2].tree.tokens(), [1, 20, 49]);
-    let wrong = Names { target_size: 5, target_ids: None };
+    let wrong = Names::new(5, None);
     let error = grow(&tree, DraftSampling::Greedy, &wrong, &rows, &mut table()).unwrap_err();
     assert!(error.to_string().contains("4 logits"));
 }
@@ -211,7 +212,7 @@ fn known_noise_makes_a_perfect_draft_perfect() {
 fn drawn_guesses_follow_their_distribution() {
     let logits = [1.0, 0.0, -1.0, 0.5];
     let temperature = 0.8;
-    let names = Names { target_size: 9, target_ids: Some(vec![1, 3, 5, 8]) };
+    let names = Names::new(9, Some(vec![1, 3, 5, 8]));
     let probabilities = softmax(&logits.map(|logit| logit / temperature));
     let tree = DynamicTree { depth: 3, top_k: 2, nodes: 5, min_probability: 0.0 };
     let mut counts: HashMap<(u32, u32), f64> = HashMap::new();
@@ -224,7 +225,7 @@ fn drawn_guesses_follow_their_distribution() {
         assert_eq!(proposal.tree.topology().parents(), [0, 0, 0, 1, 1, 2]);
         let expanded: Vec<bool> = proposal.drawn_from.iter().map(Option::is_some).collect();
         assert_eq!(expanded, [true, true, true, false, false, false]);
-        let offered = proposal.drawn_from[2].as_ref().unwrap();
+        let offered: Vec<f64> = Vec::try_from(&**proposal.drawn_from[2].as_ref().unwrap()).unwrap();
         assert!((offered.iter().sum::<f64>() - 1.0).abs() < 1e-12 && (offered[8] - probabilities[3]).abs() < 1e-12);
         let tokens = proposal.tree.tokens();
         *counts.entry((tokens[1], tokens[2])).or_default() += 1.0;

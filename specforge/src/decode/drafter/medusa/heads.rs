@@ -3,10 +3,13 @@
 //! Shape legend: `B` rows, `K` heads that are run, `H` hidden size, `DV` vocabulary of the heads, `C` guesses of a head.
 
 use std::path::Path;
+use std::rc::Rc;
 
 use tch::{Device, Kind, Tensor};
 
 use super::super::{DraftSampling, to_host};
+use crate::decode::policy::DrawnFrom;
+use crate::device;
 use crate::draft::medusa::{HeadProjection, MedusaConfig};
 use crate::draft::vocabulary;
 use crate::error::{Error, Result};
@@ -26,6 +29,8 @@ pub struct MedusaHeads {
     /// The target's own projection onto `DV` tokens, where heads share it.
     shared: Option<nn::Head>,
     vocabulary: Option<VocabMap>,
+    /// `[DV]` the target's name of each token, on the device.
+    tokens: Tensor,
     /// `V`
     vocab_size: i64,
     kind: Kind,
@@ -58,8 +63,8 @@ pub struct Guesses {
     pub tokens: Vec<u32>,
     /// Log-probability of each, at the temperature they were picked at.
     pub log_probabilities: Vec<f64>,
-    /// What they were drawn from, `[V]`, where they were.
-    pub drawn_from: Option<Vec<f64>>,
+    /// What they were drawn from, where they were.
+    pub drawn_from: Option<DrawnFrom>,
 }
 
 impl MedusaHeads {
@@ -114,8 +119,12 @@ impl MedusaHeads {
             (HeadProjection::Shared, None) => Some(target.head().to(kind, device)?),
             (HeadProjection::Shared, Some(map)) => Some(vocabulary::gather_rows(target.head(), map)?),
         };
+        let tokens = match vocabulary {
+            Some(map) => device::upload(map.target_ids(), device)?,
+            None => Tensor::f_arange(vocab_size, (Kind::Int64, device))?,
+        };
         let (vocabulary, layer) = (vocabulary.cloned(), dimensions.num_layers());
-        Ok(Self { heads, shared, vocabulary, vocab_size, kind, device, layer })
+        Ok(Self { tokens, heads, shared, vocabulary, vocab_size, kind, device, layer })
     }
 
     /// Number of heads.
@@ -187,9 +196,15 @@ impl MedusaHeads {
     fn most_likely(&self, logits: &Tensor, count: usize, rows: usize) -> Result<Vec<Vec<Guesses>>> {
         let count = (count as i64).min(logits.size()[2]);
         let (values, ids) = logits.f_topk(count, -1, true, true)?; // [K, B, C]
-        let values = values - logits.logsumexp([-1i64].as_slice(), true);
-        let (values, ids) = to_host(&values, &ids)?;
-        let count = count as usize;
+        self.ranked(&(values - logits.logsumexp([-1i64].as_slice(), true)), &ids, rows)
+    }
+
+    /// Guesses from the log-probabilities and ids `[K, B, C]` of the best, largest first.
+    fn ranked(&self, values: &Tensor, ids: &Tensor, rows: usize) -> Result<Vec<Vec<Guesses>>> {
+        let [heads, _, count] = <[i64; 3]>::try_from(ids.size())
+            .map_err(|shape| Error::Failed(format!("guesses of heads: expected three axes, got {shape:?}")))?
+            .map(|size| size as usize);
+        let (values, ids) = to_host(values, ids)?;
         let guesses = |row: usize, head: usize| {
             let at = (head * rows + row) * count;
             // Largest first, what is no number before all.
@@ -198,7 +213,6 @@ impl MedusaHeads {
             let tokens = ids[at..at + log_probabilities.len()].iter().map(|&id| self.target_id(id as usize)).collect();
             Guesses { tokens, log_probabilities, drawn_from: None }
         };
-        let heads = logits.size()[0] as usize;
         Ok((0..rows).map(|row| (0..heads).map(|head| guesses(row, head)).collect()).collect())
     }
 
@@ -212,19 +226,44 @@ impl MedusaHeads {
         let [heads, _, names] = <[i64; 3]>::try_from(logits.size())
             .map_err(|shape| Error::Failed(format!("logits of heads: expected three axes, got {shape:?}")))?;
         let log_probabilities = (logits.to_kind(Kind::Double) / temperature).log_softmax(-1, Kind::Double);
+        // Probabilities by the target's ids, [K, B, V].
+        let spread = || -> Result<Tensor> {
+            let probabilities = log_probabilities.exp();
+            if self.vocabulary.is_none() {
+                return Ok(probabilities);
+            }
+            let all = Tensor::f_zeros([heads, places.len() as i64, self.vocab_size], (Kind::Double, logits.device()))?;
+            Ok(all.f_index_copy(2, &self.tokens, &probabilities)?)
+        };
+        let origins = (domain == DRAWS).then(spread).transpose()?;
+        let origin =
+            |head: usize, row: usize| origins.as_ref().map(|origins| Rc::new(origins.get(head as i64).get(row as i64)));
+        if logits.device() != Device::Cpu {
+            // Ranked where the rows are: nothing as long as a vocabulary travels.
+            let at = |head: u64| {
+                let place = move |place: &Place| (seed.wrapping_add(place.key), place.position as u64 + head);
+                places.iter().map(place)
+            };
+            let all: Vec<noise::Place> = (0..heads as u64).flat_map(at).collect(); // K * B
+            let noise = noise::gumbel_rows(domain, &all, &self.tokens).view_as(&log_probabilities);
+            let (_, ids) = (noise + &log_probabilities).f_topk((count as i64).min(names), -1, true, true)?; // [K, B, C]
+            let mut guesses = self.ranked(&log_probabilities.f_gather(-1, &ids, false)?, &ids, places.len())?;
+            for (row, heads) in guesses.iter_mut().enumerate() {
+                for (head, guesses) in heads.iter_mut().enumerate().filter(|(_, guesses)| !guesses.tokens.is_empty()) {
+                    guesses.drawn_from = origin(head, row);
+                }
+            }
+            return Ok(guesses);
+        }
         let flat = Vec::<f64>::try_from(log_probabilities.reshape([-1]).to_device(Device::Cpu))?;
         let guesses = |row: usize, place: &Place, head: usize| {
             let line = &flat[(head * places.len() + row) * names as usize..][..names as usize];
-            let named = line.iter().enumerate().map(|(id, &value)| (self.target_id(id), value));
             let (seed, position) = (seed.wrapping_add(place.key), (place.position + head) as u64);
-            let tokens = noise::gumbel_top(seed, domain, position, named.clone(), count);
+            let names = self.vocabulary.as_ref().map(VocabMap::target_ids);
+            let tokens = noise::gumbel_top((seed, domain, position), names, line, count);
             let of = |token: &u32| line[self.draft_id(*token)];
             let log_probabilities = tokens.iter().map(of).collect();
-            let drawn_from = (domain == DRAWS && !tokens.is_empty()).then(|| {
-                let mut spread = vec![0.0; self.vocab_size as usize];
-                named.for_each(|(token, value)| spread[token as usize] = value.exp());
-                spread
-            });
+            let drawn_from = if tokens.is_empty() { None } else { origin(head, row) };
             Guesses { tokens, log_probabilities, drawn_from }
         };
         let row = |(row, place)| (0..heads as usize).map(|head| guesses(row, place, head)).collect();

@@ -282,7 +282,7 @@ fn ranks_that_are_not_there_leave_out_what_hangs_on_them() {
     // Draws come in order, whatever the ranks are called, with the distribution they came from.
     let drawn = proposal(heads(), &tree, DraftSampling::Drawn { temperature: 0.7, seed: 1 }, 9);
     assert_eq!(drawn.tree.topology().parents(), [0, 0, 0, 1, 1, 2]);
-    let origin = drawn.drawn_from[0].as_ref().unwrap();
+    let origin: Vec<f64> = Vec::try_from(&**drawn.drawn_from[0].as_ref().unwrap()).unwrap();
     assert!((origin.iter().sum::<f64>() - 1.0).abs() < 1e-12);
     assert!(origin.iter().enumerate().all(|(token, &share)| (share > 0.0) == map.draft_id(token as i64).is_some()));
     assert!(drawn.drawn_from[3].is_none() && drawn.drawn_from[2].is_some());
