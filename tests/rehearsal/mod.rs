@@ -230,6 +230,8 @@ fn training_is_that_of_the_cpu() {
 fn launches_of_a_step_do_not_grow_with_its_documents() {
     let mut workspace = Workspace::new();
     eagle3(&mut workspace);
+    // One chunk of logits: there are more of them with more rows.
+    workspace.set("train.chunk_mib", 64);
     for (dtype, kernel) in
         [("bfloat16", "aten::_flash_attention_forward"), ("float32", "aten::_efficient_attention_forward")]
     {
