@@ -25,7 +25,9 @@ fn main() {
     let (mut codes, mut scales, mut decoded) = (Vec::new(), Vec::new(), vec![0.0; states.len()]);
     float8::encode(&states, 4096, &mut codes, &mut scales);
     best("noise of a vocabulary", || drop(black_box(noise::gumbel_of_all(1, 0, 9, VOCABULARY as u64))));
-    best("keyed choice of a row", || drop(black_box(noise::gumbel_argmax(1, 0, 9, &logits, 0.7))));
+    best("keyed choice of a row", || {
+        black_box(noise::gumbel_argmax(1, 0, 9, &logits, 0.7));
+    });
     best("ten best of a row with noise", || drop(black_box(noise::gumbel_top((1, 0, 9), None, &logits, 10))));
     best("softmax of a row", || drop(black_box(rows::softmax(&logits))));
     best("top-k 50 of a row", || rows::keep_largest(&mut black_box(logits.clone()), 50));

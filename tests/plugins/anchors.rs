@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use specforge::data::PackedBatch;
 use specforge::decode::drafter::{self, Asked, Context, Drafter, DrafterKind, Guesser, Joining, Progress};
 use specforge::decode::policy::Proposal;
-use specforge::draft::loss::{self, Projection, RowLosses, Scale};
+use specforge::draft::loss::{self, Hard, Projection, RowLosses, Rows, Scale};
 use specforge::draft::supervision::{MaskAlignment, trained_rows};
 use specforge::draft::{
     self, Algorithm, DraftContext, DraftModel, DraftSize, Gradients, Parameter, RowPlan, Samples, StepKey, Tally,
@@ -203,10 +203,10 @@ impl Anchors {
         let mut chain = Tensor::ones([anchors.len() as i64], (Kind::Bool, device));
         for (guess, (places, labels)) in guesses.iter().enumerate() {
             let (places, labels) = (upload(places), upload(labels));
-            let scale = self.weight(guess) / global_counts[0].max(f64::MIN_POSITIVE);
+            let scale = 1.0 / global_counts[0].max(f64::MIN_POSITIVE);
             let input = states.index_select(0, &places); // [R, H]
             let losses = self.guess(guess, &input, &labels, scale, gradients.as_deref_mut())?;
-            objective += &losses.sum * scale;
+            objective += &losses.objective * scale;
             let hits = chain.index_select(0, &places).logical_and(&losses.top1);
             chain = chain.zeros_like().index_copy(0, &places, &hits);
             let count = |hits: &Tensor| hits.sum(Kind::Double);
@@ -231,15 +231,20 @@ impl Anchors {
         let (first, last) = (2 * guess, self.parameters.len() - 1);
         let head = Head::plain(self.parameters[last].value.shallow_clone());
         let block = [&self.parameters[first].value, &self.parameters[first + 1].value];
+        // A guess counts less the deeper it stands in its block.
+        let weights = labels.ones_like().to_kind(Kind::Double) * self.weight(guess); // [R]
+        let rows = Rows { input, targets: Hard(labels), weights: Some(&weights) };
         let Some(gradients) = gradients else {
             let _guard = tch::no_grad_guard();
             let mut projection = Projection { head: &head, gradient: None };
-            return loss::cross_entropy(&behind(input, block), labels, &mut projection, None, self.rows_per_chunk);
+            let rows = Rows { input: &behind(input, block), ..rows };
+            return loss::cross_entropy(rows, &mut projection, None, self.rows_per_chunk);
         };
         let output = behind(input, block); // [R, H]
         let mut projection = Projection { head: &head, gradient: Some(gradients.total(last)) };
         let scale = Some(Scale { factor: scale, lift: 1.0 });
-        let losses = loss::cross_entropy(&output.detach(), labels, &mut projection, scale, self.rows_per_chunk)?;
+        let rows = Rows { input: &output.detach(), ..rows };
+        let losses = loss::cross_entropy(rows, &mut projection, scale, self.rows_per_chunk)?;
         if let Some(slope) = losses.input_gradient.as_ref().filter(|slope| slope.numel() > 0) {
             let surrogate = (&output * slope).sum(output.kind());
             let fresh = Tensor::f_run_backward(&[surrogate], &block, false, false)?;
