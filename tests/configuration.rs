@@ -8,12 +8,13 @@ use specforge::config::RunConfig;
 use specforge::plan::Plan;
 
 /// Keys that a default configuration leaves out because nothing is set.
-const UNSET: [&str; 5] = [
+const UNSET: [&str; 6] = [
     "target.config",
     "target.feature_store",
     "optim.schedule.warmup_steps",
     "optim.schedule.warmup_ratio",
     "optim.schedule.total_steps",
+    "optim.groups",
 ];
 
 fn flatten(prefix: &str, value: &Value, into: &mut BTreeMap<String, String>) {

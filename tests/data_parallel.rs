@@ -10,7 +10,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use specforge::checkpoint::{CheckpointStore, RetentionConfig, Versions};
 use specforge::config::RunConfig;
-use specforge::data::{ChatTokenizer, PackedBatch, TokenCache, split};
+use specforge::data::{ChatTokenizer, DocumentRef, PackedBatch, TokenCache, split};
 use specforge::dist::{BucketTime, ParallelConfig, ProcessGroup, Store};
 use specforge::draft::{self, DraftContext, DraftModel, Parameter};
 use specforge::features::store::Share;
@@ -21,9 +21,11 @@ use specforge::nn::{Embedding, Head, noise};
 use specforge::stop::Stop;
 use specforge::tracking::Tracker;
 use specforge::train::{GradientSums, Provenance, Split, TrainReport, Trainer, TrainerParts, Writer};
+use specforge::weights::WeightsFolder;
 use tch::{Device, Kind, Tensor};
 
-use crate::fixture::{Workspace, json_of, specforge};
+use crate::draft_contract::drafts;
+use crate::fixture::{STEP, Workspace, json_of, specforge};
 
 mod kept;
 
@@ -127,11 +129,13 @@ impl World {
         on_ranks(cut.ranks, |group| {
             tch::set_num_threads(1);
             let (tables, source) = self.source(&config, kind);
+            let weights = WeightsFolder::open(&config.target.path).unwrap();
             let context = DraftContext {
                 target: tables.info.clone(),
                 embedding: &tables.embedding,
                 head: &tables.head,
                 vocabulary: None,
+                weights: Some(&weights),
                 kind,
                 device: Device::Cpu,
                 // Each rank has other values in mind: the first one's count.
@@ -198,16 +202,6 @@ impl World {
         }
         figures
     }
-}
-
-fn drafts() -> Vec<(&'static str, Value)> {
-    let eagle3 =
-        |recompute: bool| json!({"algorithm": "eagle3", "capture": [0, 1], "ttt_steps": 3, "recompute": recompute});
-    vec![
-        ("medusa", json!({"algorithm": "medusa", "num_heads": 2})),
-        ("eagle3-graph", eagle3(false)),
-        ("eagle3-recompute", eagle3(true)),
-    ]
 }
 
 fn largest(left: &[Vec<f64>], right: &[Vec<f64>]) -> f64 {
@@ -299,6 +293,7 @@ fn heads(count: usize) -> Box<dyn DraftModel> {
         embedding: &Embedding::plain(table(0)),
         head: &Head::plain(table(1)),
         vocabulary: None,
+        weights: None,
         kind: Kind::Float,
         device: Device::Cpu,
         seed: 0,
@@ -317,7 +312,7 @@ fn document(name: u64, marks: &str) -> PackedBatch {
         positions: (0..length).collect(),
         supervised: marks.chars().map(|mark| mark == 'x').collect(),
         lengths: vec![length],
-        documents: vec![name.to_string()],
+        documents: vec![DocumentRef::new(name.to_string(), name)],
     }
 }
 
@@ -330,11 +325,12 @@ fn summed(
 ) -> (Vec<Vec<f64>>, Vec<BucketTime>) {
     sums.start().unwrap();
     for (index, batch) in documents.iter().enumerate() {
-        let seed = batch.documents[0].parse().unwrap();
+        let seed = batch.documents[0].number;
         let hidden = vec![noise::normal(&[batch.ids.len() as i64, HIDDEN], 1.0, seed, 9)];
         let features = FeatureBatch { batch: Arc::new(batch.clone()), hidden };
         let is_last = index + 1 == documents.len();
-        sums.add(is_last, |gradients| draft.accumulate(&features, counts, gradients)).unwrap();
+        let plan = draft.plan(batch, STEP).unwrap();
+        sums.add(is_last, |gradients| draft.accumulate(&features, &plan, counts, gradients)).unwrap();
     }
     sums.finish().unwrap();
     let list = |total: &Tensor| Vec::try_from(total.to_kind(Kind::Double).flatten(0, -1)).unwrap();
@@ -350,8 +346,8 @@ fn ranks_without_trained_rows_take_part() {
         vec![],
     ];
     let trained = [document(1, "..xxxxxxxx"), document(2, ".xxxxx")];
-    let counts = heads(2).count_rows(&document(1, "..xxxxxxxx"));
-    let untrained = heads(2).count_rows(&document(3, "..x.x.x."));
+    let counts = heads(2).count(&document(1, "..xxxxxxxx"), STEP).unwrap();
+    let untrained = heads(2).count(&document(3, "..x.x.x."), STEP).unwrap();
     assert!(counts.iter().all(|&count| count > 0.0) && untrained.iter().all(|&count| count == 0.0));
     let run = |group: &ProcessGroup, documents: &[PackedBatch]| {
         let draft = heads(2);
@@ -378,7 +374,7 @@ fn gradients_are_summed_while_the_rest_is_computed() {
         let mut sums = GradientSums::new(draft.parameters(), group, &parallel).unwrap();
         let marks = "x".repeat(600);
         let documents = [document(group.rank() as u64, &marks)];
-        let counts: Vec<f64> = draft.count_rows(&documents[0]).iter().map(|count| 2.0 * count).collect();
+        let counts: Vec<f64> = draft.count(&documents[0], STEP).unwrap().iter().map(|count| 2.0 * count).collect();
         (0..3).map(|_| summed(draft.as_ref(), &mut sums, &documents, &counts)).collect::<Vec<_>>()
     });
     for (step, pair) in all[0].iter().zip(&all[1]).enumerate() {

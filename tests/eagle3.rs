@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
-use specforge::data::PackedBatch;
+use specforge::data::{DocumentRef, PackedBatch};
 use specforge::draft::eagle3::{Eagle3, Eagle3Config, Eagle3Shape};
 use specforge::draft::{DraftContext, DraftModel, Gradients, Parameter, Tally};
 use specforge::features::FeatureBatch;
@@ -13,6 +13,8 @@ use specforge::models::{LayerShape, TargetInfo};
 use specforge::nn::{Embedding, Head, Rope, RopeConfig, RopeScaling, noise};
 use specforge::vocab::VocabMap;
 use tch::{Device, Kind, Tensor};
+
+use crate::fixture::STEP;
 
 const VOCABULARY: i64 = 23;
 const HIDDEN: i64 = 12;
@@ -59,6 +61,7 @@ impl World {
             embedding: &self.embedding,
             head: &self.head,
             vocabulary: config.draft_vocab_size.map(|_| &self.map),
+            weights: None,
             kind: Kind::Double,
             device: Device::Cpu,
             seed: 3,
@@ -89,7 +92,7 @@ fn batch(marks: &[String], seed: u64) -> PackedBatch {
         positions: marks.iter().flat_map(|marks| 0..marks.len() as i64).collect(),
         supervised: joined.chars().map(|mark| mark == 'x').collect(),
         lengths: marks.iter().map(|marks| marks.len() as i64).collect(),
-        documents: (0..marks.len()).map(|index| format!("document {index}")).collect(),
+        documents: (0..marks.len()).map(|index| DocumentRef::new(format!("document {index}"), index as u64)).collect(),
     }
 }
 
@@ -274,7 +277,9 @@ fn sparse(draft: &Eagle3, batch: &PackedBatch, hidden: &[Tensor]) -> (Tally, Vec
     let mut gradients: Vec<Tensor> = draft.parameters().iter().map(zeros).collect();
     let features =
         FeatureBatch { batch: Arc::new(batch.clone()), hidden: hidden.iter().map(Tensor::shallow_clone).collect() };
-    let tally = draft.accumulate(&features, &draft.count_rows(batch), &mut Gradients::new(&mut gradients)).unwrap();
+    let plan = draft.plan(batch, STEP).unwrap();
+    assert_eq!(plan.counts, draft.count(batch, STEP).unwrap());
+    let tally = draft.accumulate(&features, &plan, &plan.counts, &mut Gradients::new(&mut gradients)).unwrap();
     (tally, gradients)
 }
 
@@ -387,7 +392,7 @@ fn packed_documents_never_touch() {
         disturbed.iter().for_each(|states| drop(states.get(token as i64).fill_(0.3 * token as f64)));
     }
     let outputs = |batch: &PackedBatch, hidden: &[Tensor]| {
-        let plan = draft.plan(batch, Device::Cpu).unwrap();
+        let plan = draft.steps(batch, Device::Cpu).unwrap();
         let projected = draft.network().project_hidden_states(&hidden[..3]).unwrap();
         draft.network().backbone(&plan, &projected).unwrap().into_iter().zip(plan.steps).collect::<Vec<_>>()
     };

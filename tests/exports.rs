@@ -24,7 +24,7 @@ fn logits(config: &MedusaConfig, tensors: &[(String, Tensor)], head: &Tensor, ki
     let (embedding, head) = (&Embedding::plain(head.shallow_clone()), &Head::plain(head.shallow_clone()));
     let vocabulary = None;
     let (device, seed, chunk_bytes) = (Device::Cpu, 0, 1 << 20);
-    let context = DraftContext { target, embedding, head, vocabulary, kind, device, seed, chunk_bytes };
+    let context = DraftContext { target, embedding, head, vocabulary, weights: None, kind, device, seed, chunk_bytes };
     let draft = Medusa::new(config.clone(), &context).unwrap();
     let _no_grad = tch::no_grad_guard();
     for parameter in draft.parameters() {
@@ -345,4 +345,46 @@ fn nothing_foreign_is_overwritten() {
     assert!(contents(&out) != first);
     assert_eq!(check(&out)["dtype"], "bfloat16");
     assert_eq!(litter(&workspace.path("")), Vec::<std::path::PathBuf>::new());
+}
+
+/// Where one run of heads ended another begins, through each layout; other heads are refused with their keys.
+#[test]
+fn heads_start_from_an_export() {
+    let mut workspace = Workspace::new();
+    workspace.set("draft.num_heads", 2).set("draft.num_layers", 2);
+    let first = workspace.train("first", &[]);
+    assert!(first["end"] != first["start"]);
+    for format in ["medusa", "medusa-vllm"] {
+        let out = workspace.path(format);
+        export(&workspace.path("first"), format, &out, &[]);
+        let init = format!("draft.init_from={}", out.display());
+        let more = ["--set", &init, "--set", "train.max_steps=1"];
+        let second = workspace.train(&format!("second-{format}"), &more);
+        assert_eq!(second["start"], first["end"], "{format}");
+        // A resumed run does not start again.
+        let more = ["--set", &init, "--set", "train.max_steps=2", "--resume"];
+        assert_ne!(workspace.train(&format!("second-{format}"), &more)["end"], second["end"]);
+
+        for (change, part) in [
+            ("draft.num_heads=3", "num_heads: 2 there, 3 here (draft.num_heads)"),
+            ("draft.num_layers=1", "num_layers: 2 there, 1 here (draft.num_layers)"),
+            ("draft.projection=shared", "projection: own there, shared here (draft.projection)"),
+            ("draft.share_layers=true", "(draft.share_layers)"),
+            ("draft.draft_vocab_size=99", "vocabulary map: 454 there, 99 here (draft.vocab_map)"),
+            ("draft={\"algorithm\": \"eagle3\", \"capture\": [0, 1]}", "this draft has no Medusa heads"),
+        ] {
+            let mut command = workspace.train_command("other", &["--set", change, "--set", &init]);
+            let output = output_of(&mut command);
+            let message = stderr_of(&output);
+            assert_eq!(output.status.code(), Some(2), "{message}");
+            assert!(message.contains("`draft.init_from`") && message.contains(part), "no `{part}` in {message}");
+            assert!(!workspace.path("other").join("config.json").exists(), "nothing was begun");
+        }
+    }
+    // What no format knows, and a format that is another algorithm's.
+    let foreign = workspace.path("model");
+    let init = format!("draft.init_from={}", foreign.display());
+    let output = output_of(&mut workspace.train_command("other", &["--set", &init]));
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr_of(&output).contains("is of no known format"), "{}", stderr_of(&output));
 }

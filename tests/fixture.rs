@@ -9,6 +9,7 @@ use std::process::{Command, Output, Stdio};
 use candle_core::quantized::gguf_file::{self, Value as GgufValue};
 use candle_core::quantized::{GgmlDType, QTensor};
 use serde_json::{Value, json};
+use specforge::draft::StepKey;
 use specforge::models::TargetConfig;
 use specforge::nn::noise;
 use specforge::weights::{self, WeightsFolder};
@@ -18,11 +19,16 @@ use tempfile::TempDir;
 /// Tokens of the tokenizer in tests/data, added ones included.
 pub const TOKENIZER_SIZE: i64 = 454;
 
+/// Where a batch stands that is looked at alone.
+pub const STEP: StepKey = StepKey { seed: 3, step: 1, total: 8 };
+
 /// A folder of its own with a model, conversations and a configuration. It vanishes with the value.
 pub struct Workspace {
     folder: TempDir,
     /// The configuration that [`Workspace::config`] writes.
     pub configuration: Value,
+    /// The program: one of [`specforge`] and [`plugins`].
+    command: fn(&[&str]) -> Command,
 }
 
 impl Workspace {
@@ -60,7 +66,17 @@ impl Workspace {
                 "chunk_mib": 1,
             },
         });
-        Self { folder, configuration }
+        Self { folder, configuration, command: specforge }
+    }
+
+    /// For runs of what `tests/plugins` adds.
+    pub fn with_plugins() -> Self {
+        Self { command: plugins, ..Self::new() }
+    }
+
+    /// The program with arguments.
+    pub fn program(&self, arguments: &[&str]) -> Command {
+        (self.command)(arguments)
     }
 
     /// A path in the folder.
@@ -90,7 +106,7 @@ impl Workspace {
 
     /// `specforge train` into the folder `out`, with further arguments.
     pub fn train_command(&self, out: &str, arguments: &[&str]) -> Command {
-        let mut command = specforge(&["train", "--json", "--config"]);
+        let mut command = self.program(&["train", "--json", "--config"]);
         command.arg(self.config()).arg("--set").arg(format!("train.output_dir={}", self.path(out).display()));
         command.args(arguments);
         if !arguments.contains(&"--device") {
@@ -107,7 +123,16 @@ impl Workspace {
 
 /// The program with arguments, in an environment that is the same everywhere.
 pub fn specforge(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_specforge"));
+    program(env!("CARGO_BIN_EXE_specforge"), arguments)
+}
+
+/// The program that also knows what `tests/plugins` adds.
+pub fn plugins(arguments: &[&str]) -> Command {
+    program(env!("CARGO_BIN_EXE_specforge-plugins"), arguments)
+}
+
+fn program(path: &str, arguments: &[&str]) -> Command {
+    let mut command = Command::new(path);
     command
         .args(arguments)
         .stdin(Stdio::null())

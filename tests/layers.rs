@@ -214,10 +214,25 @@ fn a_named_family_is_found() {
     assert_eq!(lines_with_a_family(folder.path()), ["plan.rs: use crate::models::llamaconfig;"]);
 }
 
+/// Code of a file: no comments, nothing that only tests have.
+fn code(path: &Path) -> String {
+    let text = fs::read_to_string(path).unwrap();
+    let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+    code.lines().map(|line| line.split("//").next().unwrap_or_default().to_owned() + "\n").collect()
+}
+
+/// What serves every draft knows none by name: the loop, what starts it, what opens drafters, and what checks a device.
 #[test]
-fn the_training_loop_names_no_algorithm() {
-    for path in rust_files(&source_folder().join("train")) {
-        let text = fs::read_to_string(&path).unwrap().to_lowercase();
+fn what_serves_every_draft_names_no_algorithm() {
+    let mut files: Vec<PathBuf> =
+        ["train", "cli/train", "eval"].iter().flat_map(|room| rust_files(&source_folder().join(room))).collect();
+    files.extend(
+        ["decode/drafter/open.rs", "decode/drafter/kind.rs", "plan.rs", "config.rs"]
+            .map(|file| source_folder().join(file)),
+    );
+    assert!(files.len() > 30 && files.iter().all(|file| file.is_file()));
+    for path in files {
+        let text = code(&path).to_lowercase();
         for algorithm in specforge::draft::ALGORITHMS {
             assert!(!text.contains(algorithm.name), "{} names {}", path.display(), algorithm.name);
         }

@@ -8,6 +8,7 @@ mod cli;
 mod configuration;
 mod data_parallel;
 mod decoding;
+mod draft_contract;
 mod eagle3;
 mod eagle3_exports;
 mod eagle3_imports;
@@ -21,9 +22,8 @@ mod layers;
 mod medusa;
 mod narrow_gradients;
 mod parallel;
-mod plugins {
-    pub mod windowed;
-}
+mod plugin_runs;
+mod plugins;
 mod processes;
 mod regeneration;
 mod rehearsal;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use serde_json::json;
-use specforge::data::PackedBatch;
+use specforge::data::{DocumentRef, PackedBatch};
 use specforge::draft::medusa::{Medusa, MedusaConfig};
 use specforge::draft::{DraftContext, DraftModel, Gradients, Tally};
 use specforge::features::{FeatureSource, OnlineFeatures};
@@ -12,7 +12,7 @@ use specforge::models::llama::{LlamaConfig, LlamaTarget};
 use specforge::nn::noise;
 use tch::{Device, Kind, Tensor};
 
-use crate::fixture::{TOKENIZER_SIZE, largest_difference, model_config, model_tensors};
+use crate::fixture::{STEP, TOKENIZER_SIZE, largest_difference, model_config, model_tensors};
 
 /// A target with heads on it, and the target's features.
 struct Setup {
@@ -34,6 +34,7 @@ impl Setup {
             embedding: target.embedding(),
             head: target.head(),
             vocabulary: None,
+            weights: None,
             kind,
             device: Device::Cpu,
             seed: 0,
@@ -58,14 +59,15 @@ impl Setup {
             .iter()
             .map(|batch| {
                 let features = self.source.features(Arc::new((*batch).clone()), &self.draft.capture()).unwrap();
-                self.draft.accumulate(&features, counts, &mut Gradients::new(&mut gradients)).unwrap()
+                let plan = self.draft.plan(batch, STEP).unwrap();
+                self.draft.accumulate(&features, &plan, counts, &mut Gradients::new(&mut gradients)).unwrap()
             })
             .collect();
         (gradients, tallies)
     }
 
     fn counts(&self, batches: &[&PackedBatch]) -> Vec<f64> {
-        let each: Vec<Vec<f64>> = batches.iter().map(|batch| self.draft.count_rows(batch)).collect();
+        let each: Vec<Vec<f64>> = batches.iter().map(|batch| self.draft.count(batch, STEP).unwrap()).collect();
         (0..each[0].len()).map(|term| each.iter().map(|counts| counts[term]).sum()).collect()
     }
 }
@@ -79,7 +81,7 @@ fn document(name: u64, marks: &str) -> PackedBatch {
         positions: (0..length).collect(),
         supervised: marks.chars().map(|mark| mark == 'x').collect(),
         lengths: vec![length],
-        documents: vec![name.to_string()],
+        documents: vec![DocumentRef::new(name.to_string(), name)],
     }
 }
 

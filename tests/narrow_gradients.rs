@@ -4,13 +4,15 @@
 use std::sync::Arc;
 
 use serde_json::{Value, json};
-use specforge::data::PackedBatch;
+use specforge::data::{DocumentRef, PackedBatch};
 use specforge::draft::{self, DraftContext, DraftModel, Gradients};
 use specforge::features::FeatureBatch;
 use specforge::models::{LayerShape, TargetInfo};
 use specforge::nn::{Embedding, Head, RopeConfig, RopeScaling, noise};
 use specforge::vocab::VocabMap;
 use tch::{Device, Kind, Tensor};
+
+use crate::fixture::STEP;
 
 const VOCABULARY: i64 = 211;
 const HIDDEN: i64 = 64;
@@ -38,7 +40,10 @@ fn batch() -> PackedBatch {
         positions: lengths.iter().flat_map(|&length| 0..length).collect(),
         supervised: lengths.iter().flat_map(|&length| (0..length).map(move |at| at * 3 >= length)).collect(),
         lengths: lengths.to_vec(),
-        documents: lengths.iter().map(|length| format!("document of {length}")).collect(),
+        documents: lengths
+            .iter()
+            .map(|&length| DocumentRef::new(format!("document of {length}"), length as u64))
+            .collect(),
     }
 }
 
@@ -53,6 +58,7 @@ fn gradients(section: &Value, narrow: Kind, kind: Kind, count: f64) -> Vec<(Stri
         embedding: &Embedding::plain(embedding),
         head: &Head::plain(head),
         vocabulary: section.get("draft_vocab_size").map(|_| &map),
+        weights: None,
         kind,
         device: Device::Cpu,
         seed: 3,
@@ -71,9 +77,10 @@ fn gradients(section: &Value, narrow: Kind, kind: Kind, count: f64) -> Vec<(Stri
     let rows = batch.ids.len() as i64;
     let hidden = draft.capture().iter().map(|&layer| random(&[rows, HIDDEN], 1.0, 100 + layer as u64)).collect();
     let features = FeatureBatch { batch: Arc::new(batch.clone()), hidden };
-    let counts = vec![count; draft.count_rows(&batch).len()];
+    let plan = draft.plan(&batch, STEP).unwrap();
+    let counts = vec![count; plan.counts.len()];
     let mut totals = Gradients::zeros(draft.parameters()).unwrap();
-    draft.accumulate(&features, &counts, &mut Gradients::new(&mut totals)).unwrap();
+    draft.accumulate(&features, &plan, &counts, &mut Gradients::new(&mut totals)).unwrap();
     draft.parameters().iter().map(|parameter| parameter.name.clone()).zip(totals).collect()
 }
 

@@ -34,12 +34,12 @@ fn eagle3() -> Value {
 }
 
 /// `specforge launch` of `specforge train` into the folder `out`.
-fn launch_command(workspace: &Workspace, ranks: usize, out: &str, arguments: &[&str]) -> Command {
+pub(crate) fn launch_command(workspace: &Workspace, ranks: usize, out: &str, arguments: &[&str]) -> Command {
     launched(workspace, &["--nproc-per-node", &ranks.to_string()], out, arguments)
 }
 
 fn launched(workspace: &Workspace, launcher: &[&str], out: &str, arguments: &[&str]) -> Command {
-    let mut command = specforge(&["launch"]);
+    let mut command = workspace.program(&["launch"]);
     command.args(launcher).args(["train", "--json", "--device", "cpu", "--config"]).arg(workspace.config());
     command.arg("--set").arg(format!("train.output_dir={}", workspace.path(out).display())).args(arguments);
     command
@@ -63,7 +63,7 @@ fn differences(left: &Path, right: &Path) -> (f64, f64) {
 }
 
 /// Every logged figure that does not depend on the clock, by step and name.
-fn figures(run: &Path) -> BTreeMap<(u64, String), f64> {
+pub(crate) fn figures(run: &Path) -> BTreeMap<(u64, String), f64> {
     let text = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     let mut figures = BTreeMap::new();
     for line in text.lines() {
@@ -81,7 +81,7 @@ fn figures(run: &Path) -> BTreeMap<(u64, String), f64> {
 
 /// Two runs made the same updates, to the rounding of float32 sums, and logged the same figures.
 #[track_caller]
-fn assert_same_run(workspace: &Workspace, run: &str, reference: &str, steps: u64) {
+pub(crate) fn assert_same_run(workspace: &Workspace, run: &str, reference: &str, steps: u64) {
     let folder = |run: &str| workspace.path(run).join(format!("step-{steps:08}"));
     let (parameters, moments) = differences(&folder(run), &folder(reference));
     assert!(parameters <= 1e-5 && moments <= 1e-4, "{run}: parameters {parameters:e}, moments {moments:e}");

@@ -69,6 +69,7 @@ fn every_draft_is_lossless_on_a_real_model() {
         embedding: target.embedding(),
         head: target.head(),
         vocabulary: None,
+        weights: None,
         kind: Kind::Float,
         device: Device::Cpu,
         seed: 1,

@@ -120,6 +120,7 @@ impl World {
                 embedding: &tables.embedding,
                 head: &tables.head,
                 vocabulary: None,
+                weights: None,
                 kind: Kind::Float,
                 device: Device::Cpu,
                 seed: 7,

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use serde_json::{Value, json};
-use specforge::data::PackedBatch;
+use specforge::data::{DocumentRef, PackedBatch};
 use specforge::draft::medusa::{Medusa, MedusaConfig};
 use specforge::draft::supervision::{MaskAlignment, trained_rows};
 use specforge::draft::{DraftContext, DraftModel, Gradients, Tally};
@@ -21,7 +21,7 @@ use specforge::weights;
 use tch::{Device, Kind, Tensor};
 
 use crate::fixture::{
-    TOKENIZER_SIZE, Workspace, contents, conversations, json_of, largest_difference, litter, model_config,
+    STEP, TOKENIZER_SIZE, Workspace, contents, conversations, json_of, largest_difference, litter, model_config,
     model_tensors, output_of, specforge, stderr_of, tensors_of,
 };
 
@@ -320,6 +320,7 @@ fn heads(projection: &str, map: Option<&VocabMap>) -> (Medusa, LlamaTarget) {
         embedding: target.embedding(),
         head: target.head(),
         vocabulary: map,
+        weights: None,
         kind: Kind::Double,
         device: Device::Cpu,
         seed: 0,
@@ -341,7 +342,7 @@ fn batch(length: usize) -> PackedBatch {
         positions: (0..length as i64).collect(),
         supervised: (0..length).map(|place| place > 3 && place % 17 != 0).collect(),
         lengths: vec![length as i64],
-        documents: vec!["d".to_owned()],
+        documents: vec![DocumentRef::new("d", 0)],
     }
 }
 
@@ -356,10 +357,11 @@ fn gradients_equal_a_full_vocabulary_cut_to_the_map() {
         let source_head = target.head().weight.shallow_clone();
         let source = OnlineFeatures::new(target);
         let features: FeatureBatch = source.features(Arc::new(batch.clone()), &draft.capture()).unwrap();
-        let counts = draft.count_rows(&batch);
+        let plan = draft.plan(&batch, STEP).unwrap();
+        let counts = &plan.counts;
         let zeros = |value: &Tensor| value.zeros_like().detach().set_requires_grad(false);
         let mut gradients: Vec<Tensor> = draft.parameters().iter().map(|parameter| zeros(&parameter.value)).collect();
-        let tally: Tally = draft.accumulate(&features, &counts, &mut Gradients::new(&mut gradients)).unwrap();
+        let tally: Tally = draft.accumulate(&features, &plan, counts, &mut Gradients::new(&mut gradients)).unwrap();
 
         let ids = Tensor::from_slice(map.target_ids());
         let outside = Tensor::from_slice(&map.t2d()).logical_not(); // [V]
@@ -421,8 +423,8 @@ fn a_map_of_all_tokens_changes_nothing() {
         let features = source.features(Arc::new(batch.clone()), &draft.capture()).unwrap();
         let zeros = |value: &Tensor| value.zeros_like().detach().set_requires_grad(false);
         let mut gradients: Vec<Tensor> = draft.parameters().iter().map(|parameter| zeros(&parameter.value)).collect();
-        let tally =
-            draft.accumulate(&features, &draft.count_rows(&batch), &mut Gradients::new(&mut gradients)).unwrap();
+        let plan = draft.plan(&batch, STEP).unwrap();
+        let tally = draft.accumulate(&features, &plan, &plan.counts, &mut Gradients::new(&mut gradients)).unwrap();
         gradients.push(tally.sums);
         gradients
     };

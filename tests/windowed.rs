@@ -159,6 +159,7 @@ fn draft(target: &dyn TargetModel, section: &serde_json::Value) -> Box<dyn Draft
         embedding: target.embedding(),
         head: target.head(),
         vocabulary: None,
+        weights: None,
         kind: target.kind(),
         device: Device::Cpu,
         seed: 1,

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
-use specforge::data::PackedBatch;
+use specforge::data::{DocumentRef, PackedBatch};
 use specforge::draft::eagle3::{Eagle3, Eagle3Config};
 use specforge::draft::{DraftContext, DraftModel, Gradients, Parameter, Tally};
 use specforge::features::FeatureBatch;
@@ -18,6 +18,7 @@ use specforge::vocab::VocabMap;
 use tch::{Device, Kind, Tensor};
 
 use super::{Golden, compare};
+use crate::fixture::STEP;
 
 pub mod summary;
 mod variants;
@@ -45,10 +46,16 @@ impl Case {
     fn accumulate(&self) -> Result<(Tally, Vec<Tensor>), String> {
         let zeros = |parameter: &Parameter| parameter.value.zeros_like().detach();
         let mut gradients: Vec<Tensor> = self.draft.parameters().iter().map(zeros).collect();
-        let counts = self.draft.count_rows(&self.batch);
-        let tally =
-            self.draft.accumulate(&self.features(), &counts, &mut Gradients::new(&mut gradients)).map_err(text)?;
+        let plan = self.draft.plan(&self.batch, STEP).map_err(text)?;
+        let mut totals = Gradients::new(&mut gradients);
+        let tally = self.draft.accumulate(&self.features(), &plan, &plan.counts, &mut totals).map_err(text)?;
         Ok((tally, gradients))
+    }
+
+    /// Objective and metrics without gradients.
+    fn evaluate(&self) -> Result<Tally, String> {
+        let plan = self.draft.plan(&self.batch, STEP).map_err(text)?;
+        self.draft.evaluate(&self.features(), &plan, &plan.counts).map_err(text)
     }
 
     /// Sums of one metric, a step each.
@@ -98,6 +105,7 @@ fn case(golden: &Golden, mut section: Map<String, Value>, target_head: &Tensor, 
         embedding: &Embedding::plain(embedding),
         head: &Head::plain(target_head.shallow_clone()),
         vocabulary: map.as_ref(),
+        weights: None,
         kind: Kind::Float,
         device: Device::Cpu,
         seed: 0,
@@ -125,7 +133,7 @@ fn case(golden: &Golden, mut section: Map<String, Value>, target_head: &Tensor, 
         positions,
         supervised: flat("in.loss_mask")?.iter().map(|&mark| mark != 0).collect(),
         lengths: vec![tokens; rows as usize],
-        documents: (0..rows).map(|row| format!("row {row}")).collect(),
+        documents: (0..rows).map(|row| DocumentRef::new(format!("row {row}"), row as u64)).collect(),
     };
     let mut hidden = captured.view([rows * tokens, wide]).chunk(3, 1);
     hidden.push(last.view([rows * tokens, -1]));
@@ -178,8 +186,7 @@ pub fn check(path: &Path) -> Result<String, String> {
     let gradients = check_gradients(&golden, &case, &gradients, "grad.")?;
 
     // Without gradients, the same values.
-    let counts = case.draft.count_rows(&case.batch);
-    let evaluated = case.draft.evaluate(&case.features(), &counts).map_err(text)?;
+    let evaluated = case.evaluate()?;
     compare("sums of an evaluation", &evaluated.sums, &tally.sums, 1e-6)?;
     Ok(format!("{compared} rows of {} steps, metrics, {gradients} gradients", case.steps))
 }
@@ -197,8 +204,7 @@ fn figures(golden: &Golden, case: &Case, tally: &Tally) -> Result<[Tensor; 5], S
         // The blend of the cross-entropy and the batch's mean acceptance.
         Some(_) => {
             let plain = specforge_case(&golden.again().with_text("model_over", "{}"))?;
-            let counts = plain.draft.count_rows(&plain.batch);
-            let evaluated = plain.draft.evaluate(&plain.features(), &counts).map_err(text)?;
+            let evaluated = plain.evaluate()?;
             let cross_entropy = plain.sums(&evaluated, 0) / positions;
             let number = |key: &str| over.get(key).and_then(Value::as_f64).unwrap_or(1.0);
             let share = (&acceptances * -number("kl_decay")).exp() * number("kl_scale");
@@ -221,7 +227,7 @@ fn check_figures(got: &[Tensor; 5], want: [Tensor; 5]) -> Result<(), String> {
 /// Outputs and logits of every row that is computed.
 fn check_steps(golden: &Golden, case: &Case) -> Result<i64, String> {
     let network = case.draft.network();
-    let plan = case.draft.plan(&case.batch, Device::Cpu).map_err(text)?;
+    let plan = case.draft.steps(&case.batch, Device::Cpu).map_err(text)?;
     let features = case.features();
     let projected = network.project_hidden_states(&features.hidden[..3]).map_err(text)?;
     let flat = |name: &str| Ok::<_, String>(golden.tensor(name)?.view([case.rows * case.tokens, -1]));

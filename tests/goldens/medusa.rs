@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use serde_json::json;
-use specforge::data::PackedBatch;
+use specforge::data::{DocumentRef, PackedBatch};
 use specforge::draft::loss::{Projection, cross_entropy};
 use specforge::draft::medusa::{Medusa, MedusaConfig};
 use specforge::draft::{DraftContext, DraftModel, Gradients};
@@ -17,6 +17,8 @@ use specforge::models::TargetInfo;
 use specforge::nn::{Embedding, Head};
 use specforge::weights::WeightsFolder;
 use tch::{Device, Kind, Tensor};
+
+use crate::fixture::STEP;
 
 const TOLERANCE: f64 = 1e-5;
 
@@ -42,7 +44,7 @@ pub fn check(path: &Path) -> Result<String, String> {
         positions: (0..rows).flat_map(|_| 0..tokens).collect(),
         supervised: labels_flat.iter().map(|&label| label >= 0).collect(),
         lengths: vec![tokens; rows as usize],
-        documents: (0..rows).map(|row| format!("row {row}")).collect(),
+        documents: (0..rows).map(|row| DocumentRef::new(format!("row {row}"), row as u64)).collect(),
     };
     let build = |weights: &[f64]| {
         let target = TargetInfo::of(hidden_size, vocabulary, 1, tokens);
@@ -57,6 +59,7 @@ pub fn check(path: &Path) -> Result<String, String> {
             embedding: &Embedding::plain(head.shallow_clone()),
             head: &Head::plain(head),
             vocabulary: None,
+            weights: None,
             kind: Kind::Float,
             device: Device::Cpu,
             seed: 0,
@@ -78,11 +81,13 @@ pub fn check(path: &Path) -> Result<String, String> {
         let got = draft.compute_logits(head as usize, &features.hidden[0]).view([rows, tokens, vocabulary]);
         near(&format!("logits of head {head}"), &got, &logits.get(head))?;
     }
-    let counts = draft.count_rows(&batch);
+    let plan = draft.plan(&batch, STEP).map_err(|error| error.to_string())?;
+    let counts = &plan.counts;
     let zeros = |parameter: &specforge::draft::Parameter| parameter.value.zeros_like().detach();
     let mut gradients: Vec<Tensor> = draft.parameters().iter().map(zeros).collect();
-    let tally =
-        draft.accumulate(&features, &counts, &mut Gradients::new(&mut gradients)).map_err(|error| error.to_string())?;
+    let tally = draft
+        .accumulate(&features, &plan, counts, &mut Gradients::new(&mut gradients))
+        .map_err(|error| error.to_string())?;
     near("medusa1_loss", &tally.objective, &get("l.medusa1_loss")?.squeeze())?;
     let per_head = get("l.medusa1_per_head")?;
     for head in 0..num_heads {
@@ -95,7 +100,7 @@ pub fn check(path: &Path) -> Result<String, String> {
 
     // Medusa-2: the target's own loss, and the heads decayed from one step further on.
     let weights: Vec<f64> = (1..=num_heads as i32).map(|power| 0.2 * 0.8f64.powi(power)).collect();
-    let tally = build(&weights)?.evaluate(&features, &counts).map_err(|error| error.to_string())?;
+    let tally = build(&weights)?.evaluate(&features, &plan, counts).map_err(|error| error.to_string())?;
     let (own_rows, own_labels) = next_token_rows(&labels_flat, tokens as usize);
     let base = get("l.base_logits")?.reshape([-1, vocabulary]).index_select(0, &Tensor::from_slice(&own_rows));
     let identity = Head::plain(Tensor::eye(vocabulary, (Kind::Float, Device::Cpu)));

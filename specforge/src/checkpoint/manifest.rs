@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tch::{Device, Kind, Tensor};
 
+use crate::draft::ParameterGroup;
 use crate::error::{Error, Result};
 use crate::shim;
 use crate::strict;
@@ -60,6 +61,9 @@ pub struct Manifest {
     /// Sums since the last log line, one entry for each rank; empty where this step has a line.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub window: Vec<OpenWindow>,
+    /// How parameters are updated, of those that are not updated as their shape suggests.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub groups: BTreeMap<String, ParameterGroup>,
     /// Size and digest of every other file of the folder; filled in when it is saved.
     pub files: BTreeMap<String, FileDigest>,
     /// What rebuilds the draft from its tensors, without the run's configuration.
@@ -235,6 +239,25 @@ impl Checkpoint {
             }
         }
         Ok(())
+    }
+
+    /// Refuses a resumed run that would update a parameter otherwise than the checkpoint's did. What is the same as ever
+    /// is in neither list.
+    pub fn same_groups(&self, now: &BTreeMap<String, ParameterGroup>) -> Result<()> {
+        let then = &self.manifest.groups;
+        let Some(name) = then.keys().chain(now.keys()).find(|name| then.get(*name) != now.get(*name)) else {
+            return Ok(());
+        };
+        let show = |group: Option<&ParameterGroup>| match group {
+            Some(ParameterGroup { decay, rate }) => {
+                format!("{rate} times the learning rate, {} weight decay", if *decay { "with" } else { "without" })
+            }
+            None => "what is usual".to_owned(),
+        };
+        let problem =
+            format!("parameter `{name}` was trained with {}, got {}", show(then.get(name)), show(now.get(name)));
+        Err(Error::bad_file(&self.path, problem)
+            .with_hint("set optim.groups back, or use the version of the program that the run began with"))
     }
 
     /// Refuses a resumed run on other data: for checkpoints that say no more about what the run read.

@@ -23,6 +23,7 @@ mod import;
 mod inspect;
 mod launch;
 mod numbers;
+mod program;
 mod record;
 mod regen;
 mod signals;
@@ -30,6 +31,8 @@ mod template;
 mod train;
 mod tree;
 mod vocab;
+
+pub use program::main;
 
 /// Trains draft models for speculative decoding.
 #[derive(Debug, Parser)]

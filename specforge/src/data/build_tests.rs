@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::super::conversation::{Conversation, parse_sample};
 use super::super::stats::{Statistics, document_text};
-use super::super::{Message, Supervise, assemble, pack, split};
+use super::super::{DocumentRef, Message, Supervise, assemble, pack, split};
 use super::*;
 
 /// Made by scripts/golden/chat_templates.py.
@@ -351,7 +351,7 @@ fn turns_of_one_conversation_stay_on_one_side_and_batches_keep_boundaries() {
     assert_eq!(batches, [[1, 0]]);
     let batch = assemble(&cache, &batches[0]);
     assert_eq!(batch.lengths, [lengths[0] as i64, lengths[1] as i64]);
-    assert_eq!(batch.documents, ["x#2", "x#1"]);
+    assert_eq!(batch.documents, [DocumentRef::new("x#2", 1), DocumentRef::new("x#1", 0)]);
     let positions: Vec<i64> = (0..batch.lengths[0]).chain(0..batch.lengths[1]).collect();
     assert_eq!(batch.positions, positions);
     let trained: Vec<u32> =

@@ -40,7 +40,7 @@ pub use conversation::{Conversation, Message, Rejections, Sample};
 pub use counts::{all_supervised_counts, supervised_counts};
 pub use held_out::{by_content, first_tokens};
 pub use marks::{Finish, Marks};
-pub use pack::{PackedBatch, assemble, pack};
+pub use pack::{DocumentRef, PackedBatch, assemble, pack};
 pub use report::BuildReport;
 pub use stats::{Statistics, document_for_terminal, document_runs, document_text, mask_runs};
 pub use text_stream::TextStream;

@@ -1,6 +1,7 @@
 //! Fills batches with documents.
 
 use std::collections::BTreeSet;
+use std::fmt;
 
 use super::cache::TokenCache;
 use crate::error::{Error, Result};
@@ -68,15 +69,37 @@ pub struct PackedBatch {
     pub supervised: Vec<bool>,
     /// Tokens of each document.
     pub lengths: Vec<i64>,
-    /// Name of each document, for messages.
-    pub documents: Vec<String>,
+    /// The documents.
+    pub documents: Vec<DocumentRef>,
+}
+
+/// A document of a batch.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct DocumentRef {
+    /// Its name, for messages.
+    pub name: String,
+    /// Its number among all documents of its files: the same in every batch, on every rank and in every epoch.
+    pub number: u64,
+}
+
+impl DocumentRef {
+    /// A document.
+    pub fn new(name: impl Into<String>, number: u64) -> Self {
+        Self { name: name.into(), number }
+    }
+}
+
+impl fmt::Display for DocumentRef {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(&self.name)
+    }
 }
 
 impl PackedBatch {
     /// Each document as a batch of its own, in order.
     pub fn each(&self) -> impl Iterator<Item = PackedBatch> {
         let mut start = 0;
-        self.lengths.iter().zip(&self.documents).map(move |(&length, name)| {
+        self.lengths.iter().zip(&self.documents).map(move |(&length, document)| {
             let range = start..start + length as usize;
             start = range.end;
             PackedBatch {
@@ -84,7 +107,7 @@ impl PackedBatch {
                 positions: self.positions[range.clone()].to_vec(),
                 supervised: self.supervised[range].to_vec(),
                 lengths: vec![length],
-                documents: vec![name.clone()],
+                documents: vec![document.clone()],
             }
         })
     }
@@ -100,7 +123,7 @@ pub fn assemble(cache: &TokenCache, documents: &[usize]) -> PackedBatch {
         batch.positions.extend(0..length);
         batch.supervised.extend(document.supervised.iter().map(|&flag| flag != 0));
         batch.lengths.push(length);
-        batch.documents.push(document.id.to_owned());
+        batch.documents.push(DocumentRef::new(document.id, index as u64));
     }
     batch
 }

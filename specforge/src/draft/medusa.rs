@@ -23,8 +23,10 @@ use tch::{Kind, Tensor};
 
 use super::lift::lift;
 use super::loss::{self, Projection, RowLosses, Scale};
-use super::supervision::{MaskAlignment, TrainedRows, trained_rows};
-use super::{Algorithm, DraftContext, DraftModel, DraftSize, Gradients, Parameter, Tally, vocabulary};
+use super::supervision::{MaskAlignment, TrainedRows, rows, trained_rows};
+use super::{
+    Algorithm, DraftContext, DraftModel, DraftSize, Gradients, Parameter, RowPlan, StepKey, Tally, vocabulary,
+};
 use crate::data::PackedBatch;
 use crate::device;
 use crate::error::{Error, Result};
@@ -34,6 +36,8 @@ use crate::nn::Head;
 use crate::strict;
 use crate::vocab::VocabMap;
 
+mod samples;
+
 /// Row of the table of algorithms.
 pub const ALGORITHM: Algorithm = Algorithm {
     name: "medusa",
@@ -41,12 +45,15 @@ pub const ALGORITHM: Algorithm = Algorithm {
     selection_metric: "simulated_acceptance_length",
     figures,
     free_on_resume: &[],
+    follows_length: |_| false,
     resolve: |section| Ok(json!(MedusaConfig::read(section)?)),
     size: |section, target| {
         let draft_vocabulary = vocabulary::draft_size(section, target.vocab_size)?;
         Ok(MedusaConfig::read(section)?.size(target, draft_vocabulary))
     },
     capture: |_, target| Ok(vec![target.num_layers()]),
+    samples: samples::samples,
+    work: samples::work,
     build: |section, context| Ok(Box::new(Medusa::new(MedusaConfig::read(section)?, context)?)),
 };
 
@@ -83,6 +90,8 @@ pub struct MedusaConfig {
     pub loss_weights: Option<Vec<f64>>,
     /// Which rows are trained.
     pub mask: MaskAlignment,
+    /// Folder of published heads to start from.
+    pub init_from: Option<PathBuf>,
     /// File of the heads' own vocabulary.
     pub vocab_map: Option<PathBuf>,
     /// `DV`
@@ -100,6 +109,7 @@ impl Default for MedusaConfig {
             loss_decay: 0.8,
             loss_weights: None,
             mask: MaskAlignment::Exact,
+            init_from: None,
             vocab_map: None,
             draft_vocab_size: None,
         }
@@ -200,8 +210,7 @@ impl Medusa {
                 } else {
                     Tensor::f_zeros(&shape, options)?
                 };
-                let decay = shape.len() > 1;
-                parameters.push(Parameter { name, value: value.set_requires_grad(true), decay });
+                parameters.push(Parameter::new(name, value));
             }
         }
         let (target, vocabulary) = (context.target.clone(), context.vocabulary.cloned());
@@ -240,10 +249,6 @@ impl Medusa {
         own.map_or_else(|| self.head.share(), |own| Head::plain(own.shallow_clone()))
     }
 
-    fn rows(&self, batch: &PackedBatch, head: usize) -> TrainedRows {
-        trained_rows(batch, head, self.config.mask)
-    }
-
     /// Rows whose label the heads can name, with draft ids as labels.
     fn named(&self, trained: TrainedRows) -> TrainedRows {
         let Some(map) = &self.vocabulary else {
@@ -258,6 +263,7 @@ impl Medusa {
     fn run(
         &self,
         features: &FeatureBatch,
+        plan: &RowPlan,
         global_counts: &[f64],
         mut gradients: Option<&mut Gradients<'_>>,
     ) -> Result<Tally> {
@@ -268,10 +274,9 @@ impl Medusa {
         let mut counts = Vec::new();
         // Whether heads 0 ..= k were all right, for each row of the batch.
         let mut chain = Tensor::ones([hidden.size()[0]], (Kind::Bool, device));
-        for (head, weight) in self.config.weights().into_iter().enumerate() {
-            let trained = self.rows(&features.batch, head);
-            counts.extend([trained.rows.len() as f64; METRICS.len()]);
-            let named = self.named(trained);
+        let planned: &Vec<TrainedRows> = plan.own()?;
+        for (head, (weight, named)) in self.config.weights().into_iter().zip(planned).enumerate() {
+            counts.extend([plan.counts[head]; METRICS.len()]);
             let rows = device::upload(&named.rows, device)?;
             let labels = device::upload(&named.labels, device)?;
             let input = hidden.index_select(0, &rows).to_kind(self.parameters[0].value.kind()); // [R, H]
@@ -362,21 +367,30 @@ impl DraftModel for Medusa {
         vec![(ALGORITHM.selection_metric.to_owned(), 1.0 + chains.sum::<f64>())]
     }
 
-    fn count_rows(&self, batch: &PackedBatch) -> Vec<f64> {
-        (0..self.config.num_heads).map(|head| self.rows(batch, head).rows.len() as f64).collect()
+    fn plan(&self, batch: &PackedBatch, _key: StepKey) -> Result<RowPlan> {
+        let heads = (0..self.config.num_heads).map(|head| trained_rows(batch, head, self.config.mask));
+        // A row whose label no head can name is a trained one all the same.
+        let (counts, named) = heads.map(|trained| (trained.rows.len() as f64, self.named(trained))).unzip();
+        let named: Vec<TrainedRows> = named;
+        Ok(RowPlan::new(counts, named))
+    }
+
+    fn count(&self, batch: &PackedBatch, _key: StepKey) -> Result<Vec<f64>> {
+        Ok((0..self.config.num_heads).map(|head| rows(batch, head, self.config.mask).len() as f64).collect())
     }
 
     fn accumulate(
         &self,
         features: &FeatureBatch,
+        plan: &RowPlan,
         global_counts: &[f64],
         gradients: &mut Gradients<'_>,
     ) -> Result<Tally> {
-        self.run(features, global_counts, Some(gradients))
+        self.run(features, plan, global_counts, Some(gradients))
     }
 
-    fn evaluate(&self, features: &FeatureBatch, global_counts: &[f64]) -> Result<Tally> {
-        self.run(features, global_counts, None)
+    fn evaluate(&self, features: &FeatureBatch, plan: &RowPlan, global_counts: &[f64]) -> Result<Tally> {
+        self.run(features, plan, global_counts, None)
     }
 
     fn description(&self) -> Value {

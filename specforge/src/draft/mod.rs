@@ -11,7 +11,9 @@ use crate::error::{Error, Result};
 use crate::features::FeatureBatch;
 use crate::models::TargetInfo;
 use crate::nn::{Embedding, Head};
+use crate::table::Table;
 use crate::vocab::VocabMap;
+use crate::weights::WeightsFolder;
 
 pub mod distillation;
 pub mod eagle3;
@@ -19,21 +21,16 @@ pub mod gradients;
 mod lift;
 pub mod loss;
 pub mod medusa;
+mod parameter;
+mod plan;
+pub mod samples;
 pub mod supervision;
 pub mod vocabulary;
 
 pub use gradients::Gradients;
-
-/// A trainable tensor. Order of creation is the order everywhere: optimizer, checkpoint, reduction.
-#[derive(Debug)]
-pub struct Parameter {
-    /// Name in checkpoints and exports.
-    pub name: String,
-    /// Value in the compute type, a leaf that requires gradients.
-    pub value: Tensor,
-    /// Whether weight decay applies: matrices yes, biases and norms no.
-    pub decay: bool,
-}
+pub use parameter::{Parameter, ParameterGroup};
+pub use plan::{Draws, RowPlan, StepKey, add_counts};
+pub use samples::{Compared, SampleSize, Samples, Timed, Work};
 
 /// Sums over the rows of a batch, kept on the device; averages are taken once, over global counts.
 #[derive(Debug)]
@@ -58,19 +55,25 @@ pub trait DraftModel {
     fn metrics(&self) -> Vec<String>;
     /// Figures derived from the averages of [`DraftModel::metrics`], the selection metric among them.
     fn summary(&self, averages: &[f64]) -> Vec<(String, f64)>;
-    /// Trained rows of each loss term: those of several documents are the sum of each one's. Looks at the host side of the
-    /// batch alone, so that global counts are known before anything is computed.
-    fn count_rows(&self, batch: &PackedBatch) -> Vec<f64>;
-    /// Adds this batch's gradients (in parameter order; see [`Gradients::zeros`] for their types) for an objective
-    /// divided by `global_counts`, and announces each one as soon as it is complete.
+    /// Decides which rows of a batch each loss term trains, and everything else that can be decided before anything is
+    /// computed. Looks at the host side of the batch alone, and what it says of a document depends on the document and the
+    /// key: its neighbours in the batch change nothing.
+    fn plan(&self, batch: &PackedBatch, key: StepKey) -> Result<RowPlan>;
+    /// The counts of [`DraftModel::plan`] alone: for documents that another rank trains.
+    fn count(&self, batch: &PackedBatch, key: StepKey) -> Result<Vec<f64>> {
+        Ok(self.plan(batch, key)?.counts)
+    }
+    /// Adds a planned batch's gradients (in parameter order; see [`Gradients::zeros`] for their types) for an objective
+    /// divided by `global_counts`, those of the whole optimizer step, and announces each one as soon as it is complete.
     fn accumulate(
         &self,
         features: &FeatureBatch,
+        plan: &RowPlan,
         global_counts: &[f64],
         gradients: &mut Gradients<'_>,
     ) -> Result<Tally>;
     /// Objective and metrics without gradients.
-    fn evaluate(&self, features: &FeatureBatch, global_counts: &[f64]) -> Result<Tally>;
+    fn evaluate(&self, features: &FeatureBatch, plan: &RowPlan, global_counts: &[f64]) -> Result<Tally>;
     /// What a checkpoint must hold to rebuild this draft without the training configuration.
     fn description(&self) -> Value;
     /// Tensors of the draft's own that are not trained and that a checkpoint must hold too.
@@ -96,6 +99,8 @@ pub struct DraftContext<'a> {
     pub embedding: &'a Embedding,
     /// The target's vocabulary projection.
     pub head: &'a Head,
+    /// The files of the target, for drafts that begin with tensors of its own; nothing where there is no folder.
+    pub weights: Option<&'a WeightsFolder>,
     /// The draft's own vocabulary, where it is smaller than the target's.
     pub vocabulary: Option<&'a VocabMap>,
     /// Element type of the draft's parameters.
@@ -106,6 +111,20 @@ pub struct DraftContext<'a> {
     pub seed: u64,
     /// Most bytes that one chunk of logits may take.
     pub chunk_bytes: usize,
+}
+
+impl DraftContext<'_> {
+    /// A parameter that begins as a copy of the target's tensor of this name, in the draft's element type. It is trained and
+    /// saved as every other; see [`Parameter::target_name`].
+    pub fn target_parameter(&self, name: &str, shape: &[i64]) -> Result<Parameter> {
+        let weights = self.weights.ok_or_else(|| {
+            Error::Failed(format!("the draft begins with the target's `{name}`, and the target is in no folder"))
+        })?;
+        weights.check(&[(name.to_owned(), shape.to_vec())], |_| true)?;
+        // A copy: what is loaded may lie in the file.
+        let value = weights.load(name, self.kind, Device::Cpu)?.f_to_device(self.device)?.copy();
+        Ok(Parameter::of_target(name, value))
+    }
 }
 
 /// Size of a draft, known from configuration alone.
@@ -134,6 +153,8 @@ pub struct Algorithm {
     pub figures: fn(&Value) -> Result<Vec<String>>,
     /// Keys of the `draft` section that change memory and speed, never an update: a resumed run may have others.
     pub free_on_resume: &'static [&'static str],
+    /// Whether updates depend on how much of the run is over ([`StepKey::progress`]): the run then keeps its length.
+    pub follows_length: fn(&Value) -> bool,
     /// Checks a configuration and fills in defaults.
     pub resolve: fn(&Value) -> Result<Value>,
     /// Size from configuration and target dimensions, before any weight is loaded.
@@ -141,6 +162,10 @@ pub struct Algorithm {
     /// Hidden states the draft will ask for, by Hugging Face's index: those of [`DraftModel::capture`], from
     /// configuration alone.
     pub capture: fn(&Value, &TargetInfo) -> Result<Vec<usize>>,
+    /// Configurations by which the algorithm is checked and timed on a device; none where it needs more than a target.
+    pub samples: fn(SampleSize) -> Samples,
+    /// What a step on documents computes, from configuration and target; the last is the most bytes of a chunk of logits.
+    pub work: fn(&Value, &TargetInfo, &PackedBatch, usize) -> Result<Work>,
     /// Builds the draft.
     pub build: fn(&Value, &DraftContext<'_>) -> Result<Box<dyn DraftModel>>,
 }
@@ -154,22 +179,30 @@ impl Algorithm {
     }
 }
 
-/// Every algorithm this program can train.
+/// The algorithms that this program is built with; see [`algorithms`].
 pub const ALGORITHMS: &[Algorithm] = &[medusa::ALGORITHM, eagle3::ALGORITHM];
+
+static TABLE: Table<Algorithm> = Table::new("the algorithm", |row| row.name, ALGORITHMS);
+
+/// Every algorithm that can be trained: those of [`ALGORITHMS`], and those that were added.
+pub fn algorithms() -> Vec<&'static Algorithm> {
+    TABLE.rows()
+}
+
+/// Adds an algorithm of a program around this library, before anything else is done. Refuses a name that is taken.
+pub fn add_algorithm(row: &'static Algorithm) -> Result<()> {
+    TABLE.add(row)
+}
 
 /// Key of the draft section that names the algorithm.
 pub const ALGORITHM_KEY: &str = "algorithm";
 
 /// Finds the algorithm of a `draft` section.
 pub fn algorithm(section: &Value) -> Result<&'static Algorithm> {
-    let known = || ALGORITHMS.iter().map(|entry| entry.name).collect::<Vec<_>>().join(", ");
-    let key = format!("draft.{ALGORITHM_KEY}");
-    let name = section
-        .get(ALGORITHM_KEY)
-        .and_then(Value::as_str)
-        .ok_or_else(|| Error::config(&key, format!("expected one of {}, got nothing", known())))?;
-    ALGORITHMS
-        .iter()
-        .find(|entry| entry.name == name)
-        .ok_or_else(|| Error::config(&key, format!("expected one of {}, got `{name}`", known())))
+    let unknown = |got: String| {
+        let expected = format!("expected one of {}, got {got}", TABLE.names());
+        Error::config(format!("draft.{ALGORITHM_KEY}"), expected)
+    };
+    let name = section.get(ALGORITHM_KEY).and_then(Value::as_str).ok_or_else(|| unknown("nothing".to_owned()))?;
+    TABLE.find(name).ok_or_else(|| unknown(format!("`{name}`")))
 }

@@ -91,6 +91,7 @@ pub fn rows(batch: &PackedBatch, k: usize, alignment: MaskAlignment) -> Vec<i64>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::DocumentRef;
 
     fn batch(marks: &[&str]) -> PackedBatch {
         let joined: String = marks.concat();
@@ -99,7 +100,7 @@ mod tests {
             positions: marks.iter().flat_map(|marks| 0..marks.len() as i64).collect(),
             supervised: joined.chars().map(|mark| mark == 'x').collect(),
             lengths: marks.iter().map(|marks| marks.len() as i64).collect(),
-            documents: marks.iter().map(|marks| (*marks).to_owned()).collect(),
+            documents: (0..).zip(marks).map(|(number, marks)| DocumentRef::new(*marks, number)).collect(),
         }
     }
 

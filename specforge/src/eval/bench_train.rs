@@ -12,15 +12,15 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use super::bench::{parse_sizes, peak_memory_bytes};
-use crate::data::PackedBatch;
+use crate::data::{DocumentRef, PackedBatch};
 use crate::device;
 use crate::dist::ProcessGroup;
-use crate::draft::{self, DraftContext, DraftModel, Gradients};
+use crate::draft::{self, DraftContext, DraftModel, Gradients, StepKey};
 use crate::error::{Error, Result};
 use crate::features::FeatureBatch;
 use crate::models::TargetInfo;
 use crate::nn::{Embedding, Head, noise};
-use crate::optim::{AdamW, Group, OptimConfig, ParameterSlot};
+use crate::optim::{AdamW, OptimConfig, ParameterSlot};
 use crate::shim;
 use crate::vocab::VocabMap;
 
@@ -117,6 +117,7 @@ pub fn run(options: &BenchTrainOptions) -> Result<BenchTrainReport> {
         embedding: &embedding,
         head: &head,
         vocabulary: vocabulary.as_ref(),
+        weights: None,
         kind: options.kind,
         device,
         seed: 1,
@@ -152,7 +153,7 @@ pub fn run(options: &BenchTrainOptions) -> Result<BenchTrainReport> {
         algorithm: algorithm.name.to_owned(),
         trainable_parameters: parameters.map(|parameter| parameter.value.numel() as u64).sum(),
         tokens: rows,
-        rows: session.counts.iter().sum(),
+        rows: session.rows,
         threads: tch::get_num_threads(),
         seconds,
         cpu_seconds,
@@ -181,7 +182,7 @@ fn made_up(shape: BatchShape, supervised: f64, vocab_size: i64) -> PackedBatch {
         positions: (0..documents).flat_map(|_| 0..tokens).collect(),
         supervised: (0..documents).flat_map(|_| (0..tokens).map(|at| at >= prompt && at + 1 < tokens)).collect(),
         lengths: vec![tokens; documents as usize],
-        documents: (0..documents).map(|index| format!("document {index}")).collect(),
+        documents: (0..documents).map(|index| DocumentRef::new(format!("document {index}"), index as u64)).collect(),
     }
 }
 
@@ -190,20 +191,18 @@ struct Session<'a> {
     features: &'a FeatureBatch,
     optimizer: AdamW<'static>,
     gradients: Vec<Tensor>,
-    counts: Vec<f64>,
+    /// Trained rows of the last step, of all loss terms together.
+    rows: f64,
+    taken: u64,
     loss: f64,
 }
 
 impl<'a> Session<'a> {
     fn new(draft: &'a dyn DraftModel, features: &'a FeatureBatch) -> Result<Self> {
-        let slots = draft.parameters().iter().map(|parameter| {
-            let group = if parameter.decay { Group::Decay } else { Group::NoDecay };
-            ParameterSlot { group, ..ParameterSlot::new(&parameter.name, parameter.value.shallow_clone()) }
-        });
+        let slots = draft.parameters().iter().map(ParameterSlot::from);
         let optimizer = AdamW::new(slots.collect(), &OptimConfig::default(), ProcessGroup::SINGLE, false)?;
         let gradients = Gradients::zeros(draft.parameters())?;
-        let counts = draft.count_rows(&features.batch);
-        Ok(Self { draft, features, optimizer, gradients, counts, loss: f64::NAN })
+        Ok(Self { draft, features, optimizer, gradients, rows: 0.0, taken: 0, loss: f64::NAN })
     }
 
     /// Seconds of forward and backward, and of the optimizer.
@@ -211,7 +210,11 @@ impl<'a> Session<'a> {
         let device = self.gradients[0].device();
         let start = Instant::now();
         self.gradients.iter_mut().for_each(|gradient| drop(gradient.zero_()));
-        let tally = self.draft.accumulate(self.features, &self.counts, &mut Gradients::new(&mut self.gradients))?;
+        let plan = self.draft.plan(&self.features.batch, StepKey { seed: 1, step: self.taken, total: u64::MAX })?;
+        let mut gradients = Gradients::new(&mut self.gradients);
+        let tally = self.draft.accumulate(self.features, &plan, &plan.counts, &mut gradients)?;
+        self.taken += 1;
+        self.rows = plan.counts.iter().sum();
         device::synchronize(device);
         let worked = start.elapsed().as_secs_f64();
         self.optimizer.step(&self.gradients, 1e-4, Some(1.0), &tally.objective)?;

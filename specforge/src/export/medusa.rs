@@ -25,6 +25,8 @@ use crate::nn::HeadForm;
 use crate::vocab::VocabMap;
 use crate::weights::{WeightsFolder, quantised, writer};
 
+mod warm_start;
+
 const ORIGINAL_FILE: &str = "medusa_lm_head.safetensors";
 const VLLM_FILE: &str = "model.safetensors";
 /// Keys of the numbers of heads and of their blocks.
@@ -42,6 +44,7 @@ pub const ORIGINAL: Format = Format {
     recognise: |config| config.get("medusa_num_heads").is_some(),
     write: write_original,
     check: check_original,
+    start_from: Some(warm_start::start_from),
 };
 
 /// vLLM's layout.
@@ -52,6 +55,7 @@ pub const VLLM: Format = Format {
     recognise: |config| config.get("model_type").is_some_and(|kind| kind == "medusa"),
     write: write_vllm,
     check: check_vllm,
+    start_from: Some(warm_start::start_from),
 };
 
 /// What a checkpoint says of its heads.

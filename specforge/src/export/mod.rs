@@ -9,9 +9,12 @@ use serde::Serialize;
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
+use crate::draft::{DraftModel, Parameter};
 use crate::error::{Error, Result};
 use crate::files::StagedDir;
 use crate::strict;
+use crate::table::Table;
+use crate::vocab::VocabMap;
 
 pub mod eagle3;
 pub mod medusa;
@@ -24,6 +27,13 @@ pub enum Engine {
     Sglang,
     /// vLLM 0.33.
     Vllm,
+}
+
+impl Source {
+    /// Tensors that stand for the target's own, under the target's names: an export that replaces them writes these.
+    pub fn of_target(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.tensors.iter().filter_map(|(name, tensor)| Some((Parameter::target_name(name)?, tensor)))
+    }
 }
 
 impl Engine {
@@ -107,18 +117,58 @@ pub struct Format {
     pub write: fn(&Source, &Path) -> Result<()>,
     /// Reads the files back and checks names, shapes, types and configuration.
     pub check: fn(&Path, &Value) -> Result<ExportReport>,
+    /// Copies the values of a folder into a draft in training; see [`start_from`]. Nothing where that cannot be done.
+    pub start_from: Option<fn(&Path, &Beginning<'_>) -> Result<Vec<String>>>,
 }
 
-/// Every format this program writes.
+/// A draft in training that begins with published values, and what it stands on.
+pub struct Beginning<'a> {
+    /// The draft.
+    pub draft: &'a dyn DraftModel,
+    /// Its own vocabulary, where it is smaller than the target's.
+    pub vocabulary: Option<&'a VocabMap>,
+    /// The target's token embedding, `[V, H]`.
+    pub embedding: &'a Tensor,
+}
+
+/// Copies the values of the draft in a folder into a draft in training. Everything that decides what the values mean must
+/// be the same in both: the error of the folder's format names what is not, and the key. Returns what a user should know.
+pub fn start_from(path: &Path, beginning: &Beginning<'_>) -> Result<Vec<String>> {
+    let format = format_of(&config(path)?).ok_or_else(|| unknown(path))?;
+    let start = format.start_from.ok_or_else(|| {
+        let problem = format!("{} is of the format `{}`, which no draft can start from", path.display(), format.name);
+        Error::config(START_KEY, problem)
+    })?;
+    start(path, beginning)
+}
+
+/// The key that names the folder which a draft starts from.
+pub const START_KEY: &str = "draft.init_from";
+
+/// The formats that this program is built with; see [`formats`].
 pub const FORMATS: &[Format] = &[medusa::ORIGINAL, medusa::VLLM, eagle3::RAW, eagle3::SPECULATORS];
+
+static TABLE: Table<Format> = Table::new("the format", |row| row.name, FORMATS);
+
+/// Every format that can be written: those of [`FORMATS`], and those that were added.
+pub fn formats() -> Vec<&'static Format> {
+    TABLE.rows()
+}
+
+/// Adds a format of a program around this library, before anything else is done. Refuses a name that is taken.
+pub fn add_format(row: &'static Format) -> Result<()> {
+    TABLE.add(row)
+}
+
+/// The format that a folder's config.json shows.
+pub fn format_of(config: &Value) -> Option<&'static Format> {
+    formats().into_iter().find(|format| (format.recognise)(config))
+}
 
 /// Writes a folder whole or not at all, then checks it, for one engine or for any.
 pub fn export(source: &Source, format: &str, out: &Path, engine: Option<Engine>) -> Result<ExportReport> {
-    let names = || FORMATS.iter().map(|format| format.name).collect::<Vec<_>>().join(", ");
-    let format = FORMATS
-        .iter()
-        .find(|entry| entry.name == format)
-        .ok_or_else(|| Error::Usage(format!("--format: expected one of {}, got `{format}`", names())))?;
+    let unknown = || Error::Usage(format!("--format: expected one of {}, got `{format}`", TABLE.names()));
+    let format = TABLE.find(format).ok_or_else(unknown)?;
     check_target(format, out)?;
     let staged = StagedDir::new(out)?;
     (format.write)(source, staged.path())?;
@@ -161,13 +211,14 @@ pub fn check(path: &Path) -> Result<ExportReport> {
 /// The same, and that this engine can serve it. Without one, a folder is refused where no engine can.
 pub fn check_for(path: &Path, engine: Option<Engine>) -> Result<ExportReport> {
     let config = config(path)?;
-    let format = FORMATS.iter().find(|format| (format.recognise)(&config)).ok_or_else(|| {
-        let names: Vec<&str> = FORMATS.iter().map(|format| format.name).collect();
-        Error::bad_file(path.join("config.json"), format!("is of no known format; known: {}", names.join(", ")))
-    })?;
+    let format = format_of(&config).ok_or_else(|| unknown(path))?;
     let report = (format.check)(path, &config)?;
     servable(&report, engine)?;
     Ok(report)
+}
+
+fn unknown(path: &Path) -> Error {
+    Error::bad_file(path.join("config.json"), format!("is of no known format; known: {}", TABLE.names()))
 }
 
 fn servable(report: &ExportReport, engine: Option<Engine>) -> Result<()> {

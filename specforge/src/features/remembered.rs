@@ -168,6 +168,7 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
+    use crate::data::DocumentRef;
 
     /// States that say which token they belong to and in which call they were made.
     struct Numbered(Cell<i64>);
@@ -195,7 +196,7 @@ mod tests {
             positions: documents.iter().flat_map(|document| 0..document.len() as i64).collect(),
             supervised: vec![true; ids.len()],
             lengths: documents.iter().map(|document| document.len() as i64).collect(),
-            documents: documents.iter().map(|document| format!("{document:?}")).collect(),
+            documents: documents.iter().map(|document| DocumentRef::new(format!("{document:?}"), 0)).collect(),
             ids,
         })
     }

@@ -129,15 +129,15 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use super::*;
-    use crate::data::PackedBatch;
+    use crate::data::{DocumentRef, PackedBatch};
 
     fn named(name: &str) -> Result<FeatureBatch> {
-        let batch = PackedBatch { documents: vec![name.to_owned()], ..PackedBatch::default() };
+        let batch = PackedBatch { documents: vec![DocumentRef::new(name, 0)], ..PackedBatch::default() };
         Ok(FeatureBatch { batch: Arc::new(batch), hidden: Vec::new() })
     }
 
     fn name(features: FeatureBatch) -> String {
-        features.batch.documents[0].clone()
+        features.batch.documents[0].name.clone()
     }
 
     /// A second batch is made while nobody has waited for the first, in order, and each answer is that of its question.

@@ -41,7 +41,10 @@ type Named = Vec<(String, Vec<u8>)>;
 
 fn slots(kind: Kind) -> Vec<ParameterSlot> {
     let slot = |(index, (name, shape)): (usize, &(&str, &[i64]))| {
-        ParameterSlot::new(*name, noise::normal(shape, 1.0, 1, index as u64).to_kind(kind).set_requires_grad(true))
+        let value = noise::normal(shape, 1.0, 1, index as u64).to_kind(kind).set_requires_grad(true);
+        let mut slot = ParameterSlot::new(*name, value);
+        slot.group.rate = if index % 3 == 1 { 0.25 } else { 1.0 };
+        slot
     };
     SHAPES.iter().enumerate().map(slot).collect()
 }

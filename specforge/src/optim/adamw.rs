@@ -1,6 +1,6 @@
 //! AdamW (Loshchilov and Hutter, 2019) with float32 masters, clipping and a guard against NaN, all on the device.
 //!
-//! For a parameter `p` with gradient `g`, at update `t` and learning rate `l`:
+//! For a parameter `p` with gradient `g`, at update `t` and learning rate `l`, that of the run times its group's own:
 //!
 //! ```text
 //! g <- g / max(1, (|g_all| + 1e-6) / max_norm)        one norm over all parameters
@@ -22,7 +22,7 @@ use tch::{Kind, Tensor};
 use super::config::OptimConfig;
 use super::cut::Cut;
 use super::norm::global_norm;
-use super::parameter::{Group, Parameter, ParameterSlot, check_slots};
+use super::parameter::{Parameter, ParameterSlot, check_slots};
 use crate::dist::ProcessGroup;
 use crate::error::{Error, Result};
 use crate::shim::{self, AdamwConstants};
@@ -55,11 +55,13 @@ pub struct NonFiniteSteps {
     pub fatal: Option<NonFinite>,
 }
 
-/// Parameters that share type and constants of a fused call.
+/// Parameters that share type, constants and learning rate of a fused call.
 struct FusedCall {
     members: Vec<usize>,
     kind: Kind,
     weight_decay: f64,
+    /// Multiplies the learning rate.
+    rate: f64,
 }
 
 /// The optimizer and its state, or this rank's part of it.
@@ -105,16 +107,18 @@ impl<'a> AdamW<'a> {
         let mut parameters = Vec::with_capacity(slots.len());
         let mut calls: Vec<FusedCall> = Vec::new();
         for (index, slot) in slots.into_iter().enumerate() {
-            let weight_decay = if slot.group == Group::Decay { config.weight_decay } else { 0.0 };
+            let weight_decay = if slot.group.decay { config.weight_decay } else { 0.0 };
+            let rate = slot.group.rate;
             let kind = slot.master_kind();
             let cut = Cut::new(slot.value.numel(), rank, ranges);
             parameters.push(Parameter::new(slot, cut)?);
             if cut.length == 0 {
                 continue; // other ranks have all of it
             }
-            match calls.iter_mut().find(|call| (call.kind, call.weight_decay) == (kind, weight_decay)) {
+            let same = |call: &&mut FusedCall| (call.kind, call.weight_decay, call.rate) == (kind, weight_decay, rate);
+            match calls.iter_mut().find(same) {
                 Some(call) => call.members.push(index),
-                None => calls.push(FusedCall { members: vec![index], kind, weight_decay }),
+                None => calls.push(FusedCall { members: vec![index], kind, weight_decay, rate }),
             }
         }
         Ok(Self {
@@ -186,7 +190,7 @@ impl<'a> AdamW<'a> {
             let second_moments = of(|parameter| &parameter.second_moment);
             let steps = vec![&self.step; call.members.len()];
             let constants = AdamwConstants {
-                learning_rate,
+                learning_rate: learning_rate * call.rate,
                 betas: self.betas,
                 weight_decay: call.weight_decay,
                 epsilon: self.epsilon,
@@ -265,6 +269,9 @@ mod tests {
     const SHAPES: [(&str, &[i64]); 4] =
         [("fc.weight", &[5, 3]), ("norm.weight", &[7]), ("head.weight", &[2, 4]), ("bias", &[3])];
 
+    /// What multiplies their learning rates: two parameters have one of their own.
+    const RATES: [f64; 4] = [1.0, 1.0, 0.25, 3.0];
+
     fn config() -> OptimConfig {
         OptimConfig { weight_decay: 0.1, ..OptimConfig::default() }
     }
@@ -280,7 +287,12 @@ mod tests {
             let away: Tensor = &noise + noise.sign();
             away.to_kind(kind).set_requires_grad(true)
         };
-        SHAPES.iter().enumerate().map(|(index, (name, shape))| ParameterSlot::new(*name, value(index, shape))).collect()
+        let slot = |(index, (name, shape)): (usize, &(&str, &[i64]))| {
+            let mut slot = ParameterSlot::new(*name, value(index, shape));
+            slot.group.rate = RATES[index];
+            slot
+        };
+        SHAPES.iter().enumerate().map(slot).collect()
     }
 
     /// Large on even steps (clipped), small on odd ones.
@@ -322,6 +334,7 @@ mod tests {
             for (tensor, gradient) in gradients.iter().enumerate() {
                 let (_, shape) = SHAPES[tensor];
                 let decay = if shape.len() > 1 { 0.1 } else { 0.0 };
+                let rate = rate * RATES[tensor];
                 for (index, gradient) in gradient.iter().enumerate() {
                     let gradient = gradient / scale;
                     let value = &mut self.values[tensor][index];
@@ -363,7 +376,7 @@ mod tests {
             }
         }
         assert_eq!(optimizer.steps_taken().unwrap(), 20);
-        assert_eq!(optimizer.calls.len(), 2);
+        assert_eq!(optimizer.calls.len(), 4);
         assert_eq!(optimizer.non_finite().unwrap(), NonFiniteSteps::default());
     }
 

@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::parameter::ParameterSlot;
 use super::schedule::ScheduleConfig;
+use crate::draft::Parameter;
 use crate::error::{Error, Result};
 
 /// Settings of AdamW.
@@ -21,6 +23,38 @@ pub struct OptimConfig {
     pub max_gradient_norm: Option<f64>,
     /// How the learning rate moves.
     pub schedule: ScheduleConfig,
+    /// Parameters with a learning rate of their own. Of several entries that name a parameter, the first counts.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<GroupConfig>,
+}
+
+/// Parameters that share a learning rate of their own.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GroupConfig {
+    /// Their names; `*` stands for anything.
+    pub parameters: String,
+    /// Multiplies their learning rate.
+    pub rate: f64,
+}
+
+impl GroupConfig {
+    /// Whether the group has the parameter of this name.
+    fn has(&self, name: &str) -> bool {
+        let mut parts = self.parameters.split('*');
+        let Some(mut rest) = parts.next().and_then(|first| name.strip_prefix(first)) else {
+            return false;
+        };
+        let mut last = None;
+        for part in parts {
+            // Everything between two stars at its first place; what follows the last star must end the name.
+            if let Some(middle) = last.replace(part) {
+                let Some(place) = rest.find(middle) else { return false };
+                rest = &rest[place + middle.len()..];
+            }
+        }
+        last.map_or(rest.is_empty(), |end| rest.ends_with(end))
+    }
 }
 
 impl Default for OptimConfig {
@@ -32,6 +66,7 @@ impl Default for OptimConfig {
             weight_decay: 0.0,
             max_gradient_norm: Some(1.0),
             schedule: ScheduleConfig::default(),
+            groups: Vec::new(),
         }
     }
 }
@@ -57,13 +92,83 @@ impl OptimConfig {
         if let Some(norm) = self.max_gradient_norm {
             expect(positive(norm), "max_gradient_norm", "a number above 0, or null to never clip", norm)?;
         }
+        for (index, group) in self.groups.iter().enumerate() {
+            expect(positive(group.rate), &format!("groups[{index}].rate"), "a number above 0", group.rate)?;
+        }
         self.schedule.validate()
+    }
+
+    /// The parameters of a draft as the optimizer takes them: each with the draft's own group, and the rate of the entry of
+    /// `groups` that names it. An entry that no parameter comes to is refused.
+    pub fn slots(&self, parameters: &[Parameter]) -> Result<Vec<ParameterSlot>> {
+        let mut used = vec![false; self.groups.len()];
+        let slot = |parameter: &Parameter| {
+            let mut slot = ParameterSlot::from(parameter);
+            if let Some(index) = self.groups.iter().position(|group| group.has(&parameter.name)) {
+                used[index] = true;
+                slot.group.rate *= self.groups[index].rate;
+            }
+            slot
+        };
+        let slots = parameters.iter().map(slot).collect();
+        let Some(index) = used.iter().position(|used| !used) else {
+            return Ok(slots);
+        };
+        let names: Vec<&str> = parameters.iter().map(|parameter| parameter.name.as_str()).collect();
+        let problem = format!("no parameter is left for `{}`", self.groups[index].parameters);
+        Err(Error::config(format!("optim.groups[{index}].parameters"), problem)
+            .with_hint(format!("the first entry that names a parameter has it; there are {}", names.join(", "))))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use tch::{Device, Kind, Tensor};
+
     use super::*;
+
+    #[test]
+    fn a_group_takes_the_parameters_that_its_pattern_names() {
+        let has = |pattern: &str, name: &str| GroupConfig { parameters: pattern.to_owned(), rate: 1.0 }.has(name);
+        for (pattern, name) in [
+            ("lm_head.weight", "lm_head.weight"),
+            ("*", "any"),
+            ("lm_head.*", "lm_head.weight"),
+            ("*.bias", "0.1.linear.bias"),
+            ("*norm*", "midlayer.hidden_norm.weight"),
+            ("0.*.linear.*", "0.12.linear.weight"),
+            ("a*a", "aba"),
+        ] {
+            assert!(has(pattern, name), "{pattern} {name}");
+        }
+        for (pattern, name) in
+            [("lm_head", "lm_head.weight"), ("head.*", "lm_head.weight"), ("*.bias", "bias.x"), ("a*a", "a"), ("", "a")]
+        {
+            assert!(!has(pattern, name), "{pattern} {name}");
+        }
+    }
+
+    #[test]
+    fn the_first_group_that_names_a_parameter_multiplies_its_rate_and_idle_ones_are_refused() {
+        let options = (Kind::Float, Device::Cpu);
+        let parameters = [
+            Parameter::new("a.weight", Tensor::zeros([2, 2], options)),
+            Parameter::new("a.bias", Tensor::zeros([2], options)).with_rate(3.0),
+            Parameter::new("b.weight", Tensor::zeros([2, 2], options)),
+        ];
+        let group = |parameters: &str, rate| GroupConfig { parameters: parameters.to_owned(), rate };
+        let with = |groups: Vec<GroupConfig>| OptimConfig { groups, ..OptimConfig::default() };
+        let slots = with(vec![group("*.bias", 0.5), group("a.*", 0.1)]).slots(&parameters).unwrap();
+        assert_eq!(slots.iter().map(|slot| slot.group.rate).collect::<Vec<_>>(), [0.1, 1.5, 1.0]);
+        assert_eq!(slots.iter().map(|slot| slot.group.decay).collect::<Vec<_>>(), [true, false, true]);
+        for idle in [group("c.*", 1.0), group("a.bias", 1.0)] {
+            let error = with(vec![group("a.*", 1.0), idle]).slots(&parameters).unwrap_err();
+            assert!(error.to_string().contains("`optim.groups[1].parameters`"), "{error}");
+            assert!(error.hint().unwrap().contains("a.weight, a.bias, b.weight"));
+        }
+        let error = with(vec![group("*", 0.0)]).validate().unwrap_err().to_string();
+        assert!(error.contains("`optim.groups[0].rate`"), "{error}");
+    }
 
     #[test]
     fn defaults_pass_and_nonsense_is_refused_with_its_key() {

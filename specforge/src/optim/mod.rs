@@ -12,7 +12,7 @@ mod state;
 mod across_ranks;
 
 pub use adamw::{AdamW, NonFinite, NonFiniteSteps, StepReport};
-pub use config::OptimConfig;
+pub use config::{GroupConfig, OptimConfig};
 pub use norm::global_norm;
-pub use parameter::{Group, ParameterSlot};
+pub use parameter::ParameterSlot;
 pub use schedule::{ScheduleConfig, ScheduleKind};

@@ -6,23 +6,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::cut::Cut;
 use crate::dist::ProcessGroup;
+use crate::draft::{self, ParameterGroup};
 use crate::error::{Error, Result};
-
-/// Whether weight decay touches a parameter.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Group {
-    /// Matrices and embeddings.
-    Decay,
-    /// Biases, norms, scalars.
-    NoDecay,
-}
-
-impl Group {
-    /// The usual rule: what has two dimensions or more decays.
-    pub fn for_shape(shape: &[i64]) -> Self {
-        if shape.len() >= 2 { Group::Decay } else { Group::NoDecay }
-    }
-}
 
 /// One trained tensor.
 #[derive(Debug)]
@@ -32,14 +17,21 @@ pub struct ParameterSlot {
     /// The leaf the model computes with, in the type it computes in. Its memory is written: pages mapped from a file
     /// must be copied first.
     pub value: Tensor,
-    /// Whether it decays.
-    pub group: Group,
+    /// How it is updated.
+    pub group: ParameterGroup,
+}
+
+impl From<&draft::Parameter> for ParameterSlot {
+    fn from(parameter: &draft::Parameter) -> Self {
+        let value = parameter.value.shallow_clone();
+        Self { name: parameter.name.clone(), value, group: parameter.group }
+    }
 }
 
 impl ParameterSlot {
-    /// A parameter that decays if it is a matrix.
+    /// A parameter that is updated as its shape suggests.
     pub fn new(name: impl Into<String>, value: Tensor) -> Self {
-        let group = Group::for_shape(&value.size());
+        let group = ParameterGroup::of_shape(&value.size());
         Self { name: name.into(), value, group }
     }
 
@@ -131,6 +123,8 @@ pub(super) fn check_slots(slots: &[ParameterSlot]) -> Result<()> {
             "is on another device than the first parameter"
         } else if !value.is_contiguous() {
             "is not contiguous"
+        } else if !(slot.group.rate.is_finite() && slot.group.rate > 0.0) {
+            "has a learning rate that is no positive multiple of the run's"
         } else {
             continue;
         };

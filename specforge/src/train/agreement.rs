@@ -126,6 +126,7 @@ mod tests {
     use super::*;
     use crate::checkpoint::Versions;
     use crate::dist::group::tests::on_ranks;
+    use crate::draft::ParameterGroup;
 
     fn provenance(configuration: Value, hash: &str, target: &str) -> Provenance {
         let data_hashes = BTreeMap::from([("train".to_owned(), hash.to_owned())]);
@@ -139,7 +140,8 @@ mod tests {
 
     fn draft(shape: &[i64]) -> Vec<Parameter> {
         let value = Tensor::zeros(shape, (Kind::Float, Device::Cpu));
-        vec![Parameter { name: "a.weight".to_owned(), value, decay: true }]
+        let group = ParameterGroup::of_shape(shape);
+        vec![Parameter { name: "a.weight".to_owned(), value, group }]
     }
 
     #[test]

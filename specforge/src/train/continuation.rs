@@ -97,6 +97,24 @@ pub fn same_learning_rates(
     Err(Error::config("optim.schedule", problem).with_hint(hint))
 }
 
+/// Refuses a continuation whose schedules are spread over another number of steps than the checkpoint's: for drafts whose
+/// updates depend on how much of the run is over, whatever the learning rate does.
+pub fn same_length(then: &Value, train: &TrainConfig, optim: &OptimConfig, order: &DataOrder) -> Result<()> {
+    let then_train: TrainConfig = strict::from_value(&then["train"], "train")?;
+    let then_optim: OptimConfig = strict::from_value(&then["optim"], "optim")?;
+    let then_horizon = then_optim.schedule.horizon(then_train.total_steps(order)?);
+    let now_horizon = optim.schedule.horizon(train.total_steps(order)?);
+    if then_horizon == now_horizon {
+        return Ok(());
+    }
+    let problem = format!(
+        "this draft is trained by how much of the run is over: the checkpoint's was one of {then_horizon} steps, got \
+         {now_horizon}"
+    );
+    Err(Error::config("optim.schedule.total_steps", problem)
+        .with_hint(format!("keep them with optim.schedule.total_steps={then_horizon}")))
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;

@@ -9,14 +9,14 @@ use super::order::DataOrder;
 use super::parts::Split;
 use crate::data::PackedBatch;
 use crate::dist::ProcessGroup;
-use crate::draft::DraftModel;
+use crate::draft::{DraftModel, RowPlan, StepKey, add_counts};
 use crate::error::Result;
 use crate::features::FeatureSource;
 
 /// The held-out documents of a rank.
 pub(super) struct HeldOut {
-    /// Micro-batches of this rank.
-    own: Vec<Arc<PackedBatch>>,
+    /// Micro-batches of this rank, planned alike for every evaluation.
+    own: Vec<(Arc<PackedBatch>, RowPlan)>,
     /// Micro-batches of the rank that has most.
     rounds: usize,
     /// Trained rows of each loss term, over the micro-batches of all ranks.
@@ -35,11 +35,12 @@ impl HeldOut {
         let (mut own, mut counts) = (Vec::new(), Vec::new());
         for (index, part) in parts.iter().enumerate() {
             let batch = documents.batch(part);
-            let rows = draft.count_rows(&batch);
-            counts.resize(rows.len(), 0.0);
-            counts.iter_mut().zip(rows).for_each(|(sum, count)| *sum += count);
             if index % group.world_size() == group.rank() {
-                own.push(batch);
+                let plan = draft.plan(&batch, StepKey::EVALUATION)?;
+                add_counts(&mut counts, &plan.counts);
+                own.push((batch, plan));
+            } else {
+                add_counts(&mut counts, &draft.count(&batch, StepKey::EVALUATION)?);
             }
         }
         Ok(Self { own, rounds: parts.len().div_ceil(group.world_size()), counts })
@@ -67,8 +68,8 @@ impl HeldOut {
             if stopped()? {
                 return Ok(None);
             }
-            if let Some(features) = ahead.take(round..self.own.len(), |&part| Arc::clone(&self.own[part])) {
-                window.add(&draft.evaluate(&features.wait()?, &self.counts)?);
+            if let Some(features) = ahead.take(round..self.own.len(), |&part| Arc::clone(&self.own[part].0)) {
+                window.add(&draft.evaluate(&features.wait()?, &self.own[round].1, &self.counts)?);
             }
         }
         Ok(Some(window.take(draft, group)?.into_iter().collect()))

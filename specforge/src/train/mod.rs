@@ -19,6 +19,7 @@ mod held_out;
 pub mod metrics;
 pub mod order;
 pub mod parts;
+mod planning;
 pub mod report;
 pub mod seconds;
 pub mod trainer;
@@ -26,7 +27,7 @@ pub mod trainer;
 #[cfg(test)]
 mod one_writer;
 
-pub use continuation::{Place, is_on_the_way, same_learning_rates};
+pub use continuation::{Place, is_on_the_way, same_learning_rates, same_length};
 pub use gradient_sums::GradientSums;
 pub use order::DataOrder;
 pub use parts::{Provenance, Split, TrainerParts, Writer};

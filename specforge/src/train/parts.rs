@@ -29,6 +29,16 @@ impl Split<'_> {
         self.documents.iter().map(|&document| self.cache.document(document).tokens.len()).collect()
     }
 
+    /// Tokens of some documents.
+    pub(super) fn tokens(&self, indices: &[usize]) -> u64 {
+        indices.iter().map(|&index| self.cache.length(self.documents[index]) as u64).sum()
+    }
+
+    /// Their names, for messages.
+    pub(super) fn names(&self, indices: &[usize]) -> Vec<String> {
+        indices.iter().map(|&index| self.cache.document(self.documents[index]).id.to_owned()).collect()
+    }
+
     pub(super) fn batch(&self, indices: &[usize]) -> Arc<PackedBatch> {
         let documents: Vec<usize> = indices.iter().map(|&index| self.documents[index]).collect();
         Arc::new(data::assemble(self.cache, &documents))

@@ -22,13 +22,14 @@ use super::held_out::HeldOut;
 use super::metrics::Window;
 use super::order::GlobalBatch;
 use super::parts::{TrainerParts, Writer, commonest_token_share};
+use super::planning::PlannedStep;
 use super::report::TrainReport;
 use super::seconds::{Activity, Clock};
 use crate::checkpoint::{Checkpoint, Manifest, Measurements, Saver, Tensors};
 use crate::dist::ReduceOp;
-use crate::draft::Tally;
+use crate::draft::{ParameterGroup, StepKey, Tally};
 use crate::error::{Error, Result, TensorMismatch};
-use crate::optim::{AdamW, Group, ParameterSlot};
+use crate::optim::{AdamW, ParameterSlot};
 use crate::progress::Progress;
 use crate::stop::Answer;
 use crate::tracking::Tracker;
@@ -118,11 +119,12 @@ impl<'a> Trainer<'a> {
         let owed = Measurements { evaluation: evaluation > 0, decoding: decoding > 0 && parts.decoding.0 > 0 };
         let position = Position { step, epoch, batch, tokens };
         agreement::parameters(group, parameters)?;
-        let slots = parameters.iter().map(|parameter| {
-            let group = if parameter.decay { Group::Decay } else { Group::NoDecay };
-            ParameterSlot { group, ..ParameterSlot::new(&parameter.name, parameter.value.shallow_clone()) }
-        });
-        let mut optimizer = AdamW::new(slots.collect(), parts.optim, group, parts.parallel.shard_optimizer)?;
+        let slots = parts.optim.slots(parameters)?;
+        let groups = own_groups(&slots);
+        if let Some(checkpoint) = resume {
+            checkpoint.same_groups(&groups)?;
+        }
+        let mut optimizer = AdamW::new(slots, parts.optim, group, parts.parallel.shard_optimizer)?;
         if step > 0 {
             optimizer.load_state(resume.map(|checkpoint| &checkpoint.optimizer))?;
             let taken = optimizer.steps_taken()?;
@@ -245,24 +247,25 @@ impl<'a> Trainer<'a> {
         self.parts.stop.set_answer(Answer::Finish("stopping after this step; a checkpoint is written"));
         let (draft, group) = (self.parts.draft, self.parts.group);
         let step = self.position.step + 1;
+        let key = StepKey { seed: self.parts.config.seed, step: self.position.step, total: self.horizon };
         // Counts of the whole global batch, on every rank: each micro-batch then contributes its exact share.
-        let whole = self.parts.train.batch(batch);
-        let counts = draft.count_rows(&whole);
+        let split = (&self.order, &self.parts.train);
+        let PlannedStep { own, plans, counts } = PlannedStep::new(batch, split, (draft, key), group)?;
         let micro_batches = |batch: &GlobalBatch| self.order.micro_batches(batch, group.rank(), group.world_size());
-        let own = micro_batches(batch);
         let next = next.filter(|_| step < self.total_steps).map(micro_batches).unwrap_or_default();
         self.gradients.start()?;
         let device = self.gradients.totals()[0].device();
         let (mut objective, mut tallies) =
             (Tensor::f_zeros([], (Kind::Double, device))?, Vec::with_capacity(own.len()));
-        for index in 0..own.len() {
+        for (index, plan) in plans.iter().enumerate() {
             let coming = own[index..].iter().chain(&next).cloned();
             let Some(pending) = self.ahead.take(coming, |documents| self.parts.train.batch(documents)) else { break };
             self.clock.was(Activity::Data);
             let features = pending.wait()?;
             self.clock.was(Activity::Target);
             let is_last = index + 1 == own.len();
-            let tally = self.gradients.add(is_last, |gradients| draft.accumulate(&features, &counts, gradients))?;
+            let tally =
+                self.gradients.add(is_last, |gradients| draft.accumulate(&features, plan, &counts, gradients))?;
             objective += &tally.objective;
             tallies.push(tally);
             self.clock.was(Activity::Draft);
@@ -275,9 +278,9 @@ impl<'a> Trainer<'a> {
         let rate = optim.schedule.learning_rate(optim.learning_rate, self.position.step, self.horizon);
         let report = self.optimizer.step(self.gradients.totals(), rate, optim.max_gradient_norm, &objective)?;
         self.window.end_step(&tallies, &report)?;
-        let tokens = whole.ids.len() as u64;
+        let tokens = self.parts.train.tokens(batch);
         self.position.tokens += tokens;
-        self.finite.note(step, whole.documents.clone(), total_counts(&tallies));
+        self.finite.note(step, self.parts.train.names(batch), total_counts(&tallies));
         self.position.step = step;
         self.position.batch += 1;
         // Reading the flag costs a wait for a GPU and nothing on a CPU.
@@ -491,6 +494,7 @@ impl<'a> Trainer<'a> {
             metrics,
             owed,
             window,
+            groups: own_groups(self.optimizer.slots()),
             ..Manifest::default()
         };
         let parameters = self.parts.draft.parameters().iter();
@@ -522,6 +526,12 @@ impl<'a> Trainer<'a> {
             warnings.iter().for_each(|warning| progress.println(&format!("warning: {warning}")));
         }
     }
+}
+
+/// How parameters are updated, of those that are not updated as their shape suggests.
+fn own_groups<'s>(slots: impl IntoIterator<Item = &'s ParameterSlot>) -> BTreeMap<String, ParameterGroup> {
+    let own = slots.into_iter().filter(|slot| slot.group != ParameterGroup::of_shape(&slot.value.size()));
+    own.map(|slot| (slot.name.clone(), slot.group)).collect()
 }
 
 /// This rank's rows of each metric.

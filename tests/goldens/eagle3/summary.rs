@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 use specforge::dist::ProcessGroup;
 use specforge::draft::DraftModel;
-use specforge::optim::{AdamW, Group, OptimConfig, ParameterSlot};
+use specforge::optim::{AdamW, OptimConfig, ParameterSlot};
 use tch::{Kind, Tensor};
 
 use super::{Golden, TOLERANCE, check_figures, compare, figures, is_trained, json_of, specforge_case, text};
@@ -79,7 +79,9 @@ fn numbers(value: &Value) -> Vec<f64> {
 fn check_optimizer(golden: &Golden, want: &Value) -> Result<(), String> {
     let case = specforge_case(golden)?;
     let slots = case.draft.parameters().iter().filter(|parameter| is_trained(parameter)).map(|parameter| {
-        ParameterSlot { group: Group::NoDecay, ..ParameterSlot::new(&parameter.name, parameter.value.shallow_clone()) }
+        let mut slot = ParameterSlot::from(parameter);
+        slot.group.decay = false;
+        slot
     });
     let config = OptimConfig { max_gradient_norm: Some(0.5), ..OptimConfig::default() };
     let mut optimizer = AdamW::new(slots.collect(), &config, ProcessGroup::SINGLE, false).map_err(text)?;

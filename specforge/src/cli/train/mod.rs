@@ -26,6 +26,7 @@ use crate::progress;
 use crate::shim;
 use crate::stop::{Answer, Stop};
 use crate::train::{self, Provenance, Split, Trainer, TrainerParts};
+use crate::weights::WeightsFolder;
 
 mod content;
 mod folder;
@@ -140,6 +141,9 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
         train::is_on_the_way(&manifest.configuration, &order, &at)
             .map_err(|problem| Error::bad_file(checkpoint.path.join(MANIFEST_FILE), problem))?;
         train::same_learning_rates(&manifest.configuration, &config.train, &config.optim, &order, manifest.step)?;
+        if (algorithm.follows_length)(&config.draft) && manifest.step > 0 {
+            train::same_length(&manifest.configuration, &config.train, &config.optim, &order)?;
+        }
     }
 
     // Target and draft.
@@ -156,11 +160,13 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
     for cache in [Some(&train_cache), eval_cache.as_ref()].into_iter().flatten() {
         inputs::fits_context(cache, dimensions.max_position_embeddings)?;
     }
+    let weights = WeightsFolder::open(&config.target.path)?;
     let context = DraftContext {
         target: dimensions.clone(),
         embedding: &tables.embedding,
         head: &tables.head,
         vocabulary: vocabulary.as_ref().map(|vocabulary| &vocabulary.file.map),
+        weights: Some(&weights),
         kind,
         device,
         seed: config.train.seed,
@@ -170,8 +176,9 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
     let draft = (algorithm.build)(&section, &context)?;
     // A resumed run has its values from the checkpoint, and other ranks have theirs from the first.
     if let (true, None, Some(from)) = (is_first, checkpoint, config.draft.get("init_from").and_then(Value::as_str)) {
-        let notes =
-            export::eagle3::start_from(Path::new(from), draft.as_ref(), context.vocabulary, &context.embedding.table)?;
+        let DraftContext { vocabulary, embedding, .. } = context;
+        let beginning = export::Beginning { draft: draft.as_ref(), vocabulary, embedding: &embedding.table };
+        let notes = export::start_from(Path::new(from), &beginning)?;
         notes.iter().for_each(|line| note(format!("{from}: {line}")));
         note(format!("starting from the draft in {from}"));
     }

@@ -12,18 +12,49 @@ use tch::{Device, Kind, Tensor};
 
 use super::branches::Branches;
 use super::dynamic_tree::{DynamicTree, Expand, Names, grow};
-use super::{Branch, Context, DraftSampling, Drafter, Joining, Progress};
+use super::{Asked, Branch, Context, DraftSampling, Drafter, DrafterKind, Guesser, Joining, Progress, tree_text};
 use crate::decode::policy::Proposal;
 use crate::decode::prefill::Passes;
 use crate::device;
 use crate::draft::eagle3::Eagle3Shape;
 use crate::draft::eagle3::layers::Network;
-use crate::draft::{DraftModel, Parameter, vocabulary};
+use crate::draft::{DraftModel, Parameter, ParameterGroup, vocabulary};
 use crate::error::{Error, Result};
-use crate::export::eagle3::Imported;
+use crate::export::{self, eagle3::Imported};
 use crate::models::TargetModel;
 use crate::nn::{AttentionMask, KvCache};
 use crate::vocab::VocabMap;
+
+/// Row of the table of drafters.
+pub const KIND: DrafterKind = DrafterKind {
+    algorithm: crate::draft::eagle3::ALGORITHM.name,
+    formats: &[export::eagle3::RAW.name, export::eagle3::SPECULATORS.name],
+    from_checkpoint: |trained, asked| {
+        let shape = Eagle3Shape::from_description(trained.description)
+            .map_err(|problem| Error::Failed(format!("the checkpoint is none of an EAGLE-3 draft: {problem}")))?;
+        let tensors = trained.tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
+        let parts = Eagle3Parts { shape, tensors, vocabulary: trained.vocabulary.clone(), embedding: None };
+        guesser(parts, asked, Vec::new())
+    },
+    from_export: |folder, asked| {
+        let mut imported = export::eagle3::read(folder, Some(asked.target.info().num_layers()))?;
+        let mut notes = std::mem::take(&mut imported.warnings);
+        if let Some(own) = imported.embedding.take()
+            && export::eagle3::is_other_embedding(&own, &asked.target.embedding().table)?
+        {
+            notes.push("the draft has an embedding that is not the target's: the draft's own is used".to_owned());
+            imported.embedding = Some(own);
+        }
+        guesser(Eagle3Parts::from(imported), asked, notes)
+    },
+    default_tree: tree_text::DEFAULT,
+};
+
+fn guesser<'a>(parts: Eagle3Parts, asked: Asked<'a, '_>, notes: Vec<String>) -> Result<Guesser<'a>> {
+    let (tree, text) = tree_text::dynamic(asked.tree)?;
+    let drafter = Eagle3Drafter::new(parts, asked.target, tree, asked.sampling)?;
+    Ok(Guesser { drafter: Box::new(drafter), tree: text, notes })
+}
 
 /// What an EAGLE-3 draft is made of.
 #[derive(Debug)]
@@ -135,7 +166,8 @@ impl Eagle3Drafter {
         // Nothing counts that the shape does not ask for.
         for (name, value) in tensors.into_iter().filter(|(name, _)| wanted.iter().any(|(want, _)| want == name)) {
             let value = value.detach().f_to_device(device)?.f_to_kind(kind)?;
-            parameters.push(Parameter { name, value, decay: false });
+            let group = ParameterGroup::of_shape(&value.size());
+            parameters.push(Parameter { name, value, group });
         }
         for (name, want) in wanted {
             let found = parameters.iter().find(|parameter| parameter.name == name);

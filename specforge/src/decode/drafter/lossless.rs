@@ -404,6 +404,7 @@ fn a_draft_in_training_drafts() {
         embedding: target.embedding(),
         head: target.head(),
         vocabulary: Some(&map),
+        weights: None,
         kind: Kind::Double,
         device: Device::Cpu,
         seed: 1,

@@ -9,9 +9,11 @@
 
 use tch::Tensor;
 
-use super::{Context, DraftSampling, Drafter, Joining, Progress, last};
+use super::{Asked, Context, DraftSampling, Drafter, DrafterKind, Guesser, Joining, Progress, choices, last};
 use crate::decode::policy::Proposal;
+use crate::draft::medusa::MedusaConfig;
 use crate::error::{Error, Result};
+use crate::export;
 use crate::tree::{ChoiceTree, TokenTree};
 
 mod heads;
@@ -19,6 +21,31 @@ mod heads;
 pub(crate) mod heads_for_tests;
 
 pub use heads::{Guesses, MedusaHeads, Place};
+
+/// Row of the table of drafters.
+pub const KIND: DrafterKind = DrafterKind {
+    algorithm: crate::draft::medusa::ALGORITHM.name,
+    formats: &[export::medusa::ORIGINAL.name, export::medusa::VLLM.name],
+    from_checkpoint: |trained, asked| {
+        let config = MedusaConfig::read(&trained.description["draft"])?;
+        guesser(MedusaHeads::new(&config, trained.tensors, trained.vocabulary.as_ref(), asked.target)?, asked)
+    },
+    from_export: |folder, asked| guesser(MedusaHeads::read(folder, asked.target)?, asked),
+    default_tree: WHOLE_CHAIN,
+};
+
+/// A chain of one guess of every head.
+const WHOLE_CHAIN: &str = "chain";
+
+fn guesser<'a>(heads: MedusaHeads, asked: Asked<'a, '_>) -> Result<Guesser<'a>> {
+    let tree = match asked.tree {
+        WHOLE_CHAIN => format!("chain:{}", heads.len()),
+        named => named.to_owned(),
+    };
+    let drafter = MedusaDrafter::new(heads, &choices::parse(&tree)?, asked.sampling);
+    let notes = drafter.warning().map(str::to_owned).into_iter().collect();
+    Ok(Guesser { drafter: Box::new(drafter), tree, notes })
+}
 
 /// Guesses with Medusa heads.
 #[derive(Debug)]

@@ -11,24 +11,53 @@ use tch::{Kind, Tensor};
 
 use super::policy::{Policy, Proposal};
 use crate::error::{Error, Result};
+use crate::table::Table;
 
 mod branches;
 pub mod choices;
 pub mod dynamic_tree;
 pub mod eagle3;
+pub mod kind;
 pub mod medusa;
 pub mod model;
 pub mod open;
 pub mod path_rates;
 pub mod prompt_lookup;
+pub mod tree_text;
 
 pub use branches::Branch;
 pub use dynamic_tree::DynamicTree;
 pub use eagle3::{Eagle3Drafter, Eagle3Parts};
+pub use kind::{Asked, DrafterKind, Guesser, Trained};
 pub use medusa::{MedusaDrafter, MedusaHeads};
 pub use model::ModelDrafter;
 pub use open::{Opened, of_training, open};
 pub use prompt_lookup::PromptLookup;
+
+/// The drafters that this program is built with; see [`drafters`].
+pub const DRAFTERS: &[DrafterKind] = &[medusa::KIND, eagle3::KIND];
+
+static TABLE: Table<DrafterKind> = Table::new("the drafter of", |row| row.algorithm, DRAFTERS);
+
+/// Every drafter of a trained draft: those of [`DRAFTERS`], and those that were added.
+pub fn drafters() -> Vec<&'static DrafterKind> {
+    TABLE.rows()
+}
+
+/// Adds a drafter of a program around this library, before anything else is done. Refuses an algorithm that has one.
+pub fn add_drafter(row: &'static DrafterKind) -> Result<()> {
+    TABLE.add(row)
+}
+
+/// What drafts with the drafts of an algorithm.
+fn of_algorithm(name: &str) -> Option<&'static DrafterKind> {
+    TABLE.find(name)
+}
+
+/// What drafts with the exports of a format.
+fn of_format(name: &str) -> Option<&'static DrafterKind> {
+    drafters().into_iter().find(|kind| kind.formats.contains(&name))
+}
 
 /// How a draft picks its guesses from its own distribution.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]

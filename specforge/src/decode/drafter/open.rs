@@ -6,13 +6,11 @@ use serde_json::Value;
 use tch::Tensor;
 
 use super::{
-    DraftSampling, Drafter, DynamicTree, Eagle3Drafter, Eagle3Parts, MedusaDrafter, MedusaHeads, ModelDrafter, Plain,
-    PromptLookup, choices,
+    Asked, DraftSampling, Drafter, Guesser, ModelDrafter, Plain, PromptLookup, Trained, of_algorithm, of_format,
+    tree_text,
 };
 use crate::checkpoint;
 use crate::data::ChatTokenizer;
-use crate::draft::eagle3::Eagle3Shape;
-use crate::draft::medusa::MedusaConfig;
 use crate::draft::{self, DraftModel, vocabulary};
 use crate::error::{Error, Result};
 use crate::export;
@@ -48,14 +46,17 @@ pub fn open<'a>(
 ) -> Result<Opened<'a>> {
     match draft {
         None => match tree {
-            None => Ok(opened(Box::new(Plain), "none", "none".to_owned())),
+            None => {
+                let plain = Guesser { drafter: Box::new(Plain), tree: "none".to_owned(), notes: Vec::new() };
+                Ok(opened(plain, "none"))
+            }
             Some(tree) => Err(Error::Usage(format!("--tree {tree}: there is no --draft to guess with"))),
         },
         Some(PROMPT_LOOKUP) => {
-            let lookup = lookup(tree.unwrap_or_default())?;
+            let lookup = tree_text::lookup(tree.unwrap_or_default())?;
             let PromptLookup { longest_match, depth, nodes } = lookup;
             let tree = format!("depth={depth},nodes={nodes},match={longest_match}");
-            Ok(opened(Box::new(lookup), PROMPT_LOOKUP, tree))
+            Ok(opened(Guesser { drafter: Box::new(lookup), tree, notes: Vec::new() }, PROMPT_LOOKUP))
         }
         Some(folder) => {
             let folder = Path::new(folder);
@@ -105,29 +106,20 @@ fn from_folder<'a>(
     if config.get("train").is_some() {
         return Err(not_a_checkpoint);
     }
-    let formats = |list: &[export::Format]| list.iter().any(|format| (format.recognise)(&config));
-    if formats(&[export::medusa::ORIGINAL, export::medusa::VLLM]) {
-        return medusa(MedusaHeads::read(folder, target)?, tree, sampling);
-    }
-    if formats(&[export::eagle3::RAW, export::eagle3::SPECULATORS]) {
-        let mut imported = export::eagle3::read(folder, Some(target.info().num_layers()))?;
-        let mut notes = imported.warnings.clone();
-        if let Some(own) = imported.embedding.take()
-            && export::eagle3::is_other_embedding(&own, &target.embedding().table)?
-        {
-            notes.push("the draft has an embedding that is not the target's: the draft's own is used".to_owned());
-            imported.embedding = Some(own);
-        }
-        let opened =
-            eagle3(Eagle3Parts::from(imported), tree, target, sampling).map_err(|error| of_folder(folder, error))?;
-        return Ok(Opened { notes, ..opened });
+    if let Some(format) = export::format_of(&config) {
+        let kind = of_format(format.name).ok_or_else(|| {
+            Error::bad_file(folder, format!("decoding with drafts of the format `{}` is not supported", format.name))
+        })?;
+        let asked = Asked { tree: tree.unwrap_or(kind.default_tree), target, sampling };
+        let guesser = (kind.from_export)(folder, asked).map_err(|error| of_folder(folder, error))?;
+        return Ok(opened(guesser, kind.algorithm));
     }
     let model = models::load_target(folder, target.kind(), target.device())?;
     let tokenizers = [ChatTokenizer::load(target_path, None)?, ChatTokenizer::load(folder, None)?];
     ModelDrafter::check_tokenizers(&tokenizers[0], &tokenizers[1]).map_err(|error| of_folder(folder, error))?;
-    let (tree, text) = dynamic(tree)?;
+    let (tree, text) = tree_text::dynamic(tree.unwrap_or(tree_text::DEFAULT))?;
     let drafter = ModelDrafter::new(model, target.info(), tree, sampling).map_err(|error| of_folder(folder, error))?;
-    Ok(opened(Box::new(drafter), "model", text))
+    Ok(opened(Guesser { drafter: Box::new(drafter), tree: text, notes: Vec::new() }, "model"))
 }
 
 fn of_folder(folder: &Path, error: Error) -> Error {
@@ -148,8 +140,9 @@ fn of_checkpoint(folder: &Path, error: Error) -> Error {
     }
 }
 
-fn opened<'a>(drafter: Box<dyn Drafter + 'a>, method: &str, tree: String) -> Opened<'a> {
-    Opened { drafter, method: method.to_owned(), tree, folder: None, notes: Vec::new() }
+fn opened<'a>(guesser: Guesser<'a>, method: &str) -> Opened<'a> {
+    let Guesser { drafter, tree, notes } = guesser;
+    Opened { drafter, method: method.to_owned(), tree, folder: None, notes }
 }
 
 /// The drafter of a checkpoint's description and tensors.
@@ -160,134 +153,11 @@ fn trained<'a>(
     target: &'a dyn TargetModel,
     sampling: DraftSampling,
 ) -> Result<Opened<'a>> {
-    let section = &description["draft"];
-    let algorithm = draft::algorithm(section)?.name;
-    let vocabulary = vocabulary::from_tensors(tensors)?;
-    if algorithm == draft::medusa::ALGORITHM.name {
-        let config = MedusaConfig::read(section)?;
-        return medusa(MedusaHeads::new(&config, tensors, vocabulary.as_ref(), target)?, tree, sampling);
-    }
-    if algorithm == draft::eagle3::ALGORITHM.name {
-        let shape = Eagle3Shape::from_description(description)
-            .map_err(|problem| Error::Failed(format!("the checkpoint is none of an EAGLE-3 draft: {problem}")))?;
-        let tensors = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
-        return eagle3(Eagle3Parts { shape, tensors, vocabulary, embedding: None }, tree, target, sampling);
-    }
-    Err(Error::Failed(format!("decoding with drafts of the algorithm `{algorithm}` is not supported")))
-}
-
-fn medusa<'a>(heads: MedusaHeads, tree: Option<&str>, sampling: DraftSampling) -> Result<Opened<'a>> {
-    let text = tree.map_or_else(|| format!("chain:{}", heads.len()), str::to_owned);
-    let drafter = MedusaDrafter::new(heads, &choices::parse(&text)?, sampling);
-    let notes = drafter.warning().map(str::to_owned).into_iter().collect();
-    Ok(Opened { notes, ..opened(Box::new(drafter), draft::medusa::ALGORITHM.name, text) })
-}
-
-fn eagle3<'a>(
-    parts: Eagle3Parts,
-    tree: Option<&str>,
-    target: &'a dyn TargetModel,
-    sampling: DraftSampling,
-) -> Result<Opened<'a>> {
-    let (tree, text) = dynamic(tree)?;
-    let drafter = Eagle3Drafter::new(parts, target, tree, sampling)?;
-    Ok(opened(Box::new(drafter), draft::eagle3::ALGORITHM.name, text))
-}
-
-/// Tree of a draft that guesses one token after the other, where nothing else is asked for: with its root, as many nodes
-/// as a pass takes at nearly the price of one.
-const DEFAULT_TREE: DynamicTree = DynamicTree { depth: 3, top_k: 4, nodes: 7, min_probability: 0.0 };
-
-/// Reads `chain:N` or `dynamic:depth=D,top_k=K,nodes=N[,min_probability=P]`, and says how it was understood.
-fn dynamic(text: Option<&str>) -> Result<(DynamicTree, String)> {
-    let text = text.unwrap_or("dynamic:");
-    let mut tree = DEFAULT_TREE;
-    let expected = "chain:N or dynamic:depth=D,top_k=K,nodes=N[,min_probability=P]";
-    match text.split_once(':') {
-        Some(("chain", length)) => {
-            let length = length.parse().map_err(|_| unknown(text, expected))?;
-            tree = DynamicTree::chain(length);
-        }
-        Some(("dynamic", keys)) => {
-            for (key, value) in pairs(keys) {
-                let whole = || value.parse().map_err(|_| unknown(text, expected));
-                match key {
-                    "depth" => tree.depth = whole()?,
-                    "top_k" => tree.top_k = whole()?,
-                    "nodes" => tree.nodes = whole()?,
-                    "min_probability" => tree.min_probability = value.parse().map_err(|_| unknown(text, expected))?,
-                    _ => return Err(unknown(text, expected)),
-                }
-            }
-        }
-        _ => return Err(unknown(text, expected)),
-    }
-    tree.check()?;
-    let DynamicTree { depth, top_k, nodes, min_probability } = tree;
-    let text = match top_k {
-        1 if nodes == depth && min_probability == 0.0 => format!("chain:{depth}"),
-        _ if min_probability == 0.0 => format!("dynamic:depth={depth},top_k={top_k},nodes={nodes}"),
-        _ => format!("dynamic:depth={depth},top_k={top_k},nodes={nodes},min_probability={min_probability}"),
-    };
-    Ok((tree, text))
-}
-
-/// Reads `depth=D,nodes=N,match=M` or `chain:N`, each with a default.
-fn lookup(text: &str) -> Result<PromptLookup> {
-    let mut lookup = PromptLookup { longest_match: 3, depth: 5, nodes: 10 };
-    let expected = "depth=D,nodes=N,match=M or chain:N, numbers from 1 to 4096";
-    if let Some(length) = text.strip_prefix("chain:") {
-        let length = lookup_size(length).ok_or_else(|| unknown(text, expected))?;
-        return Ok(PromptLookup { depth: length, nodes: length, ..lookup });
-    }
-    for (key, value) in pairs(text) {
-        let value = lookup_size(value).ok_or_else(|| unknown(text, expected))?;
-        match key {
-            "depth" => lookup.depth = value,
-            "nodes" => lookup.nodes = value,
-            "match" => lookup.longest_match = value,
-            _ => return Err(unknown(text, expected)),
-        }
-    }
-    Ok(lookup)
-}
-
-/// As many as a dynamic tree may have.
-fn lookup_size(text: &str) -> Option<usize> {
-    text.parse().ok().filter(|size| (1..=4096).contains(size))
-}
-
-fn pairs(text: &str) -> impl Iterator<Item = (&str, &str)> {
-    text.split(',').filter(|part| !part.is_empty()).map(|part| part.split_once('=').unwrap_or((part, "")))
-}
-
-fn unknown(text: &str, expected: &str) -> Error {
-    Error::Usage(format!("--tree: expected {expected}, got `{text}`"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn trees_are_read_and_said_again() {
-        for (text, want) in [
-            ("chain:4", "chain:4"),
-            ("dynamic:depth=3,top_k=2,nodes=5", "dynamic:depth=3,top_k=2,nodes=5"),
-            ("dynamic:nodes=9", "dynamic:depth=3,top_k=4,nodes=9"),
-            ("dynamic:depth=2,top_k=1,nodes=2", "chain:2"),
-            ("dynamic:min_probability=0.1", "dynamic:depth=3,top_k=4,nodes=7,min_probability=0.1"),
-        ] {
-            assert_eq!(dynamic(Some(text)).unwrap().1, want);
-        }
-        assert_eq!(dynamic(None).unwrap().1, "dynamic:depth=3,top_k=4,nodes=7");
-        for wrong in ["", "chain", "chain:", "chain:-1", "chain:0", "tree:3", "dynamic:depth", "dynamic:width=3"] {
-            assert!(dynamic(Some(wrong)).is_err(), "{wrong}");
-        }
-        let lookup = |text: &str| lookup(text).map(|lookup| (lookup.longest_match, lookup.depth, lookup.nodes));
-        assert_eq!(lookup("").unwrap(), (3, 5, 10));
-        assert_eq!(lookup("chain:4").unwrap(), (3, 4, 4));
-        assert_eq!(lookup("match=2,depth=8,nodes=20").unwrap(), (2, 8, 20));
-        assert!(lookup("depth=0").is_err() && lookup("dynamic:depth=2").is_err());
-    }
+    let algorithm = draft::algorithm(&description["draft"])?.name;
+    let kind = of_algorithm(algorithm).ok_or_else(|| {
+        Error::Failed(format!("decoding with drafts of the algorithm `{algorithm}` is not supported"))
+    })?;
+    let trained = Trained { description, tensors, vocabulary: vocabulary::from_tensors(tensors)? };
+    let asked = Asked { tree: tree.unwrap_or(kind.default_tree), target, sampling };
+    Ok(opened((kind.from_checkpoint)(&trained, asked)?, kind.algorithm))
 }

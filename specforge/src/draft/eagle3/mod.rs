@@ -19,7 +19,9 @@ use super::distillation::{self, DistillationLoss, DraftVocabulary, Objective, Or
 use super::lift::lift;
 use super::loss::Projection;
 use super::supervision::{self, MaskAlignment};
-use super::{Algorithm, DraftContext, DraftModel, DraftSize, Gradients, Parameter, Tally, vocabulary};
+use super::{
+    Algorithm, DraftContext, DraftModel, DraftSize, Gradients, Parameter, RowPlan, StepKey, Tally, vocabulary,
+};
 use crate::data::PackedBatch;
 use crate::error::{Error, Result};
 use crate::features::FeatureBatch;
@@ -30,12 +32,13 @@ mod cached;
 pub mod config;
 pub mod layers;
 pub mod recompute;
+mod samples;
 pub mod steps;
 
 pub use config::{Eagle3Config, Eagle3Shape, HeadStart, Normalisation};
 use layers::Network;
 use recompute::Tape;
-use steps::Steps;
+use steps::{StepPlan, Steps};
 
 /// Row of the table of algorithms.
 pub const ALGORITHM: Algorithm = Algorithm {
@@ -44,9 +47,12 @@ pub const ALGORITHM: Algorithm = Algorithm {
     selection_metric: "simulated_acceptance_length",
     figures,
     free_on_resume: &["recompute"],
+    follows_length: |_| false,
     resolve: |section| Ok(json!(Eagle3Config::read(section)?)),
     size: |section, target| size(&Eagle3Config::read(section)?, target),
     capture: |section, target| Ok(capture(&Eagle3Config::read(section)?.shape(target)?)),
+    samples: samples::samples,
+    work: samples::work,
     build: |section, context| Ok(Box::new(Eagle3::new(Eagle3Config::read(section)?, context)?)),
 };
 
@@ -109,8 +115,7 @@ impl Eagle3 {
                 let random = noise::normal(&tensor_shape, DEVIATION, context.seed, index as u64);
                 random.f_to_kind(kind)?.f_to_device(device)?
             };
-            let decay = tensor_shape.len() > 1;
-            parameters.push(Parameter { name, value: value.set_requires_grad(true), decay });
+            parameters.push(Parameter::new(name, value));
         }
         let embedding = context.embedding.table.f_to_device(device)?.detach();
         let network = Network::new(&shape, &parameters, &embedding, device)?;
@@ -132,20 +137,30 @@ impl Eagle3 {
         &self.network
     }
 
-    /// The steps of a batch.
-    pub fn plan(&self, batch: &PackedBatch, device: Device) -> Result<Steps> {
+    /// The steps of a batch, for looking at single ones.
+    pub fn steps(&self, batch: &PackedBatch, device: Device) -> Result<Steps> {
         Steps::new(batch, self.config.ttt_steps, self.config.mask, device)
+    }
+
+    /// What a batch counts for each step, of which so many rows are trained.
+    fn counts(&self, batch: &PackedBatch, trained: impl Iterator<Item = usize>) -> Vec<f64> {
+        let count = |trained| match self.config.normalisation {
+            Normalisation::TrainedRows => trained,
+            Normalisation::AllPositions => batch.ids.len(),
+        };
+        trained.map(|trained| count(trained) as f64).collect()
     }
 
     /// One pass; gradients are added where there is a buffer for them.
     fn run(
         &self,
         features: &FeatureBatch,
+        plan: &RowPlan,
         global_counts: &[f64],
         gradients: Option<&mut Gradients<'_>>,
     ) -> Result<Tally> {
         let (last, captured) = features.hidden.split_last().ok_or_else(|| Error::Failed("no features".to_owned()))?;
-        let plan = self.plan(&features.batch, last.device())?;
+        let plan = plan.own::<StepPlan>()?.upload(last.device())?;
         let pass = match gradients.is_some() && !self.config.recompute {
             true => self.graph(&plan, captured)?,
             false => {
@@ -343,26 +358,29 @@ impl DraftModel for Eagle3 {
         vec![(ALGORITHM.selection_metric.to_owned(), 1.0 + chains.sum::<f64>())]
     }
 
-    fn count_rows(&self, batch: &PackedBatch) -> Vec<f64> {
-        let count = |k: usize| match self.config.normalisation {
-            Normalisation::TrainedRows => supervision::rows(batch, k, self.config.mask).len(),
-            Normalisation::AllPositions => batch.ids.len(),
-        };
-        (0..self.config.ttt_steps).map(|k| count(k) as f64).collect()
+    fn plan(&self, batch: &PackedBatch, _key: StepKey) -> Result<RowPlan> {
+        let plan = StepPlan::new(batch, self.config.ttt_steps, self.config.mask);
+        Ok(RowPlan::new(self.counts(batch, plan.trained.iter().copied()), plan))
+    }
+
+    fn count(&self, batch: &PackedBatch, _key: StepKey) -> Result<Vec<f64>> {
+        let trained = (0..self.config.ttt_steps).map(|k| supervision::rows(batch, k, self.config.mask).len());
+        Ok(self.counts(batch, trained))
     }
 
     fn accumulate(
         &self,
         features: &FeatureBatch,
+        plan: &RowPlan,
         global_counts: &[f64],
         gradients: &mut Gradients<'_>,
     ) -> Result<Tally> {
-        self.run(features, global_counts, Some(gradients))
+        self.run(features, plan, global_counts, Some(gradients))
     }
 
-    fn evaluate(&self, features: &FeatureBatch, global_counts: &[f64]) -> Result<Tally> {
+    fn evaluate(&self, features: &FeatureBatch, plan: &RowPlan, global_counts: &[f64]) -> Result<Tally> {
         let _guard = tch::no_grad_guard();
-        self.run(features, global_counts, None)
+        self.run(features, plan, global_counts, None)
     }
 
     fn description(&self) -> Value {

@@ -53,7 +53,28 @@ pub struct Steps {
     pub steps: Vec<Step>,
 }
 
-/// Host side of a step, before it is moved to the device.
+/// The steps of a batch on the host.
+#[derive(Debug)]
+pub struct StepPlan {
+    /// Trained rows of every step that was asked for.
+    pub trained: Vec<usize>,
+    pool: Pool,
+    /// Places in the pool.
+    tokens: (i64, i64),
+    positions: (i64, i64),
+    runs: Vec<Run>,
+    steps: Vec<PlannedStep>,
+}
+
+/// A step whose numbers are in the pool, in the order of [`Step`].
+#[derive(Debug)]
+struct PlannedStep {
+    places: [(i64, i64); 6],
+    teachers: Vec<i64>,
+    runs: Vec<Run>,
+}
+
+/// Rows of a step and their places.
 struct HostStep {
     rows: Vec<i64>,
     kept: Vec<i64>,
@@ -64,6 +85,13 @@ struct HostStep {
 impl Steps {
     /// Plans `count` steps on a batch.
     pub fn new(batch: &PackedBatch, count: usize, alignment: MaskAlignment, device: Device) -> Result<Self> {
+        StepPlan::new(batch, count, alignment).upload(device)
+    }
+}
+
+impl StepPlan {
+    /// Plans `count` steps on a batch.
+    pub fn new(batch: &PackedBatch, count: usize, alignment: MaskAlignment) -> Self {
         let ends = document_ends(batch);
         let trained: Vec<Vec<i64>> = (0..count).map(|k| supervision::rows(batch, k, alignment)).collect();
         let host = host_steps(&trained);
@@ -78,36 +106,43 @@ impl Steps {
         let mut pool = Pool::default();
         let tokens = pool.add(all.iter().map(|&row| token(row, 0)));
         let positions = pool.add(all.iter().map(|&row| position(row, 0)));
-        let mut places = Vec::new();
+        let mut steps = Vec::new();
         for (k, step) in host.iter().enumerate() {
-            places.push([
+            let places = [
                 pool.add(step.rows.iter().copied()),
                 pool.add(step.kept.iter().copied()),
                 pool.add(step.rows.iter().map(|&row| token(row, k))),
                 pool.add(step.rows.iter().map(|&row| position(row, k))),
                 pool.add(step.trained.iter().copied()),
                 pool.add(step.trained_rows.iter().copied()),
-            ]);
-        }
-        let numbers = device::upload(&pool.numbers, device)?;
-        let get = |(start, length): (i64, i64)| numbers.narrow(0, start, length);
-        let steps = host.iter().zip(places).enumerate().map(|(k, (step, places))| {
-            let [rows, kept, tokens, positions, trained, trained_rows] = places.map(get);
+            ];
             let teacher = |&row: &i64| {
                 let token = row + 1 + k as i64;
                 if token < ends[row as usize] { token } else { batch.ids.len() as i64 }
             };
             let teachers = step.trained_rows.iter().map(teacher).collect();
-            let (len, runs) = (step.rows.len() as i64, runs(&step.rows, batch));
+            steps.push(PlannedStep { places, teachers, runs: runs(&step.rows, batch) });
+        }
+        let trained = trained.iter().map(Vec::len).collect();
+        Self { trained, pool, tokens, positions, runs: runs(&all, batch), steps }
+    }
+
+    /// The steps on the device.
+    pub fn upload(&self, device: Device) -> Result<Steps> {
+        let numbers = device::upload(&self.pool.numbers, device)?;
+        let get = |(start, length): (i64, i64)| numbers.narrow(0, start, length);
+        let step = |PlannedStep { places, teachers, runs }: &PlannedStep| {
+            let [rows, kept, tokens, positions, trained, trained_rows] = places.map(get);
+            let (len, teachers, runs) = (places[0].1, teachers.clone(), runs.clone());
             Step { rows, kept, tokens, positions, trained, trained_rows, len, teachers, runs }
-        });
-        let steps = steps.collect();
-        Ok(Self { tokens: get(tokens), positions: get(positions), runs: runs(&all, batch), steps })
+        };
+        let steps = self.steps.iter().map(step).collect();
+        Ok(Steps { tokens: get(self.tokens), positions: get(self.positions), runs: self.runs.clone(), steps })
     }
 }
 
 /// Numbers that travel to the device together.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Pool {
     numbers: Vec<i64>,
 }
@@ -197,6 +232,7 @@ fn runs(rows: &[i64], batch: &PackedBatch) -> Vec<Run> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::data::DocumentRef;
 
     fn batch(marks: &[&str]) -> PackedBatch {
         let joined = marks.concat();
@@ -205,7 +241,7 @@ mod tests {
             positions: marks.iter().flat_map(|marks| 0..marks.len() as i64).collect(),
             supervised: joined.chars().map(|mark| mark == 'x').collect(),
             lengths: marks.iter().map(|marks| marks.len() as i64).collect(),
-            documents: marks.iter().map(|marks| (*marks).to_owned()).collect(),
+            documents: (0..).zip(marks).map(|(number, marks)| DocumentRef::new(*marks, number)).collect(),
         }
     }
 

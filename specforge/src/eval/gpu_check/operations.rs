@@ -1,16 +1,11 @@
 //! Floating-point operations of a training step, as the mathematics has them: causal attention inside each document,
-//! trained rows alone, nothing that is merely computed again. A multiply-add counts as two operations.
-
-use std::collections::HashSet;
+//! trained rows alone, nothing that is merely computed again. A multiply-add counts as two operations. What a draft
+//! computes is its algorithm's to say.
 
 use serde::Serialize;
 
-use crate::data::PackedBatch;
-use crate::draft::eagle3::{Eagle3Config, Eagle3Shape};
-use crate::draft::medusa::{HeadProjection, MedusaConfig};
-use crate::draft::supervision;
 use crate::error::Result;
-use crate::models::{TargetConfig, TargetInfo};
+use crate::models::TargetConfig;
 
 /// Floating-point operations of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -33,65 +28,20 @@ pub fn of_target(config: &TargetConfig, lengths: &[i64]) -> Result<u64> {
     Ok(2 * (weights * lengths.iter().sum::<i64>() + attention) as u64)
 }
 
-/// Trained rows of every head or step.
-pub fn trained_rows(batch: &PackedBatch, terms: usize, mask: supervision::MaskAlignment) -> Vec<u64> {
-    (0..terms).map(|term| supervision::rows(batch, term, mask).len() as u64).collect()
-}
-
-/// Forward and backward pass of Medusa's heads on their rows.
-pub fn of_medusa(config: &MedusaConfig, target: &TargetInfo, rows: &[u64]) -> u64 {
-    let (hidden, vocabulary) = (target.hidden_size as u64, target.vocab_size as u64);
-    // A block: forward, gradient of the weight, and gradient of the input, which the first block has no use for.
-    let blocks = (3 * config.num_layers as u64 - 1) * hidden * hidden;
-    let passes = if config.projection == HeadProjection::Own { 3 } else { 2 };
-    2 * rows.iter().sum::<u64>() * (blocks + passes * vocabulary * hidden)
-}
-
-/// Forward and backward pass of EAGLE-3 on its rows, for a mask that trains no row at a step that it did not train
-/// before, and the teacher's projection of every target position that a row learns from.
-pub fn of_eagle3(config: &Eagle3Config, shape: &Eagle3Shape, batch: &PackedBatch) -> u64 {
-    let steps: Vec<Vec<i64>> = (0..config.ttt_steps).map(|k| supervision::rows(batch, k, config.mask)).collect();
-    let all = batch.ids.len() as u64;
-    let trained: u64 = steps.iter().map(|rows| rows.len() as u64).sum();
-    let later = trained - steps[0].len() as u64;
-    // The input of the first layer's projections is half embedding, whose gradient nobody wants if it is frozen.
-    let frozen = shape.hidden_size == shape.target_hidden_size;
-    let last_layer = format!("{}.", Eagle3Shape::layer_prefix(shape.num_layers - 1));
-    let first_layer = format!("{}.", Eagle3Shape::layer_prefix(0));
-    let products = shape.tensors().into_iter().filter(|(name, size)| size.len() == 2 && !name.contains("embed_tokens"));
-    let weights: u64 = products
-        .map(|(name, size)| {
-            let size = (size[0] * size[1]) as u64;
-            let keys = name.contains("k_proj") || name.contains("v_proj");
-            let rows = match name.as_str() {
-                "fc.weight" => return all * 2 * size, // nobody wants the gradient of captured states either
-                "lm_head.weight" => trained,
-                // Step 0 gives keys of every row, and layers above one need all of its rows.
-                name if keys || !name.starts_with(&last_layer) => all + later,
-                _ => trained,
-            };
-            let half = frozen && name.starts_with(&first_layer) && (keys || name.contains("q_proj"));
-            rows * if half { 5 * size / 2 } else { 3 * size }
-        })
-        .sum();
-    // A row sees its document up to itself, and one key for every step since. Six products of every pair: scores and
-    // values forward; gradients of weights, values, queries and keys back.
-    let pair = 6 * (shape.layer.num_attention_heads * shape.layer.head_dim) as u64;
-    let seen = |rows: &[i64], k: u64| rows.iter().map(|&row| batch.positions[row as usize] as u64 + 1 + k).sum::<u64>();
-    let pairs: u64 = steps.iter().zip(0..).map(|(rows, k)| seen(rows, k)).sum();
-    let whole: Vec<i64> = (0..batch.ids.len() as i64).collect();
-    let below = pairs - seen(&steps[0], 0) + seen(&whole, 0);
-    let attention = pair * (pairs + (shape.num_layers as u64 - 1) * below);
-    let taught: HashSet<i64> =
-        steps.iter().zip(0..).flat_map(|(rows, k)| rows.iter().map(move |row| row + 1 + k)).collect();
-    let teacher = taught.len() as u64 * (shape.vocab_size * shape.target_hidden_size) as u64;
-    2 * (weights + attention + teacher)
-}
-
 #[cfg(test)]
 mod tests {
+    use serde_json::{Value, json};
+
     use super::*;
+    use crate::draft::{self, SampleSize, Work, supervision};
     use crate::eval::gpu_check::{TrainingSetup, programs};
+
+    /// What an algorithm says of the documents of the quick setup.
+    fn work(section: &Value) -> Work {
+        let setup = TrainingSetup::quick().unwrap();
+        let batch = programs::documents(&setup.lengths, 307, 0);
+        (draft::algorithm(section).unwrap().work)(section, setup.target.info(), &batch, setup.chunk_bytes).unwrap()
+    }
 
     #[test]
     fn counted_operations_equal_a_count_by_hand() {
@@ -103,26 +53,24 @@ mod tests {
         let target = 2 * 3 * (64 * layer + pairs * 2 * 4 * 32);
         assert_eq!(of_target(&setup.target, &setup.lengths).unwrap(), target);
 
-        let config = MedusaConfig { num_heads: 2, ..MedusaConfig::default() };
         let batch = programs::documents(&setup.lengths, 307, 0);
         // Supervised from token 10 of 24, 4 of 9, 7 of 17, 6 of 14: 14, 5, 10 and 8 tokens. Prediction k needs k + 2
         // of them in a row, which each run of n has n - k - 1 times.
-        let rows = trained_rows(&batch, 2, config.mask);
+        let rows = [0, 1].map(|head| supervision::rows(&batch, head, supervision::MaskAlignment::Exact).len());
         assert_eq!(rows, [13 + 4 + 9 + 7, 12 + 3 + 8 + 6]);
-        let dimensions = TargetInfo::of(96, 307, 3, 128);
         // Block: forward and weight gradient. Projection: forward, input gradient, weight gradient.
-        let own = 2 * 62 * (2 * 96 * 96 + 3 * 307 * 96);
-        assert_eq!(of_medusa(&config, &dimensions, &rows), own);
-        let shared = MedusaConfig { projection: HeadProjection::Shared, num_layers: 2, ..config };
-        let operations = 2 * 62 * (5 * 96 * 96 + 2 * 307 * 96);
-        assert_eq!(of_medusa(&shared, &dimensions, &rows), operations);
+        let own = work(&json!({"algorithm": "medusa", "num_heads": 2}));
+        assert_eq!((own.rows, own.operations), (62, 2 * 62 * (2 * 96 * 96 + 3 * 307 * 96)));
+        let shared = json!({"algorithm": "medusa", "num_heads": 2, "num_layers": 2, "projection": "shared"});
+        assert_eq!(work(&shared).operations, 2 * 62 * (5 * 96 * 96 + 2 * 307 * 96));
     }
 
     #[test]
     fn counted_operations_of_eagle3_equal_a_count_by_hand() {
-        let setup = TrainingSetup::quick().unwrap();
-        let batch = programs::documents(&setup.lengths, 307, 0);
-        let shape = setup.eagle3.shape(setup.target.info()).unwrap();
+        let section = json!({"algorithm": "eagle3", "capture": [0, 1, 2], "ttt_steps": 3, "draft_vocab_size": 100});
+        let eagle3 = draft::algorithm(&section).unwrap();
+        let quick = (eagle3.samples)(SampleSize::Small).timed.swap_remove(0).swap_remove(0).section;
+        assert_eq!(work(&quick), work(&section));
         // Rows of the steps: the runs of 14, 5, 10 and 8 supervised tokens without 1, 2 and 3 of each.
         let (first, all) = (33, 33 + 29 + 25);
         // fc of every token: forward and weight gradient of 288 x 96.
@@ -140,7 +88,7 @@ mod tests {
         // Every supervised token but the last of each document is one to predict from.
         let teacher = (13 + 4 + 9 + 7) * 307 * 96;
         let want = 2 * (fc + projections + rest + pairs * 6 * 128 + teacher);
-        assert_eq!(of_eagle3(&setup.eagle3, &shape, &batch), want);
+        assert_eq!(work(&section).operations, want);
 
         // A second layer: all rows of the first at step 0, and the second's own products.
         let config = serde_json::json!({
@@ -148,8 +96,8 @@ mod tests {
             "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 307, "max_position_embeddings": 128,
             "rms_norm_eps": 1e-5,
         });
-        let deeper = Eagle3Config { config: Some(config), ..setup.eagle3.clone() };
-        let shape = deeper.shape(setup.target.info()).unwrap();
+        let mut deeper = section.clone();
+        deeper["config"] = config;
         let added = 64 - first;
         let lower = added * (5 * 96 * 128 + 3 * (96 * 128 + 3 * 96 * 168));
         let upper = all * 3 * (2 * 96 * 128 + 3 * 96 * 168) + (64 + all - first) * 3 * 96 * 128;
@@ -159,6 +107,6 @@ mod tests {
             .map(|&(length, prompt)| (prompt - 1..=length - 3).map(|row: u64| row + 1).sum::<u64>())
             .sum();
         let attention = 6 * 128 * (pairs + documents - seen);
-        assert_eq!(of_eagle3(&deeper, &shape, &batch), want + 2 * (lower + upper + attention));
+        assert_eq!(work(&deeper).operations, want + 2 * (lower + upper + attention));
     }
 }

@@ -6,6 +6,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::attention;
 use super::programs::{self, Place, Results, Weights};
+use crate::draft::Compared;
 use crate::error::Result;
 use crate::nn::{noise, sampling::Sampling};
 
@@ -60,7 +61,7 @@ fn check_with(device: Device, weights: Weights<'_>) -> Result<Vec<Comparison>> {
         }
     }
     let (_, config) = programs::targets()?.swap_remove(0);
-    for (label, kinds, section) in programs::drafts() {
+    for Compared { label, kinds, section } in programs::drafts() {
         let want = programs::loss(&config, &section, usual, host)?;
         for &kind in kinds {
             let mut got = programs::loss(&config, &section, weights, Place { device, kind })?;

@@ -13,8 +13,9 @@ use tch::{Device, Kind, Tensor};
 
 use super::parity::Comparison;
 use super::programs::{self, Place};
-use crate::data::PackedBatch;
+use crate::data::{DocumentRef, PackedBatch};
 use crate::dist::{ParallelConfig, ProcessGroup, ReduceOp, Reducer, Store, nccl};
+use crate::draft::{Compared, StepKey};
 use crate::error::{Error, Result};
 use crate::features::{FeatureSource, OnlineFeatures};
 use crate::models::{SharedTarget, TargetConfig};
@@ -70,7 +71,7 @@ fn check_with(group: &ProcessGroup, device: Device) -> Result<Vec<Comparison>> {
     checks.push(exact("reducer: sums in buckets", reduced(group, device)?));
     checks.push(exact("barrier", f64::from(u8::from(group.barrier().is_err()))));
     let (_, config) = programs::targets()?.swap_remove(0);
-    for (label, _, section) in programs::drafts().into_iter().step_by(2) {
+    for Compared { label, section, .. } in programs::first_drafts() {
         let alone = train(&config, &section, device, ProcessGroup::SINGLE)?;
         let together = train(&config, &section, device, group)?;
         let pairs = together.iter().zip(&alone);
@@ -160,7 +161,7 @@ fn share(vocabulary: i64, step: u64, rank: usize, world: usize) -> PackedBatch {
         batch.positions.extend(document.positions);
         batch.supervised.extend(document.supervised);
         batch.lengths.extend(document.lengths);
-        batch.documents.extend(document.documents);
+        batch.documents.push(DocumentRef::new(format!("random {index}"), index as u64));
     }
     batch
 }
@@ -171,8 +172,7 @@ fn train(config: &TargetConfig, section: &Value, device: Device, group: &Process
     let target = SharedTarget::from(programs::build(config, weights, Place { device, kind: Kind::Float })?);
     let draft = programs::build_draft(section, &*target.in_use(), weights)?;
     let source = OnlineFeatures::new(target);
-    let parameters = draft.parameters().iter();
-    let slots = parameters.map(|parameter| ParameterSlot::new(&parameter.name, parameter.value.shallow_clone()));
+    let slots = draft.parameters().iter().map(ParameterSlot::from);
     // AdamW's usual epsilon gives a gradient that is nothing but rounding a whole step of its own, and hides a factor
     // that all gradients share. Clipping would hide one too.
     let optim = OptimConfig { epsilon: 1e-2, ..OptimConfig::default() };
@@ -180,11 +180,13 @@ fn train(config: &TargetConfig, section: &Value, device: Device, group: &Process
     let parallel = ParallelConfig { bucket_mib: 1, ..ParallelConfig::default() };
     let mut gradients = GradientSums::new(draft.parameters(), group, &parallel)?;
     for step in 0..3 {
-        let counts = draft.count_rows(&share(config.info().vocab_size, step, 0, 1));
-        let batch = share(config.info().vocab_size, step, group.rank(), group.world_size());
+        let (key, vocabulary) = (StepKey { step, ..programs::KEY }, config.info().vocab_size);
+        let counts = draft.count(&share(vocabulary, step, 0, 1), key)?;
+        let batch = share(vocabulary, step, group.rank(), group.world_size());
+        let plan = draft.plan(&batch, key)?;
         let features = source.features(Arc::new(batch), &draft.capture())?;
         gradients.start()?;
-        let tally = gradients.add(true, |gradients| draft.accumulate(&features, &counts, gradients))?;
+        let tally = gradients.add(true, |gradients| draft.accumulate(&features, &plan, &counts, gradients))?;
         gradients.finish()?;
         group.all_reduce(&tally.objective, ReduceOp::Sum)?;
         optimizer.step(gradients.totals(), 1e-2, None, &tally.objective)?;

@@ -7,9 +7,9 @@ use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use crate::checkpoint::{self, CheckpointStore, Manifest, RetentionConfig};
-use crate::data::PackedBatch;
+use crate::data::{DocumentRef, PackedBatch};
 use crate::dist::ProcessGroup;
-use crate::draft::{self, DraftContext, DraftModel, Gradients};
+use crate::draft::{self, Compared, DraftContext, DraftModel, Gradients, SampleSize, Samples, StepKey};
 use crate::error::{Error, Result};
 use crate::eval::bench_train::spread_vocabulary;
 use crate::features::{FeatureSource, OnlineFeatures};
@@ -84,7 +84,7 @@ pub fn documents(lengths: &[i64], vocabulary: i64, seed: u64) -> PackedBatch {
         batch.positions.extend(0..length);
         batch.supervised.extend((0..length).map(|token| token * 5 >= length * 2));
         batch.lengths.push(length);
-        batch.documents.push(format!("random {index}"));
+        batch.documents.push(DocumentRef::new(format!("random {index}"), index as u64));
     }
     batch
 }
@@ -163,28 +163,19 @@ fn decode(target: &dyn TargetModel, vocabulary: i64) -> Result<Vec<Tensor>> {
     Ok(logits)
 }
 
-/// Drafts whose losses are compared, and in which element types: where the target's most likely token decides whether a
-/// row has a loss at all, rounding may not.
-pub fn drafts() -> [(&'static str, &'static [Kind], Value); 4] {
-    const BOTH: &[Kind] = &[Kind::Float, Kind::BFloat16];
-    [
-        ("own projections", BOTH, json!({"algorithm": "medusa", "num_heads": 2, "num_layers": 2, "projection": "own"})),
-        (
-            "shared projection",
-            BOTH,
-            json!({"algorithm": "medusa", "num_heads": 3, "num_layers": 2, "share_layers": true, "projection": "shared"}),
-        ),
-        ("EAGLE-3", BOTH, json!({"algorithm": "eagle3", "capture": [0, 1, 2], "ttt_steps": 4})),
-        (
-            "EAGLE-3, own vocabulary",
-            &[Kind::Float],
-            json!({
-                "algorithm": "eagle3", "capture": [0, 1, 2], "ttt_steps": 7, "draft_vocab_size": 120,
-                "loss": "lk_lambda", "recompute": false,
-            }),
-        ),
-    ]
+/// Drafts whose losses are compared: those of every algorithm, in the order of the table.
+pub fn drafts() -> Vec<Compared> {
+    draft::algorithms().into_iter().flat_map(|algorithm| (algorithm.samples)(SampleSize::Small).compared).collect()
 }
+
+/// One draft of every algorithm.
+pub(super) fn first_drafts() -> Vec<Compared> {
+    let first = |samples: Samples| samples.compared.into_iter().next();
+    draft::algorithms().into_iter().filter_map(|algorithm| first((algorithm.samples)(SampleSize::Small))).collect()
+}
+
+/// Chance plays the same part wherever a program runs.
+pub(super) const KEY: StepKey = StepKey { seed: 1, step: 0, total: 4 };
 
 /// Loss, hits and gradients of a draft on packed documents. Hits are counts, and whatever else is summed beside losses:
 /// compare them where no rounding can turn one.
@@ -193,10 +184,10 @@ pub fn loss(config: &TargetConfig, section: &Value, weights: Weights<'_>, place:
     let draft = build_draft(section, &*target.in_use(), weights)?;
     let batch = documents(&[17, 4, 23, 9], config.info().vocab_size, 11);
     let source = OnlineFeatures::new(target);
-    let features = source.features(Arc::new(batch.clone()), &draft.capture())?;
-    let counts = draft.count_rows(&batch);
+    let plan = draft.plan(&batch, KEY)?;
+    let features = source.features(Arc::new(batch), &draft.capture())?;
     let mut gradients = Gradients::zeros(draft.parameters())?;
-    let tally = draft.accumulate(&features, &counts, &mut Gradients::new(&mut gradients))?;
+    let tally = draft.accumulate(&features, &plan, &plan.counts, &mut Gradients::new(&mut gradients))?;
     let named = draft.metrics().into_iter().zip(0..);
     let (losses, hits): (Vec<_>, Vec<_>) = named.partition(|(name, _)| name.ends_with("/loss"));
     let pick = |chosen: &[(String, i64)]| chosen.iter().map(|(_, index)| tally.sums.get(*index)).collect::<Vec<_>>();
@@ -222,6 +213,7 @@ pub(super) fn build_draft(
         embedding: target.embedding(),
         head: target.head(),
         vocabulary: vocabulary.as_ref(),
+        weights: None,
         kind: target.kind(),
         device: target.device(),
         seed: 1,

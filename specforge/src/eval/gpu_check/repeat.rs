@@ -11,7 +11,7 @@ use super::parity::Comparison;
 use super::programs::{self, Place};
 use crate::device;
 use crate::dist::ProcessGroup;
-use crate::draft::Gradients;
+use crate::draft::{Compared, Gradients, StepKey};
 use crate::error::{Error, Result};
 use crate::features::{FeatureSource, OnlineFeatures};
 use crate::models::{SharedTarget, TargetConfig};
@@ -52,7 +52,7 @@ pub fn check(device: Device) -> Result<RepeatCheck> {
 fn all(device: Device) -> Result<Vec<Comparison>> {
     let (_, config) = programs::targets()?.swap_remove(0);
     let mut checks = Vec::new();
-    for (label, kinds, section) in programs::drafts() {
+    for Compared { label, kinds, section } in programs::drafts() {
         for &kind in kinds {
             let place = Place { device, kind };
             let run = || refused(|| train(&config, &section, place, 0));
@@ -77,8 +77,7 @@ fn train(config: &TargetConfig, section: &Value, place: Place, seed: u64) -> Res
     let target = SharedTarget::from(programs::build(config, weights, place)?);
     let draft = programs::build_draft(section, &*target.in_use(), weights)?;
     let source = OnlineFeatures::new(target);
-    let parameters = draft.parameters().iter();
-    let slots = parameters.map(|parameter| ParameterSlot::new(&parameter.name, parameter.value.shallow_clone()));
+    let slots = draft.parameters().iter().map(ParameterSlot::from);
     let mut optimizer = AdamW::new(slots.collect(), &OptimConfig::default(), ProcessGroup::SINGLE, false)?;
     let lengths = if place.device == Device::Cpu { SHORT_LENGTHS } else { LENGTHS };
     let mut found = Vec::new();
@@ -86,7 +85,8 @@ fn train(config: &TargetConfig, section: &Value, place: Place, seed: u64) -> Res
         let batch = programs::documents(&lengths, config.info().vocab_size, seed + step);
         let features = source.features(Arc::new(batch.clone()), &draft.capture())?;
         let mut gradients = Gradients::zeros(draft.parameters())?;
-        let tally = draft.accumulate(&features, &draft.count_rows(&batch), &mut Gradients::new(&mut gradients))?;
+        let plan = draft.plan(&batch, StepKey { step, ..programs::KEY })?;
+        let tally = draft.accumulate(&features, &plan, &plan.counts, &mut Gradients::new(&mut gradients))?;
         for tensor in gradients.iter().chain([&tally.objective, &tally.sums]) {
             found.push(programs::bytes(tensor)?);
         }
@@ -118,7 +118,7 @@ mod tests {
         let check = check(Device::Cpu).unwrap();
         assert!(check.checks.len() > 5 && check.checks.iter().all(|row| row.passed), "{check:#?}");
         let (_, config) = programs::targets().unwrap().swap_remove(0);
-        for (label, _, section) in programs::drafts() {
+        for Compared { label, section, .. } in programs::drafts() {
             let run = |seed| train(&config, &section, Place { device: Device::Cpu, kind: Kind::Float }, seed).unwrap();
             let (one, other) = (run(0), run(7));
             assert!(different(&one, &other) as usize > one.len() * 3 / 4, "{label}");

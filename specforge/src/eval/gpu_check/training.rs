@@ -16,16 +16,12 @@ use super::programs;
 use crate::data::PackedBatch;
 use crate::device;
 use crate::dist::ProcessGroup;
-use crate::draft::distillation::positions_per_chunk;
-use crate::draft::eagle3::Eagle3Config;
-use crate::draft::loss::chunk_rows;
-use crate::draft::medusa::{HeadProjection, MedusaConfig};
-use crate::draft::{self, DraftContext, DraftModel, Gradients};
+use crate::draft::{self, DraftContext, DraftModel, Gradients, SampleSize, Timed, Work};
 use crate::error::{Error, Result};
 use crate::eval::bench_train::spread_vocabulary;
 use crate::features::{FeatureSource, OnlineFeatures};
-use crate::models::{SharedTarget, TargetConfig, TargetInfo, TargetModel};
-use crate::optim::{AdamW, Group, OptimConfig, ParameterSlot};
+use crate::models::{SharedTarget, TargetConfig, TargetModel};
+use crate::optim::{AdamW, OptimConfig, ParameterSlot};
 use crate::shim;
 
 /// What libtorch's message holds where memory does not suffice.
@@ -46,19 +42,12 @@ pub struct TrainingSetup {
     pub warm_up: u32,
     /// Timed steps; the parts are timed in as many again.
     pub steps: u32,
-    /// Residual blocks of a head.
-    pub num_layers: usize,
-    /// Heads of the run with a shared projection.
-    pub shared_heads: usize,
-    /// Heads of the run with projections of their own; fewer are tried where memory is short.
-    pub own_heads: usize,
-    /// The EAGLE-3 draft.
-    pub eagle3: Eagle3Config,
+    /// Which drafts.
+    pub samples: SampleSize,
 }
 
 impl TrainingSetup {
-    /// Shapes of a target of eight billion parameters; batches and the EAGLE-3 draft as the recipes of that size in
-    /// `configs/` have them.
+    /// Shapes of a target of eight billion parameters; batches and drafts are like those of its recipes in `configs/`.
     pub fn full() -> Result<Self> {
         Ok(Self {
             target: programs::large_target()?,
@@ -67,10 +56,7 @@ impl TrainingSetup {
             chunk_bytes: 1 << 30,
             warm_up: 3,
             steps: 10,
-            num_layers: 1,
-            shared_heads: 5,
-            own_heads: 5,
-            eagle3: Eagle3Config { draft_vocab_size: Some(32_000), ttt_steps: 7, ..Eagle3Config::default() },
+            samples: SampleSize::Full,
         })
     }
 
@@ -78,16 +64,15 @@ impl TrainingSetup {
     pub fn quick() -> Result<Self> {
         let (_, target) = programs::targets()?.swap_remove(0);
         let (lengths, chunk_bytes) = (vec![24, 9, 17, 14], 307 * 4 * 16);
-        let capture = Some(vec![0, 1, 2]);
-        let eagle3 = Eagle3Config { draft_vocab_size: Some(100), ttt_steps: 3, capture, ..Eagle3Config::default() };
-        Ok(Self { target, kind: Kind::Float, lengths, chunk_bytes, warm_up: 1, steps: 2, eagle3, ..Self::full()? })
+        let (kind, samples) = (Kind::Float, SampleSize::Small);
+        Ok(Self { target, kind, lengths, chunk_bytes, warm_up: 1, steps: 2, samples })
     }
 }
 
 /// One configuration that was trained.
 #[derive(Debug, Clone, Serialize)]
 pub struct TrainingRun {
-    /// What is trained, in short, such as `medusa 5x1 own`.
+    /// What is trained, in short.
     pub name: String,
     /// The `draft` section.
     pub draft: Value,
@@ -97,9 +82,9 @@ pub struct TrainingRun {
     pub trainable: u64,
     /// Tokens of a step.
     pub tokens: usize,
-    /// Trained rows of a step, over all heads or steps of the training-time test.
+    /// Trained rows of a step, of all loss terms.
     pub rows: u64,
-    /// Rows of a chunk of logits; for EAGLE-3, target positions, each with the rows that learn from it.
+    /// Rows of a chunk of logits, or target positions with the rows that learn from each.
     pub chunk_rows: i64,
     /// Operations of a step.
     pub operations: Operations,
@@ -138,70 +123,26 @@ pub struct Measured {
     pub loss: f64,
 }
 
-/// Trains Medusa with heads of its own and with shared ones, and EAGLE-3 both ways it keeps its graph. Memory that does
-/// not suffice is a row of the result.
+/// Trains the samples of every algorithm. Memory that does not suffice is a row of the result.
 pub fn run(setup: &TrainingSetup, device: Device, ceilings: &Ceilings, say: &dyn Fn(&str)) -> Result<Vec<TrainingRun>> {
     say(&format!("training: a random target of {} parameters", setup.target.info().parameters.all));
     let target = SharedTarget::from(random_target(&setup.target, setup.kind, device)?);
     let batch = |seed| Arc::new(programs::documents(&setup.lengths, setup.target.info().vocab_size, seed));
     let batches: Vec<Arc<PackedBatch>> = (0..2).map(batch).collect();
     let mut runs = Vec::new();
-    // The large one first: nothing that another left behind is in its way.
-    for heads in (1..=setup.own_heads).rev() {
-        runs.push(one(
-            setup,
-            medusa(setup, HeadProjection::Own, heads, &batches[0]),
-            &target,
-            &batches,
-            ceilings,
-            say,
-        )?);
-        if runs.last().is_some_and(|run| run.result.is_some()) {
-            break;
+    for algorithm in draft::algorithms() {
+        for alternatives in (algorithm.samples)(setup.samples).timed {
+            // The large one first: nothing that another left behind is in its way.
+            for sample in alternatives {
+                let work = (algorithm.work)(&sample.section, setup.target.info(), &batches[0], setup.chunk_bytes)?;
+                runs.push(one(setup, (sample, work), &target, &batches, ceilings, say)?);
+                if runs.last().is_some_and(|run| run.result.is_some()) {
+                    break;
+                }
+            }
         }
     }
-    let shared = medusa(setup, HeadProjection::Shared, setup.shared_heads, &batches[0]);
-    runs.push(one(setup, shared, &target, &batches, ceilings, say)?);
-    for recompute in [true, false] {
-        let draft = eagle3(setup, recompute, setup.target.info(), &batches[0])?;
-        runs.push(one(setup, draft, &target, &batches, ceilings, say)?);
-    }
     Ok(runs)
-}
-
-/// A draft to train, and what is known of it beforehand.
-struct Candidate {
-    name: String,
-    section: Value,
-    rows: u64,
-    chunk_rows: i64,
-    operations: u64,
-}
-
-fn medusa(setup: &TrainingSetup, projection: HeadProjection, heads: usize, batch: &PackedBatch) -> Candidate {
-    let layers = setup.num_layers;
-    let config = MedusaConfig { num_heads: heads, num_layers: layers, projection, ..MedusaConfig::default() };
-    let rows = operations::trained_rows(batch, heads, config.mask);
-    Candidate {
-        name: format!("medusa {heads}x{layers} {}", json!(projection).as_str().unwrap_or_default()),
-        rows: rows.iter().sum(),
-        chunk_rows: chunk_rows(setup.chunk_bytes, setup.target.info().vocab_size),
-        operations: operations::of_medusa(&config, setup.target.info(), &rows),
-        section: json!(config),
-    }
-}
-
-fn eagle3(setup: &TrainingSetup, recompute: bool, target: &TargetInfo, batch: &PackedBatch) -> Result<Candidate> {
-    let config = Eagle3Config { recompute, ..setup.eagle3.clone() };
-    let shape = config.shape(target)?;
-    let steps = config.ttt_steps;
-    Ok(Candidate {
-        name: format!("eagle3 {steps} {}", if recompute { "recomputed" } else { "one graph" }),
-        rows: operations::trained_rows(batch, steps, config.mask).iter().sum(),
-        chunk_rows: positions_per_chunk(setup.chunk_bytes, steps, shape.vocab_size, shape.draft_vocab_size),
-        operations: operations::of_eagle3(&config, &shape, batch),
-        section: json!(config),
-    })
 }
 
 /// A target with random values, made on the device.
@@ -218,13 +159,13 @@ fn random_target(config: &TargetConfig, kind: Kind, device: Device) -> Result<Bo
 
 fn one(
     setup: &TrainingSetup,
-    candidate: Candidate,
+    (sample, work): (Timed, Work),
     target: &SharedTarget,
     batches: &[Arc<PackedBatch>],
     ceilings: &Ceilings,
     say: &dyn Fn(&str),
 ) -> Result<TrainingRun> {
-    let Candidate { name, section, rows, chunk_rows, operations } = candidate;
+    let (Timed { name, section }, Work { rows, chunk_rows, operations }) = (sample, work);
     say(&format!("training: {name}"));
     let trainable = (draft::algorithm(&section)?.size)(&section, setup.target.info())?.trainable;
     let operations = Operations { target: operations::of_target(&setup.target, &setup.lengths)?, draft: operations };
@@ -294,16 +235,14 @@ impl<'a> Session<'a> {
             embedding: in_use.embedding(),
             head: in_use.head(),
             vocabulary: vocabulary.as_ref(),
+            weights: None,
             kind: setup.kind,
             device,
             seed: 1,
             chunk_bytes: setup.chunk_bytes,
         };
         let draft = (draft::algorithm(section)?.build)(section, &context)?;
-        let slots = draft.parameters().iter().map(|parameter| {
-            let group = if parameter.decay { Group::Decay } else { Group::NoDecay };
-            ParameterSlot { group, ..ParameterSlot::new(&parameter.name, parameter.value.shallow_clone()) }
-        });
+        let slots = draft.parameters().iter().map(ParameterSlot::from);
         let optimizer = AdamW::new(slots.collect(), &OptimConfig::default(), ProcessGroup::SINGLE, false)?;
         let gradients = Gradients::zeros(draft.parameters())?;
         drop(in_use);
@@ -326,8 +265,8 @@ impl<'a> Session<'a> {
         let features = self.source.features(Arc::clone(batch), &self.draft.capture())?;
         lap();
         self.gradients.iter_mut().for_each(|gradient| drop(gradient.zero_()));
-        let counts = self.draft.count_rows(batch);
-        let tally = self.draft.accumulate(&features, &counts, &mut Gradients::new(&mut self.gradients))?;
+        let plan = self.draft.plan(batch, programs::KEY)?;
+        let tally = self.draft.accumulate(&features, &plan, &plan.counts, &mut Gradients::new(&mut self.gradients))?;
         lap();
         self.optimizer.step(&self.gradients, 1e-4, Some(1.0), &tally.objective)?;
         lap();

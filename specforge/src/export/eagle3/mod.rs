@@ -47,6 +47,7 @@ pub const RAW: Format = Format {
     recognise: |config| layout(config) == Some(Layout::Raw),
     write: |source, out| write(source, out, Layout::Raw),
     check,
+    start_from: Some(start_from),
 };
 
 /// vLLM's layout that names its target.
@@ -57,6 +58,7 @@ pub const SPECULATORS: Format = Format {
     recognise: |config| layout(config) == Some(Layout::Speculators),
     write: |source, out| write(source, out, Layout::Speculators),
     check,
+    start_from: Some(start_from),
 };
 
 /// How tensors are named and where configuration stands.

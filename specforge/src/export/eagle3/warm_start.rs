@@ -2,27 +2,20 @@
 
 use std::path::Path;
 
-use tch::Tensor;
-
 use super::read::{is_other_embedding, read};
-use crate::draft::DraftModel;
 use crate::draft::eagle3::Eagle3Shape;
 use crate::error::{Error, Result};
+use crate::export::{Beginning, START_KEY};
 use crate::vocab::VocabMap;
 
 /// Copies the values of the draft in a folder into a draft in training, whose `description` is that of a checkpoint.
 /// Everything that decides what the values mean must be the same in both; the error names what is not, and the key.
-/// `embedding` is the target's.
 /// Returns what a user should know.
-pub fn start_from(
-    path: &Path,
-    draft: &dyn DraftModel,
-    vocabulary: Option<&VocabMap>,
-    embedding: &Tensor,
-) -> Result<Vec<String>> {
+pub fn start_from(path: &Path, beginning: &Beginning<'_>) -> Result<Vec<String>> {
+    let Beginning { draft, vocabulary, embedding } = *beginning;
     let description = draft.description();
     let own = Eagle3Shape::from_description(&description)
-        .map_err(|problem| Error::config("draft.init_from", format!("this draft is no EAGLE-3 draft: {problem}")))?;
+        .map_err(|problem| Error::config(START_KEY, format!("this draft is no EAGLE-3 draft: {problem}")))?;
     let imported = read(path, Some(own.num_target_layers))?;
     let fits = |shape: &Eagle3Shape| differences(shape, &own).is_empty();
     let (shape, mut notes) = match &imported.alternative {
@@ -45,7 +38,7 @@ pub fn start_from(
             "set these keys; draft.config={} takes the architecture from there",
             path.join("config.json").display()
         );
-        return Err(Error::config("draft.init_from", problem).with_hint(hint));
+        return Err(Error::config(START_KEY, problem).with_hint(hint));
     }
     let _no_grad = tch::no_grad_guard();
     for parameter in draft.parameters() {

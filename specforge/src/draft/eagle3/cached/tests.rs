@@ -4,7 +4,7 @@ use tch::{Device, Kind, Tensor};
 use super::super::steps::Steps;
 use super::super::{Eagle3, Eagle3Config};
 use super::*;
-use crate::data::PackedBatch;
+use crate::data::{DocumentRef, PackedBatch};
 use crate::draft::supervision::MaskAlignment;
 use crate::draft::{DraftContext, DraftModel};
 use crate::models::TargetInfo;
@@ -29,6 +29,7 @@ fn draft(kind: Kind, extra: &Value) -> Eagle3 {
         embedding: &embedding,
         head: &head,
         vocabulary: None,
+        weights: None,
         kind,
         device: Device::Cpu,
         seed: 4,
@@ -67,7 +68,7 @@ fn a_chain_of_guesses_is_a_chain_of_training_steps() {
                 positions: (0..tokens).collect(),
                 supervised: vec![true; tokens as usize],
                 lengths: vec![tokens],
-                documents: vec!["one".to_owned()],
+                documents: vec![DocumentRef::new("one", 0)],
             };
             let captured: Vec<Tensor> =
                 (0..3).map(|layer| noise::normal(&[tokens, HIDDEN], 1.0, 31, layer).to_kind(kind)).collect();

@@ -1,0 +1,14 @@
+//! The `specforge` command with what `mod.rs` lists: whole runs of it, in as many processes as they take.
+
+// What is added cannot be refused.
+#![allow(clippy::unwrap_used)]
+
+use std::process::ExitCode;
+
+#[path = "mod.rs"]
+mod plugins;
+
+fn main() -> ExitCode {
+    plugins::register();
+    specforge::cli::main()
+}
