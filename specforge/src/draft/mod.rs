@@ -164,8 +164,7 @@ pub struct Algorithm {
     pub capture: fn(&Value, &TargetInfo) -> Result<Vec<usize>>,
     /// Configurations by which the algorithm is checked and timed on a device; none where it needs more than a target.
     pub samples: fn(SampleSize) -> Samples,
-    /// What a step on documents computes, from configuration and target dimensions; the last is the most bytes of a chunk of
-    /// logits.
+    /// What a step on documents computes, from configuration and target; the last is the most bytes of a chunk of logits.
     pub work: fn(&Value, &TargetInfo, &PackedBatch, usize) -> Result<Work>,
     /// Builds the draft.
     pub build: fn(&Value, &DraftContext<'_>) -> Result<Box<dyn DraftModel>>,

@@ -118,8 +118,11 @@ pub struct Format {
     /// Reads the files back and checks names, shapes, types and configuration.
     pub check: fn(&Path, &Value) -> Result<ExportReport>,
     /// Copies the values of a folder into a draft in training; see [`start_from`]. Nothing where that cannot be done.
-    pub start_from: Option<fn(&Path, &Beginning<'_>) -> Result<Vec<String>>>,
+    pub start_from: Option<StartFrom>,
 }
+
+/// Copies the values of a folder into a draft in training, and says what a user should know.
+pub type StartFrom = fn(&Path, &Beginning<'_>) -> Result<Vec<String>>;
 
 /// A draft in training that begins with published values, and what it stands on.
 pub struct Beginning<'a> {

@@ -118,7 +118,7 @@ fn from_folder<'a>(
     let tokenizers = [ChatTokenizer::load(target_path, None)?, ChatTokenizer::load(folder, None)?];
     ModelDrafter::check_tokenizers(&tokenizers[0], &tokenizers[1]).map_err(|error| of_folder(folder, error))?;
     let (tree, text) = tree_text::dynamic(tree.unwrap_or(tree_text::DEFAULT))?;
-    let drafter = ModelDrafter::new(model, &target.info(), tree, sampling).map_err(|error| of_folder(folder, error))?;
+    let drafter = ModelDrafter::new(model, target.info(), tree, sampling).map_err(|error| of_folder(folder, error))?;
     Ok(opened(Guesser { drafter: Box::new(drafter), tree: text, notes: Vec::new() }, "model"))
 }
 
