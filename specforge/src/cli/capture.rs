@@ -116,7 +116,7 @@ pub(super) fn run(args: &CaptureArgs, stop: &Stop, output: &Output) -> Result<()
     let kind = config.target.dtype.kind();
     let pack_tokens = config.train.micro_batch_tokens;
     let target = SharedTarget::from(models::load_target(&config.target.path, kind, device)?);
-    let head = target.in_use().head().shallow_clone();
+    let head = target.in_use().head().share();
     let source = OnlineFeatures::new(target);
     let left = overview.tokens - overview.tokens_before;
     if left > 0 {

@@ -15,7 +15,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
-use tch::Tensor;
 
 use super::element::Element;
 use super::manifest::{MANIFEST_FILE, StoreManifest};
