@@ -105,7 +105,7 @@ pub(super) fn target(
         let model: Option<SharedTarget> =
             if decodes { Some(models::load_target_with(path, &loading)?.into()) } else { None };
         let tables = match &model {
-            Some(model) => TargetTables::of(&*model.in_use()),
+            Some(model) => TargetTables::of(&model.in_use()),
             None => models::load_tables_with(path, &loading)?,
         };
         let digests = Digests::in_cache(&config.data.cache_dir);
@@ -115,7 +115,7 @@ pub(super) fn target(
         return Ok(Target { tables, source: Source::Stored(Box::new(stored)), model });
     }
     let model = SharedTarget::from(models::load_target_with(path, &loading)?);
-    let tables = TargetTables::of(&*model.in_use());
+    let tables = TargetTables::of(&model.in_use());
     let online = OnlineFeatures::new(model.clone());
     let source = match config.target.keep_hidden_states {
         true => Source::Remembered(RememberedFeatures::new(online, device, kept_bytes(config, local.of))),

@@ -299,7 +299,7 @@ fn with<'a>(
     stop_tokens: &'a [u32],
     group: &'a ProcessGroup,
 ) -> InTraining<'a> {
-    InTraining { config: &config.eval, target: &**target, prompts, stop_tokens, group }
+    InTraining { config: &config.eval, target, prompts, stop_tokens, group }
 }
 
 /// The device of this rank: of several on a machine, each takes the CUDA device of its own number.
