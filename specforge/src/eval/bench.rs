@@ -1,4 +1,5 @@
-//! Speed of a target: prefill, greedy decode and the verification of draft trees, timed apart.
+//! Speed of a target: prefill, greedy decode and the verification of draft trees, timed apart. Decoding is that of the
+//! engine, without a draft.
 //!
 //! Prompts are made of numbers, so that another program can time the same work without a tokenizer
 //! (`benchmarks/target_vs_transformers`): token `t` of row `b` is `(7919 b + 104729 t + 17) mod V`.
@@ -10,10 +11,12 @@ use std::time::Instant;
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
-use crate::decode::engine;
+use crate::decode::drafter::Plain;
+use crate::decode::event::Silent;
+use crate::decode::{Engine, EngineOptions, Policy, Request, engine};
 use crate::error::{Error, Result};
 use crate::models::{ForwardInput, LogitRows, TargetModel, load_target};
-use crate::nn::{AttentionMask, KvCache};
+use crate::nn::{AttentionMask, KvCache, Processors};
 use crate::tree::TokenTree;
 
 /// What to time.
@@ -164,10 +167,11 @@ pub fn run(options: &BenchOptions) -> Result<BenchReport> {
         measure(shape, shape.rows * shape.tokens, options.repeat, run)
     });
     let prefill = prefill.collect::<Result<_>>()?;
-    let decode = options
-        .decode
-        .iter()
-        .map(|&shape| measure(shape, shape.rows * shape.new, options.repeat, || decode(target, shape)));
+    let decode = options.decode.iter().map(|&shape| {
+        // The context's end leaves no room for a token behind the last one.
+        let new = shape.new.min(target.info().max_position_embeddings - shape.prompt - 1);
+        measure(shape, shape.rows * new, options.repeat, || decode(target, shape))
+    });
     let decode = decode.collect::<Result<_>>()?;
     let verify = options.verify.iter().map(|&shape| verify(target, shape, options.repeat)).collect::<Result<_>>()?;
     let threads = tch::get_num_threads();
@@ -186,7 +190,8 @@ pub fn run(options: &BenchOptions) -> Result<BenchReport> {
 /// Refuses rows that are longer than what the target was made for.
 fn check_context(options: &BenchOptions, context: i64) -> Result<()> {
     let prefills = options.prefill.iter().map(|shape| ("prefill", shape.tokens));
-    let decodes = options.decode.iter().map(|shape| ("decode", shape.prompt + shape.new));
+    // A single token behind the prompt's own needs room for both.
+    let decodes = options.decode.iter().map(|shape| ("decode", shape.prompt + shape.new.max(2)));
     let verified = options.verify.iter().map(|shape| ("verify", shape.context + shape.nodes));
     match prefills.chain(decodes).chain(verified).find(|(_, tokens)| *tokens > context) {
         Some((flag, tokens)) => {
@@ -285,11 +290,16 @@ impl Prefilled {
     }
 }
 
+/// Token `t` of row `b` is `(ROW b + TOKEN t + FIRST) mod V`.
+const ROW: i64 = 7919;
+const TOKEN: i64 = 104_729;
+const FIRST: i64 = 17;
+
 fn prefill(target: &dyn TargetModel, shape: PrefillShape) -> Result<Prefilled> {
     let PrefillShape { rows, tokens } = shape;
     let options = (Kind::Int64, target.device());
     let (row, token) = (Tensor::arange(rows, options).unsqueeze(1), Tensor::arange(tokens, options));
-    let ids: Tensor = (row * 7919 + token * 104_729 + 17).remainder(target.info().vocab_size); // [B, T]
+    let ids: Tensor = (row * ROW + token * TOKEN + FIRST).remainder(target.info().vocab_size); // [B, T]
     let start = Instant::now();
     let positions = Tensor::arange(tokens, options).expand([rows, tokens], false);
     let last = Tensor::arange(rows, options) * tokens + (tokens - 1); // [B]
@@ -316,18 +326,23 @@ fn next_tokens(
     Ok(logits.argmax(-1, false))
 }
 
+/// Greedy decoding of all rows together; the first token of each comes from its prompt and is not timed.
 fn decode(target: &dyn TargetModel, shape: DecodeShape) -> Result<(f64, Vec<Vec<i64>>)> {
     let DecodeShape { rows, prompt, new } = shape;
-    let Prefilled { mut cache, mut next, .. } = prefill(target, PrefillShape { rows, tokens: prompt })?;
-    let every_row = Tensor::arange(rows, (Kind::Int64, target.device()));
-    let mut chosen = Vec::with_capacity(new as usize);
-    let start = Instant::now();
-    for position in prompt..prompt + new {
-        let positions = Tensor::full([rows, 1], position, (Kind::Int64, target.device()));
-        next = next_tokens(target, &next.unsqueeze(1), &positions, &every_row, &mut cache)?;
-        chosen.push(next.to_device(Device::Cpu)); // a real decoder looks at every token
+    let (processors, policy) = (Processors::default(), Policy::Keyed { seed: 0 });
+    let options = EngineOptions { processors, policy, stop_tokens: Vec::new(), max_rows: rows as usize };
+    let mut engine = Engine::new(target, Box::new(Plain), options)?;
+    let vocabulary = target.info().vocab_size;
+    for row in 0..rows {
+        let token = |place: i64| (row * ROW + place * TOKEN + FIRST).rem_euclid(vocabulary) as u32;
+        let (prompt, max_new_tokens) = ((0..prompt).map(token).collect(), new as usize + 1);
+        engine.submit(Request { tag: row as u64, prompt, max_new_tokens, key: 0 })?;
     }
-    Ok((start.elapsed().as_secs_f64(), split_rows(&Tensor::stack(&chosen, 1))))
+    let mut chosen = Vec::with_capacity(rows as usize);
+    for left in engine.run(&mut Silent)? {
+        chosen.push(left.decoded?.tokens.iter().skip(1).map(|&token| i64::from(token)).collect());
+    }
+    Ok((engine.clock().decode().as_secs_f64(), chosen))
 }
 
 fn split_rows(tokens: &Tensor) -> Vec<Vec<i64>> {
