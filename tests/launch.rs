@@ -43,7 +43,10 @@ fn a_command_line_that_cannot_be_launched_is_refused_before_anything_starts() {
     };
     let one = ["--nproc-per-node", "2"];
     let with = |more: &[&str]| refused(&[&one[..], more].concat());
-    assert_eq!(with(&["doctor"]), "error: launch: `doctor` runs as one process; only `train` can be launched\n");
+    assert_eq!(
+        with(&["doctor"]),
+        "error: launch: `doctor` runs as one process; `train`, `capture`, `regen` and `eval` can be launched\n"
+    );
     let message = with(&["train", "--confg", "x"]);
     assert!(message.starts_with("error: unexpected argument '--confg'"), "{message}");
     assert_eq!(message.matches("error").count(), 1, "{message}");

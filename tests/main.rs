@@ -29,6 +29,7 @@ mod regeneration;
 mod rehearsal;
 mod resume;
 mod shared_data;
+mod sharing;
 mod signals;
 mod smollm2_decoding;
 mod stopping;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use tch::Kind;
+use tch::{Device, Kind};
 
 use crate::checkpoint::RetentionConfig;
 use crate::data::DataConfig;
@@ -13,6 +13,7 @@ use crate::draft;
 use crate::draft::vocabulary::VocabularyKeys;
 use crate::error::{Error, Result};
 use crate::eval::acceptance::in_training::{self, EvalConfig};
+use crate::models;
 use crate::optim::OptimConfig;
 use crate::strict;
 use crate::train::TrainConfig;
@@ -50,9 +51,10 @@ pub struct RunConfig {
 pub struct TargetConfig {
     /// Hugging Face folder.
     pub path: PathBuf,
-    /// Element type of target and draft; the optimizer's masters are float32 in any case.
+    /// Element type of target and draft; the optimizer's masters are float32 in any case. Without one, [`RunConfig::on`]
+    /// puts that of the device here: float32 on the CPU, that of the target's files on CUDA.
     #[serde(default)]
-    pub dtype: Dtype,
+    pub dtype: Option<Dtype>,
     /// Keep documents' hidden states in the host's memory, so that later epochs do not run the target again.
     #[serde(default)]
     pub keep_hidden_states: bool,
@@ -66,6 +68,13 @@ pub struct TargetConfig {
     /// The target's config.json, for `--plan` where the folder is not there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config: Option<Value>,
+}
+
+impl TargetConfig {
+    /// Element type of target and draft; float32 as long as no device has been chosen.
+    pub fn element_type(&self) -> Dtype {
+        self.dtype.unwrap_or_default()
+    }
 }
 
 /// Element types a model can run in.
@@ -98,6 +107,31 @@ impl Dtype {
             Dtype::Bfloat16 => Kind::BFloat16,
             Dtype::Float16 => Kind::Half,
         }
+    }
+
+    /// The type that a target in this folder runs in: what was `given`, else float32 on the CPU, which computes fastest in
+    /// it, and that of its files on CUDA, which computes fastest in 16 bits and need not hold more than was trained.
+    pub fn of_target(given: Option<Self>, folder: &Path, device: Device) -> Result<Self> {
+        match (given, device) {
+            (Some(given), _) => Ok(given),
+            (None, Device::Cuda(_)) => models::stored_kind(folder).map(Self::holding),
+            (None, _) => Ok(Dtype::default()),
+        }
+    }
+
+    /// The type that holds numbers of this kind.
+    fn holding(kind: Kind) -> Self {
+        match kind {
+            Kind::BFloat16 => Dtype::Bfloat16,
+            Kind::Half => Dtype::Float16,
+            _ => Dtype::Float32,
+        }
+    }
+
+    /// The type that a config.json names as its files'.
+    fn named(config: &Value) -> Option<Self> {
+        let name = config.get("dtype").or_else(|| config.get("torch_dtype"))?.as_str()?;
+        name.strip_prefix("torch.").unwrap_or(name).parse().ok()
     }
 }
 
@@ -144,6 +178,30 @@ impl RunConfig {
         config.parallel.validate()?;
         config.checkpoint.best_metric = config.best_metric()?;
         Ok(config)
+    }
+
+    /// The configuration of a run on this device, with the target's element type decided.
+    pub fn on(&self, device: Device) -> Result<Self> {
+        let mut config = self.clone();
+        config.target.dtype = Some(Dtype::of_target(self.target.dtype, &self.target.path, device)?);
+        Ok(config)
+    }
+
+    /// The same for a plan, which needs neither device nor files where the type is given, and takes the word of
+    /// `target.config` where there are no files.
+    pub fn planned(&self, device: impl FnOnce() -> Result<Device>) -> Result<Self> {
+        if self.target.dtype.is_some() {
+            return Ok(self.clone());
+        }
+        let device = device()?;
+        match &self.target.config {
+            Some(named) if device.is_cuda() && !self.target.path.join("config.json").is_file() => {
+                let mut config = self.clone();
+                config.target.dtype = Dtype::named(named);
+                Ok(config)
+            }
+            _ => self.on(device),
+        }
     }
 
     /// `checkpoint.best_metric` as checkpoints name it: the log has the same names behind `eval/`. A name that no
@@ -224,6 +282,23 @@ mod tests {
         assert_eq!(error, "configuration: `train.output_dri`: unknown key; did you mean `output_dir`?");
         assert!(set(&mut value, "train").is_err());
         assert!(set(&mut value, "train.seed.x=1").is_err() || RunConfig::from_value(&value).is_err());
+    }
+
+    /// Where a device is decided, so is the type; a plan takes config.json's word where there are no files.
+    #[test]
+    fn the_targets_type_follows_the_device() {
+        let mut value = minimal();
+        let dtype = |config: Result<RunConfig>| config.unwrap().target.element_type().name();
+        let read = |value: &Value| RunConfig::from_value(value).unwrap();
+        assert_eq!(dtype(read(&value).on(Device::Cpu)), "float32");
+        assert!(read(&value).on(Device::Cuda(0)).is_err(), "there are no files to look at");
+        set(&mut value, "target.config={\"torch_dtype\": \"bfloat16\"}").unwrap();
+        assert_eq!(dtype(read(&value).planned(|| Ok(Device::Cuda(0)))), "bfloat16");
+        assert_eq!(dtype(read(&value).planned(|| Ok(Device::Cpu))), "float32");
+        set(&mut value, "target.dtype=float16").unwrap();
+        let never = || Err(Error::Usage("no device is needed".to_owned()));
+        assert_eq!(dtype(read(&value).planned(never)), "float16");
+        assert_eq!(dtype(read(&value).on(Device::Cuda(0))), "float16");
     }
 
     #[test]

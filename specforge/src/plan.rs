@@ -26,6 +26,8 @@ pub struct Plan {
     pub world_size: u64,
     /// Parameters of the target; frozen.
     pub target_parameters: u64,
+    /// Element type of target and draft.
+    pub element_type: Dtype,
     /// Tokens of the target.
     pub target_vocabulary: u64,
     /// Tokens that the draft can name.
@@ -115,8 +117,8 @@ impl Plan {
         let size = (algorithm.size)(&section, &target)?;
         let draft_vocabulary = vocabulary::draft_size(&section, target.vocab_size)? as u64;
         let target_parameters = target.parameters.all;
-        let width = config.target.dtype.kind().elt_size_in_bytes() as u64;
-        let masters = if config.target.dtype == Dtype::Float32 { 0 } else { 4 };
+        let width = config.target.element_type().kind().elt_size_in_bytes() as u64;
+        let masters = if config.target.element_type() == Dtype::Float32 { 0 } else { 4 };
         let counted = data_plan(config, world_size as usize)?;
         let whole_optimizer = size.trainable * (8 + masters);
         let optimizer = match config.parallel.shard_optimizer {
@@ -156,6 +158,7 @@ impl Plan {
             algorithm: algorithm.name.to_owned(),
             world_size,
             target_parameters,
+            element_type: config.target.element_type(),
             target_vocabulary: target.vocab_size as u64,
             draft_vocabulary,
             trainable_parameters: size.trainable,
@@ -290,7 +293,7 @@ impl fmt::Display for Plan {
         };
         let mut rows = vec![
             ("algorithm", self.algorithm.clone()),
-            ("target", format!("{} parameters, frozen", self.target_parameters)),
+            ("target", format!("{} parameters in {}, frozen", self.target_parameters, self.element_type.name())),
             ("trainable", format!("{} parameters", self.trainable_parameters)),
             ("vocabulary", vocabulary),
             ("memory", format!("{} at the peak{each}", size(memory.total))),

@@ -11,10 +11,11 @@ use std::sync::OnceLock;
 
 use serde_json::{Value, json};
 use specforge::device::{self, CudaState};
+use specforge::weights;
 use tch::{Device, Kind, Tensor};
 
 use crate::decoding;
-use crate::fixture::{Workspace, json_of, output_of, specforge, stderr_of};
+use crate::fixture::{Workspace, json_of, model_config, model_tensors, output_of, specforge, stderr_of};
 
 /// The folder of libtorch's libraries with the stand-in among them, or why there is none.
 fn libraries() -> Result<&'static Path, &'static str> {
@@ -369,4 +370,46 @@ fn every_command_runs() {
     }
     let compared = run("compare", &[&out("a"), &out("b"), &target, &model]).unwrap();
     assert_eq!(compared["verdict"], "equal", "{compared}");
+}
+
+/// Where nobody says which, a target runs in its files' type on the device and in float32 on the CPU, in every command.
+#[test]
+fn without_a_word_a_target_runs_in_its_files_type_on_the_device_alone() {
+    let mut workspace = Workspace::new();
+    workspace.configuration["target"].as_object_mut().unwrap().remove("dtype");
+    let narrow = |(name, tensor): (String, Tensor)| (name, tensor.to_kind(Kind::BFloat16));
+    let tensors: Vec<_> = model_tensors(&model_config(&json!({}))).into_iter().map(narrow).collect();
+    weights::write_tensors(&workspace.path("model/model.safetensors"), &tensors, &[]).unwrap();
+    let (model, data) = (workspace.path("model"), workspace.path("bench.jsonl"));
+    decoding::questions(&data);
+    for (device, want) in [("cpu", "float32"), ("cuda", "bfloat16")] {
+        let run = |command: &mut Command| rehearsed(command.args(["--json", "--device", device])).map(json_of);
+        let out = |name: &str| workspace.path(&format!("{name}-{device}"));
+        let read = |path: PathBuf| serde_json::from_slice::<Value>(&fs::read(path).unwrap()).unwrap();
+        let configured = |command: &str| {
+            let mut command = specforge(&[command, "--config"]);
+            command.arg(workspace.config()).arg("--set").arg(format!("train.output_dir={}", out("run").display()));
+            command
+        };
+        let on_model = |command: &str| {
+            let mut command = specforge(&[command, "--max-new-tokens", "4", "--target"]);
+            command.arg(&model);
+            command
+        };
+        let Some(plan) = run(configured("train").arg("--plan")) else { return };
+        assert_eq!(plan["element_type"], want);
+        run(&mut configured("train"));
+        assert_eq!(read(out("run").join("config.json"))["target"]["dtype"], want);
+        run(configured("capture").arg("--out").arg(out("store")));
+        assert_eq!(read(out("store").join("store.json"))["target_dtype"], want);
+        let answer = run(on_model("generate").args(["--prompt", "a cold bird"])).unwrap();
+        assert_eq!(answer["summary"]["settings"]["dtype"], want);
+        let report = run(on_model("eval").args(["--draft", "prompt-lookup", "--data"]).arg(&data)).unwrap();
+        assert_eq!(report["settings"]["dtype"], want);
+        run(on_model("regen").arg("--prompts").arg(&data).arg("--out").arg(out("answers")));
+        assert_eq!(read(out("answers").with_extension("run.json"))["same"]["element_type"], want);
+        // What is said counts on either.
+        let told = run(on_model("generate").args(["--prompt", "a cold bird", "--dtype", "float16"])).unwrap();
+        assert_eq!(told["summary"]["settings"]["dtype"], "float16");
+    }
 }

@@ -31,15 +31,17 @@ pub(super) struct BenchArgs {
     /// Threads of libtorch. All cores where it is not given.
     #[arg(long, allow_hyphen_values = true, value_parser = numbers::at_least(1i32))]
     threads: Option<i32>,
-    /// Element type of the target: float32, bfloat16 or float16.
-    #[arg(long, default_value = "float32")]
-    dtype: Dtype,
+    /// Element type of the target: float32, bfloat16 or float16. Without it float32 on the CPU, and that of the target's files on
+    /// CUDA.
+    #[arg(long)]
+    dtype: Option<Dtype>,
     /// auto, cpu, cuda or cuda:N.
     #[arg(long, default_value = "auto")]
     device: String,
 }
 
 pub(super) fn run(args: &BenchArgs, output: &Output) -> Result<()> {
+    let device = device::choose(&args.device)?;
     let report = bench::run(&BenchOptions {
         target: args.target.clone(),
         prefill: args.prefill.clone(),
@@ -47,8 +49,8 @@ pub(super) fn run(args: &BenchArgs, output: &Output) -> Result<()> {
         verify: args.verify.clone(),
         repeat: args.repeat,
         threads: args.threads,
-        kind: args.dtype.kind(),
-        device: device::choose(&args.device)?,
+        kind: Dtype::of_target(args.dtype, &args.target, device)?.kind(),
+        device,
     })?;
     output.result(&report, || text(&report));
     Ok(())

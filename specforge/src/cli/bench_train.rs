@@ -40,15 +40,15 @@ pub(super) fn run(args: &BenchTrainArgs, output: &Output) -> Result<()> {
     if !(0.0..1.0).contains(&args.supervised) {
         return Err(Error::Usage(format!("--supervised: expected a share from 0 to below 1, got {}", args.supervised)));
     }
-    let config = RunConfig::load(&args.config, &args.set)?;
     let device = device::choose(&args.device)?;
+    let config = RunConfig::load(&args.config, &args.set)?.on(device)?;
     let report = bench_train::run(&BenchTrainOptions {
         target: plan::target_info(&config)?,
         batch: args.batch,
         supervised: args.supervised,
         repeat: args.repeat,
         threads: args.threads,
-        kind: config.target.dtype.kind(),
+        kind: config.target.element_type().kind(),
         device,
         chunk_bytes: config.train.chunk_bytes(device),
         draft: config.draft,

@@ -6,17 +6,17 @@ use clap::Args;
 use serde::Serialize;
 
 use super::template::TemplateArgs;
-use super::{Output, note, signals, train};
+use super::{LazyProgress, Output, note, numbers, ranks, signals, train};
 use crate::config::RunConfig;
-use crate::device;
+use crate::dist::{Meeting, Placement, SharedWork};
 use crate::draft;
 use crate::error::{Error, Result, foreign};
 use crate::features::OnlineFeatures;
-use crate::features::store::{Capture, CaptureReport, Element, LAYER_CONVENTION, Overview, StoreManifest};
-use crate::features::store::{capture, manifest};
+use crate::features::store::{Capture, CaptureReport, Element, Going, LAYER_CONVENTION, Overview, StoreManifest};
+use crate::features::store::{StreamPlan, Windows, capture, manifest};
 use crate::files::{self, Digests};
-use crate::models::{self, SharedTarget, TargetIdentity, TargetInfo};
-use crate::progress::Progress;
+use crate::memory;
+use crate::models::{self, LayerWise, SharedTarget, TargetIdentity, TargetInfo};
 use crate::stop::{Answer, Stop};
 
 #[derive(Debug, Args)]
@@ -42,7 +42,16 @@ pub(super) struct CaptureArgs {
     /// Most tokens of a shard; shards of about 256 MiB where it is not given.
     #[arg(long)]
     shard_tokens: Option<usize>,
-    /// Print documents, tokens and disk, and stop. Loads no weights.
+    /// Load one layer of the target at a time, for a target that does not fit where it runs: all documents of a window pass
+    /// through it before the next one is loaded. The store is the same.
+    #[arg(long)]
+    stream_layers: bool,
+    /// Most tokens of such a window: every window reads all weights once. As many as half of the free memory holds where it
+    /// is not given.
+    #[arg(long, value_name = "TOKENS", requires = "stream_layers", allow_hyphen_values = true,
+          value_parser = numbers::at_least(1usize))]
+    window_tokens: Option<usize>,
+    /// Print documents, tokens, disk and, with --stream-layers, windows and memory, and stop. Loads no weights.
     #[arg(long)]
     plan: bool,
     /// auto, cpu, cuda or cuda:N.
@@ -58,13 +67,35 @@ struct Report {
     stopped_by: Option<i32>,
 }
 
+#[derive(Serialize)]
+struct Planned {
+    #[serde(flatten)]
+    overview: Overview,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    streaming: Option<StreamPlan>,
+}
+
 pub(super) fn run(args: &CaptureArgs, stop: &Stop, output: &Output) -> Result<()> {
-    let mut config = RunConfig::load(&args.config, &args.set)?;
+    let config = RunConfig::load(&args.config, &args.set)?;
+    ranks::together(config.parallel.timeout(), |meeting| capture_with(args, config, meeting, stop, output))
+}
+
+/// Captures as one of the processes that share the documents, or alone.
+fn capture_with(
+    args: &CaptureArgs,
+    mut config: RunConfig,
+    meeting: Option<&Meeting>,
+    stop: &Stop,
+    output: &Output,
+) -> Result<()> {
+    let work = SharedWork::of(meeting, "capture");
+    let placement = meeting.map(Meeting::placement);
     args.template.apply(&mut config.data)?;
-    let out = args.out.as_ref().or(config.target.feature_store.as_ref()).ok_or_else(|| {
+    let out = args.out.as_ref().or(config.target.feature_store.as_ref()).cloned().ok_or_else(|| {
         Error::Usage("--out: name the store's folder here, or as target.feature_store in the configuration".to_owned())
     })?;
-    let device = device::choose(&args.device)?;
+    let device = ranks::device(&args.device, placement)?;
+    let config = config.on(device)?;
 
     // Tokens first, so that mistakes in the data show before any weight is loaded.
     config.data.check()?;
@@ -85,10 +116,15 @@ pub(super) fn run(args: &CaptureArgs, stop: &Stop, output: &Output) -> Result<()
         return Err(Error::Usage("--shard-tokens: expected a number above 0, got 0".to_owned()));
     }
     let digests = Digests::in_cache(&config.data.cache_dir);
+    let path = &config.target.path;
     let wanted = StoreManifest {
         format_version: manifest::FORMAT_VERSION,
-        target: TargetIdentity::read_whole(&config.target.path, &digests, &train::check_progress("read the target"))?,
-        target_dtype: config.target.dtype.name().to_owned(),
+        // One process reads every byte; the others see whether they mean the same model.
+        target: match work.is_first() {
+            true => TargetIdentity::read_whole(path, &digests, &train::check_progress("read the target"))?,
+            false => TargetIdentity::read(path)?,
+        },
+        target_dtype: config.target.element_type().name().to_owned(),
         hidden_size: dimensions.hidden_size,
         vocab_size: dimensions.vocab_size,
         num_layers: dimensions.num_layers(),
@@ -101,40 +137,80 @@ pub(super) fn run(args: &CaptureArgs, stop: &Stop, output: &Output) -> Result<()
         shards: Vec::new(),
     };
     let caches: Vec<_> = caches.iter().collect();
-    let capture = Capture::prepare(out, wanted.clone(), &caches, &digests, &train::check_progress("check the store"))?;
+    let check = train::check_progress("check the store");
+    let capture = Capture::prepare_together(&out, wanted.clone(), &caches, &digests, &check, &work)?;
     for (_, problem) in capture.damaged() {
         note(format!("warning: {problem}; captured again"));
     }
     let overview = capture.overview().clone();
-    if args.plan {
-        output.result(&overview, || describe(&overview, &wanted));
-        return Ok(());
-    }
-    describe(&overview, &wanted).lines().for_each(note);
-    enough_space(out, overview.bytes_to_write)?;
-
-    let kind = config.target.dtype.kind();
     let pack_tokens = config.train.micro_batch_tokens;
-    let target = SharedTarget::from(models::load_target(&config.target.path, kind, device)?);
-    let head = target.in_use().head().share();
-    let source = OnlineFeatures::new(target);
-    let left = overview.tokens - overview.tokens_before;
-    if left > 0 {
-        let rate = capture.measure(&source, pack_tokens)?;
-        let minutes = left as f64 / rate / 60.0;
-        note(format!("time       about {minutes:.1} minutes, at the {rate:.0} tokens/s of the first documents"));
+    let kind = config.target.element_type().kind();
+    let streamed = match args.stream_layers {
+        true => Some(LayerWise::open(path, kind, device)?),
+        false => None,
+    };
+    let windows = |target: &LayerWise| Windows {
+        tokens: args.window_tokens.unwrap_or_else(|| window_tokens(&capture, target, placement)),
+        pack_tokens,
+    };
+    let streaming = streamed.as_ref().map(|target| capture.stream_plan(target, windows(target)));
+    let planned = Planned { overview, streaming };
+    if args.plan {
+        if work.is_first() {
+            output.result(&planned, || describe(&planned, &wanted));
+        }
+        return work.finish(&mut |_| Ok(()));
     }
-    stop.set_answer(Answer::Finish(
-        "stopping after this pack; whole shards stay, and the same command goes on from them",
-    ));
-    let progress = Progress::resumed("capture", overview.tokens, "tokens", overview.tokens_before);
-    let report = capture.run(&source, &head, pack_tokens, stop.arrived(), &|done| progress.set(done, ""))?;
+    describe(&planned, &wanted).lines().for_each(note);
+    let overview = planned.overview;
+    if work.is_first() {
+        enough_space(&out, overview.bytes_to_write)?;
+    }
+
+    let progress = LazyProgress::new("capture", "tokens");
+    let done = |tokens: u64| progress.set(tokens, overview.tokens);
+    let going = Going { work: &work, stop: stop.arrived(), progress: &done };
+    let begin = || {
+        stop.set_answer(Answer::Finish(
+            "stopping after this pack; whole shards stay, and the same command goes on from them",
+        ));
+        done(overview.tokens_before);
+    };
+    let report = match streamed {
+        Some(target) => {
+            begin();
+            capture.run_streamed(&target, windows(&target), &going)?
+        }
+        None => {
+            let local_world_size = placement.map_or(1, |placement| placement.local_world_size);
+            let target = SharedTarget::from(train::load_shared(&config, device, local_world_size)?);
+            let head = target.in_use().head().share();
+            let source = OnlineFeatures::new(target);
+            let left = overview.tokens - overview.tokens_before;
+            if left > 0 {
+                let rate = capture.measure(&source, pack_tokens)? * work.world_size() as f64;
+                let minutes = left as f64 / rate / 60.0;
+                note(format!("time       about {minutes:.1} minutes, at {rate:.0} tokens/s as in the first documents"));
+            }
+            begin();
+            capture.run(&source, &head, pack_tokens, &going)?
+        }
+    };
+    let Some(report) = report else { return Ok(()) }; // the first process has it
     progress.finish(if report.complete { "done" } else { "stopped; run the same command again to go on" });
-    let stopped_by = Some(stop.asked()).filter(|_| !report.complete);
+    let stopped_by = Some(stop.asked()).filter(|&signal| !report.complete && signal > 0);
     let tokens_per_second = report.tokens_captured as f64 / report.seconds.max(1e-9);
     let report = Report { capture: report, tokens_per_second, stopped_by };
     output.result(&report, || text(&report));
     Ok(())
+}
+
+/// As many tokens as half of the free memory holds, of what this process may take of it.
+fn window_tokens(capture: &Capture<'_>, target: &LayerWise, placement: Option<&Placement>) -> usize {
+    const SHARE_OF_FREE: u64 = 2;
+    let processes = placement.map_or(1, |placement| placement.local_world_size) as u64;
+    let bytes = memory::available().map_or(u64::MAX, |free| free / SHARE_OF_FREE / processes);
+    usize::try_from(bytes / capture.window_bytes_a_token(target)).unwrap_or(usize::MAX)
 }
 
 /// The states to store, ascending.
@@ -164,35 +240,58 @@ fn enough_space(out: &std::path::Path, needed: u64) -> Result<()> {
         .with_hint("free some space, choose another folder, or store fewer bits (--dtype float8) or layers"))
 }
 
-fn describe(overview: &Overview, wanted: &StoreManifest) -> String {
-    let Overview { documents, tokens, documents_before, tokens_before, shards, bytes, bytes_to_write } = overview;
+fn describe(planned: &Planned, wanted: &StoreManifest) -> String {
+    let Overview { documents, tokens, documents_before, tokens_before, shards, bytes, bytes_to_write } =
+        &planned.overview;
     let token = *bytes as f64 / (*tokens).max(1) as f64;
     let mut lines = vec![
         format!("documents  {documents}, {documents_before} of them in the store already"),
         format!("tokens     {tokens}, {tokens_before} of them in the store already"),
-        format!("states     {} in {}", manifest::listed(&wanted.layers), wanted.element.name()),
+        format!(
+            "states     {} in {}, computed in {}",
+            manifest::listed(&wanted.layers),
+            wanted.element.name(),
+            wanted.target_dtype
+        ),
     ];
     lines.push(format!(
         "disk       about {} in the end ({token:.0} bytes a token), {} to write, in {shards} shards",
         size(*bytes),
         size(*bytes_to_write)
     ));
+    if let Some(plan) = &planned.streaming {
+        lines.push(format!(
+            "windows    {} of up to {} tokens; each reads {} of weights, all {}",
+            plan.windows,
+            plan.window_tokens,
+            size(plan.bytes_a_window),
+            size(plan.bytes_read)
+        ));
+        lines.push(format!(
+            "memory     {} at the peak where the target runs (largest part {}, whole target {}), {} of states in the host",
+            size(plan.peak_device),
+            size(plan.largest_part),
+            size(plan.whole_target),
+            size(plan.peak_host)
+        ));
+    }
     lines.join("\n")
 }
 
 fn text(report: &Report) -> String {
-    let CaptureReport { out, documents, tokens, bytes, shards, layers, element, .. } = &report.capture;
+    let CaptureReport { out, documents, tokens, bytes, shards, layers, element, processes, complete, .. } =
+        &report.capture;
     let first =
         format!("{}: {documents} documents, {tokens} tokens, {} in {shards} shards", foreign::path(out), size(*bytes));
     let states = format!("states {} in {}", manifest::listed(layers), element.name());
-    let speed = format!("{} tokens captured, {:.0} tokens/s", report.capture.tokens_captured, report.tokens_per_second);
-    match report.stopped_by {
-        None => format!("{first}\n{states}\n{speed}"),
-        Some(signal) => format!(
-            "{first}\n{states}\n{speed}\nstopped by {}; run the same command again to go on",
-            signals::name(signal)
-        ),
+    let (captured, rate) = (report.capture.tokens_captured, report.tokens_per_second);
+    let together = if *processes > 1 { format!(" of {processes} processes together") } else { String::new() };
+    let speed = format!("{captured} tokens captured, {rate:.0} tokens/s{together}");
+    if *complete {
+        return format!("{first}\n{states}\n{speed}");
     }
+    let by = report.stopped_by.map_or_else(|| "a signal to another process".to_owned(), signals::name);
+    format!("{first}\n{states}\n{speed}\nstopped by {by}; run the same command again to go on")
 }
 
 fn size(bytes: u64) -> String {

@@ -55,9 +55,10 @@ pub(super) struct DecodingArgs {
     /// in distribution), typical[:EPSILON,ALPHA] (Medusa's, lossy).
     #[arg(long, default_value = "keyed")]
     policy: String,
-    /// Element type of target and draft: float32, bfloat16 or float16.
-    #[arg(long, default_value = "float32")]
-    dtype: Dtype,
+    /// Element type of target and draft: float32, bfloat16 or float16. Without it float32 on the CPU, and that of the target's files on
+    /// CUDA.
+    #[arg(long)]
+    dtype: Option<Dtype>,
     /// auto, cpu, cuda or cuda:N.
     #[arg(long, default_value = "auto")]
     device: String,
@@ -67,18 +68,24 @@ pub(super) struct DecodingArgs {
 pub(super) struct Models {
     pub(super) target: Box<dyn TargetModel>,
     pub(super) tokenizer: ChatTokenizer,
+    dtype: Dtype,
 }
 
 impl DecodingArgs {
     /// Loads target and tokenizer.
     pub(super) fn models(&self) -> Result<Models> {
+        self.models_on(device::choose(&self.device)?)
+    }
+
+    /// The same on this device.
+    pub(super) fn models_on(&self, device: Device) -> Result<Models> {
         self.processors()?;
         self.policy()?;
-        let device = self.device()?;
         let tokenizer = self.template.tokenizer(&self.target)?;
-        let target = models::load_target(&self.target, self.dtype.kind(), device)?;
+        let dtype = Dtype::of_target(self.dtype, &self.target, device)?;
+        let target = models::load_target(&self.target, dtype.kind(), device)?;
         super::train::fits_vocabulary(&tokenizer, target.info().vocab_size, &self.target)?;
-        Ok(Models { target, tokenizer })
+        Ok(Models { target, tokenizer, dtype })
     }
 
     /// Opens the draft.
@@ -87,8 +94,9 @@ impl DecodingArgs {
         open(self.draft.as_deref(), self.tree.as_deref(), (models.target.as_ref(), &self.target), sampling)
     }
 
-    fn device(&self) -> Result<Device> {
-        device::choose(&self.device)
+    /// What `--device` says.
+    pub(super) fn device_name(&self) -> &str {
+        &self.device
     }
 
     pub(super) fn processors(&self) -> Result<Processors> {
@@ -144,8 +152,8 @@ impl DecodingArgs {
         Ok(Header {
             target: ModelName::target(&self.target)?,
             draft: folder.map(ModelName::draft).transpose()?,
-            dtype: self.dtype.name().to_owned(),
-            device: device::name(self.device()?),
+            dtype: models.dtype.name().to_owned(),
+            device: device::name(models.target.device()),
             vocabulary: models.target.info().vocab_size as usize,
             settings: Settings {
                 drafter: opened.method.clone(),
@@ -160,7 +168,7 @@ impl DecodingArgs {
     }
 
     /// What decides the output, as it was parsed.
-    pub(super) fn settings(&self, opened: &Opened<'_>, max_rows: usize) -> Result<Value> {
+    pub(super) fn settings(&self, models: &Models, opened: &Opened<'_>, max_rows: usize) -> Result<Value> {
         Ok(json!({
             "target": self.target,
             "draft": self.draft.as_deref().unwrap_or("none"),
@@ -171,8 +179,8 @@ impl DecodingArgs {
             "seed": self.seed,
             "max_new_tokens": self.max_new_tokens,
             "rows": max_rows,
-            "dtype": self.dtype,
-            "device": device::name(self.device()?),
+            "dtype": models.dtype,
+            "device": device::name(models.target.device()),
             "threads": tch::get_num_threads(),
         }))
     }

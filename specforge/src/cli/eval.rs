@@ -3,13 +3,16 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use serde_json::Value;
 
 use super::decoding::DecodingArgs;
-use super::{LazyProgress, Output, note, numbers};
+use super::{LazyProgress, Output, note, numbers, ranks};
 use crate::decode::Policy;
 use crate::decode::event::{Listener, Silent};
+use crate::dist::{Meeting, SharedWork};
 use crate::error::{Error, Result};
-use crate::eval::acceptance::{self, AcceptanceOptions, AcceptanceReport, Contestants, html, questions, report};
+use crate::eval::acceptance::{self, AcceptanceOptions, AcceptanceReport, Contestants, Question};
+use crate::eval::acceptance::{html, questions, report};
 use crate::files;
 use crate::trace::Recorder;
 
@@ -38,11 +41,21 @@ pub(super) struct EvalArgs {
 }
 
 pub(super) fn run(args: &EvalArgs, output: &Output) -> Result<()> {
+    ranks::together(ranks::default_timeout(), |meeting| evaluate(args, meeting, output))
+}
+
+/// Measures as one of the processes that share the questions, or alone.
+fn evaluate(args: &EvalArgs, meeting: Option<&Meeting>, output: &Output) -> Result<()> {
+    let work = SharedWork::of(meeting, "eval");
+    if args.trace.is_some() && work.world_size() > 1 {
+        return Err(Error::Usage("--trace: one process records a decode; this run has several".to_owned()));
+    }
+    let placement = meeting.map(Meeting::placement);
     let questions = questions::read(&args.data, args.limit)?;
-    let models = args.decoding.models()?;
+    let models = args.decoding.models_on(ranks::device(args.decoding.device_name(), placement)?)?;
     let opened = args.decoding.draft(&models)?;
     opened.notes.iter().for_each(|line| note(format!("warning: {line}")));
-    let settings = args.decoding.settings(&opened, args.batch)?;
+    let settings = args.decoding.settings(&models, &opened, args.batch)?;
     let options = AcceptanceOptions {
         engine: args.decoding.engine(&models, args.batch)?,
         max_new_tokens: args.decoding.max_new_tokens,
@@ -53,6 +66,7 @@ pub(super) fn run(args: &EvalArgs, output: &Output) -> Result<()> {
         Policy::Maximal { .. } => "distribution",
         _ => "lossy",
     };
+    same_questions(&work, &settings, &questions)?;
     let mut listener = match &args.trace {
         Some(path) => {
             Traced::Recorded(Box::new(Recorder::create(path, args.decoding.header(&models, &opened, args.batch)?)?))
@@ -64,12 +78,13 @@ pub(super) fn run(args: &EvalArgs, output: &Output) -> Result<()> {
     let contestants =
         Contestants { target: models.target.as_ref(), tokenizer: &models.tokenizer, drafter: opened.drafter };
     let report = |done: usize| progress.set(done as u64, questions.len() as u64);
-    let (groups, divergences) = acceptance::measure(contestants, &questions, &options, listener.get(), &report)?;
+    let measured = acceptance::measure(contestants, &questions, &options, &work, listener.get(), &report)?;
+    let Some(measured) = measured else { return Ok(()) }; // the first process has it
     progress.finish("done");
     if let Traced::Recorded(recorder) = listener {
         recorder.finish()?;
     }
-    let report = AcceptanceReport::new(settings, promise, &groups, divergences);
+    let report = AcceptanceReport::new(settings, promise, measured);
     if let Some(folder) = &args.out {
         files::create_dir_all(folder)?;
         files::write_json(&folder.join("report.json"), &report)?;
@@ -83,6 +98,26 @@ pub(super) fn run(args: &EvalArgs, output: &Output) -> Result<()> {
             "{faults} answers with the draft are not those of the target; record both with --trace and run `specforge compare`"
         ))),
     }
+}
+
+/// Refuses a process that was started on something else than the first: places of files and devices may differ.
+fn same_questions(work: &SharedWork<'_>, settings: &Value, questions: &[Question]) -> Result<()> {
+    const PLACES: [&str; 4] = ["target", "draft", "device", "threads"];
+    let mut own = settings.clone();
+    if let Some(own) = own.as_object_mut() {
+        own.retain(|key, _| !PLACES.contains(&key.as_str()));
+        let asked = questions.iter().map(|question| format!("{question:?}")).collect::<String>();
+        own.insert("questions".to_owned(), format!("{:08x}", crc32c::crc32c(asked.as_bytes())).into());
+    }
+    let first = work.from_first("the settings", || Ok(own.to_string().into_bytes()))?;
+    if first == own.to_string().as_bytes() {
+        return Ok(());
+    }
+    let (rank, first) = (work.rank(), String::from_utf8_lossy(&first).into_owned());
+    Err(Error::Usage(format!(
+        "rank {rank} was started on something else than rank 0: expected {first}, got {own}; start every rank with the same \
+         program, options and files"
+    )))
 }
 
 /// Who listens to the drafted side.

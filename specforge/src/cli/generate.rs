@@ -64,7 +64,7 @@ pub(super) fn run(args: &GenerateArgs, output: &Output) -> Result<()> {
     let models = args.decoding.models()?;
     let opened = args.decoding.draft(&models)?;
     opened.notes.iter().for_each(|line| note(format!("warning: {line}")));
-    let settings = args.decoding.settings(&opened, 1)?;
+    let settings = args.decoding.settings(&models, &opened, 1)?;
     let lossless = args.decoding.policy()?.is_lossless();
     let mut recorder = match &args.trace {
         Some(path) => Some(Recorder::create(path, args.decoding.header(&models, &opened, 1)?)?),

@@ -31,7 +31,7 @@ pub(super) struct LaunchArgs {
     /// How often all processes are started again after one has failed.
     #[arg(long, value_name = "TIMES", default_value_t = 0)]
     max_restarts: u64,
-    /// What each process runs: `train`, with its arguments.
+    /// What each process runs: `train`, `capture`, `regen` or `eval`, with its arguments.
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
     command: Vec<String>,
 }
@@ -63,9 +63,12 @@ fn processes(text: &str) -> Result<Processes, String> {
 pub(super) fn run(args: &LaunchArgs, stop: &Stop, output: &Output) -> Result<()> {
     // Mistakes are said once, not by every process.
     match Cli::try_parse_from(std::iter::once("specforge").chain(args.command.iter().map(String::as_str))) {
-        Ok(Cli { command: Command::Train(_), .. }) => {}
+        Ok(Cli { command: Command::Train(_) | Command::Capture(_) | Command::Regen(_) | Command::Eval(_), .. }) => {}
         Ok(_) => {
-            let problem = format!("launch: `{}` runs as one process; only `train` can be launched", args.command[0]);
+            let problem = format!(
+                "launch: `{}` runs as one process; `train`, `capture`, `regen` and `eval` can be launched",
+                args.command[0]
+            );
             return Err(Error::Usage(problem));
         }
         Err(help) if matches!(help.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => {

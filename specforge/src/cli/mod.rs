@@ -24,6 +24,7 @@ mod inspect;
 mod launch;
 mod numbers;
 mod program;
+mod ranks;
 mod record;
 mod regen;
 mod signals;
@@ -49,7 +50,7 @@ pub struct Cli {
 enum Command {
     /// Train a draft model.
     Train(train::TrainArgs),
-    /// Train with several processes, on one machine or many.
+    /// Run a command with several processes, on one machine or many.
     Launch(launch::LaunchArgs),
     /// Let the target answer prompts itself: on-policy training data.
     Regen(regen::RegenArgs),
@@ -163,7 +164,8 @@ impl LazyProgress {
     }
 
     fn set_with(&self, done: u64, total: u64, message: &str) {
-        self.inner.get_or_init(|| Progress::new(self.label, total, self.unit)).set(done, message);
+        // What was there before the first report says nothing about the speed of this process.
+        self.inner.get_or_init(|| Progress::resumed(self.label, total, self.unit, done)).set(done, message);
     }
 
     fn finish(&self, message: &str) {

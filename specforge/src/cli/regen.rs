@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use super::template::TemplateArgs;
-use super::{LazyProgress, Output, note, numbers};
+use super::{LazyProgress, Output, note, numbers, ranks};
 use crate::config::Dtype;
 use crate::decode::drafter::{self, DraftSampling};
 use crate::decode::regenerate::{self, GenerationConfig, OnLength, RegenOptions, RegenReport};
-use crate::device;
+use crate::dist::{Meeting, SharedWork};
 use crate::error::{Error, Result, foreign};
 use crate::models;
 use crate::nn::Processors;
@@ -67,9 +67,10 @@ pub(super) struct RegenArgs {
     /// Start over; an existing file is moved to OUT.bak.
     #[arg(long)]
     restart: bool,
-    /// Element type of the target: float32, bfloat16 or float16.
-    #[arg(long, default_value = "float32")]
-    dtype: Dtype,
+    /// Element type of the target: float32, bfloat16 or float16. Without it float32 on the CPU, and that of the target's files on
+    /// CUDA.
+    #[arg(long)]
+    dtype: Option<Dtype>,
     /// auto, cpu, cuda or cuda:N.
     #[arg(long, default_value = "auto")]
     device: String,
@@ -103,6 +104,11 @@ impl RegenArgs {
 }
 
 pub(super) fn run(args: &RegenArgs, stop: &Stop, output: &Output) -> Result<()> {
+    ranks::together(ranks::default_timeout(), |meeting| regenerate(args, meeting, stop, output))
+}
+
+/// Answers as one of the processes that share the prompts, or alone.
+fn regenerate(args: &RegenArgs, meeting: Option<&Meeting>, stop: &Stop, output: &Output) -> Result<()> {
     let own = GenerationConfig::read(&args.target)?;
     let options = RegenOptions {
         target: args.target.clone(),
@@ -120,9 +126,9 @@ pub(super) fn run(args: &RegenArgs, stop: &Stop, output: &Output) -> Result<()> 
         restart: args.restart,
     };
     options.check()?;
-    let device = device::choose(&args.device)?;
+    let device = ranks::device(&args.device, meeting.map(Meeting::placement))?;
     let tokenizer = args.template.tokenizer(&args.target)?;
-    let target = models::load_target(&args.target, args.dtype.kind(), device)?;
+    let target = models::load_target(&args.target, Dtype::of_target(args.dtype, &args.target, device)?.kind(), device)?;
     let sampling = DraftSampling::for_policy(options.policy(), options.processors.temperature);
     let draft = drafter::open(args.draft.as_deref(), args.tree.as_deref(), (target.as_ref(), &args.target), sampling)?;
     draft.notes.iter().for_each(|line| note(format!("warning: {line}")));
@@ -132,9 +138,11 @@ pub(super) fn run(args: &RegenArgs, stop: &Stop, output: &Output) -> Result<()> 
         "stopping after this pass; answered rows stay, and the same command goes on from them",
     ));
     let progress = LazyProgress::new("regen", "rows");
-    let report = regenerate::run(&options, target.as_ref(), &tokenizer, draft, stop.arrived(), &mut |state| {
+    let work = SharedWork::of(meeting, "regen");
+    let report = regenerate::run(&options, target.as_ref(), &tokenizer, draft, &work, stop.arrived(), &mut |state| {
         progress.set_with(state.done as u64, state.total as u64, &format!("{:.0} tokens/s", state.tokens_per_second));
     })?;
+    let Some(report) = report else { return Ok(()) }; // the first process has it
     report.warnings.iter().for_each(|line| note(format!("warning: {line}")));
     report.skipped.iter().for_each(|line| note(format!("warning: skipped {line}")));
     progress.finish(if report.interrupted { "stopped; run the same command again to go on" } else { "done" });

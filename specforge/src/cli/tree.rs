@@ -57,9 +57,10 @@ pub(super) struct TreeArgs {
     /// Seed of sampling.
     #[arg(long, default_value_t = 0, allow_hyphen_values = true, value_parser = numbers::at_least(0u64))]
     seed: u64,
-    /// Element type of the target: float32, bfloat16 or float16.
-    #[arg(long, default_value = "float32")]
-    dtype: Dtype,
+    /// Element type of the target: float32, bfloat16 or float16. Without it float32 on the CPU, and that of the target's files on
+    /// CUDA.
+    #[arg(long)]
+    dtype: Option<Dtype>,
     /// auto, cpu, cuda or cuda:N.
     #[arg(long, default_value = "auto")]
     device: String,
@@ -111,7 +112,7 @@ pub(super) fn run(args: &TreeArgs, output: &Output) -> Result<()> {
         let text = prepared.with_arguments(&prompt.template_arguments)?.render(question + 1, true)?;
         encoded.push(tokenizer.encode(&text)?);
     }
-    let target = models::load_target(&args.target, args.dtype.kind(), device)?;
+    let target = models::load_target(&args.target, Dtype::of_target(args.dtype, &args.target, device)?.kind(), device)?;
     let heads = MedusaHeads::read(&args.draft, target.as_ref())?;
     let options = EngineOptions {
         processors,

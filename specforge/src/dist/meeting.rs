@@ -138,11 +138,11 @@ impl Meeting {
         let key = format!("wait/{number}");
         let all = self.placement.world_size as i64;
         let gone = |error: Error| self.peer(what, format!("the store does not answer: {error}"));
-        let mut peers = Peers::new(self);
+        let mut peers = self.peers();
         let mut arrived = self.store.add(&key, 1).map_err(gone)?;
         let mut pause = FIRST_LOOK;
         while arrived < all {
-            peers.check(what)?;
+            peers.check(self, what)?;
             thread::sleep(pause);
             pause = (pause * 2).min(LONGEST_LOOK);
             arrived = self.store.add(&key, 0).map_err(gone)?;
@@ -191,6 +191,11 @@ impl Meeting {
         &self.store
     }
 
+    /// A watch over the other ranks.
+    pub(super) fn peers(&self) -> Peers {
+        Peers::new(self.placement.world_size)
+    }
+
     /// This machine's address as seen by the others: the one it reaches the master from.
     fn own_address(&self) -> Result<IpAddr> {
         let (host, port) = (self.placement.master_address.as_str(), self.placement.master_port);
@@ -221,28 +226,27 @@ fn echo(rank: usize, operation: &'static str, failure: &Failure) -> Error {
 }
 
 /// Watches over the other ranks during a wait.
-struct Peers<'a> {
-    meeting: &'a Meeting,
+pub(super) struct Peers {
     looked: Instant,
     /// Heartbeat of each rank and when it last moved.
     beats: Vec<(i64, Instant)>,
 }
 
-impl<'a> Peers<'a> {
-    fn new(meeting: &'a Meeting) -> Self {
+impl Peers {
+    fn new(world_size: usize) -> Self {
         let now = Instant::now();
-        Self { meeting, looked: now, beats: vec![(-1, now); meeting.placement.world_size] }
+        Self { looked: now, beats: vec![(-1, now); world_size] }
     }
 
     /// An error if one of them failed or is silent. Looks once a beat.
-    fn check(&mut self, what: &'static str) -> Result<()> {
-        let Meeting { store, placement, rhythm, .. } = self.meeting;
+    pub(super) fn check(&mut self, meeting: &Meeting, what: &'static str) -> Result<()> {
+        let Meeting { store, placement, rhythm, .. } = meeting;
         if self.looked.elapsed() < rhythm.beat {
             return Ok(());
         }
         self.looked = Instant::now();
-        let gone = |error: Error| self.meeting.peer(what, format!("the store does not answer: {error}"));
-        if let Some(failure) = self.meeting.failure().map_err(gone)? {
+        let gone = |error: Error| meeting.peer(what, format!("the store does not answer: {error}"));
+        if let Some(failure) = meeting.failure().map_err(gone)? {
             return Err(echo(placement.rank, what, &failure));
         }
         for (rank, (beat, moved)) in self.beats.iter_mut().enumerate() {
@@ -252,7 +256,7 @@ impl<'a> Peers<'a> {
             // A rank that never came has not failed: it may still be on its way.
             } else if *beat > 0 && moved.elapsed() > rhythm.silence {
                 let seconds = moved.elapsed().as_secs();
-                return Err(self.meeting.peer(what, format!("rank {rank} has been silent for {seconds} s")));
+                return Err(meeting.peer(what, format!("rank {rank} has been silent for {seconds} s")));
             }
         }
         Ok(())
@@ -310,7 +314,7 @@ fn wait_for_port(host: &str, port: u16, timeout: Duration, say: &dyn Fn(&str)) -
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use tch::Tensor;
 
     use super::super::group::ReduceOp;
@@ -339,7 +343,7 @@ mod tests {
     }
 
     /// Runs `body` on ranks that are threads.
-    fn meet<T: Send>(world_size: usize, body: impl Fn(&Meeting) -> T + Sync) -> Vec<T> {
+    pub(in super::super) fn meet<T: Send>(world_size: usize, body: impl Fn(&Meeting) -> T + Sync) -> Vec<T> {
         let port = free_port();
         let body = &body;
         let run = move |rank| {

@@ -6,6 +6,8 @@
 //!
 //! Gloo carries tensors of host memory. [`ProcessGroup::add_nccl`] has NCCL carry those of CUDA devices in the same group.
 //!
+//! Work that falls into pieces needs no collectives: ranks take it from one list, see [`SharedWork`].
+//!
 //! A process on its own has [`ProcessGroup::single`], for which every collective is the identity: nothing above this room
 //! asks how many processes there are in order to be correct.
 
@@ -16,6 +18,7 @@ pub mod meeting;
 pub mod nccl;
 pub mod placement;
 pub mod reducer;
+pub mod shared_work;
 pub mod store;
 
 pub use config::ParallelConfig;
@@ -23,4 +26,5 @@ pub use group::{ProcessGroup, ReduceOp};
 pub use meeting::Meeting;
 pub use placement::Placement;
 pub use reducer::{BucketTime, Reducer};
+pub use shared_work::SharedWork;
 pub use store::Store;

@@ -66,7 +66,7 @@ fn compute(target: &dyn TargetModel, batch: Arc<PackedBatch>, capture: &[usize])
 impl FeatureSource for OnlineFeatures {
     fn begin(&self, batch: Arc<PackedBatch>, capture: &[usize]) -> Pending<'_> {
         let (target, capture) = (self.target.clone(), capture.to_vec());
-        let make = move || compute(&target.in_use(), batch, &capture);
+        let make = move || compute(&*target.in_use(), batch, &capture);
         match &self.worker {
             Some(worker) => worker.begin(make),
             None => Pending::later(make),

@@ -8,6 +8,7 @@ use std::path::Path;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
+use super::layerwise::{LoadedPart, Part};
 use super::{TargetInfo, TargetModel, TargetTables, llama};
 use crate::error::{Error, Result};
 use crate::nn::{Embedding, Head};
@@ -21,6 +22,9 @@ pub type GetTensor<'a> = dyn FnMut(&str, &[i64]) -> Result<Tensor> + 'a;
 
 /// Names of tensors with their shapes.
 pub type Shapes = Vec<(String, Vec<i64>)>;
+
+/// Builds a layer, or the norm behind the last one.
+pub type BuildPart = fn(&Value, Part, Device, &mut GetTensor<'_>) -> Result<Box<dyn LoadedPart>>;
 
 /// A family of models. Functions take the values of config.json; what is wrong with those is a problem in words that names
 /// the key.
@@ -39,6 +43,9 @@ pub struct Family {
     pub correct: Option<fn(Value, &WeightsFolder) -> Result<(Value, Vec<String>)>>,
     /// A model from its tensors.
     pub build: fn(&Value, Device, &mut GetTensor<'_>) -> Result<Box<dyn TargetModel>>,
+    /// One layer, or the norm behind the last, from its tensors, for targets that are run one layer at a time; `None` where a
+    /// family cannot.
+    pub part: Option<BuildPart>,
     /// Embedding and head alone.
     pub tables: fn(&Value, &mut GetTensor<'_>) -> Result<(Embedding, Head)>,
     /// Names of the tensors behind [`Family::tables`], the embedding's first; a tied head is not there.
@@ -109,6 +116,11 @@ impl TargetConfig {
         &self.info
     }
 
+    /// Its family, and what that reads.
+    pub(super) fn family(&self) -> (&'static Family, &Value) {
+        (self.family, &self.values)
+    }
+
     /// Every tensor of the model with its shape, under its Hugging Face name.
     pub fn tensors(&self) -> Result<Shapes> {
         (self.family.tensors)(&self.values).map_err(Error::Failed)
@@ -133,7 +145,7 @@ impl TargetConfig {
 
     /// Opens and checks the files of a folder. The configuration becomes that of the files, where they know better, and
     /// the user hears of it.
-    fn open(folder: &Path) -> Result<(Self, WeightsFolder)> {
+    pub(super) fn open(folder: &Path) -> Result<(Self, WeightsFolder)> {
         let config = Self::read(folder)?;
         let weights = WeightsFolder::open(folder)?;
         config.check(&weights)?;

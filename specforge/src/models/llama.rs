@@ -13,6 +13,7 @@ use crate::nn::{Embedding, Head, KvCache, LayerCache, Linear, Masks, Options, Pr
 use crate::weights::WeightsFolder;
 
 mod config;
+mod streamed;
 
 pub use config::LlamaConfig;
 use config::{EMBEDDING, HEAD};
@@ -78,6 +79,21 @@ struct Layer {
     mlp: Mlp,
 }
 
+impl Layer {
+    /// `[B, T, H]` to `[B, T, H]`
+    fn forward(
+        &self,
+        input: &Tensor,
+        rope: &RopeTables,
+        mask: &PreparedMask,
+        cache: Option<(&mut KvCache, usize)>,
+    ) -> Tensor {
+        // Each block's own output takes the sum: the input itself may have been captured.
+        let hidden = self.attention.forward(&self.input_norm.forward(input), rope, mask, cache).g_add_(input);
+        self.mlp.forward(&self.post_attention_norm.forward(&hidden)).g_add_(&hidden)
+    }
+}
+
 /// A Llama model with its weights.
 pub struct LlamaTarget {
     config: LlamaConfig,
@@ -97,6 +113,7 @@ pub const FAMILY: Family = Family {
     check: Some(|values, weights| read(values)?.check_tensors(weights)),
     correct: Some(correct),
     build: |values, device, tensor| Ok(Box::new(LlamaTarget::build(read(values)?, device, tensor)?)),
+    part: Some(streamed::part),
     tables,
     table_names: &[EMBEDDING, HEAD],
 };
@@ -212,9 +229,7 @@ impl TargetModel for LlamaTarget {
         for (index, layer) in self.layers.iter().enumerate() {
             keep(index, &hidden);
             let cache = cache.as_mut().map(|cache| (&mut **cache, index));
-            // Each block's own output takes the sum: `hidden` itself may have been captured.
-            hidden = layer.attention.forward(&layer.input_norm.forward(&hidden), &rope, mask, cache).g_add_(&hidden);
-            hidden = layer.mlp.forward(&layer.post_attention_norm.forward(&hidden)).g_add_(&hidden);
+            hidden = layer.forward(&hidden, &rope, mask, cache);
         }
         // The final norm works row by row: where only some rows are projected, only those are normed.
         if input.capture.contains(&last) || matches!(input.logits, LogitRows::All) {

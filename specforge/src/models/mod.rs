@@ -10,9 +10,11 @@ use crate::nn::{AttentionMask, Embedding, Head, KvCache};
 pub mod family;
 pub mod identity;
 pub mod info;
+pub mod layerwise;
 pub mod limits;
 pub mod llama;
 pub mod shared_target;
+pub mod stored_kind;
 
 pub use family::{
     Family, GetTensor, Loading, TargetConfig, add_family, check, families, load_head, load_tables, load_tables_with,
@@ -20,8 +22,10 @@ pub use family::{
 };
 pub use identity::TargetIdentity;
 pub use info::{LayerKind, LayerShape, ParameterCounts, PlainModel, TargetInfo};
+pub use layerwise::LayerWise;
 pub use llama::plain_model;
 pub use shared_target::{SharedTarget, TargetInUse};
+pub use stored_kind::stored_kind;
 
 /// Which rows get logits. Rows count over the flattened batch: row `b * T + t`.
 #[derive(Debug)]

@@ -12,7 +12,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use memmap2::{Mmap, UncheckedAdvice};
+use memmap2::{Advice, Mmap, UncheckedAdvice};
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use tch::{Device, Kind, Tensor};
 
@@ -290,6 +290,25 @@ impl WeightsFolder {
             Ok(())
         })?;
         Ok(loaded)
+    }
+
+    /// Tells the system that some tensors are read soon.
+    pub fn will_need(&self, names: &[String]) {
+        for entry in names.iter().filter_map(|name| self.entries.get(name)) {
+            // Advice that is not taken costs nothing but time.
+            let _ = self.files[entry.file].1.advise_range(Advice::WillNeed, entry.start, entry.end - entry.start);
+        }
+    }
+
+    /// Tells the system that some tensors are not read soon. Those that share the mapped pages stay usable: their pages are
+    /// read again.
+    pub fn release(&self, names: &[String]) {
+        for entry in names.iter().filter_map(|name| self.entries.get(name)) {
+            let map = &self.files[entry.file].1;
+            // SAFETY: the map is file-backed and read-only, so no content can be lost.
+            let _ =
+                unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, entry.start, entry.end - entry.start) };
+        }
     }
 
     /// Gives the elements of one tensor as stored, piece by piece, and gives the pages back to the system.

@@ -89,14 +89,11 @@ pub(super) fn target(
     tokenizer: &ChatTokenizer,
     identity: &TargetIdentity,
 ) -> Result<Target> {
-    let (path, kind) = (&config.target.path, config.target.dtype.kind());
+    let (path, kind) = (&config.target.path, config.target.element_type().kind());
     let progress = LazyProgress::new("convert the target", "MiB");
     let copies = SharedCopies {
         folder: &config.data.cache_dir,
-        progress: &|done, total| match done < total {
-            true => progress.set(done >> 20, total >> 20),
-            false => progress.finish("done"),
-        },
+        progress: &|done, total| converted(&progress, done, total),
         note: &|line| note(line),
     };
     let loading = Loading { kind, device, copies: (local.of > 1).then_some(copies) };
@@ -105,7 +102,7 @@ pub(super) fn target(
         let model: Option<SharedTarget> =
             if decodes { Some(models::load_target_with(path, &loading)?.into()) } else { None };
         let tables = match &model {
-            Some(model) => TargetTables::of(&model.in_use()),
+            Some(model) => TargetTables::of(&*model.in_use()),
             None => models::load_tables_with(path, &loading)?,
         };
         let digests = Digests::in_cache(&config.data.cache_dir);
@@ -115,13 +112,38 @@ pub(super) fn target(
         return Ok(Target { tables, source: Source::Stored(Box::new(stored)), model });
     }
     let model = SharedTarget::from(models::load_target_with(path, &loading)?);
-    let tables = TargetTables::of(&model.in_use());
+    let tables = TargetTables::of(&*model.in_use());
     let online = OnlineFeatures::new(model.clone());
     let source = match config.target.keep_hidden_states {
         true => Source::Remembered(RememberedFeatures::new(online, device, kept_bytes(config, local.of))),
         false => Source::Online(online),
     };
     Ok(Target { tables, source, model: Some(model) })
+}
+
+/// Loads the target that a configuration names; on the CPU, the `local_world_size` processes of this machine share the
+/// weights.
+pub(in crate::cli) fn load_shared(
+    config: &RunConfig,
+    device: Device,
+    local_world_size: usize,
+) -> Result<Box<dyn models::TargetModel>> {
+    let progress = LazyProgress::new("convert the target", "MiB");
+    let copies = SharedCopies {
+        folder: &config.data.cache_dir,
+        progress: &|done, total| converted(&progress, done, total),
+        note: &|line| note(line),
+    };
+    let (kind, copies) = (config.target.element_type().kind(), (local_world_size > 1).then_some(copies));
+    models::load_target_with(&config.target.path, &Loading { kind, device, copies })
+}
+
+/// Says how many bytes of a target are converted.
+fn converted(progress: &LazyProgress, done: u64, total: u64) {
+    match done < total {
+        true => progress.set(done >> 20, total >> 20),
+        false => progress.finish("done"),
+    }
 }
 
 /// Most bytes of hidden states that this process keeps.

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::{Value, json};
-use tch::{Device, Tensor};
+use tch::Tensor;
 
-use super::{Output, note, record, signals};
+use super::{Output, note, ranks, record, signals};
 use crate::checkpoint::manifest::MANIFEST_FILE;
 use crate::checkpoint::{self, Choice, Manifest, Versions};
 use crate::config::RunConfig;
@@ -20,7 +20,7 @@ use crate::eval::acceptance::in_training::{self, InTraining};
 use crate::export;
 use crate::features::store::Share;
 use crate::files;
-use crate::models::TargetInUse;
+use crate::models::TargetModel;
 use crate::plan::Plan;
 use crate::progress;
 use crate::shim;
@@ -36,7 +36,7 @@ mod report;
 use content::Content;
 use folder::{Resume, RunFolder};
 use inputs::{Source, Target};
-pub(super) use inputs::{check_progress, fits_context, fits_vocabulary, tokens};
+pub(super) use inputs::{check_progress, fits_context, fits_vocabulary, load_shared, tokens};
 
 #[derive(Debug, Args)]
 pub(super) struct TrainArgs {
@@ -62,6 +62,7 @@ pub(super) fn run(args: &TrainArgs, stop: &Stop, output: &Output) -> Result<()> 
     let config = RunConfig::load(&args.config, &args.set)?;
     let placement = Placement::from_environment()?;
     if args.plan {
+        let config = config.planned(|| ranks::device(&args.device, placement.as_ref()))?;
         let plan = Plan::new(&config, placement.as_ref().map_or(1, |placement| placement.world_size))?;
         if placement.is_none_or(|placement| placement.rank == 0) {
             output.result(&plan, || plan.to_string());
@@ -85,7 +86,8 @@ pub(super) fn run(args: &TrainArgs, stop: &Stop, output: &Output) -> Result<()> 
 fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: &Stop, output: &Output) -> Result<()> {
     let placement = meeting.map(Meeting::placement);
     let is_first = placement.is_none_or(|placement| placement.rank == 0);
-    let device = choose_device(&args.device, placement)?;
+    let device = ranks::device(&args.device, placement)?;
+    let config = &config.on(device)?;
     if config.train.deterministic {
         device::check_determinism(device)?;
         shim::deterministic(true)?;
@@ -147,7 +149,7 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
     }
 
     // Target and draft.
-    let kind = config.target.dtype.kind();
+    let kind = config.target.element_type().kind();
     let local = placement.map_or(Share::WHOLE, |placement| {
         let Placement { local_rank: rank, local_world_size: of, .. } = *placement;
         Share { rank, of }
@@ -199,7 +201,7 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
         Source::Stored(stored) => {
             let splits = [(&train_cache, train_documents.as_slice()), (held_out, evaluated)];
             stored.require(&draft.capture(), &splits)?;
-            checkpoint::inputs::stored(stored.is_exact(config.target.dtype.name()), &stored.digest(&splits))
+            checkpoint::inputs::stored(stored.is_exact(config.target.element_type().name()), &stored.digest(&splits))
         }
         Source::Online(_) | Source::Remembered(_) => checkpoint::inputs::COMPUTED.to_owned(),
     };
@@ -234,7 +236,7 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
     let decoding = |draft: &dyn DraftModel| match decodes_with {
         Some(model) => {
             let target = model.in_use();
-            in_training::measure(&with(&target, config, &prompts, stop_tokens, &group), draft, stop.number())
+            in_training::measure(&with(&*target, config, &prompts, stop_tokens, &group), draft, stop.number())
         }
         None => Ok(Some(BTreeMap::new())),
     };
@@ -245,7 +247,7 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
                 .with_hint("set data.eval_fraction or data.eval, or eval.every to 0"));
         }
         // A tree that cannot be used is found before the first step.
-        with(&model.in_use(), config, &prompts, stop_tokens, &group).check(draft.as_ref())?;
+        with(&*model.in_use(), config, &prompts, stop_tokens, &group).check(draft.as_ref())?;
     }
     let out = &config.train.output_dir;
     let (writer, checkpoint) = match folder.map(RunFolder::start_log).transpose()? {
@@ -293,28 +295,13 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
 
 /// What held-out prompts are decoded with.
 fn with<'a>(
-    target: &'a TargetInUse<'_>,
+    target: &'a dyn TargetModel,
     config: &'a RunConfig,
     prompts: &'a [Vec<u32>],
     stop_tokens: &'a [u32],
     group: &'a ProcessGroup,
 ) -> InTraining<'a> {
     InTraining { config: &config.eval, target, prompts, stop_tokens, group }
-}
-
-/// The device of this rank: of several on a machine, each takes the CUDA device of its own number.
-fn choose_device(name: &str, placement: Option<&Placement>) -> Result<Device> {
-    let Some(placement) = placement.filter(|placement| placement.local_world_size > 1) else {
-        return device::choose(name);
-    };
-    let (local, count) = (placement.local_rank, placement.local_world_size);
-    match (name, device::choose(name)?) {
-        ("auto" | "cuda", Device::Cuda(_)) => device::choose(&format!("cuda:{local}")),
-        (_, Device::Cuda(_)) => Err(Error::Usage(format!(
-            "--device {name}: {count} processes of this machine would share it; expected cuda, which gives each its own"
-        ))),
-        (_, device) => Ok(device),
-    }
 }
 
 /// The map that a run chose itself, in its output folder.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::data::Finish;
 use crate::error::{Error, Result};
@@ -45,7 +45,7 @@ impl Request {
 }
 
 /// One verification of one request, in numbers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RoundOutcome {
     /// Guesses verified.
     pub guesses: usize,
@@ -58,7 +58,7 @@ pub struct RoundOutcome {
 }
 
 /// A request that has been decoded.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Decoded {
     /// The request's tag.
     pub tag: u64,
@@ -90,7 +90,7 @@ pub struct Left {
 }
 
 /// Where the time went.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Clock {
     /// Prompts, the draft's part included.
     pub prefill: Duration,

@@ -16,39 +16,41 @@
 //! - `answers.jsonl.errors.jsonl`: rows without answer, each with the reason. The next run tries them again.
 //! - `answers.jsonl.cut.jsonl`: rows left out because an answer reached the token limit, with [`OnLength::Drop`].
 //!
+//! Several processes take rows from one list ([`SharedWork`]); the first of them keeps all these files.
+//!
 //! Sampling is keyed by seed, row id and position, so an answer depends neither on the batch nor on when the run was
 //! interrupted. The rounding of float32 and bfloat16 depends on the batch's shape: where two tokens are equally likely
 //! to within that error, the choice between them may differ from run to run.
 
 use std::collections::{HashMap, VecDeque};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use super::drafter::Opened;
 use super::event::Silent;
-use super::{Engine, EngineOptions, Finish, Left, Policy, Request};
+use super::{Engine, EngineOptions, Finish, Left, Policy, Request, Throughput};
 use crate::data::Marks;
 use crate::data::conversation::Message;
 use crate::data::recorded::{self, prompt_hash};
 use crate::data::tokenizer::ChatTokenizer;
+use crate::dist::SharedWork;
 use crate::error::{Error, Result};
 use crate::models::TargetModel;
 use crate::nn::Processors;
 
 mod answer_file;
+mod books;
 mod cut_file;
 pub mod generation_config;
 pub mod prompts;
 mod run_record;
 
-use answer_file::{AnswerFile, beside};
-use cut_file::CutFile;
+use books::{Books, Outcome, Tally};
 pub use generation_config::GenerationConfig;
 use prompts::{Prompt, Prompts};
 use run_record::RunRecord;
@@ -230,22 +232,24 @@ trait Chat {
     fn vocabulary_hash(&self) -> String;
 }
 
-/// Answers every prompt that is not answered yet, with the guesses of `draft`: what `options` name, opened. Stops early, with
-/// everything finished so far on disk, once `stop` is set.
+/// Answers every prompt that is not answered yet, with the guesses of `draft`: what `options` name, opened; together with the
+/// other processes of `work`, the first of which is given the report. Stops early, with everything finished so far on disk,
+/// once `stop` is set in one of them.
 pub fn run(
     options: &RegenOptions,
     target: &dyn TargetModel,
     tokenizer: &ChatTokenizer,
     draft: Opened<'_>,
+    work: &SharedWork<'_>,
     stop: &AtomicBool,
     progress: &mut dyn FnMut(Progress),
-) -> Result<RegenReport> {
+) -> Result<Option<RegenReport>> {
     tokenizer.prepare(&[], None)?; // without a template no row could be asked
     if tokenizer.eos_token_ids().is_empty() {
         return Err(Error::bad_file(tokenizer.folder(), "names no end-of-sequence token: no answer would ever end")
             .with_hint("name `eos_token_id` in generation_config.json"));
     }
-    run_chat(options, (target, draft), tokenizer, stop, progress)
+    run_chat(options, (target, draft), tokenizer, work, stop, progress)
 }
 
 impl Chat for ChatTokenizer {
@@ -274,20 +278,32 @@ fn run_chat(
     options: &RegenOptions,
     (target, draft): (&dyn TargetModel, Opened<'_>),
     chat: &dyn Chat,
+    work: &SharedWork<'_>,
     stop: &AtomicBool,
     progress: &mut dyn FnMut(Progress),
-) -> Result<RegenReport> {
+) -> Result<Option<RegenReport>> {
     let start = Instant::now();
     options.check()?;
     let prompts = Prompts::read(&options.prompts, options.max_bad_share)?;
     let record = RunRecord::new(options, target.kind(), chat.fingerprint())?;
-    let answers = AnswerFile::open(&options.out, &prompts, &record, options.restart)?;
-    let errors = ErrorFile::begin(beside(&options.out, ".errors.jsonl"), &prompts)?;
-    let cut = CutFile::open(beside(&options.out, ".cut.jsonl"), &prompts)?;
+    let mut books = None;
+    let start_of_all = work.from_first("the answers that are there", || {
+        let (opened, open) = Books::open(options, &prompts, &record)?;
+        books = Some(opened);
+        Start { record: record.clone(), prompts: prompts.digest(), open }.to_text()
+    })?;
+    let Start { record: of_first, prompts: digest, open } = Start::from_text(&start_of_all)?;
+    of_first.check_rank(work.rank(), &record)?;
+    if digest != prompts.digest() {
+        let path = &options.prompts;
+        return Err(Error::bad_file(path, format!("rank {} reads other prompts than rank 0", work.rank())));
+    }
+
     let mut engine = Engine::new(target, draft.drafter, options.engine(chat.stop_tokens()))?;
-    let mut job = Job::new(options, chat, &prompts, answers, (errors, cut));
-    let total = prompts.rows.len();
-    while !stop.load(Ordering::Relaxed) {
+    let mut job = Job::new(options, chat, &prompts, work, open);
+    let (total, began) = (prompts.rows.len(), Instant::now());
+    let mut counted = 0;
+    while !work.is_stopped(stop.load(Ordering::Relaxed))? {
         job.feed(&mut engine)?;
         if engine.pending() == 0 {
             break;
@@ -296,39 +312,85 @@ fn run_chat(
             job.receive(&mut engine, left)?;
         }
         let throughput = engine.throughput();
-        let (done, failed) = (job.answered_before + job.answered + job.dropped, job.failed);
-        let (tokens, tokens_per_second) = (throughput.new_tokens, throughput.tokens_per_second());
-        progress(Progress { done, failed, total, tokens, tokens_per_second });
-    }
-    let interrupted = job.answered_before + job.answered + job.dropped + job.failed < total;
-    if interrupted {
-        job.answers.sync()?;
-    } else {
-        job.answers.sort()?;
+        let tokens = work.count(throughput.new_tokens - counted)?;
+        counted = throughput.new_tokens;
+        let received = work.received()?;
+        if let Some(books) = &mut books {
+            received.iter().try_for_each(|outcome| books.enter(outcome))?;
+            let tokens_per_second = together(work, tokens, &throughput, began);
+            progress(Progress { done: books.done(), failed: books.failed, total, tokens, tokens_per_second });
+        }
     }
     let throughput = engine.throughput();
-    Ok(RegenReport {
+    let Throughput { prompt_tokens, new_tokens, .. } = throughput;
+    Outcome::Counted(Tally { prompt_tokens, new_tokens, ..job.tally }).hand_in(work)?;
+    work.finish(&mut |outcome| match &mut books {
+        None => Ok(()),
+        Some(books) => {
+            books.enter(&outcome)?;
+            if work.world_size() > 1 {
+                let tokens = work.count(0)?;
+                let tokens_per_second = together(work, tokens, &throughput, began);
+                progress(Progress { done: books.done(), failed: books.failed, total, tokens, tokens_per_second });
+            }
+            Ok(())
+        }
+    })?;
+    let Some(books) = books else { return Ok(None) };
+    let Books { answered_before, answered, failed, dropped, tally, .. } = books;
+    let tokens_per_second = together(work, tally.new_tokens, &throughput, began);
+    let (interrupted, errors) = books.close()?;
+    Ok(Some(RegenReport {
         out: options.out.clone(),
         rows: total,
-        answered_before: job.answered_before,
-        answered: job.answered,
-        failed: job.failed,
+        answered_before,
+        answered,
+        failed,
         skipped: prompts.bad_lines.iter().map(Error::to_string).collect(),
         warnings: prompts.passed_over.warnings(),
-        errors: job.errors.file.is_some().then_some(job.errors.path),
+        errors,
         interrupted,
-        answers: job.turns,
-        stopped: job.stopped,
-        dropped: job.dropped,
+        answers: tally.turns,
+        stopped: tally.stopped,
+        dropped,
         processors: options.processors,
         drafter: draft.method,
-        acceptance_length: (job.rounds > 0).then(|| job.verified as f64 / job.rounds as f64),
-        empty: job.empty,
-        prompt_tokens: throughput.prompt_tokens,
-        new_tokens: throughput.new_tokens,
-        tokens_per_second: throughput.tokens_per_second(),
+        acceptance_length: (tally.rounds > 0).then(|| tally.verified as f64 / tally.rounds as f64),
+        empty: tally.empty,
+        prompt_tokens: tally.prompt_tokens,
+        new_tokens: tally.new_tokens,
+        tokens_per_second,
         seconds: start.elapsed().as_secs_f64(),
-    })
+    }))
+}
+
+/// Tokens a second: of a process on its own while it computed, of several by the clock on the wall.
+fn together(work: &SharedWork<'_>, tokens: u64, own: &Throughput, began: Instant) -> f64 {
+    match work.world_size() {
+        1 => own.tokens_per_second(),
+        _ => tokens as f64 / began.elapsed().as_secs_f64().max(1e-9),
+    }
+}
+
+/// What the first process tells the others before they begin.
+#[derive(Serialize, Deserialize)]
+struct Start {
+    /// What its answers depend on.
+    record: RunRecord,
+    /// Digest of its prompts.
+    prompts: String,
+    /// Rows to answer.
+    open: Vec<usize>,
+}
+
+impl Start {
+    fn to_text(&self) -> Result<Vec<u8>> {
+        serde_json::to_vec(self).map_err(|error| Error::Failed(format!("writing the rows to answer: {error}")))
+    }
+
+    fn from_text(text: &[u8]) -> Result<Self> {
+        serde_json::from_slice(text).map_err(|error| Error::Failed(format!("the rows to answer: {error}")))
+    }
 }
 
 /// A row whose turns are being answered.
@@ -362,29 +424,18 @@ impl Dialogue {
     }
 }
 
-/// The state of a run between passes.
+/// The state of a process between passes.
 struct Job<'a> {
     options: &'a RegenOptions,
     chat: &'a dyn Chat,
     vocabulary_hash: String,
     prompts: &'a Prompts,
-    answers: AnswerFile,
-    errors: ErrorFile,
-    cut: CutFile,
-    /// Rows to answer that have not begun.
-    open: VecDeque<usize>,
-    /// Rows that have begun.
+    work: &'a SharedWork<'a>,
+    /// Rows to answer: pieces of the work.
+    open: Vec<usize>,
+    /// Rows that have begun here.
     running: HashMap<usize, Dialogue>,
-    answered_before: usize,
-    answered: usize,
-    dropped: usize,
-    failed: usize,
-    turns: usize,
-    stopped: usize,
-    empty: usize,
-    /// Verifications, and tokens that came of them.
-    rounds: usize,
-    verified: usize,
+    tally: Tally,
 }
 
 impl<'a> Job<'a> {
@@ -392,43 +443,20 @@ impl<'a> Job<'a> {
         options: &'a RegenOptions,
         chat: &'a dyn Chat,
         prompts: &'a Prompts,
-        answers: AnswerFile,
-        (errors, cut): (ErrorFile, CutFile),
+        work: &'a SharedWork<'a>,
+        open: Vec<usize>,
     ) -> Self {
-        let mut done = vec![false; prompts.rows.len()];
-        answers.rows().for_each(|row| done[row] = true);
-        let answered_before = done.iter().filter(|&&done| done).count();
-        cut.rows().iter().for_each(|&row| done[row] = true);
-        let open: VecDeque<usize> = (0..done.len()).filter(|&row| !done[row]).collect();
-        let dropped = done.len() - open.len() - answered_before;
-        let (answered, failed, turns, stopped, empty, rounds, verified) = (0, 0, 0, 0, 0, 0, 0);
-        let running = HashMap::new();
-        Self {
-            options,
-            chat,
-            vocabulary_hash: chat.vocabulary_hash(),
-            prompts,
-            answers,
-            errors,
-            cut,
-            open,
-            running,
-            answered_before,
-            answered,
-            dropped,
-            failed,
-            turns,
-            stopped,
-            empty,
-            rounds,
-            verified,
-        }
+        let vocabulary_hash = chat.vocabulary_hash();
+        let (running, tally) = (HashMap::new(), Tally::default());
+        Self { options, chat, vocabulary_hash, prompts, work, open, running, tally }
     }
 
-    /// Begins rows until as many wait as could run. More would hold their tokens in memory for nothing.
+    /// Begins rows until the batch is full. More would hold their tokens in memory for nothing, and keep them from processes
+    /// that have nothing left to do.
     fn feed(&mut self, engine: &mut Engine<'_>) -> Result<()> {
-        while engine.waiting() < self.options.max_rows {
-            let Some(row) = self.open.pop_front() else {
+        while engine.pending() < self.options.max_rows {
+            let piece = self.work.claim()?;
+            let Some(&row) = self.open.get(piece) else {
                 return Ok(());
             };
             self.proceed(engine, row, Dialogue::new(&self.prompts.rows[row]))?;
@@ -436,13 +464,11 @@ impl<'a> Job<'a> {
         Ok(())
     }
 
-    /// Asks the next question of a row, or writes the row where none is left.
+    /// Asks the next question of a row, or hands the row in where none is left.
     fn proceed(&mut self, engine: &mut Engine<'_>, row: usize, mut dialogue: Dialogue) -> Result<()> {
         if !dialogue.ask() {
             let line = self.prompts.rows[row].answered(&dialogue.messages)?;
-            self.answers.append(row, &line)?;
-            self.answered += 1;
-            return Ok(());
+            return Outcome::Answered { row, line }.hand_in(self.work);
         }
         let request = match self.request(row, &dialogue) {
             Ok(request) => request,
@@ -485,16 +511,14 @@ impl<'a> Job<'a> {
             Ok(text) => text,
             Err(error) => return self.fail(row, turn, &error),
         };
-        self.turns += 1;
-        self.rounds += answer.rounds.len();
-        self.verified += answer.rounds.iter().map(|round| round.tokens).sum::<usize>();
-        self.stopped += usize::from(answer.finish == Finish::Stop);
-        self.empty += usize::from(text.trim().is_empty());
+        self.tally.turns += 1;
+        self.tally.rounds += answer.rounds.len();
+        self.tally.verified += answer.rounds.iter().map(|round| round.tokens).sum::<usize>();
+        self.tally.stopped += usize::from(answer.finish == Finish::Stop);
+        self.tally.empty += usize::from(text.trim().is_empty());
         let cut = answer.finish == Finish::Length;
         if cut && self.options.on_length == OnLength::Drop {
-            let Prompt { id, line, .. } = &self.prompts.rows[row];
-            self.dropped += 1;
-            return self.cut.append(id, *line, turn + 1);
+            return Outcome::Cut { row, turn: turn + 1 }.hand_in(self.work);
         }
         if cut && self.options.on_length == OnLength::Stop {
             dialogue.rest.clear();
@@ -513,43 +537,7 @@ impl<'a> Job<'a> {
     }
 
     fn fail(&mut self, row: usize, turn: usize, error: &Error) -> Result<()> {
-        self.failed += 1;
-        let prompt = &self.prompts.rows[row];
-        let (id, line, turn) = (&prompt.id, prompt.line, turn + 1);
-        self.errors.append(&json!({"id": id, "line": line, "turn": turn, "error": error.to_string()}))
-    }
-}
-
-/// Rows and lines without answer, with reasons. There is no file where there are none.
-struct ErrorFile {
-    path: PathBuf,
-    file: Option<std::fs::File>,
-}
-
-impl ErrorFile {
-    /// Replaces the file of an earlier run: its rows are tried again.
-    fn begin(path: PathBuf, prompts: &Prompts) -> Result<Self> {
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(Error::io("replace", &path)(error));
-            }
-            _ => {}
-        }
-        let mut errors = Self { path, file: None };
-        for error in &prompts.bad_lines {
-            if let Error::BadLine { line, problem, .. } = error {
-                errors.append(&json!({"line": line, "error": problem}))?;
-            }
-        }
-        Ok(errors)
-    }
-
-    fn append(&mut self, value: &Value) -> Result<()> {
-        let file = match &mut self.file {
-            Some(file) => file,
-            none => none.insert(std::fs::File::create(&self.path).map_err(Error::io("create", &self.path))?),
-        };
-        file.write_all(format!("{value}\n").as_bytes()).map_err(Error::io("write", &self.path))
+        Outcome::Failed { row, turn: turn + 1, error: error.to_string() }.hand_in(self.work)
     }
 }
 

@@ -82,6 +82,19 @@ impl Prompts {
         self.index.get(id).copied()
     }
 
+    /// Tells sets of rows apart: processes that share them must mean the same.
+    pub(super) fn digest(&self) -> String {
+        let mut digest = Sha256::new();
+        for Prompt { id, messages, .. } in &self.rows {
+            digest.update(format!("{id}\n{}\n", messages.len()));
+            for message in messages {
+                digest.update(message.role.as_bytes());
+                digest.update(message.content.as_deref().unwrap_or_default().as_bytes());
+            }
+        }
+        hex(&digest.finalize())
+    }
+
     fn add(&mut self, prompt: Prompt) -> Result<()> {
         if let Some(first) = self.index.insert(prompt.id.clone(), self.rows.len()) {
             let problem = format!("id `{}` was used before, on line {}", prompt.id, self.rows[first].line);

@@ -83,6 +83,30 @@ impl RunRecord {
         files::write_json(path, self)
     }
 
+    /// Refuses a process that was started on something else than the first, whose record this is.
+    pub(super) fn check_rank(&self, rank: usize, own: &Self) -> Result<()> {
+        let Some((key, want, got)) = self.changes(own).into_iter().next() else { return Ok(()) };
+        Err(Error::Usage(format!(
+            "rank {rank} was started on something else than rank 0: {key}: expected {want}, got {got}; start every rank with \
+             the same program, options and files"
+        )))
+    }
+
+    /// What must be the same and is not: key, this one's value, the other's.
+    fn changes(&self, other: &Self) -> Vec<(String, Value, Value)> {
+        let fields = |same: &Same| match serde_json::to_value(same) {
+            Ok(Value::Object(fields)) => fields,
+            _ => serde_json::Map::new(),
+        };
+        let (own, other) = (fields(&self.same), fields(&other.same));
+        let of_other = |key: &String| other.get(key).cloned().unwrap_or(Value::Null);
+        own.into_iter()
+            .map(|(key, value)| (of_other(&key), key, value))
+            .filter(|(other, _, value)| other != value)
+            .map(|(other, key, value)| (key, value, other))
+            .collect()
+    }
+
     /// Refuses to go on with other options than the file was begun with.
     pub(super) fn check_same(&self, path: &Path) -> Result<()> {
         let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
@@ -95,15 +119,8 @@ impl RunRecord {
             return Err(Error::bad_file(path, problem).with_hint(hint));
         }
         let before: Self = serde_json::from_value(before).map_err(foreign)?;
-        let fields = |same: &Same| match serde_json::to_value(same) {
-            Ok(Value::Object(fields)) => fields,
-            _ => serde_json::Map::new(),
-        };
-        let (then, now) = (fields(&before.same), fields(&self.same));
-        let changed: Vec<String> = then
-            .iter()
-            .filter(|(key, value)| now.get(*key) != Some(value))
-            .map(|(key, value)| format!("{key}: {value} then, {} now", now.get(key).unwrap_or(&Value::Null)))
+        let changed: Vec<String> = (before.changes(self).into_iter())
+            .map(|(key, then, now)| format!("{key}: {then} then, {now} now"))
             .collect();
         if changed.is_empty() {
             return Ok(());

@@ -4,6 +4,7 @@ use serde_json::json;
 
 use super::super::drafter::{DraftSampling, Drafter, DynamicTree, ModelDrafter, Plain, PromptLookup};
 use super::super::tiny;
+use super::answer_file::AnswerFile;
 use super::*;
 use crate::models::llama::LlamaTarget;
 
@@ -91,7 +92,9 @@ impl Bench {
     }
 
     fn run_with<'a>(&'a self, drafter: Box<dyn Drafter + 'a>) -> Result<RegenReport> {
-        run_chat(&self.options, (&self.target, of(drafter)), &Letters, &AtomicBool::new(false), &mut |_| {})
+        let (work, stop) = (SharedWork::alone(), AtomicBool::new(false));
+        let models = (&self.target as &dyn TargetModel, of(drafter));
+        Ok(run_chat(&self.options, models, &Letters, &work, &stop, &mut |_| {})?.unwrap())
     }
 
     /// Runs and asks to stop after so many passes.
@@ -103,7 +106,7 @@ impl Bench {
             stop.store(left == 0, Ordering::Relaxed);
         };
         let models = (&self.target as &dyn TargetModel, of(Box::new(Plain)));
-        run_chat(&self.options, models, &Letters, &stop, &mut progress).unwrap()
+        run_chat(&self.options, models, &Letters, &SharedWork::alone(), &stop, &mut progress).unwrap().unwrap()
     }
 
     fn out(&self) -> String {

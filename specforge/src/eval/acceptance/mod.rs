@@ -3,10 +3,15 @@
 //! Every question is answered twice by the same engine, without a draft and with it, in turns of a few questions, so that
 //! a machine that becomes slower does so for both. Where the policy is lossless the two must agree token for token;
 //! where they do not, a third forward pass without a cache says whether the two tokens were as good as equal.
+//!
+//! Several processes share the groups of questions. What is asked together is the same however many there are, so that
+//! answers and counts are too; each group's times are those of the process that answered it, on both sides.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+use std::time::Instant;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::data::{ChatTokenizer, Message};
@@ -14,6 +19,7 @@ use crate::decode::drafter::Plain;
 use crate::decode::engine::{Clock, Decoded, Engine, EngineOptions};
 use crate::decode::event::{Listener, Silent};
 use crate::decode::{Drafter, Finish, Policy, Request, Tolerance};
+use crate::dist::SharedWork;
 use crate::error::{Error, Result};
 use crate::models::{ForwardInput, LogitRows, TargetModel};
 use crate::nn::{AttentionMask, noise};
@@ -48,7 +54,7 @@ pub struct Contestants<'a> {
 }
 
 /// One answered turn.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Answered {
     /// Question, by its place.
     pub question: usize,
@@ -61,7 +67,7 @@ pub struct Answered {
 }
 
 /// One side's answers to a group of questions, and what they cost.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Side {
     /// In the order of questions and turns.
     pub answers: Vec<Answered>,
@@ -70,7 +76,7 @@ pub struct Side {
 }
 
 /// What was measured on a group of questions of one data set.
-#[derive(Debug)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Group {
     /// The data set.
     pub dataset: String,
@@ -81,7 +87,7 @@ pub struct Group {
 }
 
 /// Two answers that part.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Divergence {
     /// Id of the question.
     pub question: String,
@@ -98,42 +104,100 @@ pub struct Divergence {
     pub near_tie: bool,
 }
 
-/// Answers all questions. `progress` hears how many of them are done; `listener` hears of the drafted side.
+/// What all processes measured.
+#[derive(Debug)]
+pub struct Measured {
+    /// In the order of the questions.
+    pub groups: Vec<Group>,
+    /// The same.
+    pub divergences: Vec<Divergence>,
+    /// Processes that took part.
+    pub processes: usize,
+    /// Wall time from the first question to the last answer, the slowest process's included.
+    pub seconds: f64,
+}
+
+/// Answers all questions, together with the other processes of `work`; the first of them is given the result. `progress`
+/// hears how many questions are done by all; `listener` hears of the drafted side of this process.
 pub fn measure(
     contestants: Contestants<'_>,
     questions: &[Question],
     options: &AcceptanceOptions,
+    work: &SharedWork<'_>,
     listener: &mut dyn Listener,
     progress: &dyn Fn(usize),
-) -> Result<(Vec<Group>, Vec<Divergence>)> {
+) -> Result<Option<Measured>> {
     let Contestants { target, tokenizer, drafter } = contestants;
     let mut drafted = Engine::new(target, drafter, options.engine.clone())?;
     let mut plain = Engine::new(target, Box::new(Plain), options.engine.clone())?;
     warm_up(&mut plain, tokenizer, questions, options)?;
     warm_up(&mut drafted, tokenizer, questions, options)?;
-    let (mut groups, mut divergences) = (Vec::new(), Vec::new());
-    let mut first = 0;
-    while first < questions.len() {
-        // A group is of one data set, and as many questions as run together.
-        let dataset = &questions[first].dataset;
-        let same = questions[first..].iter().take(options.engine.max_rows.max(1));
-        let end = first + same.take_while(|question| question.dataset == *dataset).count();
-        let asked: Vec<usize> = (first..end).collect();
+    let asked_together = groups(questions, options.engine.max_rows);
+    let began = Instant::now();
+    let mut pieces: BTreeMap<usize, Piece> = BTreeMap::new();
+    let mut take = |text: Vec<u8>| {
+        let foreign = |problem: String| Error::Failed(format!("what another process measured: {problem}"));
+        let piece: Piece = serde_json::from_slice(&text).map_err(|error| foreign(error.to_string()))?;
+        let number = piece.number;
+        if pieces.insert(number, piece).is_some() || number >= asked_together.len() {
+            return Err(foreign(format!("group {number} of {}", asked_together.len())));
+        }
+        progress(pieces.keys().map(|&number| asked_together[number].len()).sum());
+        Ok(())
+    };
+    loop {
+        work.received()?.into_iter().try_for_each(&mut take)?;
+        let number = work.claim()?;
+        let Some(range) = asked_together.get(number) else { break };
+        let asked: Vec<usize> = range.clone().collect();
         let without = match options.baseline {
             true => Some(answer(&mut plain, tokenizer, questions, &asked, options, &mut Silent)?),
             false => None,
         };
         let with = answer(&mut drafted, tokenizer, questions, &asked, options, listener)?;
+        let mut divergences = Vec::new();
         if let Some(without) = without.as_ref().filter(|_| exact(&options.engine)) {
             for (left, right) in without.answers.iter().zip(&with.answers) {
                 divergences.extend(compare(target, &questions[left.question], options, left, right)?);
             }
         }
-        groups.push(Group { dataset: dataset.clone(), drafted: with, plain: without });
-        first = end;
-        progress(first);
+        let group = Group { dataset: questions[range.start].dataset.clone(), drafted: with, plain: without };
+        let text = serde_json::to_vec(&Piece { number, group, divergences });
+        work.hand_in(text.map_err(|error| Error::Failed(format!("writing what was measured: {error}")))?)?;
     }
-    Ok((groups, divergences))
+    work.finish(&mut take)?;
+    if !work.is_first() {
+        return Ok(None);
+    }
+    let (processes, seconds) = (work.world_size(), began.elapsed().as_secs_f64());
+    let (mut groups, mut divergences) = (Vec::new(), Vec::new());
+    for piece in pieces.into_values() {
+        groups.push(piece.group);
+        divergences.extend(piece.divergences);
+    }
+    Ok(Some(Measured { groups, divergences, processes, seconds }))
+}
+
+/// What one group of questions gave.
+#[derive(Serialize, Deserialize)]
+struct Piece {
+    number: usize,
+    group: Group,
+    divergences: Vec<Divergence>,
+}
+
+/// Questions that are asked together: of one data set, and as many as run together.
+fn groups(questions: &[Question], max_rows: usize) -> Vec<Range<usize>> {
+    let mut groups = Vec::new();
+    let mut first = 0;
+    while first < questions.len() {
+        let dataset = &questions[first].dataset;
+        let same = questions[first..].iter().take(max_rows.max(1));
+        let end = first + same.take_while(|question| question.dataset == *dataset).count();
+        groups.push(first..end);
+        first = end;
+    }
+    groups
 }
 
 /// Whether both sides must give the same tokens: every policy is greedy at temperature 0 but the lossy one.

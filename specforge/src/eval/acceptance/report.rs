@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::{Divergence, Group, Side};
+use super::{Divergence, Group, Measured, Side};
 use crate::decode::engine::{Clock, RoundOutcome};
 use crate::error::foreign;
 
@@ -109,11 +109,16 @@ pub struct AcceptanceReport {
     pub contexts: Vec<(usize, Acceptance)>,
     /// Proof.
     pub lossless: Losslessness,
+    /// Processes that shared the questions. Speeds are those of one of them: seconds of all are added up.
+    pub processes: usize,
+    /// Wall time of all questions on both sides; the slowest process decides.
+    pub wall_seconds: f64,
 }
 
 impl AcceptanceReport {
     /// Sums up what was measured.
-    pub fn new(settings: Value, promise: &'static str, groups: &[Group], divergences: Vec<Divergence>) -> Self {
+    pub fn new(settings: Value, promise: &'static str, measured: Measured) -> Self {
+        let Measured { groups, divergences, processes, seconds: wall_seconds } = measured;
         let mut datasets: BTreeMap<String, Vec<&Group>> = BTreeMap::new();
         groups.iter().for_each(|group| datasets.entry(group.dataset.clone()).or_default().push(group));
         let rounds = || {
@@ -156,6 +161,8 @@ impl AcceptanceReport {
             datasets: datasets.into_iter().map(|(name, groups)| (name, part(&groups))).collect(),
             contexts: CONTEXTS.into_iter().zip(contexts).filter(|(_, part)| part.rounds > 0).collect(),
             lossless: Losslessness { promise, compared, divergences, faults },
+            processes,
+            wall_seconds,
         }
     }
 }
@@ -228,6 +235,10 @@ pub fn text(report: &AcceptanceReport) -> String {
         percent(verify_share),
         percent(overhead_share)
     ));
+    if report.processes > 1 {
+        let (processes, seconds) = (report.processes, report.wall_seconds);
+        lines.push(format!("{processes} processes took {seconds:.1} s; speeds are those of one of them"));
+    }
     lines.push(lossless(&report.lossless));
     lines.join("\n")
 }

@@ -170,7 +170,7 @@ fn share(vocabulary: i64, step: u64, rank: usize, world: usize) -> PackedBatch {
 fn train(config: &TargetConfig, section: &Value, device: Device, group: &ProcessGroup) -> Result<Vec<Tensor>> {
     let weights = &programs::random_weights;
     let target = SharedTarget::from(programs::build(config, weights, Place { device, kind: Kind::Float })?);
-    let draft = programs::build_draft(section, &target.in_use(), weights)?;
+    let draft = programs::build_draft(section, &*target.in_use(), weights)?;
     let source = OnlineFeatures::new(target);
     let slots = draft.parameters().iter().map(ParameterSlot::from);
     // AdamW's usual epsilon gives a gradient that is nothing but rounding a whole step of its own, and hides a factor

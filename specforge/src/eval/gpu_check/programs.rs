@@ -181,7 +181,7 @@ pub(super) const KEY: StepKey = StepKey { seed: 1, step: 0, total: 4 };
 /// compare them where no rounding can turn one.
 pub fn loss(config: &TargetConfig, section: &Value, weights: Weights<'_>, place: Place) -> Result<Results> {
     let target = SharedTarget::from(build(config, weights, place)?);
-    let draft = build_draft(section, &target.in_use(), weights)?;
+    let draft = build_draft(section, &*target.in_use(), weights)?;
     let batch = documents(&[17, 4, 23, 9], config.info().vocab_size, 11);
     let source = OnlineFeatures::new(target);
     let features = source.features(Arc::new(batch.clone()), &draft.capture())?;

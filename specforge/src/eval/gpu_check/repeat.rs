@@ -75,7 +75,7 @@ fn refused<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
 fn train(config: &TargetConfig, section: &Value, place: Place, seed: u64) -> Result<Vec<Vec<u8>>> {
     let weights = &programs::random_weights;
     let target = SharedTarget::from(programs::build(config, weights, place)?);
-    let draft = programs::build_draft(section, &target.in_use(), weights)?;
+    let draft = programs::build_draft(section, &*target.in_use(), weights)?;
     let source = OnlineFeatures::new(target);
     let slots = draft.parameters().iter().map(ParameterSlot::from);
     let mut optimizer = AdamW::new(slots.collect(), &OptimConfig::default(), ProcessGroup::SINGLE, false)?;

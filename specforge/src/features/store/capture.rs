@@ -1,17 +1,14 @@
-//! Fills a store: which documents are missing, what they will take, and the loop that writes them shard by shard.
+//! What a capture is going to do: which documents are missing, which shards they make, and what they will take. `filling`
+//! and `streaming` do it.
 //!
 //! A store that is there already is continued: documents of its whole shards are left alone, everything else is
 //! captured. Which documents share a shard depends on their order and on what is whole alone, so that a capture that was
 //! killed ends with the very bytes of one that was not.
-//!
-//! The target computes a pack while a thread (`writing`) encodes and writes those before it.
 
 use std::collections::HashSet;
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -20,12 +17,11 @@ use super::element::Element;
 use super::manifest::{MANIFEST_FILE, StoreManifest};
 use super::reader::Store;
 use super::shard;
-use super::writing::{Failed, Writing};
 use crate::data::{self, PackedBatch, TokenCache};
+use crate::dist::SharedWork;
 use crate::error::{Error, Result};
 use crate::features::FeatureSource;
-use crate::files::{self, Digests};
-use crate::nn::Head;
+use crate::files::Digests;
 
 const LOCK_FILE: &str = ".lock";
 /// Beginnings of the names of unfinished files: ours, and those of the safetensors crate.
@@ -84,21 +80,51 @@ pub struct CaptureReport {
     pub seconds: f64,
     /// Whether everything that was asked for is there.
     pub complete: bool,
+    /// Processes that took part.
+    pub processes: usize,
 }
 
 /// One document: which cache, and which of its documents.
 type Place = (usize, usize);
 
+/// A shard to write.
+#[derive(Debug)]
+pub(super) struct Group {
+    documents: Vec<Place>,
+    /// Name of its file.
+    pub(super) file: String,
+}
+
+/// What becomes of a document.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+enum Fate {
+    /// It is captured.
+    Missing = 0,
+    /// A whole shard has it.
+    Stored = 1,
+    /// One before it is the same.
+    Repeated = 2,
+}
+
+impl Fate {
+    fn read(byte: u8) -> Option<Self> {
+        [Fate::Missing, Fate::Stored, Fate::Repeated].into_iter().find(|fate| *fate as u8 == byte)
+    }
+}
+
 /// A capture that has looked at what is there and has written nothing yet.
 pub struct Capture<'a> {
-    folder: PathBuf,
+    pub(super) folder: PathBuf,
     caches: &'a [&'a TokenCache],
     /// With the shards that are whole.
-    manifest: StoreManifest,
+    pub(super) manifest: StoreManifest,
     /// The manifest as it lies in the folder.
-    existing: Option<StoreManifest>,
-    /// Documents of each shard to write.
-    groups: Vec<Vec<Place>>,
+    pub(super) existing: Option<StoreManifest>,
+    /// Shards to write.
+    pub(super) groups: Vec<Group>,
+    /// Of every document of every cache.
+    fates: Vec<Fate>,
     overview: Overview,
     /// Shards that will be replaced: file name and problem.
     damaged: Vec<(String, String)>,
@@ -143,6 +169,85 @@ impl<'a> Capture<'a> {
             }
         }
 
+        let mut seen: HashSet<&[u32]> = HashSet::new();
+        let mut fates = Vec::new();
+        for tokens in documents(caches) {
+            let ids = || tokens.iter().map(|&token| i64::from(token)).collect::<Vec<i64>>();
+            let is_stored = || store.as_ref().is_some_and(|store| store.find(&ids()).is_some());
+            fates.push(match seen.insert(tokens) {
+                false => Fate::Repeated,
+                true if is_stored() => Fate::Stored,
+                true => Fate::Missing,
+            });
+        }
+        Ok(Self::of(folder, caches, manifest, existing, fates, damaged))
+    }
+
+    /// The same for several processes: the first looks at the folder, and tells the others what it found.
+    pub fn prepare_together(
+        folder: &Path,
+        wanted: StoreManifest,
+        caches: &'a [&'a TokenCache],
+        digests: &Digests,
+        progress: &(dyn Fn(u64, u64) + Sync),
+        work: &SharedWork<'_>,
+    ) -> Result<Self> {
+        let mut own = None;
+        let found = work.from_first("a look at the store", || {
+            let capture = Self::prepare(folder, wanted.clone(), caches, digests, progress)?;
+            let found = capture.to_text();
+            own = Some(capture);
+            found
+        })?;
+        own.map_or_else(|| Self::from_text(folder, &wanted, caches, &found, work.rank()), Ok)
+    }
+
+    /// What the first process found: the manifest with its length before it, and the fate of each document.
+    fn to_text(&self) -> Result<Vec<u8>> {
+        let manifest = serde_json::to_vec(&self.manifest).map_err(|error| Error::Failed(error.to_string()))?;
+        let fates = self.fates.iter().map(|&fate| fate as u8);
+        Ok((manifest.len() as u64).to_le_bytes().into_iter().chain(manifest).chain(fates).collect())
+    }
+
+    /// The same on another process, which must mean the same documents, target and options.
+    fn from_text(
+        folder: &Path,
+        wanted: &StoreManifest,
+        caches: &'a [&'a TokenCache],
+        text: &[u8],
+        rank: usize,
+    ) -> Result<Self> {
+        let broken = || Error::Failed("what rank 0 found in the store's folder is cut off".to_owned());
+        let (length, rest) = text.split_first_chunk().ok_or_else(broken)?;
+        let length = usize::try_from(u64::from_le_bytes(*length)).map_err(|_| broken())?;
+        let (manifest, fates) = rest.split_at_checked(length).ok_or_else(broken)?;
+        let manifest: StoreManifest =
+            serde_json::from_slice(manifest).map_err(|error| Error::Failed(format!("rank 0's store: {error}")))?;
+        let fates: Vec<Fate> = fates.iter().filter_map(|&fate| Fate::read(fate)).collect();
+        let mut differences = wanted.differences(&manifest);
+        let is_known = |cache: &&TokenCache| manifest.data.iter().any(|known| known == cache.content_hash());
+        if fates.len() != documents(caches).count() || !caches.iter().all(is_known) {
+            differences.push("data: other documents".to_owned());
+        }
+        if !differences.is_empty() {
+            let lines = differences.join("\n  ");
+            return Err(Error::Usage(format!(
+                "rank {rank} was started on something else than rank 0:\n  {lines}\nstart every rank with the same program, \
+                 configuration and data"
+            )));
+        }
+        Ok(Self::of(folder, caches, manifest, None, fates, Vec::new()))
+    }
+
+    /// Which shards follow from what is missing.
+    fn of(
+        folder: &Path,
+        caches: &'a [&'a TokenCache],
+        manifest: StoreManifest,
+        existing: Option<StoreManifest>,
+        fates: Vec<Fate>,
+        damaged: Vec<(String, String)>,
+    ) -> Self {
         let mut overview = Overview {
             documents: 0,
             tokens: 0,
@@ -153,35 +258,49 @@ impl<'a> Capture<'a> {
             bytes_to_write: 0,
         };
         let mut groups = Groups { limit: manifest.shard_tokens, done: Vec::new(), open: Vec::new(), tokens: 0 };
-        let mut seen: HashSet<&[u32]> = HashSet::new();
-        for (number, cache) in caches.iter().enumerate() {
-            for index in 0..cache.len() {
-                let tokens = cache.document(index).tokens;
-                if !seen.insert(tokens) {
-                    continue;
-                }
-                overview.documents += 1;
-                overview.tokens += tokens.len() as u64;
-                let ids: Vec<i64> = tokens.iter().map(|&token| i64::from(token)).collect();
-                if store.as_ref().is_some_and(|store| store.find(&ids).is_some()) {
-                    overview.documents_before += 1;
-                    overview.tokens_before += tokens.len() as u64;
-                    // What stands between two whole shards was a shard of its own.
-                    groups.close();
-                } else {
-                    groups.add((number, index), tokens.len());
-                }
+        let places =
+            caches.iter().enumerate().flat_map(|(number, cache)| (0..cache.len()).map(move |index| (number, index)));
+        for ((number, index), fate) in places.zip(&fates) {
+            let tokens = caches[number].length(index);
+            if *fate == Fate::Repeated {
+                continue;
+            }
+            overview.documents += 1;
+            overview.tokens += tokens as u64;
+            if *fate == Fate::Stored {
+                overview.documents_before += 1;
+                overview.tokens_before += tokens as u64;
+                // What stands between two whole shards was a shard of its own.
+                groups.close();
+            } else {
+                groups.add((number, index), tokens);
             }
         }
         groups.close();
-        let groups = groups.done;
+        let taken: HashSet<&str> = manifest.shards.iter().map(|shard| shard.file.as_str()).collect();
+        let free = (0..).map(shard::file_name).filter(|name| !taken.contains(name.as_str()));
+        let groups: Vec<Group> =
+            groups.done.into_iter().zip(free).map(|(documents, file)| Group { documents, file }).collect();
         overview.shards = groups.len() as u64;
-        for group in &groups {
-            let tokens = group.iter().map(|&(cache, index)| caches[cache].length(index)).sum();
-            overview.bytes_to_write += shard::planned_bytes(&manifest, group.len(), tokens);
-        }
-        overview.bytes += overview.bytes_to_write;
-        Ok(Self { folder: folder.to_path_buf(), caches, manifest, existing, groups, overview, damaged })
+        let mut capture =
+            Self { folder: folder.to_path_buf(), caches, manifest, existing, groups, fates, overview, damaged };
+        let planned = |group: &Group| {
+            shard::planned_bytes(&capture.manifest, group.documents.len(), capture.lengths(group).iter().sum())
+        };
+        let to_write: u64 = capture.groups.iter().map(planned).sum();
+        capture.overview.bytes_to_write = to_write;
+        capture.overview.bytes += to_write;
+        capture
+    }
+
+    /// Tokens of each document of a shard.
+    pub(super) fn lengths(&self, group: &Group) -> Vec<usize> {
+        group.documents.iter().map(|&(cache, index)| self.caches[cache].length(index)).collect()
+    }
+
+    /// Tokens of a shard, by its number.
+    pub(super) fn tokens(&self, group: usize) -> usize {
+        self.lengths(&self.groups[group]).iter().sum()
     }
 
     /// What there is to do.
@@ -212,110 +331,13 @@ impl<'a> Capture<'a> {
         Ok(tokens as f64 / started.elapsed().as_secs_f64())
     }
 
-    /// Captures what is missing. `pack_tokens` is how many tokens pass through the target at once, at most; `stop` ends
-    /// the run after the pack at hand; `progress` is told how many tokens are done, those of earlier runs included.
-    pub fn run(
-        mut self,
-        source: &dyn FeatureSource,
-        head: &Head,
-        pack_tokens: usize,
-        stop: &AtomicBool,
-        progress: &dyn Fn(u64),
-    ) -> Result<CaptureReport> {
-        let started = Instant::now();
-        files::create_dir_all(&self.folder)?;
-        let _lock = take_lock(&self.folder)?;
-        // Between the first look and the lock, another capture may have come and gone.
-        if read_existing(&self.folder)? != self.existing {
-            return Err(Error::bad_file(&self.folder, "was changed by another capture in the meantime")
-                .with_hint("run the same command again"));
-        }
-        clear_leftovers(&self.folder)?;
-        if self.existing.as_ref() != Some(&self.manifest) {
-            self.manifest.write(&self.folder)?;
-        }
-        let groups = std::mem::take(&mut self.groups);
-        let (captured, written) = thread::scope(|scope| {
-            let writing = Writing::start(scope, &self.folder, self.manifest.clone(), head)?;
-            let captured = self.compute(&groups, source, pack_tokens, stop, progress, &writing);
-            // What the thread met comes first: it may be why nothing more could be handed over.
-            let written = writing.finish()?;
-            Ok::<_, Error>((captured?, written))
-        })?;
-        self.manifest = written;
-        let (captured, complete) = captured;
-        Ok(CaptureReport {
-            documents: self.manifest.documents(),
-            tokens: self.manifest.tokens(),
-            bytes: self.manifest.bytes(),
-            shards: self.manifest.shards.len(),
-            layers: self.manifest.layers.clone(),
-            element: self.manifest.element,
-            tokens_captured: captured,
-            seconds: started.elapsed().as_secs_f64(),
-            complete,
-            out: self.folder,
-        })
-    }
-
-    /// Computes the shards and hands them over. Returns the tokens of those that were handed over whole, and whether that
-    /// is all of them.
-    fn compute(
-        &self,
-        groups: &[Vec<Place>],
-        source: &dyn FeatureSource,
-        pack_tokens: usize,
-        stop: &AtomicBool,
-        progress: &dyn Fn(u64),
-        writing: &Writing<'_>,
-    ) -> Result<(u64, bool)> {
-        let mut captured = 0;
-        for group in groups {
-            let before = self.overview.tokens_before + captured;
-            let done = |tokens: u64| progress(before + tokens);
-            match self.compute_shard(group, source, pack_tokens, stop, &done, writing)? {
-                Some(Ok(tokens)) => captured += tokens,
-                None | Some(Err(Failed)) => return Ok((captured, false)),
-            }
-        }
-        Ok((captured, true))
-    }
-
-    /// One shard. `None` if the run was asked to stop: the shard is dropped then.
-    fn compute_shard(
-        &self,
-        group: &[Place],
-        source: &dyn FeatureSource,
-        pack_tokens: usize,
-        stop: &AtomicBool,
-        progress: &dyn Fn(u64),
-        writing: &Writing<'_>,
-    ) -> Result<Option<Result<u64, Failed>>> {
-        let lengths = group.iter().map(|&(cache, index)| self.caches[cache].length(index)).collect();
-        if writing.begin(lengths).is_err() {
-            return Ok(Some(Err(Failed)));
-        }
-        let begin = |batch: PackedBatch| source.begin(Arc::new(batch), &self.manifest.layers);
-        let mut batches = self.batches(group, pack_tokens);
-        let (mut tokens, mut coming) = (0, batches.next().map(begin));
-        while let Some(pack) = coming.take() {
-            if stop.load(Ordering::Relaxed) {
-                return Ok(None);
-            }
-            coming = batches.next().map(begin);
-            let pack = pack.wait()?;
-            tokens += pack.batch.ids.len() as u64;
-            if writing.add(pack).is_err() {
-                return Ok(Some(Err(Failed)));
-            }
-            progress(tokens);
-        }
-        Ok(Some(writing.end().map(|()| tokens)))
-    }
-
     /// Documents in packs of at most so many tokens, or of one document.
-    fn batches<'b>(&'b self, group: &'b [Place], pack_tokens: usize) -> impl Iterator<Item = PackedBatch> + 'b {
-        let mut rest = group;
+    pub(super) fn batches<'b>(
+        &'b self,
+        group: &'b Group,
+        pack_tokens: usize,
+    ) -> impl Iterator<Item = PackedBatch> + 'b {
+        let mut rest = group.documents.as_slice();
         std::iter::from_fn(move || {
             let &(cache, _) = rest.first()?;
             let mut tokens = 0;
@@ -330,6 +352,11 @@ impl<'a> Capture<'a> {
             Some(data::assemble(self.caches[cache], &documents))
         })
     }
+}
+
+/// Tokens of every document of every cache, in order.
+fn documents<'a>(caches: &'a [&'a TokenCache]) -> impl Iterator<Item = &'a [u32]> {
+    caches.iter().flat_map(|cache| (0..cache.len()).map(move |index| cache.document(index).tokens))
 }
 
 /// Documents on their way into shards.
@@ -359,7 +386,7 @@ impl Groups {
 
 /// The manifest of a folder that holds a store. `None` where a new one may begin: nothing is there, or nothing but what
 /// a capture leaves that was killed before its first step.
-fn read_existing(folder: &Path) -> Result<Option<StoreManifest>> {
+pub(super) fn read_existing(folder: &Path) -> Result<Option<StoreManifest>> {
     if !folder.exists() {
         return Ok(None);
     }
@@ -381,7 +408,7 @@ fn is_unfinished(name: &str) -> bool {
 }
 
 /// Held until dropped, or until the process dies in whatever way.
-fn take_lock(folder: &Path) -> Result<File> {
+pub(super) fn take_lock(folder: &Path) -> Result<File> {
     let path = folder.join(LOCK_FILE);
     let file = File::options().create(true).truncate(false).write(true).open(&path);
     let file = file.map_err(Error::io("create", &path))?;
@@ -394,7 +421,7 @@ fn take_lock(folder: &Path) -> Result<File> {
 }
 
 /// Removes what a killed capture was writing.
-fn clear_leftovers(folder: &Path) -> Result<()> {
+pub(super) fn clear_leftovers(folder: &Path) -> Result<()> {
     for entry in fs::read_dir(folder).map_err(Error::io("read folder", folder))? {
         let path = entry.map_err(Error::io("read folder", folder))?.path();
         if path.file_name().is_some_and(|name| is_unfinished(&name.to_string_lossy())) {

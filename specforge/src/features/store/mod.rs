@@ -14,22 +14,27 @@
 //!
 //! `element` and `float8` say how a number is stored, `manifest` what `store.json` says, `shard` writes and maps one
 //! file, `probe` notes what a head says of some rows, `reader` opens a whole store, `verify` asks a head about it,
-//! `capture` fills one, and `writing` is the thread that does the writing meanwhile.
+//! `capture` says what is missing, `filling` captures it, with several processes or one, `streaming` does it with one layer of
+//! the target at a time, and `writing` is the thread that does the writing meanwhile.
 //!
 //! Shape legend: `T` tokens of a shard, `D` its documents, `P` its probes, `L` captured layers, `H` hidden size, `V`
 //! vocabulary.
 
 pub mod capture;
 pub mod element;
+pub mod filling;
 pub mod float8;
 pub mod manifest;
 pub mod probe;
 pub mod reader;
 pub mod shard;
+pub mod streaming;
 pub mod verify;
 mod writing;
 
 pub use capture::{Capture, CaptureReport, Overview};
 pub use element::Element;
+pub use filling::Going;
 pub use manifest::{LAYER_CONVENTION, MANIFEST_FILE, ShardEntry, StoreManifest};
 pub use reader::{Share, Store};
+pub use streaming::{StreamPlan, Windows};

@@ -89,31 +89,37 @@ impl<'a> ShardWriter<'a> {
 
     /// Adds the next tokens with their states, one `[n, H]` for each layer.
     pub fn add(&mut self, ids: &[i64], states: &[Tensor]) -> Result<()> {
-        let start = self.ids.len();
+        self.add_ids(ids);
+        states.iter().enumerate().try_for_each(|(layer, states)| self.add_states(layer, states))
+    }
+
+    /// Adds the next tokens; their states come with [`ShardWriter::add_states`], layer by layer.
+    pub fn add_ids(&mut self, ids: &[i64]) {
         self.ids.extend(ids);
-        let inside: Vec<i64> = self
-            .probe_rows
-            .iter()
-            .filter(|row| (start..self.ids.len()).contains(row))
-            .map(|&row| (row - start) as i64)
-            .collect();
-        let inside = Tensor::from_slice(&inside);
-        if let Some(last) = states.last() {
-            let last = last.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
-            self.probe_states.push(last.f_index_select(0, &inside)?);
+    }
+
+    /// Adds the states of the next tokens of one layer, `[n, H]`. `layer` counts the store's.
+    pub fn add_states(&mut self, layer: usize, states: &Tensor) -> Result<()> {
+        let width = self.manifest.hidden_size as usize;
+        let is_last = layer + 1 == self.layers.len();
+        let encoded = &mut self.layers[layer];
+        if is_last {
+            let start = encoded.states.len() / (width * self.manifest.element.bytes());
+            let end = start + states.size()[0] as usize;
+            let rows = self.probe_rows.iter().filter(|row| (start..end).contains(row));
+            let inside: Vec<i64> = rows.map(|&row| (row - start) as i64).collect();
+            let last = states.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
+            self.probe_states.push(last.f_index_select(0, &Tensor::from_slice(&inside))?);
         }
-        for (states, encoded) in states.iter().zip(&mut self.layers) {
-            let states = states.f_to_device(Device::Cpu)?.f_contiguous()?;
-            match self.manifest.element {
-                Element::Float32 => encoded.states.extend(host_bytes(&states.f_to_kind(Kind::Float)?)),
-                Element::Bfloat16 => encoded.states.extend(host_bytes(&states.f_to_kind(Kind::BFloat16)?)),
-                Element::Float8 => {
-                    let states = states.f_to_kind(Kind::Float)?;
-                    // SAFETY: every bit pattern is a float32.
-                    let (_, values, _) = unsafe { host_bytes(&states).align_to::<f32>() };
-                    let width = self.manifest.hidden_size as usize;
-                    float8::encode(values, width, &mut encoded.states, &mut encoded.scales);
-                }
+        let states = states.f_to_device(Device::Cpu)?.f_contiguous()?;
+        match self.manifest.element {
+            Element::Float32 => encoded.states.extend(host_bytes(&states.f_to_kind(Kind::Float)?)),
+            Element::Bfloat16 => encoded.states.extend(host_bytes(&states.f_to_kind(Kind::BFloat16)?)),
+            Element::Float8 => {
+                let states = states.f_to_kind(Kind::Float)?;
+                // SAFETY: every bit pattern is a float32.
+                let (_, values, _) = unsafe { host_bytes(&states).align_to::<f32>() };
+                float8::encode(values, width, &mut encoded.states, &mut encoded.scales);
             }
         }
         Ok(())

@@ -1,17 +1,17 @@
 //! The thread that writes the shards of a capture: it fetches states from the device, encodes them, and puts whole shards
-//! on disk, while the target computes the next pack.
+//! on disk, while the target computes the next pack. Whoever hands them over asks now and then which are written.
 //!
 //! A few packs may wait; then the target does. Shards that were handed over whole are written whatever happens to later
 //! ones, and one that was not is dropped.
 
 use std::path::Path;
-use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use std::thread::{Builder, Scope, ScopedJoinHandle};
 
 use tch::{Kind, Tensor};
 
-use super::manifest::StoreManifest;
-use super::shard::{self, ShardWriter};
+use super::manifest::{ShardEntry, StoreManifest};
+use super::shard::ShardWriter;
 use crate::data::PackedBatch;
 use crate::error::{Error, Result};
 use crate::features::{FeatureBatch, worker};
@@ -22,8 +22,8 @@ const WAITING: usize = 2;
 
 /// What the thread is told, in this order for each shard.
 enum Order {
-    /// A shard of documents of these lengths begins.
-    Begin(Vec<usize>),
+    /// A shard of documents of these lengths begins, in a file of this name.
+    Begin(Vec<usize>, String),
     /// Its next documents.
     Pack(FeatureBatch),
     /// It has all of them.
@@ -33,7 +33,8 @@ enum Order {
 /// The thread, as whoever computes states sees it.
 pub(super) struct Writing<'scope> {
     orders: SyncSender<Order>,
-    thread: ScopedJoinHandle<'scope, Result<StoreManifest>>,
+    entries: Receiver<ShardEntry>,
+    thread: ScopedJoinHandle<'scope, Result<()>>,
 }
 
 /// The thread has failed; [`Writing::finish`] says why.
@@ -41,24 +42,25 @@ pub(super) struct Writing<'scope> {
 pub(super) struct Failed;
 
 impl<'scope> Writing<'scope> {
-    /// Starts the thread, which adds to the shards of `manifest` in `folder`. `head` answers the probes.
+    /// Starts the thread, which writes shards as `manifest` says into `folder`. `head` answers the probes.
     pub(super) fn start<'env>(
         scope: &'scope Scope<'scope, 'env>,
         folder: &'env Path,
-        manifest: StoreManifest,
+        manifest: &'env StoreManifest,
         head: &Head,
     ) -> Result<Self> {
         let (orders, taken) = mpsc::sync_channel(WAITING);
+        let (written, entries) = mpsc::channel();
         let head = head.share();
-        let write = move || write(&taken, folder, manifest, &head);
+        let write = move || write(&taken, &written, folder, manifest, &head);
         let thread = Builder::new().name("shards".to_owned()).spawn_scoped(scope, write);
         let thread = thread.map_err(|error| Error::Failed(format!("cannot start a thread: {error}")))?;
-        Ok(Self { orders, thread })
+        Ok(Self { orders, entries, thread })
     }
 
-    /// Begins a shard of documents of these lengths.
-    pub(super) fn begin(&self, lengths: Vec<usize>) -> Result<(), Failed> {
-        self.tell(Order::Begin(lengths))
+    /// Begins a shard of documents of these lengths, in a file of this name.
+    pub(super) fn begin(&self, lengths: Vec<usize>, file: String) -> Result<(), Failed> {
+        self.tell(Order::Begin(lengths, file))
     }
 
     /// Adds its next documents. Waits where enough are waiting.
@@ -75,70 +77,77 @@ impl<'scope> Writing<'scope> {
         self.orders.send(order).map_err(|_| Failed)
     }
 
-    /// Waits until everything is on disk. The manifest names the whole shards.
-    pub(super) fn finish(self) -> Result<StoreManifest> {
+    /// Shards that are on disk since this was last asked.
+    pub(super) fn written(&self) -> Vec<ShardEntry> {
+        self.entries.try_iter().collect()
+    }
+
+    /// Waits until everything is on disk: the shards that are there and were not asked for, and what went wrong, if anything.
+    pub(super) fn finish(self) -> (Vec<ShardEntry>, Result<()>) {
         drop(self.orders);
-        self.thread.join().unwrap_or_else(|payload| Err(worker::panicked("writing shards", payload.as_ref())))
+        let outcome =
+            self.thread.join().unwrap_or_else(|payload| Err(worker::panicked("writing shards", payload.as_ref())));
+        (self.entries.try_iter().collect(), outcome)
     }
 }
 
-fn write(orders: &Receiver<Order>, folder: &Path, mut manifest: StoreManifest, head: &Head) -> Result<StoreManifest> {
+fn write(
+    orders: &Receiver<Order>,
+    written: &Sender<ShardEntry>,
+    folder: &Path,
+    manifest: &StoreManifest,
+    head: &Head,
+) -> Result<()> {
     while let Ok(order) = orders.recv() {
         // Packs and ends come behind a beginning, within `one`.
-        if let Order::Begin(lengths) = order
-            && !one(orders, &lengths, folder, &mut manifest, head)?
-        {
-            break;
-        }
+        let Order::Begin(lengths, file) = order else { continue };
+        let Some(writer) = one(orders, ShardWriter::new(manifest, &lengths), manifest)? else { break };
+        // Whoever is gone does not want to know.
+        let _ = written.send(writer.write(folder, file, head)?);
     }
-    Ok(manifest)
+    Ok(())
 }
 
-/// One shard, and the manifest that names it. False where the rest of it never came.
-fn one(
+/// One shard. Nothing where the rest of it never came.
+fn one<'a>(
     orders: &Receiver<Order>,
-    lengths: &[usize],
-    folder: &Path,
-    manifest: &mut StoreManifest,
-    head: &Head,
-) -> Result<bool> {
-    let mut writer = ShardWriter::new(manifest, lengths);
+    mut writer: ShardWriter<'a>,
+    manifest: &StoreManifest,
+) -> Result<Option<ShardWriter<'a>>> {
     loop {
         match orders.recv() {
             Ok(Order::Pack(FeatureBatch { batch, hidden })) => {
-                check_finite(manifest, &batch, &hidden)?;
+                for (&layer, states) in manifest.layers.iter().zip(&hidden) {
+                    refuse_non_finite(manifest, layer, &batch, states)?;
+                }
                 writer.add(&batch.ids, &hidden)?;
             }
-            Ok(Order::End) => break,
-            Ok(Order::Begin(_)) | Err(_) => return Ok(false),
+            Ok(Order::End) => return Ok(Some(writer)),
+            Ok(Order::Begin(..)) | Err(_) => return Ok(None),
         }
     }
-    let taken = |name: &String| manifest.shards.iter().any(|shard| shard.file == *name);
-    let name = (0..).map(shard::file_name).find(|name| !taken(name)).unwrap_or_default();
-    let entry = writer.write(folder, name, head)?;
-    manifest.shards.push(entry);
-    manifest.shards.sort_by(|left, right| left.file.cmp(&right.file));
-    manifest.write(folder)?;
-    Ok(true)
 }
 
-/// Refuses states that no draft could be trained on.
-fn check_finite(manifest: &StoreManifest, batch: &PackedBatch, hidden: &[Tensor]) -> Result<()> {
-    for (layer, states) in manifest.layers.iter().zip(hidden) {
-        // The sum of absolute values is finite only if all are, and rarely is it not when they are.
-        if states.f_abs()?.f_sum(Kind::Double)?.f_double_value(&[])?.is_finite() {
-            continue;
+/// Refuses states of a layer, `[T, H]`, that no draft could be trained on.
+pub(super) fn refuse_non_finite(
+    manifest: &StoreManifest,
+    layer: usize,
+    batch: &PackedBatch,
+    states: &Tensor,
+) -> Result<()> {
+    // The sum of absolute values is finite only if all are, and rarely is it not when they are.
+    if states.f_abs()?.f_sum(Kind::Double)?.f_double_value(&[])?.is_finite() {
+        return Ok(());
+    }
+    let mut start = 0;
+    for (&length, name) in batch.lengths.iter().zip(&batch.documents) {
+        if states.f_narrow(0, start, length)?.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+            return Err(Error::Failed(format!(
+                "hidden state {layer} of document `{name}` is not finite: the target cannot be captured in {}",
+                manifest.target_dtype
+            )));
         }
-        let mut start = 0;
-        for (&length, name) in batch.lengths.iter().zip(&batch.documents) {
-            if states.f_narrow(0, start, length)?.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
-                return Err(Error::Failed(format!(
-                    "hidden state {layer} of document `{name}` is not finite: the target cannot be captured in {}",
-                    manifest.target_dtype
-                )));
-            }
-            start += length;
-        }
+        start += length;
     }
     Ok(())
 }
