@@ -4,11 +4,12 @@ use specforge::decode::drafter::{self, DraftSampling, Drafter, DynamicTree, Mode
 use specforge::decode::event::Silent;
 use specforge::decode::{Engine, EngineOptions, Policy, Request};
 use specforge::draft::{self, DraftContext, DraftModel};
-use specforge::models::{ForwardInput, LogitRows, TargetModel};
+use specforge::models::{self, ForwardInput, LayerKind, LogitRows, TargetModel};
 use specforge::nn::{AttentionMask, KvCache, Processors, TreeMask, noise};
 use tch::{Device, Kind, Tensor};
 
-use crate::plugins::windowed::model;
+use crate::plugins::windowed::{self, model};
+use crate::{fixture, plugins};
 
 const VOCABULARY: i64 = 60;
 
@@ -203,4 +204,40 @@ fn every_draft_is_lossless() {
         }
     }
     assert!(total > 50, "{total} guesses were right");
+}
+
+/// A family that a program adds to the table is loaded, checked and planned with like the one that is built in.
+#[test]
+fn an_added_family_is_one_like_any_other() {
+    plugins::register();
+    assert!(models::families().iter().any(|family| family.model_type == windowed::FAMILY.model_type));
+    let taken = models::add_family(&windowed::FAMILY).unwrap_err().to_string();
+    assert!(taken.contains("`windowed`"), "{taken}");
+    let folder = tempfile::tempdir().unwrap();
+    windowed::write(folder.path(), VOCABULARY);
+    models::check(folder.path()).unwrap();
+    let info = models::read_info(folder.path()).unwrap();
+    assert_eq!(info.layers, [LayerKind::Window(4), LayerKind::Full, LayerKind::Window(4), LayerKind::Full]);
+    let whole = models::load_target(folder.path(), Kind::Double, Device::Cpu).unwrap();
+    let tables = models::load_tables(folder.path(), Kind::Double, Device::Cpu).unwrap();
+    assert!(*whole.info() == info && tables.info == info);
+
+    // What the tables say is what the model says: the embeddings first, and the head of the last state.
+    let ids = Tensor::from_slice(&tokens(10, 1)).unsqueeze(0);
+    let positions = Tensor::arange(10, (Kind::Int64, Device::Cpu)).unsqueeze(0);
+    let (mask, capture) = (AttentionMask::Causal, [4, 0]);
+    let input =
+        ForwardInput { ids: &ids, positions: &positions, mask: &mask, capture: &capture, logits: LogitRows::All };
+    let output = whole.forward(&input, None).unwrap();
+    near(&tables.head.logits(&output.hidden[0].squeeze_dim(0)), &output.logits.unwrap());
+    near(&tables.embedding.look_up(&ids).unwrap(), &output.hidden[1]);
+    let head = models::load_head(folder.path()).unwrap();
+    assert_eq!((head.kind(), head.form()), (Kind::Float, info.head));
+
+    let path = folder.path().join("model.safetensors");
+    let mut tensors = fixture::tensors_of(&path);
+    tensors.retain(|(name, _)| name != "layers.2.sinks");
+    specforge::weights::write_tensors(&path, &tensors, &[]).unwrap();
+    let missing = models::check(folder.path()).unwrap_err().to_string();
+    assert!(missing.contains("layers.2.sinks [6]"), "{missing}");
 }
