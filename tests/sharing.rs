@@ -277,6 +277,7 @@ fn a_store_is_that_of_one_process() {
     json_of(&mut capture(&workspace, 0, "tied-alone", &shards));
     json_of(&mut capture(&workspace, 2, "tied", &[&shards[..], &["--stream-layers"]].concat()));
     assert_same_store(&workspace, "tied", "tied-alone");
+    workspace.set("train.micro_batch_tokens", 128);
     json_of(
         &mut workspace
             .train_command("run", &["--set", &format!("target.feature_store={}", workspace.path("tied").display())]),
