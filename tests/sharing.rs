@@ -72,12 +72,12 @@ fn counted(report: &Value) -> Value {
 #[test]
 fn answers_are_those_of_one_process() {
     let workspace = Workspace::new();
-    prompts(&workspace, 14);
+    prompts(&workspace, 8);
     let lengths = ["--max-new-tokens", "12", "--on-length", "drop"];
     for (name, more) in [("kept", &lengths[..2]), ("dropped", &lengths[..])] {
         let want = json_of(&mut regen(&workspace, 0, name, more));
         assert!(name == "kept" || want["dropped"].as_u64() > Some(0), "{want}");
-        for ranks in [1, 2, 3] {
+        for ranks in [2, 3] {
             let out = format!("{name}-{ranks}");
             let got = json_of(&mut regen(&workspace, ranks, &out, more));
             assert_eq!(counted(&got), counted(&want), "{out}");
@@ -99,19 +99,19 @@ fn answers_are_those_of_one_process() {
     let last = message.lines().rev().find(|line| line.starts_with("error: ")).unwrap();
     assert!(last.contains("rank 0") && last.contains("1 rows could not be answered"), "{message}");
     let report: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!((&report["failed"], &report["answered"]), (&json!(1), &json!(14)));
+    assert_eq!((&report["failed"], &report["answered"]), (&json!(1), &json!(8)));
     assert_eq!(lines_of(&workspace.path("failing.errors.jsonl")), 1);
 }
 
-/// A target that takes its time.
+/// A target that takes its time, and some.
 fn slow_workspace() -> Workspace {
-    let workspace =
-        Workspace::with_model(&json!({"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8}));
-    prompts(&workspace, 60);
+    let workspace = Workspace::with_model(&json!({"hidden_size": 128, "num_hidden_layers": 4}));
+    prompts(&workspace, ROWS);
     workspace
 }
 
-const SLOW: [&str; 2] = ["--max-new-tokens", "40"];
+const ROWS: usize = 24;
+const SLOW: [&str; 2] = ["--max-new-tokens", "20"];
 
 /// A rank that is killed ends all; what was answered stays, and another number of processes goes on from it.
 #[test]
@@ -122,7 +122,7 @@ fn a_killed_rank_costs_no_answer() {
     for (ranks, victim) in [(2, 1), (3, 0)] {
         let before = lines_of(&out);
         let mut child = regen(&workspace, ranks, "killed", &SLOW).spawn().unwrap();
-        assert!(wait_for(&mut child, || lines_of(&out) > before + 3), "the run ended before it was disturbed");
+        assert!(wait_for(&mut child, || lines_of(&out) > before + 1), "the run ended before it was disturbed");
         signal(children(child.id())[victim], "KILL");
         let output = end_of(child);
         let message = stderr_of(&output);
@@ -130,7 +130,7 @@ fn a_killed_rank_costs_no_answer() {
         assert!(message.lines().last().is_some_and(|line| !line.contains("panicked")), "{message}");
     }
     let answered = lines_of(&out);
-    assert!(answered > 6 && answered < 60, "{answered}");
+    assert!(answered >= 4 && answered < ROWS, "{answered}");
     let report = json_of(&mut regen(&workspace, 2, "killed", &SLOW));
     // A line that was torn is answered again.
     let before = report["answered_before"].as_u64().unwrap() as usize;
@@ -257,7 +257,8 @@ fn a_store_is_that_of_one_process() {
         assert!(want["shards"].as_u64() > Some(5), "{want}");
         let streamed = ["--stream-layers", "--window-tokens", "700"];
         let ways: [(usize, &[&str]); 5] = [(1, &[]), (2, &[]), (3, &[]), (0, &streamed), (2, &streamed)];
-        for (ranks, more) in ways {
+        // One element type goes every way.
+        for (ranks, more) in ways.into_iter().filter(|(ranks, _)| element == "float32" || *ranks == 2) {
             let out = format!("{element}-{ranks}-{}", more.len());
             let got = json_of(&mut capture(&workspace, ranks, &out, &[&arguments[..], more].concat()));
             for key in ["documents", "tokens", "bytes", "shards", "tokens_captured", "complete"] {
@@ -276,6 +277,7 @@ fn a_store_is_that_of_one_process() {
     json_of(&mut capture(&workspace, 0, "tied-alone", &shards));
     json_of(&mut capture(&workspace, 2, "tied", &[&shards[..], &["--stream-layers"]].concat()));
     assert_same_store(&workspace, "tied", "tied-alone");
+    workspace.set("train.micro_batch_tokens", 128);
     json_of(
         &mut workspace
             .train_command("run", &["--set", &format!("target.feature_store={}", workspace.path("tied").display())]),

@@ -8,7 +8,7 @@ use std::path::Path;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use super::layerwise::{LoadedPart, Part};
+use super::parts::{LoadedPart, Part};
 use super::{TargetInfo, TargetModel, TargetTables, llama};
 use crate::error::{Error, Result};
 use crate::nn::{Embedding, Head};

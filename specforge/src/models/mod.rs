@@ -13,6 +13,7 @@ pub mod info;
 pub mod layerwise;
 pub mod limits;
 pub mod llama;
+pub mod parts;
 pub mod shared_target;
 pub mod stored_kind;
 

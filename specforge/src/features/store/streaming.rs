@@ -18,7 +18,8 @@ use super::writing::refuse_non_finite;
 use crate::data::PackedBatch;
 use crate::device;
 use crate::error::{Error, Result};
-use crate::models::layerwise::{LayerWise, LoadedPart, Part, Passing};
+use crate::models::LayerWise;
+use crate::models::parts::{LoadedPart, Part, Passing};
 use crate::nn::AttentionMask;
 
 /// How documents pass through a target in parts.

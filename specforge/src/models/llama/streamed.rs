@@ -6,7 +6,7 @@ use tch::{Device, Tensor};
 use super::{Layer, build_layer, read};
 use crate::error::{Error, Result};
 use crate::models::GetTensor;
-use crate::models::layerwise::{LoadedPart, Part, Passing};
+use crate::models::parts::{LoadedPart, Part, Passing};
 use crate::nn::mask::Masks;
 use crate::nn::{RmsNorm, Rope};
 
