@@ -39,3 +39,4 @@ mod training;
 mod tree;
 mod vocab;
 mod windowed;
+mod windowed_runs;

@@ -15,7 +15,10 @@ use clap::Parser;
 use super::Cli;
 use crate::error::Error;
 use crate::error::foreign::{self, panic_text};
-use crate::{files, launch, memory, threads};
+use crate::files;
+use crate::launch;
+use crate::memory;
+use crate::threads;
 
 /// Where the latest panic happened, as FILE:LINE. The panic itself, which may cross threads, does not carry it. Some are
 /// caught and no mistake, so the first need not be the one that ends the program.
