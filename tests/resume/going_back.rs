@@ -106,7 +106,8 @@ fn a_restart_does_not_go_back_again() {
     let mut child = command.spawn().unwrap();
     let launcher = child.id();
     // A checkpoint beyond the one that was gone back to, of this way.
-    let beyond = || run.join("set-aside-1").exists() && logged_step(&run) > 15 && logged_step(&run) < 30;
+    let is_saved = || run.join("step-00000015/manifest.json").exists();
+    let beyond = || run.join("set-aside-1").exists() && logged_step(&run) > 15 && logged_step(&run) < 30 && is_saved();
     assert!(wait_for(&mut child, beyond), "the run ended before it was killed");
     children(launcher).into_iter().for_each(|rank| signal(rank, "KILL"));
     let output = child.wait_with_output().unwrap();

@@ -92,6 +92,22 @@ fn assert_equal(got: &Named, want: &Named, what: &str) {
     assert!(different.is_empty(), "{what}: {different:?}");
 }
 
+/// What a sharded optimizer gave to be saved is that of its moment, whatever is trained while it is written.
+#[test]
+fn a_state_that_was_gathered_does_not_move_on() {
+    for world_size in [1, 2, 3] {
+        together(world_size, |group| {
+            let mut optimizer = optimizer(Kind::Float, group, true);
+            step(&mut optimizer, 0, false);
+            let held = optimizer.state().unwrap();
+            let bytes = || held.iter().map(|(_, tensor)| host_bytes(tensor).to_vec()).collect::<Vec<_>>();
+            let before = bytes();
+            step(&mut optimizer, 1, false);
+            assert!(optimizer.state_is_live() || before == bytes(), "{world_size} ranks");
+        });
+    }
+}
+
 #[test]
 fn any_number_of_ranks_takes_the_steps_of_one() {
     for kind in KINDS {

@@ -33,7 +33,9 @@ impl AdamW<'_> {
             if !self.sharded {
                 state.push((place.name, whole));
             } else if self.group.is_first() {
-                state.push((place.name, whole.f_view(place.shape.as_slice())?.f_to_device(Device::Cpu)?));
+                // A part that is not cut is the live tensor itself, and where that is the host's it has to be copied, too.
+                let whole = whole.f_view(place.shape.as_slice())?;
+                state.push((place.name, whole.f_to_device_(Device::Cpu, whole.kind(), false, true)?));
             }
         }
         Ok(state)
