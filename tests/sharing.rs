@@ -130,7 +130,7 @@ fn a_killed_rank_costs_no_answer() {
         assert!(message.lines().last().is_some_and(|line| !line.contains("panicked")), "{message}");
     }
     let answered = lines_of(&out);
-    assert!(answered >= 4 && answered < ROWS, "{answered}");
+    assert!((4..ROWS).contains(&answered), "{answered}");
     let report = json_of(&mut regen(&workspace, 2, "killed", &SLOW));
     // A line that was torn is answered again.
     let before = report["answered_before"].as_u64().unwrap() as usize;

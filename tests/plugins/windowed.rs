@@ -73,7 +73,7 @@ impl Config {
     }
 
     fn window(&self, layer: usize) -> Option<i64> {
-        (layer % 2 == 0).then_some(self.sliding_window)
+        layer.is_multiple_of(2).then_some(self.sliding_window)
     }
 
     fn rope(&self, channels: i64) -> RopeConfig {

@@ -334,7 +334,12 @@ mod tests {
         let mut got = Vec::new();
         let alone = SharedWork::alone();
         assert_eq!(take_all(&alone, PIECES, &mut got), PIECES);
-        alone.finish(&mut |result| Ok(got.push(result))).unwrap();
+        alone
+            .finish(&mut |result| {
+                got.push(result);
+                Ok(())
+            })
+            .unwrap();
         check(got);
         for ranks in [1, 2, 4] {
             let all = meet(ranks, |meeting| {
@@ -342,7 +347,11 @@ mod tests {
                 let start = work.from_first("the start", || Ok(format!("from {}", work.rank()).into_bytes())).unwrap();
                 let mut got = Vec::new();
                 let done = take_all(&work, PIECES, &mut got);
-                work.finish(&mut |result| Ok(got.push(result))).unwrap();
+                work.finish(&mut |result| {
+                    got.push(result);
+                    Ok(())
+                })
+                .unwrap();
                 (start, done, got)
             });
             assert_eq!(all.iter().map(|(_, done, _)| done).sum::<usize>(), PIECES);

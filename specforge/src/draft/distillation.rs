@@ -497,7 +497,7 @@ mod tests {
         let random = |shape: &[i64], size: f64| (Tensor::randn(shape, options) * size).to_kind(Kind::Float);
         let (states, head) = (random(&[6, 9], 1.5), random(&[size, 9], 1.0));
         // Position 5 is sure of one token, as far as float32 goes.
-        let _ = states.narrow(0, 5, 1).copy_(&(head.narrow(0, 3, 1) * 40.0));
+        states.narrow(0, 5, 1).copy_(&(head.narrow(0, 3, 1) * 40.0));
         let map = VocabMap::new((0..size).step_by(2).collect(), size).unwrap();
         let map = DraftVocabulary::new(&map, Device::Cpu).unwrap();
         let order = Order::new(&positions, Device::Cpu).unwrap();

@@ -157,10 +157,10 @@ impl Outcome {
         let own_logit = logits.f_gather(1, &label, false)?; // [C, 1]
         let at_label = room.f_gather(1, &label, false)?; // [C, 1]
         let Self { mut losses, mut ranks, slope: wanted } = self;
-        let _ = losses.f_copy_(&at_label.f_neg()?.squeeze_dim(1))?;
+        losses.f_copy_(&at_label.f_neg()?.squeeze_dim(1))?;
         // Ones and zeros of a float type, in place: integers would be summed from a copy twice as large as the logits.
         let rank = logits.f_ge_tensor_(&own_logit)?.sum_dim_intlist(-1, false, room.kind()); // [C]
-        let _ = ranks.f_copy_(&rank)?;
+        ranks.f_copy_(&rank)?;
         wanted.map(|kind| slope(room.shallow_clone(), &label, &at_label, kind)).transpose()
     }
 }

@@ -1,6 +1,6 @@
 //! Families of models: how a folder is recognised, what its configuration says, and how its weights become a model.
 //!
-//! A family is one file with a [`Family`] in it, and a line of [`FAMILIES`]. A program around this library adds others with
+//! A family is one file with a [`Family`] in it, and a line of `FAMILIES`. A program around this library adds others with
 //! [`add_family`]. Everything else asks the table, by way of [`TargetConfig`]: a configuration together with its family.
 
 use std::path::Path;
@@ -26,6 +26,9 @@ pub type Shapes = Vec<(String, Vec<i64>)>;
 /// Builds a layer, or the norm behind the last one.
 pub type BuildPart = fn(&Value, Part, Device, &mut GetTensor<'_>) -> Result<Box<dyn LoadedPart>>;
 
+/// The configuration that checked files show to be meant, and what the user should know of it.
+pub type Correct = fn(Value, &WeightsFolder) -> Result<(Value, Vec<String>)>;
+
 /// A family of models. Functions take the values of config.json; what is wrong with those is a problem in words that names
 /// the key.
 #[derive(Debug)]
@@ -40,7 +43,7 @@ pub struct Family {
     /// [`Family::tensors`].
     pub check: Option<fn(&Value, &WeightsFolder) -> Result<()>>,
     /// Corrects a configuration by checked files that are known to say it better, and tells the user; mostly none do.
-    pub correct: Option<fn(Value, &WeightsFolder) -> Result<(Value, Vec<String>)>>,
+    pub correct: Option<Correct>,
     /// A model from its tensors.
     pub build: fn(&Value, Device, &mut GetTensor<'_>) -> Result<Box<dyn TargetModel>>,
     /// One layer, or the norm behind the last, from its tensors, for targets that are run one layer at a time; `None` where a

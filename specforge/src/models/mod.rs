@@ -18,8 +18,8 @@ pub mod shared_target;
 pub mod stored_kind;
 
 pub use family::{
-    Family, GetTensor, Loading, TargetConfig, add_family, check, families, load_head, load_tables, load_tables_with,
-    load_target, load_target_with, read_info,
+    Correct, Family, GetTensor, Loading, TargetConfig, add_family, check, families, load_head, load_tables,
+    load_tables_with, load_target, load_target_with, read_info,
 };
 pub use identity::TargetIdentity;
 pub use info::{LayerKind, LayerShape, ParameterCounts, PlainModel, TargetInfo};

@@ -334,10 +334,10 @@ mod tests {
         for window in [None, Some(1), Some(2), Some(3)] {
             let mut visible = Vec::new();
             for (row, &base) in base.iter().enumerate() {
-                for node in 0..4 {
+                for (node, depth) in depths.iter().enumerate() {
                     for slot in 0..7 {
                         let there = slot < base || (slot < base + 4 && sees(node, (slot - base) as usize));
-                        let near = window.is_none_or(|w| base + depths[node] - keys[row][slot as usize] < w);
+                        let near = window.is_none_or(|w| base + depth - keys[row][slot as usize] < w);
                         visible.push(there && near);
                     }
                 }

@@ -95,7 +95,7 @@ impl Processors {
             return all;
         }
         if self.temperature != 1.0 {
-            all = all / self.temperature;
+            all /= self.temperature;
         }
         let size = all.size()[1];
         if self.top_k > 0 && (self.top_k as i64) < size {

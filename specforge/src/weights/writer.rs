@@ -158,7 +158,7 @@ mod tests {
     fn a_file_is_that_of_the_formats_own_library() {
         let folder = tempfile::tempdir().unwrap();
         let full = |shape: &[i64], kind| Tensor::full(shape, 3.0, (kind, Device::Cpu));
-        let tensors = vec![
+        let tensors = [
             ("b".to_owned(), full(&[3], Kind::Uint8)),
             ("\u{e4}.\"weight\"".to_owned(), full(&[5, 7], Kind::Float)),
             ("a".to_owned(), full(&[700, 1000], Kind::Float)),

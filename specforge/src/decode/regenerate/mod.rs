@@ -84,7 +84,7 @@ pub struct RegenOptions {
     pub max_rows: usize,
     /// How tokens are chosen; [`GenerationConfig`] has the target's own way.
     pub processors: Processors,
-    /// Who guesses, as [`super::drafter::open`] takes it. The answers are the same with and without.
+    /// Who guesses, as [`super::drafter::open()`] takes it. The answers are the same with and without.
     pub draft: Option<String>,
     /// Which guesses are tried; the draft's own default where nothing is said.
     pub tree: Option<String>,

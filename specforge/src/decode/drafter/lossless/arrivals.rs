@@ -58,13 +58,16 @@ fn schedules() -> [Vec<(usize, usize)>; 4] {
     ]
 }
 
+/// Looks at a drafter, a row and its tokens.
+type Look<'a, D> = &'a dyn Fn(&D, usize, &[u32]);
+
 /// Decodes with a drafter, and looks at all caches after every step where that is asked for.
 fn decode<D: Drafter>(
     target: &LlamaTarget,
     drafter: D,
     options: &EngineOptions,
     schedule: &[(usize, usize)],
-    look: Option<&dyn Fn(&D, usize, &[u32])>,
+    look: Option<Look<'_, D>>,
 ) -> Vec<Decoded> {
     let shared = Rc::new(RefCell::new(drafter));
     let mut engine = Engine::new(target, Box::new(Watched(Rc::clone(&shared))), options.clone()).unwrap();
@@ -93,11 +96,7 @@ fn decode<D: Drafter>(
 }
 
 /// Every schedule, every number of rows, both ways to choose, against each request alone and without a draft.
-fn everywhere<D: Drafter>(
-    target: &LlamaTarget,
-    new: &dyn Fn(DraftSampling) -> D,
-    look: Option<&dyn Fn(&D, usize, &[u32])>,
-) {
+fn everywhere<D: Drafter>(target: &LlamaTarget, new: &dyn Fn(DraftSampling) -> D, look: Option<Look<'_, D>>) {
     let mut guessed = 0;
     for temperature in [0.0, 1.0] {
         let keyed = |rows| options(Policy::Keyed { seed: SEED }, temperature, rows);
