@@ -9,6 +9,7 @@ fn main() {
     // The tests' fixture, which is compiled into the library here, names cargo's variables of a test.
     println!("cargo:rustc-env=CARGO_TARGET_TMPDIR=/tmp");
     println!("cargo:rustc-env=CARGO_BIN_EXE_specforge=specforge");
+    println!("cargo:rustc-env=CARGO_BIN_EXE_specforge-plugins=specforge-plugins");
     let libraries = env::var_os("DEP_TCH_LIBTORCH_LIB").expect("torch-sys names the folder of libtorch");
     let libraries = PathBuf::from(libraries);
     let is_openmp = |name: &std::ffi::OsString| name.to_string_lossy().starts_with("libgomp");
