@@ -95,7 +95,8 @@ impl Processors {
             return all;
         }
         if self.temperature != 1.0 {
-            all /= self.temperature;
+            // Not in place: a row that is float64 already is the caller's own.
+            all = all.divide_scalar(self.temperature);
         }
         let size = all.size()[1];
         if self.top_k > 0 && (self.top_k as i64) < size {
