@@ -11,6 +11,7 @@ use safetensors::SafeTensors;
 use specforge::weights::WeightsFolder;
 use tch::{Device, Kind, Tensor};
 
+mod chat_templates;
 mod eagle3;
 mod eagle_trees;
 mod medusa;
@@ -26,6 +27,8 @@ const PREFIXES: &[(&str, Check)] = &[
     // targets
     ("smollm2", smollm2::check),
     ("tiny_llama_", tiny_llama::check),
+    // what they are given
+    ("template_", chat_templates::check),
     // drafts
     ("eagle3_official", eagle3::check_official),
     ("eagle3_summary", eagle3::summary::check),

@@ -15,9 +15,11 @@ use super::conversation::Message;
 use super::jinja::{self, Beginning, Context, Day, Fault, Limits, Value};
 use crate::error::{Error, Result, foreign};
 
-/// `strftime_now` always answers this day, the one Llama's templates fall back to: the same data must give the same
-/// tokens tomorrow.
+/// `strftime_now` answers this day, the one Llama's templates fall back to: the same data must give the same tokens
+/// tomorrow. A template argument called [`DAY_ARGUMENT`] names another.
 const TEMPLATE_DAY: Day = Day { year: 2024, month: 7, day: 26 };
+
+const DAY_ARGUMENT: &str = "strftime_now";
 
 const OPEN_MARK: &str = "\u{f8d0}\u{f8f1}\u{f8d2}";
 const CLOSE_MARK: &str = "\u{f8d3}\u{f8f4}\u{f8d5}";
@@ -147,8 +149,12 @@ impl ChatTemplate {
             calls |= self.write_arguments(message, &mut json)?;
             as_text.push(json);
         }
-        let mut globals = Context::new();
+        let (mut globals, mut day) = (Context::new(), TEMPLATE_DAY);
         for (key, json) in &self.globals {
+            if key == DAY_ARGUMENT {
+                day = day_of(json)?;
+                continue;
+            }
             bytes += size_of_json(json);
             globals.insert(Arc::from(key.as_str()), value(json)?);
         }
@@ -160,7 +166,7 @@ impl ChatTemplate {
             return Err(Error::bad_file(&self.path, format!("has no template `{name}`")));
         };
         let mut prepared =
-            Prepared { template: self, compiled, messages: list, globals, bytes, renderings: Cell::new(0) };
+            Prepared { template: self, compiled, messages: list, globals, day, bytes, renderings: Cell::new(0) };
         if calls && prepared.render(messages.len(), false).is_err() {
             // Some templates glue arguments into their text: these must be strings.
             let as_text = as_text.iter().map(value).collect::<Result<Vec<_>>>()?;
@@ -211,6 +217,15 @@ impl ChatTemplate {
     }
 }
 
+/// The day that a template argument names.
+fn day_of(json: &Json) -> Result<Day> {
+    json.as_str().and_then(Day::parse).ok_or_else(|| {
+        let problem =
+            format!("the template argument `{DAY_ARGUMENT}`: expected a day such as \"2024-07-26\", got {json}");
+        Error::Failed(problem)
+    })
+}
+
 /// About how many bytes a value takes when it is printed.
 fn size_of_json(json: &Json) -> usize {
     match json {
@@ -229,6 +244,7 @@ pub struct Prepared<'a> {
     messages: Vec<Value>,
     /// What every rendering is given besides the messages.
     globals: Context,
+    day: Day,
     bytes: usize,
     renderings: Cell<usize>,
 }
@@ -240,6 +256,10 @@ impl Prepared<'_> {
     /// The same, with values that only this conversation gives its template; they replace the others.
     pub fn with_arguments(mut self, arguments: &Map<String, Json>) -> Result<Self> {
         for (key, json) in arguments {
+            if key == DAY_ARGUMENT {
+                self.day = day_of(json)?;
+                continue;
+            }
             let value = Value::from_json(json).map_err(|fault| self.template.failure(&fault, 0))?;
             self.bytes += size_of_json(json);
             self.globals.insert(Arc::from(key.as_str()), value);
@@ -274,7 +294,7 @@ impl Prepared<'_> {
         wanted: Vec<(usize, bool)>,
     ) -> Result<(String, Option<Vec<Beginning>>)> {
         let (context, limits) = self.context(count, false)?;
-        let rendered = jinja::render_with_beginnings(self.compiled, &context, wanted, &limits, TEMPLATE_DAY);
+        let rendered = jinja::render_with_beginnings(self.compiled, &context, wanted, &limits, self.day);
         rendered.map_err(|(fault, line)| self.template.failure(&fault, line))
     }
 
@@ -286,7 +306,7 @@ impl Prepared<'_> {
 
     fn render_with(&self, marks: Option<(&str, &str)>, count: usize, add_generation_prompt: bool) -> Result<String> {
         let (context, limits) = self.context(count, add_generation_prompt)?;
-        let rendered = jinja::render(self.compiled, &context, marks, &limits, TEMPLATE_DAY);
+        let rendered = jinja::render(self.compiled, &context, marks, &limits, self.day);
         rendered.map_err(|(fault, line)| self.template.failure(&fault, line))
     }
 
@@ -474,5 +494,14 @@ pub(super) mod tests {
         let mut compiled = template("{{ strftime_now('%d %b %Y') }} {{ enable_thinking }}");
         compiled.add_arguments(&Map::from_iter([("enable_thinking".to_owned(), false.into())]));
         assert_eq!(compiled.prepare(&[], None).unwrap().render(0, false).unwrap(), "26 Jul 2024 False");
+        let day = |day: &str| Map::from_iter([(DAY_ARGUMENT.to_owned(), Json::from(day))]);
+        compiled.add_arguments(&day("2025-03-04"));
+        let prepared = compiled.prepare(&[], None).unwrap();
+        assert_eq!(prepared.render(0, false).unwrap(), "04 Mar 2025 False");
+        let prepared = prepared.with_arguments(&day("2025-12-31")).unwrap();
+        assert_eq!(prepared.render(0, false).unwrap(), "31 Dec 2025 False");
+        compiled.add_arguments(&day("today"));
+        let problem = compiled.prepare(&[], None).unwrap_err().to_string();
+        assert!(problem.contains("`strftime_now`: expected a day such as \"2024-07-26\", got \"today\""), "{problem}");
     }
 }

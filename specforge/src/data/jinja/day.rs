@@ -27,6 +27,23 @@ const MONTHS: [&str; 12] = [
 const WEEKDAYS: [&str; 7] = ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"];
 
 impl Day {
+    /// From `2024-07-26`; nothing where that is no day.
+    pub(in crate::data) fn parse(text: &str) -> Option<Self> {
+        let mut parts = text.split('-').zip([4, 2, 2]).map(|(part, digits)| {
+            let sound = part.len() == digits && part.bytes().all(|byte| byte.is_ascii_digit());
+            sound.then(|| part.parse::<i64>().ok()).flatten()
+        });
+        let (year, month, day) = (parts.next()??, parts.next()??, parts.next()??);
+        let leaps = year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+        let last = match month {
+            2 => 28 + i64::from(leaps),
+            4 | 6 | 9 | 11 => 30,
+            _ => 31,
+        };
+        let sound = text.len() == 10 && (1..=12).contains(&month) && (1..=last).contains(&day);
+        sound.then_some(Self { year, month: month as usize, day })
+    }
+
     /// Days since Sunday.
     fn weekday(self) -> usize {
         // Sakamoto's method.
@@ -118,5 +135,15 @@ mod tests {
         assert_eq!(day.format("%A, %B %-d, %y %%").unwrap(), "Friday, July 26, 24 %");
         assert_eq!(Day { year: 2000, month: 2, day: 29 }.format("%a %F").unwrap(), "Tue 2000-02-29");
         assert!(day.format("%Q").is_err());
+    }
+
+    #[test]
+    fn days_are_read() {
+        assert_eq!(Day::parse("2024-02-29"), Some(Day { year: 2024, month: 2, day: 29 }));
+        for none in
+            ["2023-02-29", "2024-13-01", "2024-00-01", "2024-1-1", "2024-01-01T00:00", "2024-01", "today", "+024-01-01"]
+        {
+            assert_eq!(Day::parse(none), None, "{none}");
+        }
     }
 }
