@@ -38,6 +38,16 @@ fn the_cpu_passes_against_itself_and_the_file_is_what_was_printed() {
             assert!(parity.iter().any(|row| ran(&row)), "{part} in {kind}");
         }
     }
+    let kernels = report["kernels"]["checks"].as_array().unwrap();
+    for loss in ["one label a row", "cross-entropy", "KL", "reverse KL", "total variation", "LK alpha", "LK lambda"] {
+        for part in ["values", "gradients"] {
+            let ran = |row: &&Value| {
+                let check = row["check"].as_str().unwrap();
+                check.starts_with(loss) && check.ends_with(part) && row["passed"] == true
+            };
+            assert!(kernels.iter().filter(ran).count() >= 3, "{loss}: {kernels:?}");
+        }
+    }
     let repeated = report["repeat"]["checks"].as_array().unwrap();
     for draft in ["own projections", "shared projection", "EAGLE-3"] {
         let ran = |row: &Value| row["check"] == format!("{draft}: training twice") && row["passed"] == true;

@@ -3,6 +3,7 @@
 // A test that fails is what unwrapping is for; clippy knows that of the test functions, not of their helpers.
 #![allow(clippy::unwrap_used)]
 
+mod anchors;
 mod bad_input;
 mod cli;
 mod configuration;
@@ -31,6 +32,7 @@ mod resume;
 mod shared_data;
 mod sharing;
 mod signals;
+mod small_drafts;
 mod smollm2_decoding;
 mod stopping;
 mod store;

@@ -7,12 +7,11 @@ use specforge::data::{DocumentRef, PackedBatch};
 use specforge::draft::medusa::{Medusa, MedusaConfig};
 use specforge::draft::{DraftContext, DraftModel, Gradients, Tally};
 use specforge::features::{FeatureSource, OnlineFeatures};
-use specforge::models::TargetModel;
-use specforge::models::llama::{LlamaConfig, LlamaTarget};
 use specforge::nn::noise;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
-use crate::fixture::{STEP, TOKENIZER_SIZE, largest_difference, model_config, model_tensors};
+use crate::fixture::{STEP, TOKENIZER_SIZE, largest_difference};
+use crate::small_drafts;
 
 /// A target with heads on it, and the target's features.
 struct Setup {
@@ -23,30 +22,12 @@ struct Setup {
 impl Setup {
     /// Heads of two blocks that are not at their start: random noise on every parameter.
     fn new(kind: Kind, projection: &str) -> Self {
-        let config = model_config(&json!({}));
-        let tensors: std::collections::HashMap<String, Tensor> = model_tensors(&config).into_iter().collect();
-        let llama = LlamaConfig::from_value(&config).unwrap();
-        let mut tensor = |name: &str, _: &[i64]| Ok(tensors[name].to_kind(kind));
-        let target = LlamaTarget::build(llama, Device::Cpu, &mut tensor).unwrap();
+        let target = small_drafts::target(kind);
         let heads = MedusaConfig::read(&json!({"num_heads": 3, "num_layers": 2, "projection": projection})).unwrap();
-        let context = DraftContext {
-            target: target.info().clone(),
-            embedding: target.embedding(),
-            head: target.head(),
-            vocabulary: None,
-            weights: None,
-            kind,
-            device: Device::Cpu,
-            seed: 0,
-            // Seven rows a chunk, so that a batch takes several.
-            chunk_bytes: 7 * 4 * TOKENIZER_SIZE as usize,
-        };
-        let draft = Medusa::new(heads, &context).unwrap();
-        let _no_grad = tch::no_grad_guard();
-        for (stream, parameter) in draft.parameters().iter().enumerate() {
-            let change = noise::normal(&parameter.value.size(), 0.05, 3, stream as u64);
-            drop(parameter.value.shallow_clone().g_add_(&change.to_kind(kind)));
-        }
+        // Seven rows a chunk, so that a batch takes several.
+        let chunk_bytes = 7 * 4 * TOKENIZER_SIZE as usize;
+        let draft = Medusa::new(heads, &DraftContext { chunk_bytes, ..small_drafts::context(&target) }).unwrap();
+        small_drafts::disturb(&draft);
         Self { draft, source: OnlineFeatures::new(target) }
     }
 

@@ -12,6 +12,8 @@ use specforge::models::{TargetModel, load_target};
 use specforge::nn::Processors;
 use tch::{Device, Kind, Tensor};
 
+use crate::small_drafts;
+
 const QUESTIONS: [&str; 2] = ["Name three rivers of Europe.", "Write one line about rain."];
 const NEW_TOKENS: usize = 16;
 
@@ -64,17 +66,7 @@ fn every_draft_is_lossless_on_a_real_model() {
     let target = load_target(&folder, Kind::Float, Device::Cpu).unwrap();
     let target = target.as_ref();
     let tokenizer = ChatTokenizer::load(&folder, None).unwrap();
-    let context = DraftContext {
-        target: target.info().clone(),
-        embedding: target.embedding(),
-        head: target.head(),
-        vocabulary: None,
-        weights: None,
-        kind: Kind::Float,
-        device: Device::Cpu,
-        seed: 1,
-        chunk_bytes: 1 << 24,
-    };
+    let context = DraftContext { seed: 1, ..small_drafts::context(target) };
     let build = |section: serde_json::Value| (draft::algorithm(&section).unwrap().build)(&section, &context).unwrap();
     // Untrained heads name the token that the target has just chosen, an untrained layer names anything.
     let medusa = build(serde_json::json!({"algorithm": "medusa", "projection": "shared"}));

@@ -14,16 +14,17 @@ use specforge::draft::{DraftContext, DraftModel, Gradients, Tally};
 use specforge::export::medusa::read;
 use specforge::features::{FeatureBatch, FeatureSource, OnlineFeatures};
 use specforge::models::TargetModel;
-use specforge::models::llama::{LlamaConfig, LlamaTarget};
+use specforge::models::llama::LlamaTarget;
 use specforge::nn::noise;
 use specforge::vocab::{Record, VocabFile, VocabMap};
 use specforge::weights;
 use tch::{Device, Kind, Tensor};
 
 use crate::fixture::{
-    STEP, TOKENIZER_SIZE, Workspace, contents, conversations, json_of, largest_difference, litter, model_config,
-    model_tensors, output_of, specforge, stderr_of, tensors_of,
+    STEP, TOKENIZER_SIZE, Workspace, contents, conversations, json_of, largest_difference, litter, output_of,
+    specforge, stderr_of, tensors_of,
 };
+use crate::small_drafts;
 
 /// Tokens of the maps here.
 const DRAFT_SIZE: i64 = 60;
@@ -308,30 +309,13 @@ fn a_damaged_token_map_is_refused() {
 
 /// Two heads with a map on a small target in float64, away from their start.
 fn heads(projection: &str, map: Option<&VocabMap>) -> (Medusa, LlamaTarget) {
-    let config = model_config(&json!({}));
-    let tensors: std::collections::HashMap<String, Tensor> = model_tensors(&config).into_iter().collect();
-    let llama = LlamaConfig::from_value(&config).unwrap();
-    let mut tensor = |name: &str, _: &[i64]| Ok(tensors[name].to_kind(Kind::Double));
-    let target = LlamaTarget::build(llama, Device::Cpu, &mut tensor).unwrap();
+    let target = small_drafts::target(Kind::Double);
     let config =
         MedusaConfig::read(&json!({"num_heads": 3, "projection": projection, "loss_weights": [1.0, 0.5, 2.0]}));
-    let context = DraftContext {
-        target: target.info().clone(),
-        embedding: target.embedding(),
-        head: target.head(),
-        vocabulary: map,
-        weights: None,
-        kind: Kind::Double,
-        device: Device::Cpu,
-        seed: 0,
-        chunk_bytes: 5 * 4 * DRAFT_SIZE as usize,
-    };
+    let chunk_bytes = 5 * 4 * DRAFT_SIZE as usize;
+    let context = DraftContext { vocabulary: map, chunk_bytes, ..small_drafts::context(&target) };
     let draft = Medusa::new(config.unwrap(), &context).unwrap();
-    let _no_grad = tch::no_grad_guard();
-    for (stream, parameter) in draft.parameters().iter().enumerate() {
-        let change = noise::normal(&parameter.value.size(), 0.05, 3, stream as u64);
-        drop(parameter.value.shallow_clone().g_add_(&change.to_kind(Kind::Double)));
-    }
+    small_drafts::disturb(&draft);
     (draft, target)
 }
 

@@ -9,7 +9,7 @@ use specforge::nn::{AttentionMask, KvCache, Processors, TreeMask, noise};
 use tch::{Device, Kind, Tensor};
 
 use crate::plugins::windowed::{self, model};
-use crate::{fixture, plugins};
+use crate::{fixture, plugins, small_drafts};
 
 const VOCABULARY: i64 = 60;
 
@@ -155,17 +155,7 @@ fn decode<'a>(
 
 /// A draft in training on this target, as it begins.
 fn draft(target: &dyn TargetModel, section: &serde_json::Value) -> Box<dyn DraftModel> {
-    let context = DraftContext {
-        target: target.info().clone(),
-        embedding: target.embedding(),
-        head: target.head(),
-        vocabulary: None,
-        weights: None,
-        kind: target.kind(),
-        device: Device::Cpu,
-        seed: 1,
-        chunk_bytes: 1 << 20,
-    };
+    let context = DraftContext { seed: 1, ..small_drafts::context(target) };
     (draft::algorithm(section).unwrap().build)(section, &context).unwrap()
 }
 

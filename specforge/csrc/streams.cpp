@@ -38,6 +38,12 @@ int specforge_stream_current(std::int32_t device, std::int64_t *stream, char *er
   return guarded([&] { *stream = implementation().getStream(device_of(device)).id(); }, error, error_size);
 }
 
+// What the device's driver calls a stream.
+int specforge_stream_handle(std::int32_t device, std::int64_t stream, void **handle, char *error,
+                            std::size_t error_size) {
+  return guarded([&] { *handle = stream_of(device, stream).native_handle(); }, error, error_size);
+}
+
 // From now on this thread's work goes to this device and stream. A thread begins on device 0, where it would otherwise
 // take memory that belongs to another process.
 int specforge_stream_enter(std::int32_t device, std::int64_t stream, char *error, std::size_t error_size) {

@@ -246,7 +246,7 @@ FOR_EVERY_PROCESSOR void soft_row(float *row, float *scratch, std::int64_t size,
         const lanes p = load(target + index), log_p = load(log_target + index), own = p * mass;
         store(scratch + index, draft);
         // Numbers that are none stay so.
-        accepted.add(draft < own ? draft : (own == own ? own : draft));
+        accepted.add(draft < own ? draft : (draft == draft ? own : draft));
         smaller.add(log_draft < log_p + log_mass ? draft : lanes{});
         cross.add(p * log_draft);
         if (is_reverse) reverse.add(draft * (log_draft - log_p));
@@ -256,7 +256,7 @@ FOR_EVERY_PROCESSOR void soft_row(float *row, float *scratch, std::int64_t size,
         const float draft = scratch[index] * share, log_draft = (row[index] - most) - log_sum;
         const float p = target[index], log_p = log_target[index], own = p * mass;
         scratch[index] = draft;
-        accepted.add(draft < own ? draft : (own == own ? own : draft));
+        accepted.add(draft < own ? draft : (draft == draft ? own : draft));
         smaller.add(log_draft < log_p + log_mass ? draft : 0.0f);
         cross.add(p * log_draft);
         if (is_reverse) reverse.add(draft * (log_draft - log_p));

@@ -218,11 +218,14 @@ pub fn page_locked(host: &Tensor, device: Device) -> Tensor {
 
 /// The folder libtorch_cpu.so was loaded from.
 pub fn libtorch_folder() -> Option<PathBuf> {
+    folder_of("/libtorch_cpu.so")
+}
+
+/// The folder that a library was loaded from, whose name with the slash before it begins like this.
+pub(crate) fn folder_of(library: &str) -> Option<PathBuf> {
     let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
-    let path = maps
-        .lines()
-        .filter_map(|line| line.split_whitespace().nth(5))
-        .find(|path| path.ends_with("/libtorch_cpu.so"))?;
+    let mut paths = maps.lines().filter_map(|line| line.split_whitespace().nth(5));
+    let path = paths.find(|path| path.rfind('/').is_some_and(|at| path[at..].starts_with(library)))?;
     Path::new(path).parent().map(Path::to_path_buf)
 }
 

@@ -4,6 +4,7 @@
 //! see each other. A test reads every `use` line and fails on an arrow that runs the other way.
 
 // L0: errors, files, what the terminal shows, what libtorch is asked for directly
+pub mod cuda_kernels;
 pub mod device;
 pub mod error;
 pub mod files;

@@ -16,6 +16,13 @@ use crate::shim::checked;
 unsafe extern "C" {
     fn specforge_stream_beside(device: i32, stream: *mut i64, error: *mut c_char, error_size: usize) -> c_int;
     fn specforge_stream_current(device: i32, stream: *mut i64, error: *mut c_char, error_size: usize) -> c_int;
+    fn specforge_stream_handle(
+        device: i32,
+        stream: i64,
+        handle: *mut *mut c_void,
+        error: *mut c_char,
+        error_size: usize,
+    ) -> c_int;
     fn specforge_stream_enter(device: i32, stream: i64, error: *mut c_char, error_size: usize) -> c_int;
     fn specforge_event_record(
         device: i32,
@@ -83,6 +90,16 @@ impl Stream {
         // SAFETY: the number and the message buffer outlive the call.
         checked(|error, error_size| unsafe { ask(device, &raw mut number, error, error_size) })?;
         Ok(Some(Self { device, number }))
+    }
+
+    /// What the device's driver calls it. It stays libtorch's.
+    pub fn handle(self) -> Result<*mut c_void> {
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: the pointer and the message buffer outlive the call.
+        checked(|error, error_size| unsafe {
+            specforge_stream_handle(self.device, self.number, &raw mut handle, error, error_size)
+        })?;
+        Ok(handle)
     }
 
     /// From now on this thread's work goes here.

@@ -9,8 +9,8 @@
 // kernel the device's memory, and hands its results back as tensors of the device. An address of the device is one that
 // nothing is behind: the numbers lie elsewhere, and who reads it as the host's memory is ended by the system.
 //
-// REHEARSAL_COUNTS names a file for what was counted: kernels by operator, waits of the host by their reason, and bytes
-// that were copied each way.
+// REHEARSAL_COUNTS names a file for what was counted: kernels by operator, waits of the host by their reason, bytes that
+// were copied each way, and which tensors kernels read and wrote. libcuda.cpp plays the driver for the program's own kernels.
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
@@ -54,6 +54,9 @@ using torch::jit::Stack;
 struct Counts {
   std::mutex lock;
   std::map<std::string, long> kernels, waits, bytes{{"to_device", 0}, {"to_host", 0}};
+  // "NAME|N": how often an operator read or wrote a tensor of N numbers; of a kernel of the program, how many numbers it read
+  // and wrote of its argument N.
+  std::map<std::string, long> touched;
 
   void kernel(const std::string &name) {
     const std::lock_guard<std::mutex> guard(lock);
@@ -68,16 +71,21 @@ struct Counts {
     const std::lock_guard<std::mutex> guard(lock);
     bytes[to_device ? "to_device" : "to_host"] += static_cast<long>(count);
   }
+  void touch(const std::string &name, long which, long times) {
+    const std::lock_guard<std::mutex> guard(lock);
+    touched[name + "|" + std::to_string(which)] += times;
+  }
   ~Counts() {
-    const char *path = std::getenv("REHEARSAL_COUNTS");
-    if (path == nullptr) return;
+    if (const char *path = std::getenv("REHEARSAL_COUNTS")) write(path);
+  }
+  void write(const char *path) {
     std::ofstream file(path);
     const auto list = [&](const std::map<std::string, long> &counts) {
       const char *comma = "";
       for (const auto &[name, count] : counts) file << comma << '"' << name << "\": " << count, comma = ", ";
     };
     file << "{\"waits\": {", list(waits), file << "}, \"bytes\": {", list(bytes), file << "}, \"kernels\": {";
-    list(kernels), file << "}}\n";
+    list(kernels), file << "}, \"touched\": {", list(touched), file << "}}\n";
   }
 };
 
@@ -94,6 +102,7 @@ struct Piece {
 struct Memory final : c10::DeviceAllocator {
   c10::CachingDeviceAllocator::DeviceStats stats;
   std::mutex lock;
+  std::map<char *, Piece *> pieces;  // by the device's address
 
   static Memory &get() {
     static auto *memory = new Memory;  // outlives every tensor
@@ -107,6 +116,10 @@ struct Memory final : c10::DeviceAllocator {
   }
   static void release(void *context) {
     auto *piece = static_cast<Piece *>(context);
+    {
+      const std::lock_guard<std::mutex> guard(get().lock);
+      get().pieces.erase(static_cast<char *>(piece->address));
+    }
     munmap(piece->address, piece->bytes);
     std::free(piece->numbers);
     get().count(-static_cast<std::int64_t>(piece->bytes));
@@ -121,7 +134,21 @@ struct Memory final : c10::DeviceAllocator {
     const bool there = address != MAP_FAILED && numbers != nullptr;
     TORCH_CHECK(there, "CUDA out of memory. Tried to allocate ", wanted, " bytes.");
     count(static_cast<std::int64_t>(bytes));
-    return {address, new Piece{address, numbers, bytes}, &release, device};
+    auto *piece = new Piece{address, numbers, bytes};
+    const std::lock_guard<std::mutex> guard(lock);
+    pieces[static_cast<char *>(address)] = piece;
+    return {address, piece, &release, device};
+  }
+  // Where the numbers of an address are, and how many bytes follow; nothing for one that is not the device's.
+  void *numbers(void *address, std::size_t *bytes) {
+    const std::lock_guard<std::mutex> guard(lock);
+    auto after = pieces.upper_bound(static_cast<char *>(address));
+    if (after == pieces.begin()) return nullptr;
+    const auto &[begin, piece] = *--after;
+    const auto offset = static_cast<std::size_t>(static_cast<char *>(address) - begin);
+    if (offset >= piece->bytes) return nullptr;
+    *bytes = piece->bytes - offset;
+    return static_cast<char *>(piece->numbers) + offset;
   }
   // Where the numbers of a storage of the device are.
   static void *numbers(const c10::StorageImpl *storage) {
@@ -260,14 +287,25 @@ bool waits(const std::string &name) {
   return false;
 }
 
+// Products read and write more cleverly than once.
+bool is_product(const std::string &name) {
+  for (const char *one : {"aten::mm", "aten::addmm", "aten::linear"})
+    if (name.rfind(one, 0) == 0) return true;
+  return false;
+}
+
 void fallback(const c10::OperatorHandle &operation, Stack *stack) {
   const auto name = c10::toString(operation.operator_name());
   const auto &schema = operation.schema();
   const auto first = stack->size() - schema.arguments().size();
   counts.kernel(name);
   HostViews views;
+  bool counted = !is_product(name);
   const auto shown = [&](const Tensor &tensor) {
-    if (is_on_device(tensor)) return views.of(tensor);
+    if (is_on_device(tensor)) {
+      if (counted) counts.touch(name, tensor.numel(), 1);
+      return views.of(tensor);
+    }
     TORCH_CHECK(!tensor.defined() || may_be_of_the_host(tensor, name),
                 "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! (",
                 name, ", a tensor of sizes ", tensor.sizes(), " is on the CPU)");
@@ -275,6 +313,7 @@ void fallback(const c10::OperatorHandle &operation, Stack *stack) {
   };
   for (std::size_t index = first; index < stack->size(); index++) {
     auto &argument = (*stack)[index];
+    counted = !is_product(name) && !schema.arguments()[index - first].is_out();
     if (argument.isTensor()) {
       argument = shown(argument.toTensor());
     } else if (argument.isTensorList()) {
@@ -296,6 +335,7 @@ void fallback(const c10::OperatorHandle &operation, Stack *stack) {
   bool is_number = waits(name);
   for (auto &result : *stack) {
     if (result.isTensor()) {
+      if (!is_product(name) && result.toTensor().defined()) counts.touch(name, result.toTensor().numel(), 1);
       result = views.result(result.toTensor(), name);
     } else if (result.isTensorList()) {
       c10::List<Tensor> list;
@@ -325,6 +365,8 @@ Tensor &copy_(Tensor &self, const Tensor &source, bool non_blocking) {
   HostViews views;
   if (self.is_cuda() && source.is_cuda()) {
     counts.kernel("aten::copy_");
+    counts.touch("aten::copy_", self.numel(), 1);
+    counts.touch("aten::copy_", source.numel(), 1);
   } else {
     const bool to_device = self.is_cuda();
     const auto &host = to_device ? source : self;
@@ -730,6 +772,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     TORCH_CHECK(device.index() <= 0, "CUDA error: invalid device ordinal");
   }
   void uncheckedSetDevice(c10::Device) const noexcept override {}
+  void *getStreamNativeHandle(const c10::Stream) const override { return nullptr; }
   c10::Stream stream() const { return c10::Stream(c10::Stream::DEFAULT, one()); }
   c10::Stream getStream(c10::Device) const override { return stream(); }
   c10::Stream getDefaultStream(c10::Device) const override { return stream(); }
@@ -757,6 +800,27 @@ const struct Register {
 } registered;
 
 }  // namespace rehearsal
+
+// ---- what libcuda.cpp and tests ask ---------------------------------------------------------------------------------
+
+extern "C" {
+
+void *rehearsal_numbers(void *address, std::size_t *bytes) { return rehearsal::Memory::get().numbers(address, bytes); }
+void rehearsal_launched(const char *kernel) { rehearsal::counts.kernel(kernel); }
+void rehearsal_touched(const char *kernel, int argument, long count) {
+  rehearsal::counts.touch(kernel, argument, count);
+}
+
+// Writes what was counted since the last time.
+void rehearsal_report(const char *path) {
+  auto &counts = rehearsal::counts;
+  const std::lock_guard<std::mutex> guard(counts.lock);
+  counts.write(path);
+  counts.kernels.clear(), counts.waits.clear(), counts.touched.clear();
+  counts.bytes = {{"to_device", 0}, {"to_host", 0}};
+}
+
+}  // extern "C"
 
 namespace at {
 

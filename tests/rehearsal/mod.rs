@@ -1,5 +1,5 @@
-//! Every way that the program goes on a GPU, gone without one: `libtorch_cuda.cpp` plays libtorch's CUDA half, and the
-//! unchanged program opens it. What is computed is then the CPU's, so results must be those of `--device cpu`; what is
+//! Every way that the program goes on a GPU, gone without one: `libtorch_cuda.cpp` plays libtorch's CUDA half, `libcuda.cpp`
+//! NVIDIA's driver and compiler, and the unchanged program opens them. What is computed is then the CPU's, so results must be those of `--device cpu`; what is
 //! seen is whether all tensors of an operator are on one device, whether memory of the device is read as the host's, and
 //! how often the host waits for the device.
 
@@ -13,6 +13,8 @@ use serde_json::{Value, json};
 use specforge::device::{self, CudaState};
 use specforge::weights;
 use tch::{Device, Kind, Tensor};
+
+mod kernels;
 
 use crate::decoding;
 use crate::fixture::{Workspace, json_of, model_config, model_tensors, output_of, specforge, stderr_of};
@@ -28,7 +30,6 @@ fn make_libraries() -> Result<PathBuf, String> {
     if libtorch.join("libtorch_cuda.so").exists() {
         return Err(format!("{} has the real one", libtorch.display()));
     }
-    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/rehearsal/libtorch_cuda.cpp");
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cuda-rehearsal");
     let _ = fs::remove_dir_all(&folder);
     fs::create_dir_all(&folder).map_err(|error| error.to_string())?;
@@ -40,15 +41,28 @@ fn make_libraries() -> Result<PathBuf, String> {
         }
     }
     let include = libtorch.with_file_name("include");
+    compile("libtorch_cuda.cpp", &folder.join("libtorch_cuda.so"), |command| {
+        command.args(["-ltorch_cpu", "-lc10", "-L"]).arg(&libtorch);
+        command.arg("-I").arg(&include).arg("-I").arg(include.join("torch/csrc/api/include"));
+    })?;
+    // What it takes from the other is there when it is opened.
+    let driver = folder.join("libcuda.so.1");
+    compile("libcuda.cpp", &driver, |_| {})?;
+    fs::hard_link(&driver, folder.join("libnvrtc.so.13")).map_err(|error| error.to_string())?;
+    Ok(folder)
+}
+
+/// Compiles a file of this folder into a library.
+fn compile(source: &str, library: &Path, more: impl Fn(&mut Command)) -> Result<(), String> {
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/rehearsal").join(source);
     let mut command = Command::new(&compiler);
-    command.args(["-O1", "-std=c++17", "-fPIC", "-shared", "-w", source, "-ltorch_cpu", "-lc10", "-L"]).arg(&libtorch);
-    command.arg("-I").arg(&include).arg("-I").arg(include.join("torch/csrc/api/include"));
-    let output = command.arg("-o").arg(folder.join("libtorch_cuda.so")).output();
-    let output = output.map_err(|error| format!("{compiler}: {error}"))?;
+    command.args(["-O1", "-std=c++17", "-fPIC", "-shared", "-w"]).arg(&source);
+    more(&mut command);
+    let output = command.arg("-o").arg(library).output().map_err(|error| format!("{compiler}: {error}"))?;
     // A compiler that is there and refuses is a fault of the source.
     assert!(output.status.success(), "{}", stderr_of(&output));
-    Ok(folder)
+    Ok(())
 }
 
 /// The program with this libtorch; nothing where it cannot be made.
@@ -172,6 +186,7 @@ fn the_check_of_a_gpu_passes() {
     let report = json_of(command);
     assert_eq!((&report["device"], &report["passed"]), (&json!("cuda:0"), &json!(true)), "{report}");
     assert!(report["parity"].as_array().unwrap().len() > 50);
+    assert_eq!(report["kernels"]["state"], "compiled for sm_90");
     assert_eq!(report["repeat"]["state"], "cuda:0");
     assert!(report["repeat"]["checks"].as_array().unwrap().len() > 5);
     let drafts = report["training"].as_array().unwrap();

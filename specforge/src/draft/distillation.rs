@@ -25,14 +25,15 @@
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use super::loss::{Projection, Rows, project, row_by_row};
+use super::loss::{Projection, Rows, project};
+use super::row_losses::RowByRow;
 use crate::device;
 use crate::error::Result;
 use crate::nn::{Head, linear};
 use crate::shim;
 use crate::vocab::VocabMap;
 
-/// Objective of a row. `csrc/vocabulary_loss.cpp` counts them in this order.
+/// Objective of a row. `csrc/vocabulary_loss.cpp` and `csrc/vocabulary_loss.cu` count them in this order.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DistillationLoss {
@@ -217,7 +218,7 @@ pub fn distill(
     let room = |kind: Kind| Tensor::f_zeros([count], (kind, input.device()));
     let (losses, acceptance, hits, covered) = (room(kind)?, room(kind)?, room(Kind::Bool)?, room(Kind::Bool)?); // [M]
     let gradient = weights.as_ref().map(|_| sorted.f_zeros_like()).transpose()?; // [M, H]
-    let fused = row_by_row(kind, input.device());
+    let row_by_row = RowByRow::of(kind, input.device());
     let with_entropy = objective.loss == DistillationLoss::Kl;
     let mut sum = Tensor::zeros([], (Kind::Double, input.device()));
     for [first_position, positions, first_row, length] in order.chunks(objective.positions_per_chunk) {
@@ -231,10 +232,11 @@ pub fn distill(
         let weights = weights.as_ref().map(rows_of); // [m]
         let parity = parity.as_ref().map(|values| [0, 1].map(|at| rows_of(&values[at])));
         let into = [&losses, &acceptance, &hits, &covered].map(rows_of);
-        let (part_sum, slope) = if fused {
-            let target = ReachableRows::new(&of_teacher, teacher.vocabulary, with_entropy)?;
-            drop(of_teacher);
-            target.score(logits, &own, objective, (weights, parity), into)?
+        let (part_sum, slope) = if let Some(row_by_row) = row_by_row {
+            let target = row_by_row.teacher(of_teacher, teacher.vocabulary, with_entropy)?;
+            // What bends the slope is multiplied before anything is rounded.
+            let slope_kind = if bend.is_some() { kind } else { chunk.kind() };
+            target.score(logits, &own, objective, (weights, parity), into, slope_kind)?
         } else {
             let target = TargetChunk::new(of_teacher, teacher.vocabulary);
             let part = Chunk::new(&logits, &target, &own, objective);
@@ -315,54 +317,6 @@ impl TargetChunk {
         let top = vocabulary.draft_ids.index_select(0, &top);
         let log_reachable = reachable.g_sub_(&own);
         Self { reachable: log_reachable.exp(), log_reachable, log_mass, top }
-    }
-}
-
-/// The same for losses that are computed row by row: log p_S, p_S `[u, DV]`, log mass, sum of p_S log p_S, likeliest `[u]`.
-struct ReachableRows([Tensor; 5]);
-
-impl ReachableRows {
-    fn new(logits: &Tensor, vocabulary: Option<&DraftVocabulary>, with_entropy: bool) -> Result<Self> {
-        let (positions, size) = logits.size2()?;
-        let size = vocabulary.map_or(size, |vocabulary| vocabulary.target_ids.size()[0]);
-        let room = |shape: &[i64], kind| Tensor::f_empty(shape, (kind, Device::Cpu));
-        let (matrix, column) = ([positions, size], [positions]);
-        let rows = [
-            room(&matrix, Kind::Float)?,
-            room(&matrix, Kind::Float)?,
-            room(&column, Kind::Float)?,
-            room(&column, Kind::Float)?,
-            room(&column, Kind::Int64)?,
-        ];
-        let tables = vocabulary.map(|vocabulary| [&vocabulary.target_ids, &vocabulary.draft_ids]);
-        shim::teacher_rows(logits, tables, rows.each_ref(), with_entropy)?;
-        Ok(Self(rows))
-    }
-
-    /// Writes losses, acceptance, hits and covered rows `into` their places; with weights, gives the sum of weighted losses
-    /// and its gradient with respect to the logits.
-    fn score(
-        &self,
-        logits: Tensor,
-        own: &Tensor,
-        objective: Objective,
-        (weights, parity): (Option<Tensor>, Option<[Tensor; 2]>),
-        into: [Tensor; 4],
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let weighted = Tensor::f_zeros(own.size(), (Kind::Double, Device::Cpu))?; // [m]
-        let [losses, acceptance, hits, covered] = into.each_ref();
-        let contiguous = |values: Tensor| values.to_kind(Kind::Float).contiguous();
-        let (weights, parity) = (weights.map(contiguous), parity.map(|values| values.map(contiguous)));
-        shim::soft_losses(
-            [&logits, own],
-            self.0.each_ref(),
-            (objective.loss as i64, objective.lambda),
-            weights.as_ref(),
-            parity.as_ref().map(<[Tensor; 2]>::each_ref),
-            [losses, acceptance, hits, covered, &weighted],
-        )?;
-        let with_slope = weights.is_some();
-        Ok((with_slope.then(|| weighted.sum(Kind::Double)), with_slope.then_some(logits)))
     }
 }
 

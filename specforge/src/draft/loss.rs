@@ -11,8 +11,9 @@
 //!
 //! Shape legend: `R` rows, `C` rows of a chunk, `H` hidden size, `V` vocabulary.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
+use super::row_losses::RowByRow;
 use crate::error::Result;
 use crate::nn::{Head, linear};
 use crate::shim;
@@ -90,9 +91,13 @@ pub fn cross_entropy(
     let wide = if input.kind() == Kind::Double { Kind::Double } else { Kind::Float };
     // One piece of memory for the log-probabilities of every chunk, where libtorch's operators compute them. A fresh one
     // for each would leave gaps in the heap of the C library, which would then grow with the number of chunks after all.
-    let by_operators = !row_by_row(wide, input.device());
-    let room = || Tensor::f_empty([rows_per_chunk.min(count), weight.size()[0]], (wide, input.device()));
-    let room = by_operators.then(room).transpose()?;
+    let way = match RowByRow::of(wide, input.device()) {
+        Some(rows) => Way::Rows(rows),
+        None => {
+            let shape = [rows_per_chunk.min(count), weight.size()[0]];
+            Way::Operators(Tensor::f_empty(shape, (wide, input.device()))?)
+        }
+    };
     let losses = Tensor::f_zeros([count], (wide, input.device()))?; // [R]
     let ranks = losses.f_zeros_like()?; // [R]
     let weights = rows.weights.map(|weights| weights.detach().to_kind(wide)); // [R]
@@ -106,7 +111,7 @@ pub fn cross_entropy(
         // The logits' memory is taken for their ranks, or their slope, below.
         let bend = scale.and_then(|_| head.derivative(&logits));
         let own = Outcome { losses: part(&losses), ranks: part(&ranks), slope: scale.map(|_| chunk.kind()) };
-        if let Some(slope) = own.of(logits, &label, room.as_ref().map(|room| room.narrow(0, 0, length)).as_ref())? {
+        if let Some(slope) = own.of(logits, &label, &way)? {
             let slope = bend.map_or_else(|| slope.shallow_clone(), |bend| &slope * bend.to_kind(chunk.kind())); // [C, V]
             let factors = weights.as_ref().map(|weights| part(weights).unsqueeze(1).to_kind(chunk.kind())); // [C, 1]
             let weighted =
@@ -129,10 +134,12 @@ pub fn cross_entropy(
     Ok(RowLosses { sum, objective, losses, top1, top5, input_gradient })
 }
 
-/// Whether losses are computed row by row (`csrc/vocabulary_loss.cpp`), and not by libtorch's operators over a chunk. Those
-/// are left to float64, where exact tests run, and to GPUs.
-pub(super) fn row_by_row(kind: Kind, device: Device) -> bool {
-    device == Device::Cpu && kind == Kind::Float
+/// How a chunk's values are computed.
+enum Way {
+    /// Row by row.
+    Rows(RowByRow),
+    /// By libtorch's operators, with room for the log-probabilities of the largest chunk.
+    Operators(Tensor),
 }
 
 /// Where a chunk's values go.
@@ -147,13 +154,13 @@ struct Outcome {
 
 impl Outcome {
     /// Losses and ranks of a chunk's logits `[C, V]`, which are lost, and `softmax - onehot` where it is wanted.
-    fn of(self, mut logits: Tensor, labels: &Tensor, room: Option<&Tensor>) -> Result<Option<Tensor>> {
-        let Some(room) = room else {
-            shim::hard_losses([&logits, labels, &self.losses, &self.ranks], self.slope.is_some())?;
-            return Ok(self.slope.map(|kind| logits.to_kind(kind)));
+    fn of(self, mut logits: Tensor, labels: &Tensor, way: &Way) -> Result<Option<Tensor>> {
+        let room = match way {
+            Way::Rows(rows) => return rows.hard(logits, labels, [&self.losses, &self.ranks], self.slope),
+            Way::Operators(room) => room.narrow(0, 0, labels.size()[0]),
         };
         let label = labels.unsqueeze(1); // [C, 1]
-        let _ = logits.f_log_softmax_int_out(room, -1, room.kind())?;
+        let _ = logits.f_log_softmax_int_out(&room, -1, room.kind())?;
         let own_logit = logits.f_gather(1, &label, false)?; // [C, 1]
         let at_label = room.f_gather(1, &label, false)?; // [C, 1]
         let Self { mut losses, mut ranks, slope: wanted } = self;
@@ -161,7 +168,7 @@ impl Outcome {
         // Ones and zeros of a float type, in place: integers would be summed from a copy twice as large as the logits.
         let rank = logits.f_ge_tensor_(&own_logit)?.sum_dim_intlist(-1, false, room.kind()); // [C]
         ranks.f_copy_(&rank)?;
-        wanted.map(|kind| slope(room.shallow_clone(), &label, &at_label, kind)).transpose()
+        wanted.map(|kind| slope(room, &label, &at_label, kind)).transpose()
     }
 }
 
@@ -204,6 +211,8 @@ fn slope(mut log_probabilities: Tensor, label: &Tensor, at_label: &Tensor, kind:
 
 #[cfg(test)]
 mod tests {
+    use tch::Device;
+
     use super::*;
 
     /// Loss and gradients equal autograd's for every chunk size, in float64.
@@ -301,16 +310,15 @@ mod tests {
             let _ = logits.narrow(0, 5, 1).narrow(1, 1, 1).fill_(f64::NAN);
             let _ = logits.narrow(0, 6, 1).narrow(1, 1, 1).fill_(f64::NEG_INFINITY);
             let labels = Tensor::from_slice(&[0, vocabulary - 1, 1, 2, 0, 2, 0, vocabulary - 2, vocabulary / 2]);
-            let outcome = |room: Option<&Tensor>| {
+            let outcome = |way: &Way| {
                 let values = || Tensor::zeros([9], (Kind::Float, Device::Cpu));
                 let [losses, ranks] = [values(), values()];
                 let into =
                     Outcome { losses: losses.shallow_clone(), ranks: ranks.shallow_clone(), slope: Some(Kind::Float) };
-                let slope = into.of(logits.copy(), &labels, room).unwrap().unwrap();
+                let slope = into.of(logits.copy(), &labels, way).unwrap().unwrap();
                 [losses, ranks, slope]
             };
-            let room = logits.zeros_like();
-            let [got, want] = [outcome(None), outcome(Some(&room))];
+            let [got, want] = [outcome(&Way::Rows(RowByRow::Cpu)), outcome(&Way::Operators(logits.zeros_like()))];
             for (index, (got, want)) in got.iter().zip(&want).enumerate() {
                 let (got, want) = (got.nan_to_num(7.0, 0.0, 0.0), want.nan_to_num(7.0, 0.0, 0.0));
                 let off = ((&got - &want).abs() - want.abs() * 2e-5).max().double_value(&[]);

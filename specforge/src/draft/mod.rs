@@ -23,6 +23,7 @@ pub mod loss;
 pub mod medusa;
 mod parameter;
 mod plan;
+mod row_losses;
 pub mod samples;
 pub mod supervision;
 pub mod vocabulary;

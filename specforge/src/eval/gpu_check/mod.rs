@@ -16,6 +16,7 @@ use crate::shim;
 
 pub mod attention;
 pub mod ceilings;
+pub mod kernels;
 pub mod operations;
 pub mod parity;
 pub mod process_group;
@@ -24,6 +25,7 @@ pub mod repeat;
 pub mod training;
 
 pub use ceilings::{CeilingSizes, Ceilings};
+pub use kernels::KernelCheck;
 pub use parity::Comparison;
 pub use process_group::ProcessGroupCheck;
 pub use repeat::RepeatCheck;
@@ -48,6 +50,8 @@ pub struct GpuCheck {
     pub passed: bool,
     /// The device against the CPU.
     pub parity: Vec<Comparison>,
+    /// Losses row by row against operators.
+    pub kernels: KernelCheck,
     /// The same training twice, with `train.deterministic`.
     pub repeat: RepeatCheck,
     /// Ranks of a run on the device.
@@ -68,6 +72,8 @@ pub fn run(device: Device, quick: bool, say: &dyn Fn(&str)) -> Result<GpuCheck> 
     };
     say("parity: target, attention, loss, optimizer, checkpoint and sampling against the CPU");
     let parity = parity::check(device)?;
+    say("kernels: losses over a vocabulary row by row, against operators");
+    let kernels = kernels::check(device, quick)?;
     say("repeat: the same training twice, with train.deterministic");
     let repeat = repeat::check(device)?;
     say("process group: collectives, reducer and training as one of the ranks of a run");
@@ -77,6 +83,8 @@ pub fn run(device: Device, quick: bool, say: &dyn Fn(&str)) -> Result<GpuCheck> 
     let ceilings = ceilings::measure(device, sizes)?;
     let setup = if quick { TrainingSetup::quick()? } else { TrainingSetup::full()? };
     let training = training::run(&setup, device, &ceilings, say)?;
+    let all = [&parity, &kernels.checks, &repeat.checks, &process_group.checks];
+    let passed = all.into_iter().flatten().all(|row| row.passed);
     Ok(GpuCheck {
         date: utc(SystemTime::now()),
         versions: Versions::current(),
@@ -87,8 +95,9 @@ pub fn run(device: Device, quick: bool, say: &dyn Fn(&str)) -> Result<GpuCheck> 
             CudaState::Unusable(reason) => format!("not usable: {reason}"),
         },
         quick,
-        passed: parity.iter().chain(&repeat.checks).chain(&process_group.checks).all(|row| row.passed),
+        passed,
         parity,
+        kernels,
         repeat,
         process_group,
         ceilings,
@@ -118,6 +127,7 @@ impl fmt::Display for GpuCheck {
             tera(copy_bandwidth)
         )?;
         write_comparisons(out, "parity with the CPU in float32", &self.parity)?;
+        write_comparisons(out, &format!("losses row by row: {}", self.kernels.state), &self.kernels.checks)?;
         write_comparisons(out, &format!("the same bits twice: {}", self.repeat.state), &self.repeat.checks)?;
         let title = format!("process group of one rank: {}", self.process_group.backend);
         write_comparisons(out, &title, &self.process_group.checks)?;
@@ -148,7 +158,8 @@ fn write_comparisons(out: &mut fmt::Formatter<'_>, title: &str, rows: &[Comparis
 impl GpuCheck {
     /// Everything that was compared.
     pub fn comparisons(&self) -> impl Iterator<Item = &Comparison> {
-        self.parity.iter().chain(&self.repeat.checks).chain(&self.process_group.checks)
+        let parts = [&self.parity, &self.kernels.checks, &self.repeat.checks, &self.process_group.checks];
+        parts.into_iter().flatten()
     }
 
     fn write_training(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -126,7 +126,8 @@ pub(super) fn largest_difference(got: &Tensor, want: &Tensor) -> f64 {
     (got - want).abs().max().double_value(&[]) / largest
 }
 
-fn distance(got: &Tensor, want: &Tensor) -> f64 {
+/// Of the difference, as a share of the length.
+pub(super) fn distance(got: &Tensor, want: &Tensor) -> f64 {
     let length = want.norm().double_value(&[]).max(f64::MIN_POSITIVE);
     (got - want).norm().double_value(&[]) / length
 }
