@@ -78,6 +78,7 @@ pub fn source(shape: &Eagle3Shape, target: &Path, kind: Kind) -> Source {
         description: json!({"draft": {"algorithm": "eagle3"}, "shape": shape}),
         tensors,
         target: target.to_path_buf(),
+        target_name: None,
         kind: None,
     }
 }
@@ -285,6 +286,39 @@ fn every_tensor_has_its_place_in_the_engines() {
 pub fn engine_of(report: &ExportReport, engine: Engine) -> (String, String) {
     let known = report.engines.iter().find(|known| known.engine == engine).unwrap();
     (known.resolved.join("\n"), known.problems.join("\n"))
+}
+
+/// vLLM loads the target that a speculators folder names, from wherever it is started.
+#[test]
+fn both_layouts_name_the_target_by_its_absolute_path_or_as_asked() {
+    let (folder, target) = workspace();
+    let here = std::env::current_dir().unwrap();
+    let up: std::path::PathBuf = here.ancestors().skip(1).map(|_| "..").collect();
+    let relative = up.join(target.strip_prefix("/").unwrap());
+    assert!(relative.is_relative() && relative.join("config.json").is_file());
+    for (format, key) in
+        [("eagle3", "/base_model_name_or_path"), ("speculators", "/speculators_config/verifier/name_or_path")]
+    {
+        for name in [None, Some("someone/model".to_owned())] {
+            let out = folder.path().join(format!("{format}-{}", name.is_some()));
+            let source = Source { target_name: name.clone(), ..source(&shape(), &relative, Kind::Float) };
+            let report = export(&source, format, &out, None).unwrap();
+            let config: Value = serde_json::from_slice(&fs::read(out.join("config.json")).unwrap()).unwrap();
+            let got = Path::new(config.pointer(key).unwrap().as_str().unwrap());
+            match name {
+                Some(name) => assert_eq!(got, Path::new(&name), "{format}"),
+                None => {
+                    assert!(got.is_absolute(), "{format}: {}", got.display());
+                    assert_eq!(got.canonicalize().unwrap(), target.canonicalize().unwrap(), "{format}");
+                    assert_eq!(report.warnings, Vec::<String>::new(), "{format}");
+                }
+            }
+            // Taken from the target in either case.
+            let length = config.pointer("/max_position_embeddings");
+            let length = length.or(config.pointer("/transformer_layer_config/max_position_embeddings"));
+            assert_eq!(length, Some(&json!(256)), "{format}");
+        }
+    }
 }
 
 #[test]

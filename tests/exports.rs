@@ -93,6 +93,62 @@ fn exported_heads_give_the_logits_of_the_checkpoint() {
     }
 }
 
+/// An engine is started from anywhere, and a folder is published under a name.
+#[test]
+fn files_name_the_target_by_its_absolute_path_or_as_asked() {
+    let mut workspace = Workspace::new();
+    let model = workspace.path("model");
+    let relative = model.strip_prefix(env!("CARGO_TARGET_TMPDIR")).unwrap().to_str().unwrap();
+    workspace.set("target.path", relative);
+    workspace.train("run", &[]);
+    for format in ["medusa", "medusa-vllm"] {
+        let (here, named) = (workspace.path(&format!("{format}-here")), workspace.path(&format!("{format}-named")));
+        let report = export(&workspace.path("run"), format, &here, &[]);
+        assert_eq!((&base_model(&here), &report["warnings"]), (&json!(model), &json!([])), "{format}");
+        let report = export(&workspace.path("run"), format, &named, &["--target-name", "someone/model"]);
+        assert_eq!(base_model(&named), "someone/model", "{format}");
+        let warning = report["warnings"][0].as_str().unwrap();
+        assert!(warning.contains("someone/model is not here"), "{warning}");
+        let differing = contents(&here).into_iter().zip(contents(&named)).filter(|(a, b)| a != b).map(|(a, _)| a.0);
+        assert!(differing.into_iter().all(|path| path.extension().is_some_and(|end| end == "json")), "{format}");
+    }
+    let mut command = specforge(&["export", "--target-name", "", "--out", "none", "--checkpoint"]);
+    let output = output_of(command.arg(workspace.path("run")));
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr_of(&output).contains("--target-name"));
+}
+
+fn base_model(folder: &Path) -> Value {
+    let config: Value = serde_json::from_slice(&fs::read(folder.join("config.json")).unwrap()).unwrap();
+    config["base_model_name_or_path"].clone()
+}
+
+/// vLLM builds heads by three keys that the original's own files lack, and takes projections from the file alone.
+#[test]
+fn the_original_layout_says_what_vllm_makes_of_it() {
+    let mut workspace = Workspace::new();
+    for (projection, words) in
+        [("own", "vLLM up to 0.32 loads these names too"), ("shared", "write --format medusa-vllm")]
+    {
+        workspace.set("draft.projection", projection);
+        workspace.train(projection, &[]);
+        let out = workspace.path(&format!("{projection}-out"));
+        let said = |report: &Value| report["resolved"].to_string();
+        let report = export(&workspace.path(projection), "medusa", &out, &[]);
+        assert!(said(&report).contains(words), "{report}");
+        let mut config: Value = serde_json::from_slice(&fs::read(out.join("config.json")).unwrap()).unwrap();
+        let sizes = json!([config["hidden_size"], config["vocab_size"], config["medusa_fc_bias"]]);
+        assert_eq!(sizes, json!([HIDDEN, TOKENIZER_SIZE, true]), "{projection}");
+        // Other people's files.
+        for key in ["hidden_size", "vocab_size", "medusa_fc_bias"] {
+            config.as_object_mut().unwrap().remove(key).unwrap();
+        }
+        fs::write(out.join("config.json"), config.to_string()).unwrap();
+        let words = if projection == "own" { "vLLM needs `hidden_size`" } else { words };
+        assert!(said(&check(&out)).contains(words), "{projection}");
+    }
+}
+
 /// What is changed in a sound export, and what the refusal must say.
 type Damage = (&'static str, fn(&Path), &'static [&'static str]);
 
@@ -212,6 +268,16 @@ const ORIGINAL_DAMAGES: &[Damage] = &[
         "heads that are no number",
         |folder| change_config(folder, "medusa_num_heads", json!("three")),
         &["config.json", "`medusa_num_heads`: expected a number from 1 to 4194304, got \"three\""],
+    ),
+    (
+        "another hidden size in config.json",
+        |folder| change_config(folder, "hidden_size", json!(64)),
+        &["config.json", "`hidden_size`: the tensors say 32, got 64"],
+    ),
+    (
+        "another vocabulary in config.json",
+        |folder| change_config(folder, "vocab_size", json!(400)),
+        &["config.json", "`vocab_size`: the tensors say 454, got 400"],
     ),
     ("no config.json", |folder| fs::remove_file(folder.join("config.json")).unwrap(), &["config.json", "No such file"]),
     (

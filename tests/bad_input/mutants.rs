@@ -350,6 +350,7 @@ fn subjects<'a>(root: &Path, target: &'a dyn TargetModel, target_path: &'a Path)
         description: description.clone(),
         tensors: tensors.iter().map(|(name, value)| (name.clone(), value.shallow_clone())).collect(),
         target: target_path.to_path_buf(),
+        target_name: None,
         kind: None,
     };
     for (format, file) in [("medusa", "medusa_lm_head.safetensors"), ("medusa-vllm", "model.safetensors")] {

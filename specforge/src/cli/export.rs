@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use clap::builder::NonEmptyStringValueParser;
 use serde_json::json;
 
 use super::{Output, note, record};
@@ -16,8 +17,7 @@ pub(super) struct ExportArgs {
     /// A checkpoint folder (`step-...`), or a run's output folder for its newest one.
     #[arg(long, required_unless_present = "check", conflicts_with = "check")]
     checkpoint: Option<PathBuf>,
-    /// File layout: medusa (the original repository's), medusa-vllm, eagle3 (SGLang and vLLM) or speculators (vLLM).
-    #[arg(long, default_value = "medusa")]
+    #[arg(long, default_value = "medusa", help = formats())]
     format: String,
     /// Folder to write.
     #[arg(long, required_unless_present = "check", conflicts_with = "check")]
@@ -25,6 +25,10 @@ pub(super) struct ExportArgs {
     /// Element type to write: float32, bfloat16 or float16. The checkpoint's own where none is given.
     #[arg(long)]
     dtype: Option<Dtype>,
+    /// What the files call the target, such as its name on a hub: vLLM loads a speculators folder's target by it. The
+    /// absolute path of the target's folder where none is given.
+    #[arg(long, value_name = "NAME", conflicts_with = "check", value_parser = NonEmptyStringValueParser::new())]
+    target_name: Option<String>,
     /// Read an exported folder back and check names, shapes, types and configuration.
     #[arg(long, value_name = "DIR")]
     check: Option<PathBuf>,
@@ -44,6 +48,7 @@ pub(super) fn run(args: &ExportArgs, output: &Output) -> Result<()> {
                 description: manifest.draft.clone(),
                 tensors: checkpoint.tensors()?,
                 target: PathBuf::from(target),
+                target_name: args.target_name.clone(),
                 kind: args.dtype.map(Dtype::kind),
             };
             let report = export::export(&source, &args.format, out, args.engine).map_err(|error| match error {
@@ -59,6 +64,12 @@ pub(super) fn run(args: &ExportArgs, output: &Output) -> Result<()> {
     report.warnings.iter().for_each(|warning| note(format!("warning: {warning}")));
     output.result(&report, || text(&report));
     Ok(())
+}
+
+/// Help of `--format`: every row of the table.
+fn formats() -> String {
+    let rows = export::formats().into_iter().map(|format| format!("{} ({})", format.name, format.summary));
+    format!("File layout: {}", rows.collect::<Vec<_>>().join("; "))
 }
 
 fn text(report: &ExportReport) -> String {

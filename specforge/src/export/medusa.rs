@@ -2,10 +2,11 @@
 //!
 //! `medusa` is the original repository's (FasterDecoding/Medusa `e2a5d20`): `medusa_lm_head.safetensors` with
 //! `{head}.{block}.linear.{weight,bias}` and, unless config.json says `"version": "2"` (heads share the target's
-//! projection), `{head}.{blocks}.weight`.
+//! projection), `{head}.{blocks}.weight`. vLLM up to 0.32 loads it where heads have projections of their own and
+//! config.json has `hidden_size`, `vocab_size` and `medusa_fc_bias`, which the original's own files lack.
 //!
-//! `medusa-vllm` is vLLM's up to 0.30: `model.safetensors` with `blocks.{head}.layers.{block}.{weight,bias}` and
-//! `lm_heads.{head}.weight`. `medusa_fc_bias` must be set there, or the engine drops the biases. Heads with a smaller
+//! `medusa-vllm` is vLLM's up to 0.32 (0.33 has no Medusa): `model.safetensors` with `blocks.{head}.layers.{block}.{weight,bias}` and
+//! `lm_heads.{head}.weight`. `medusa_fc_bias` must be set, or the engine drops the biases. Heads with a smaller
 //! vocabulary have `truncated_vocab_size` rows and `token_map [DV]`, the int64 target id of each row; the original layout
 //! has no place for it.
 
@@ -33,13 +34,15 @@ const VLLM_FILE: &str = "model.safetensors";
 const ORIGINAL_COUNTS: [&str; 2] = ["medusa_num_heads", "medusa_num_layers"];
 /// The same in vLLM's layout.
 const VLLM_COUNTS: [&str; 2] = ["num_heads", "num_hidden_layers"];
+/// Whether blocks have biases; vLLM drops those of the file where it is not true.
+const FC_BIAS: &str = "medusa_fc_bias";
 /// vLLM's tensor of the target ids of a smaller vocabulary.
 const TOKEN_MAP: &str = "token_map";
 
 /// The original repository's layout.
 pub const ORIGINAL: Format = Format {
     name: "medusa",
-    summary: "the original repository's names: medusa_lm_head.safetensors",
+    summary: "the original repository's: medusa_lm_head.safetensors",
     files: &["config.json", ORIGINAL_FILE],
     recognise: |config| config.get("medusa_num_heads").is_some(),
     write: write_original,
@@ -50,7 +53,7 @@ pub const ORIGINAL: Format = Format {
 /// vLLM's layout.
 pub const VLLM: Format = Format {
     name: "medusa-vllm",
-    summary: "vLLM up to 0.30: model.safetensors with blocks.* and lm_heads.*",
+    summary: "vLLM up to 0.32: model.safetensors with blocks.* and lm_heads.*",
     files: &["config.json", VLLM_FILE],
     recognise: |config| config.get("model_type").is_some_and(|kind| kind == "medusa"),
     write: write_vllm,
@@ -218,7 +221,10 @@ fn write_original(source: &Source, out: &Path) -> Result<()> {
     let mut config = Map::from_iter([
         ("medusa_num_heads".to_owned(), json!(description.draft.num_heads)),
         ("medusa_num_layers".to_owned(), json!(description.draft.num_layers)),
-        ("base_model_name_or_path".to_owned(), json!(source.target)),
+        ("hidden_size".to_owned(), json!(description.hidden_size)),
+        ("vocab_size".to_owned(), json!(description.vocab_size)),
+        (FC_BIAS.to_owned(), json!(true)),
+        ("base_model_name_or_path".to_owned(), json!(source.target_words())),
     ]);
     if description.draft.projection == HeadProjection::Shared {
         refuse_form(description.target_head, &ORIGINAL)?;
@@ -244,9 +250,9 @@ fn write_vllm(source: &Source, out: &Path) -> Result<()> {
         "truncated_vocab_size": truncated,
         "num_heads": description.draft.num_heads,
         "num_hidden_layers": description.draft.num_layers,
-        "medusa_fc_bias": true,
+        FC_BIAS: true,
         "torch_dtype": dtype,
-        "base_model_name_or_path": source.target,
+        "base_model_name_or_path": source.target_words(),
     });
     writer::write_tensors(&out.join(VLLM_FILE), &tensors, &[])?;
     files::write_json(&out.join("config.json"), &config)
@@ -303,21 +309,57 @@ fn projection_of(path: &Path, config: &Value) -> Result<HeadProjection> {
     }
 }
 
-fn check_original(path: &Path, config: &Value) -> Result<ExportReport> {
-    let projection = projection_of(path, config)?;
-    let (num_heads, num_layers) = heads_and_layers(path, config, ORIGINAL_FILE, ORIGINAL_COUNTS)?;
+fn check_original(path: &Path, value: &Value) -> Result<ExportReport> {
+    let projection = projection_of(path, value)?;
+    let (num_heads, num_layers) = heads_and_layers(path, value, ORIGINAL_FILE, ORIGINAL_COUNTS)?;
     let config = MedusaConfig { num_heads, num_layers, projection, ..MedusaConfig::default() };
-    let report = check_tensors(path, ORIGINAL_FILE, &config, false, None)?;
+    let mut report = check_tensors(path, ORIGINAL_FILE, &config, false, None)?;
+    report.resolved.push(vllm_on_original(path, value, &config)?);
     Ok(ExportReport { format: ORIGINAL.name.to_owned(), ..report })
+}
+
+/// What vLLM makes of the original layout. The keys that it builds the heads by must fit where they are there.
+fn vllm_on_original(path: &Path, value: &Value, config: &MedusaConfig) -> Result<String> {
+    let weights = WeightsFolder::open(&path.join(ORIGINAL_FILE))?;
+    let rows = |name: String| weights.shape(&name).and_then(|shape| shape.first()).copied();
+    let sizes = [
+        ("hidden_size", rows("0.0.linear.bias".to_owned())),
+        ("vocab_size", rows(format!("0.{}.weight", config.num_layers))),
+    ];
+    let is_there = |key: &str| value.get(key).is_some_and(|value| !value.is_null());
+    for (key, want) in sizes {
+        let (true, Some(want)) = (is_there(key), want) else { continue };
+        let got = count(path, value, key)?;
+        if got as i64 != want {
+            let problem = format!("`{key}`: the tensors say {want}, got {got}");
+            return Err(Error::bad_file(path.join("config.json"), problem));
+        }
+    }
+    let missing: Vec<&str> = ["hidden_size", "vocab_size"].into_iter().filter(|key| !is_there(key)).collect();
+    let has_bias = value.get(FC_BIAS) == Some(&json!(true));
+    Ok(match config.projection {
+        HeadProjection::Shared => {
+            format!("vLLM needs projections in the file: write --format {}", VLLM.name)
+        }
+        HeadProjection::Own if missing.is_empty() && has_bias => {
+            "vLLM up to 0.32 loads these names too, with \"method\": \"medusa\"".to_owned()
+        }
+        HeadProjection::Own => {
+            format!(
+                "vLLM needs `hidden_size`, `vocab_size` and `{FC_BIAS}`: true in config.json, or --format {}",
+                VLLM.name
+            )
+        }
+    })
 }
 
 fn check_vllm(path: &Path, value: &Value) -> Result<ExportReport> {
     let (num_heads, num_layers) = heads_and_layers(path, value, VLLM_FILE, VLLM_COUNTS)?;
     let config = MedusaConfig { num_heads, num_layers, ..MedusaConfig::default() };
-    if value.get("medusa_fc_bias") != Some(&json!(true)) {
+    if value.get(FC_BIAS) != Some(&json!(true)) {
         return Err(Error::bad_file(
             path.join("config.json"),
-            "`medusa_fc_bias`: expected true, the heads have biases",
+            format!("`{FC_BIAS}`: expected true, the heads have biases"),
         )
         .with_hint("vLLM drops the biases without it, and acceptance falls"));
     }

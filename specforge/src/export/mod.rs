@@ -34,6 +34,14 @@ impl Source {
     pub fn of_target(&self) -> impl Iterator<Item = (&str, &Tensor)> {
         self.tensors.iter().filter_map(|(name, tensor)| Some((Parameter::target_name(name)?, tensor)))
     }
+
+    /// The target as files name it: as it was asked for, else the absolute path of its folder, since an engine is started
+    /// from anywhere. What is no folder here stays as the configuration names it.
+    pub fn target_words(&self) -> String {
+        let absolute = || self.target.is_dir().then(|| std::path::absolute(&self.target).ok()).flatten();
+        let words = || absolute().unwrap_or_else(|| self.target.clone()).to_string_lossy().into_owned();
+        self.target_name.clone().unwrap_or_else(words)
+    }
 }
 
 impl Engine {
@@ -78,6 +86,8 @@ pub struct Source {
     pub tensors: Vec<(String, Tensor)>,
     /// The target the draft was trained for, as the configuration names it.
     pub target: PathBuf,
+    /// What files call the target instead, such as its name on a hub.
+    pub target_name: Option<String>,
     /// Element type to write; the stored one where none is given.
     pub kind: Option<Kind>,
 }

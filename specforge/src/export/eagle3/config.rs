@@ -13,7 +13,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
-use super::{CONFIG_FILE, Layout};
+use super::{CONFIG_FILE, Layout, Source};
 use crate::draft::eagle3::Eagle3Shape;
 use crate::error::{Error, Result};
 use crate::models::plain_model;
@@ -26,10 +26,10 @@ const SPECULATIVE_TOKENS: u32 = 3;
 // -- writing ---------------------------------------------------------------------------------------------------------
 
 /// config.json of the raw layout.
-pub(super) fn raw(shape: &Eagle3Shape, target: &Path, dtype: &str) -> Value {
+pub(super) fn raw(shape: &Eagle3Shape, source: &Source, dtype: &str) -> Value {
     let outputs: Vec<i64> = shape.capture.iter().map(|&index| index as i64 - 1).collect();
     let mut values = object(json!({"architectures": ["LlamaForCausalLMEagle3"]}));
-    values.append(&mut transformer(shape, target, dtype));
+    values.append(&mut transformer(shape, &source.target, dtype));
     values.append(&mut object(json!({
         "draft_vocab_size": shape.draft_vocab_size,
         "eagle_aux_hidden_state_layer_ids": shape.capture,
@@ -46,12 +46,14 @@ pub(super) fn raw(shape: &Eagle3Shape, target: &Path, dtype: &str) -> Value {
     if shape.norm_feedback {
         values.append(&mut object(json!({"norm_output": true, "norm_feedback": true})));
     }
-    values.append(&mut own_section(shape, target));
+    values.insert("base_model_name_or_path".to_owned(), json!(source.target_words()));
+    values.append(&mut own_section(shape));
     Value::Object(values)
 }
 
 /// config.json of the speculators layout.
-pub(super) fn speculators(shape: &Eagle3Shape, target: &Path, dtype: &str) -> Value {
+pub(super) fn speculators(shape: &Eagle3Shape, source: &Source, dtype: &str) -> Value {
+    let target = &source.target;
     let architectures = Target::read(Some(target)).and_then(|target| target.architectures);
     let other_width = (shape.target_hidden_size != shape.hidden_size).then_some(shape.target_hidden_size);
     let mut values = object(json!({
@@ -78,13 +80,12 @@ pub(super) fn speculators(shape: &Eagle3Shape, target: &Path, dtype: &str) -> Va
             }],
             "default_proposal_method": "greedy",
             "verifier": {
-                "name_or_path": target,
+                "name_or_path": source.target_words(),
                 "architectures": architectures.unwrap_or_else(|| json!(["LlamaForCausalLM"])),
             },
         },
     }));
-    values.append(&mut own_section(shape, target));
-    values.shift_remove("base_model_name_or_path");
+    values.append(&mut own_section(shape));
     Value::Object(values)
 }
 
@@ -169,9 +170,8 @@ fn whole(number: f64) -> Value {
 }
 
 /// What engines do not read, and import does.
-fn own_section(shape: &Eagle3Shape, target: &Path) -> Map<String, Value> {
+fn own_section(shape: &Eagle3Shape) -> Map<String, Value> {
     object(json!({
-        "base_model_name_or_path": target,
         "specforge": {
             "num_target_layers": shape.num_target_layers,
             "max_position_embeddings": shape.max_position_embeddings,

@@ -3,7 +3,8 @@
 //! `eagle3` is one folder for SGLang and vLLM: `model.safetensors` with the reference's names (SafeAILab/EAGLE
 //! `cb7e084`: `midlayer.*`, `fc`, `norm`, `lm_head`, `d2t`, `t2d`) and a Llama-like config.json. `speculators` is the
 //! format of vllm-project/speculators 0.9: `layers.0.*`, and a config.json that names the target, so that vLLM needs
-//! nothing but the folder.
+//! nothing but the folder. Where a folder is named as the draft of a target, vLLM goes by `method`, or by `eagle3` in the
+//! folder's name, and by neither it takes the folder for a whole model.
 //!
 //! The engines' rules were read from the source of SGLang 0.5.23 (`srt/models/llama_eagle3.py`) and vLLM 0.33.0
 //! (`model_executor/models/llama_eagle3.py`); `engines` holds them, `scripts/golden/engine_names.py` compares names.
@@ -134,8 +135,8 @@ fn write(source: &Source, out: &Path, layout: Layout) -> Result<()> {
     let tensors = stored_tensors(source, &shape, layout)?;
     let kind = tensors.first().map_or(Kind::Float, |(_, tensor)| tensor.kind());
     let values = match layout {
-        Layout::Raw => config::raw(&shape, &source.target, dtype(kind)),
-        Layout::Speculators => config::speculators(&shape, &source.target, dtype(kind)),
+        Layout::Raw => config::raw(&shape, source, dtype(kind)),
+        Layout::Speculators => config::speculators(&shape, source, dtype(kind)),
     };
     writer::write_tensors(&out.join(WEIGHTS_FILE), &tensors, &[])?;
     files::write_json(&out.join(CONFIG_FILE), &values)

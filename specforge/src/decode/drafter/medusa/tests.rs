@@ -340,6 +340,7 @@ fn exported_files_of_every_layout_guess_like_the_tensors_they_were_made_of() {
             description: serde_json::json!({"draft": config, "hidden_size": 32, "vocab_size": VOCABULARY}),
             tensors: stored,
             target: folder.path().join("target"),
+            target_name: None,
             kind: None,
         };
         let out = folder.path().join("out");
