@@ -79,6 +79,7 @@ pub fn source(shape: &Eagle3Shape, target: &Path, kind: Kind) -> Source {
         tensors,
         target: target.to_path_buf(),
         kind: None,
+        q8_0: false,
     }
 }
 

@@ -7,6 +7,7 @@
 pub mod device;
 pub mod error;
 pub mod files;
+pub mod gguf;
 pub mod memory;
 pub mod progress;
 pub mod shim;

@@ -1,9 +1,11 @@
 //! `specforge export`
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::Args;
 use serde_json::json;
+use tch::Kind;
 
 use super::{Output, note, record};
 use crate::checkpoint;
@@ -16,21 +18,53 @@ pub(super) struct ExportArgs {
     /// A checkpoint folder (`step-...`), or a run's output folder for its newest one.
     #[arg(long, required_unless_present = "check", conflicts_with = "check")]
     checkpoint: Option<PathBuf>,
-    /// File layout: medusa (the original repository's), medusa-vllm, eagle3 (SGLang and vLLM) or speculators (vLLM).
+    /// File layout: medusa (the original repository's), medusa-vllm, eagle3 (SGLang and vLLM), speculators (vLLM) or gguf
+    /// (llama.cpp).
     #[arg(long, default_value = "medusa")]
     format: String,
-    /// Folder to write.
+    /// Folder to write; for the layout gguf a file, such as draft.gguf.
     #[arg(long, required_unless_present = "check", conflicts_with = "check")]
     out: Option<PathBuf>,
-    /// Element type to write: float32, bfloat16 or float16. The checkpoint's own where none is given.
+    /// Element type to write: float32, bfloat16 or float16; for the layout gguf also q8_0, 8 bits a number. The checkpoint's
+    /// own where none is given.
     #[arg(long)]
-    dtype: Option<Dtype>,
-    /// Read an exported folder back and check names, shapes, types and configuration.
-    #[arg(long, value_name = "DIR")]
+    dtype: Option<ExportDtype>,
+    /// Read an exported folder, or a GGUF file, back and check names, shapes, types and configuration.
+    #[arg(long, value_name = "PATH")]
     check: Option<PathBuf>,
-    /// Refuse what this engine cannot serve: sglang or vllm. Without it, what no engine can serve is refused.
+    /// Refuse what this engine cannot serve: sglang, vllm or llama.cpp. Without it, what no engine can serve is refused.
     #[arg(long)]
     engine: Option<Engine>,
+}
+
+/// Value of `--dtype`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ExportDtype {
+    Whole(Dtype),
+    Q8_0,
+}
+
+impl ExportDtype {
+    fn kind(self) -> Option<Kind> {
+        match self {
+            Self::Whole(dtype) => Some(dtype.kind()),
+            Self::Q8_0 => None,
+        }
+    }
+}
+
+impl FromStr for ExportDtype {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "q8_0" => Ok(Self::Q8_0),
+            _ => text
+                .parse()
+                .map(Self::Whole)
+                .map_err(|_: String| format!("expected float32, bfloat16, float16 or q8_0, got `{text}`")),
+        }
+    }
 }
 
 pub(super) fn run(args: &ExportArgs, output: &Output) -> Result<()> {
@@ -44,14 +78,18 @@ pub(super) fn run(args: &ExportArgs, output: &Output) -> Result<()> {
                 description: manifest.draft.clone(),
                 tensors: checkpoint.tensors()?,
                 target: PathBuf::from(target),
-                kind: args.dtype.map(Dtype::kind),
+                kind: args.dtype.and_then(ExportDtype::kind),
+                q8_0: args.dtype == Some(ExportDtype::Q8_0),
             };
             let report = export::export(&source, &args.format, out, args.engine).map_err(|error| match error {
                 Error::Failed(problem) => Error::bad_file(&checkpoint.path, problem),
                 other => other,
             })?;
             let configuration = json!({"checkpoint": checkpoint.path, "step": manifest.step, "format": args.format});
-            record::write(&out.join(record::FILE_NAME), &configuration, 1)?;
+            // A format of one file has no folder for a record.
+            if out.is_dir() {
+                record::write(&out.join(record::FILE_NAME), &configuration, 1)?;
+            }
             report
         }
         _ => return Err(Error::Usage("export: name --checkpoint and --out, or --check".to_owned())),
