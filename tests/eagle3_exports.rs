@@ -80,6 +80,7 @@ pub fn source(shape: &Eagle3Shape, target: &Path, kind: Kind) -> Source {
         target: target.to_path_buf(),
         target_name: None,
         kind: None,
+        q8_0: false,
     }
 }
 

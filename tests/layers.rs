@@ -166,7 +166,7 @@ fn a_circle_is_found() {
 
 /// Where a family of models may be named: in its own files, in the table, and where a format of somebody else's has the
 /// name in a file.
-const FAMILY_NAMED: [&str; 4] = ["models/llama", "models/mod.rs", "weights/gguf", "export/eagle3"];
+const FAMILY_NAMED: [&str; 4] = ["models/llama", "models/mod.rs", "gguf", "export/eagle3"];
 
 /// Lines of code, tests and comments left out, that name a family.
 fn lines_with_a_family(folder: &Path) -> Vec<String> {

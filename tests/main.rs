@@ -16,6 +16,8 @@ mod eagle3_imports;
 mod eagle3_runs;
 mod exports;
 mod fixture;
+mod gguf_drafts;
+mod gguf_targets;
 mod goldens;
 mod gpu_check;
 mod launch;

@@ -13,6 +13,7 @@ use crate::draft;
 use crate::draft::vocabulary::VocabularyKeys;
 use crate::error::{Error, Result};
 use crate::eval::acceptance::in_training::{self, EvalConfig};
+use crate::gguf::packed;
 use crate::models;
 use crate::optim::OptimConfig;
 use crate::strict;
@@ -49,7 +50,7 @@ pub struct RunConfig {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TargetConfig {
-    /// Hugging Face folder.
+    /// Hugging Face folder, or a GGUF file.
     pub path: PathBuf,
     /// Element type of target and draft; the optimizer's masters are float32 in any case. Without one, [`RunConfig::on`]
     /// puts that of the device here: float32 on the CPU, that of the target's files on CUDA.
@@ -195,7 +196,7 @@ impl RunConfig {
         }
         let device = device()?;
         match &self.target.config {
-            Some(named) if device.is_cuda() && !self.target.path.join("config.json").is_file() => {
+            Some(named) if device.is_cuda() && !packed::has_file(&self.target.path, "config.json") => {
                 let mut config = self.clone();
                 config.target.dtype = Dtype::named(named);
                 Ok(config)

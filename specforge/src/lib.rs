@@ -8,6 +8,7 @@ pub mod cuda_kernels;
 pub mod device;
 pub mod error;
 pub mod files;
+pub mod gguf;
 pub mod memory;
 pub mod progress;
 pub mod shim;

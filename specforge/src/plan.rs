@@ -12,6 +12,7 @@ use crate::device;
 use crate::draft::{self, vocabulary};
 use crate::error::{Error, Result};
 use crate::features::store::{MANIFEST_FILE, StoreManifest};
+use crate::gguf::packed;
 use crate::models::{self, TargetConfig, TargetInfo};
 
 /// Bytes of a token in English text, for corpora that cannot be tokenised because the tokenizer is not there.
@@ -187,7 +188,7 @@ fn activations(config: &RunConfig, target: &TargetInfo, captured: u64, width: u6
 /// What the target is, from its folder or from the configuration. No weight is read.
 pub fn target_info(config: &RunConfig) -> Result<TargetInfo> {
     let folder = &config.target.path;
-    if folder.join("config.json").is_file() {
+    if packed::has_file(folder, "config.json") {
         return models::read_info(folder);
     }
     let values: &Value = config.target.config.as_ref().ok_or_else(|| {
@@ -218,7 +219,7 @@ fn evaluation_plan(config: &RunConfig, counted: &Counted, target: f64, draft: f6
 
 fn data_plan(config: &RunConfig, world_size: usize) -> Result<Counted> {
     let keeps = config.target.keep_hidden_states;
-    if config.target.path.join("tokenizer.json").is_file() {
+    if packed::has_file(&config.target.path, "tokenizer.json") {
         let tokenizer = config.data.tokenizer(&config.target.path)?;
         let open = |files| Ok::<_, Error>(TokenCache::build_or_open(files, &tokenizer, &config.data, &|_, _| {})?.0);
         let cache = open(&config.data.train)?;

@@ -19,12 +19,12 @@ fn exports() {
         Case {
             name: "an export to an unknown format",
             spoil: |workspace| {
-                let mut command = specforge(&["export", "--format", "gguf", "--checkpoint"]);
+                let mut command = specforge(&["export", "--format", "onnx", "--checkpoint"]);
                 command.arg(workspace.path("run")).arg("--out").arg(workspace.path("export"));
                 command
             },
             exit_code: 2,
-            expected: &["--format: expected one of medusa, medusa-vllm, eagle3, speculators, got `gguf`"],
+            expected: &["--format: expected one of medusa, medusa-vllm, eagle3, speculators, gguf, got `onnx`"],
         },
     ]);
 }

@@ -21,10 +21,10 @@ use specforge::features::store::manifest::{FORMAT_VERSION, LAYER_CONVENTION};
 use specforge::features::store::shard::{ShardWriter, file_name};
 use specforge::features::store::{Element, Share, Store, StoreManifest};
 use specforge::files::Digests;
+use specforge::gguf::{ImportOptions, import};
 use specforge::models::{TargetIdentity, TargetModel, load_target};
 use specforge::nn::{Head, noise};
 use specforge::vocab::VocabFile;
-use specforge::weights::gguf::{ImportOptions, import};
 use specforge::weights::{self};
 use tch::{Device, Kind, Tensor};
 
@@ -345,6 +345,15 @@ fn subjects<'a>(root: &Path, target: &'a dyn TargetModel, target_path: &'a Path)
             add(format, out.join(name), out.clone(), kind, Box::new(read));
         }
     }
+    let file = root.join("draft.gguf");
+    export::export(&eagle3, "gguf", &file, None).unwrap();
+    let path = file.clone();
+    let read = move || {
+        export::eagle3::read(&path, Some(LAYERS))?;
+        export::check(&path)?;
+        decode(&path)
+    };
+    add("GGUF draft", file.clone(), file, Kinds::Bytes(900), Box::new(read));
     let (description, tensors) = medusa_source();
     let source = export::Source {
         description: description.clone(),
@@ -352,6 +361,7 @@ fn subjects<'a>(root: &Path, target: &'a dyn TargetModel, target_path: &'a Path)
         target: target_path.to_path_buf(),
         target_name: None,
         kind: None,
+        q8_0: false,
     };
     for (format, file) in [("medusa", "medusa_lm_head.safetensors"), ("medusa-vllm", "model.safetensors")] {
         let out = root.join(format);
@@ -400,7 +410,14 @@ fn subjects<'a>(root: &Path, target: &'a dyn TargetModel, target_path: &'a Path)
         let _ = fs::remove_dir_all(&out);
         import(&path, &out, &ImportOptions::default(), &|_, _| {}).map(drop)
     };
-    add("GGUF", gguf.clone(), gguf, Kinds::Bytes(900), Box::new(read));
+    add("GGUF", gguf.clone(), gguf.clone(), Kinds::Bytes(900), Box::new(read));
+    let (path, file) = (root.join("target.gguf"), root.join("target.gguf"));
+    fs::copy(&gguf, &path).unwrap();
+    let read = move || {
+        ChatTokenizer::load(&path, None)?;
+        load_target(&path, Kind::Float, Device::Cpu).map(drop)
+    };
+    add("GGUF target", file.clone(), file, Kinds::Bytes(300), Box::new(read));
     all
 }
 

@@ -403,6 +403,7 @@ static FORMAT: Format = Format {
     name: NAME,
     summary: "what only tests read",
     files: &["config.json", WEIGHTS_FILE],
+    is_file: None,
     recognise: |config| config.get("anchors_block").is_some(),
     write: |source: &Source, out| {
         let block = &source.description["draft"]["block"];

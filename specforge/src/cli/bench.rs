@@ -12,7 +12,7 @@ use crate::eval::bench::{self, BenchOptions, BenchReport, DecodeShape, PrefillSh
 
 #[derive(Debug, Args)]
 pub(super) struct BenchArgs {
-    /// Model folder.
+    /// Model folder, or a GGUF file of one.
     #[arg(long)]
     target: PathBuf,
     /// Time a prefill of ROWSxTOKENS. May be given several times.

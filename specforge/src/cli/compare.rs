@@ -26,7 +26,7 @@ pub(super) struct CompareArgs {
     /// Second trace.
     #[arg(value_name = "B.trace")]
     b: PathBuf,
-    /// Model folder of the target of both: it says who is wrong, by passes without a cache.
+    /// Model folder, or GGUF file, of the target of both: it says who is wrong, by passes without a cache.
     #[arg(long, value_name = "DIR")]
     target: Option<PathBuf>,
     /// Where the target runs: auto, cpu, cuda or cuda:N.

@@ -20,13 +20,13 @@ use crate::trace::{Header, ModelName, Settings};
 
 #[derive(Debug, Args)]
 pub(super) struct DecodingArgs {
-    /// Model folder.
+    /// Model folder, or a GGUF file of one.
     #[arg(long)]
     pub(super) target: PathBuf,
     #[command(flatten)]
     template: TemplateArgs,
-    /// Who guesses: an exported draft, a run's output folder or checkpoint, a smaller model with the same tokenizer, or
-    /// `prompt-lookup`.
+    /// Who guesses: an exported draft, a run's output folder or checkpoint, a smaller model with the same tokenizer, a
+    /// GGUF file of either, or `prompt-lookup`.
     #[arg(long, value_name = "DIR")]
     pub(super) draft: Option<String>,
     /// Which guesses are tried: chain:N, dynamic:depth=D,top_k=K,nodes=N[,min_probability=P], a shipped Medusa tree by

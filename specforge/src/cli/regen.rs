@@ -17,7 +17,7 @@ use crate::stop::{Answer, Stop};
 
 #[derive(Debug, Args)]
 pub(super) struct RegenArgs {
-    /// Model folder.
+    /// Model folder, or a GGUF file of one.
     #[arg(long)]
     target: PathBuf,
     #[command(flatten)]

@@ -25,7 +25,7 @@ const SIZES: [usize; 5] = [4, 8, 16, 32, 64];
 
 #[derive(Debug, Args)]
 pub(super) struct TreeArgs {
-    /// Model folder.
+    /// Model folder, or a GGUF file of one.
     #[arg(long)]
     target: PathBuf,
     #[command(flatten)]

@@ -16,6 +16,7 @@ use serde_json::{Map, Value};
 use tokenizers::{AddedToken, Tokenizer};
 
 use crate::error::{Error, Result};
+use crate::gguf::packed;
 use crate::strict;
 
 /// Roles that every tokenizer may have, in the order in which their tokens are added.
@@ -66,22 +67,18 @@ impl Named {
     }
 }
 
-/// An object from a JSON file; empty if the file is not there.
-pub(super) fn read_object(path: &Path) -> Result<Map<String, Value>> {
-    if !path.is_file() {
+/// An object from a JSON file of a model; empty if the file is not there.
+pub(super) fn read_object(model: &Path, name: &str) -> Result<Map<String, Value>> {
+    let Some(text) = packed::read_file(model, name)? else {
         return Ok(Map::new());
-    }
-    let text = std::fs::read(path).map_err(Error::io("read", path))?;
-    strict::from_json(&text).map_err(|problem| Error::bad_file(path, problem))
+    };
+    strict::from_json(&text).map_err(|problem| Error::bad_file(model.join(name), problem))
 }
 
 impl TokenFiles {
     /// Reads the files of a model folder.
     pub(super) fn read(folder: &Path) -> Result<Self> {
-        let file = |name: &str| {
-            let path = folder.join(name);
-            Ok::<_, Error>(File { keys: read_object(&path)?, path })
-        };
+        let file = |name: &str| Ok::<_, Error>(File { keys: read_object(folder, name)?, path: folder.join(name) });
         let (config, roles, added) =
             (file("tokenizer_config.json")?, file("special_tokens_map.json")?, file("added_tokens.json")?);
         Ok(Self { config, roles, added })

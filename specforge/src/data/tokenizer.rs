@@ -14,6 +14,7 @@ use super::added_tokens::{TokenFiles, read_object};
 use super::chat_template::{ChatTemplate, Prepared, TemplateSource};
 use super::conversation::{Conversation, Message};
 use crate::error::{Error, Result, foreign};
+use crate::gguf::packed;
 
 /// Token ids and where each lies in the text, in bytes. The several tokens of one character all lie where it does.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,24 +52,23 @@ pub struct TokenizerParts {
 }
 
 impl ChatTokenizer {
-    /// Loads `tokenizer.json`, `tokenizer_config.json` and the chat template of a model folder.
+    /// Loads `tokenizer.json`, `tokenizer_config.json` and the chat template of a model folder or a GGUF file.
     pub fn load(model_dir: &Path, template_override: Option<&Path>) -> Result<Self> {
         let path = model_dir.join("tokenizer.json");
-        if !path.is_file() {
+        let Some(bytes) = packed::read_file(model_dir, "tokenizer.json")? else {
             let hint = match model_dir.join("snapshots").is_dir() {
                 true => "this is a folder of the hub's cache: name one of those in `snapshots`",
                 false => "name a Hugging Face folder with tokenizer.json; slow tokenizers must be converted first",
             };
             return Err(Error::bad_file(&path, "is not there").with_hint(hint));
-        }
-        let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
+        };
         let unreadable =
             |problem: String| Error::bad_file(&path, format!("is not a tokenizer this program can read: {problem}"));
         let tokenizer = foreign::library(|| parse(&bytes)).map_err(contradiction).and_then(|read| read);
         let mut tokenizer = tokenizer.map_err(unreadable)?;
 
         let model_config_path = model_dir.join("config.json");
-        let model_config = read_object(&model_config_path)?;
+        let model_config = read_object(model_dir, "config.json")?;
         let model_vocab_size = vocab_size(&model_config_path, &model_config)?;
         let files = TokenFiles::read(model_dir)?;
         let completed = files.complete(&mut tokenizer, model_vocab_size)?;
@@ -80,7 +80,7 @@ impl ChatTokenizer {
         };
         let eos_text = special_tokens.get("eos_token").and_then(Value::as_str).map(str::to_owned);
         let generation_path = model_dir.join("generation_config.json");
-        let generation_config = read_object(&generation_path)?;
+        let generation_config = read_object(model_dir, "generation_config.json")?;
         let mut eos_ids = Vec::new();
         for (path, config) in [(&generation_path, &generation_config), (&model_config_path, &model_config)] {
             for id in token_ids(path, config, "eos_token_id")? {

@@ -21,6 +21,7 @@ use crate::draft::medusa::{HeadProjection, MedusaConfig};
 use crate::draft::vocabulary;
 use crate::error::{Error, Result};
 use crate::files;
+use crate::gguf::packed;
 use crate::models::{self, limits};
 use crate::nn::HeadForm;
 use crate::vocab::VocabMap;
@@ -44,6 +45,7 @@ pub const ORIGINAL: Format = Format {
     name: "medusa",
     summary: "the original repository's: medusa_lm_head.safetensors",
     files: &["config.json", ORIGINAL_FILE],
+    is_file: None,
     recognise: |config| config.get("medusa_num_heads").is_some(),
     write: write_original,
     check: check_original,
@@ -55,6 +57,7 @@ pub const VLLM: Format = Format {
     name: "medusa-vllm",
     summary: "vLLM up to 0.32: model.safetensors with blocks.* and lm_heads.*",
     files: &["config.json", VLLM_FILE],
+    is_file: None,
     recognise: |config| config.get("model_type").is_some_and(|kind| kind == "medusa"),
     write: write_vllm,
     check: check_vllm,
@@ -441,7 +444,7 @@ fn check_tensors(
     let mut warnings = Vec::new();
     let base = base_model(path);
     match &base {
-        Some(base) if base.join("config.json").is_file() => {
+        Some(base) if packed::has_file(base, "config.json") => {
             let target = models::read_info(base)?;
             // With a map, the heads' vocabulary is the one that the map leads to.
             let vocabulary = map.map(VocabMap::target_size).or(vocabulary);

@@ -11,7 +11,7 @@ use tch::{Kind, Tensor};
 
 use crate::draft::{DraftModel, Parameter};
 use crate::error::{Error, Result};
-use crate::files::StagedDir;
+use crate::files::{self, StagedDir};
 use crate::strict;
 use crate::table::Table;
 use crate::vocab::VocabMap;
@@ -27,6 +27,9 @@ pub enum Engine {
     Sglang,
     /// vLLM 0.33.
     Vllm,
+    /// llama.cpp b11434: a GGUF file as it is, a folder after its converter.
+    #[serde(rename = "llama.cpp")]
+    LlamaCpp,
 }
 
 impl Source {
@@ -46,13 +49,14 @@ impl Source {
 
 impl Engine {
     /// Every engine.
-    pub const ALL: [Engine; 2] = [Engine::Sglang, Engine::Vllm];
+    pub const ALL: [Engine; 3] = [Engine::Sglang, Engine::Vllm, Engine::LlamaCpp];
 
     /// Value of `--engine`.
     pub fn name(self) -> &'static str {
         match self {
             Engine::Sglang => "sglang",
             Engine::Vllm => "vllm",
+            Engine::LlamaCpp => "llama.cpp",
         }
     }
 }
@@ -62,7 +66,7 @@ impl std::str::FromStr for Engine {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let found = Self::ALL.into_iter().find(|engine| engine.name() == text);
-        found.ok_or_else(|| format!("expected sglang or vllm, got `{text}`"))
+        found.ok_or_else(|| format!("expected sglang, vllm or llama.cpp, got `{text}`"))
     }
 }
 
@@ -75,6 +79,8 @@ pub struct EngineReport {
     pub resolved: Vec<String>,
     /// Why it cannot serve this draft as it was trained; nothing where it can.
     pub problems: Vec<String>,
+    /// Whether it loads the files as they are, and does not need them converted.
+    pub direct: bool,
 }
 
 /// Something to export: the values of a trained draft and what rebuilds it.
@@ -90,6 +96,8 @@ pub struct Source {
     pub target_name: Option<String>,
     /// Element type to write; the stored one where none is given.
     pub kind: Option<Kind>,
+    /// Whether matrices are quantised to 8 bits instead, with a factor for every 32 numbers, which GGUF files alone can hold.
+    pub q8_0: bool,
 }
 
 /// What a written or checked folder holds.
@@ -121,9 +129,11 @@ pub struct Format {
     pub summary: &'static str,
     /// Names of the files it writes.
     pub files: &'static [&'static str],
+    /// For a format that is one file and no folder: whether a file is of it.
+    pub is_file: Option<fn(&Path) -> bool>,
     /// Whether a folder's config.json is of this format.
     pub recognise: fn(&Value) -> bool,
-    /// Writes the files into an empty folder.
+    /// Writes the files into an empty folder, or the one file.
     pub write: fn(&Source, &Path) -> Result<()>,
     /// Reads the files back and checks names, shapes, types and configuration.
     pub check: fn(&Path, &Value) -> Result<ExportReport>,
@@ -147,7 +157,7 @@ pub struct Beginning<'a> {
 /// Copies the values of the draft in a folder into a draft in training. Everything that decides what the values mean must
 /// be the same in both: the error of the folder's format names what is not, and the key. Returns what a user should know.
 pub fn start_from(path: &Path, beginning: &Beginning<'_>) -> Result<Vec<String>> {
-    let format = format_of(&config(path)?).ok_or_else(|| unknown(path))?;
+    let (format, _) = recognised(path)?;
     let start = format.start_from.ok_or_else(|| {
         let problem = format!("{} is of the format `{}`, which no draft can start from", path.display(), format.name);
         Error::config(START_KEY, problem)
@@ -159,7 +169,7 @@ pub fn start_from(path: &Path, beginning: &Beginning<'_>) -> Result<Vec<String>>
 pub const START_KEY: &str = "draft.init_from";
 
 /// The formats that this program is built with; see [`formats`].
-pub const FORMATS: &[Format] = &[medusa::ORIGINAL, medusa::VLLM, eagle3::RAW, eagle3::SPECULATORS];
+pub const FORMATS: &[Format] = &[medusa::ORIGINAL, medusa::VLLM, eagle3::RAW, eagle3::SPECULATORS, eagle3::GGUF];
 
 static TABLE: Table<Format> = Table::new("the format", |row| row.name, FORMATS);
 
@@ -178,10 +188,38 @@ pub fn format_of(config: &Value) -> Option<&'static Format> {
     formats().into_iter().find(|format| (format.recognise)(config))
 }
 
-/// Writes a folder whole or not at all, then checks it, for one engine or for any.
+/// The format of a path, and the config.json of a folder.
+fn recognised(path: &Path) -> Result<(&'static Format, Value)> {
+    if let Some(format) = file_format_of(path) {
+        return Ok((format, Value::Null));
+    }
+    if path.is_file() {
+        let problem = format!("is no draft of a known format; known: {}", TABLE.names());
+        return Err(Error::bad_file(path, problem));
+    }
+    let config = config(path)?;
+    Ok((format_of(&config).ok_or_else(|| unknown(path))?, config))
+}
+
+/// The format of a draft that is one file; nothing for a folder, or for a file of another kind.
+pub fn file_format_of(path: &Path) -> Option<&'static Format> {
+    if !path.is_file() {
+        return None;
+    }
+    formats().into_iter().find(|format| format.is_file.is_some_and(|is_file| is_file(path)))
+}
+
+/// Writes a folder, or a file, whole or not at all, then checks it, for one engine or for any.
 pub fn export(source: &Source, format: &str, out: &Path, engine: Option<Engine>) -> Result<ExportReport> {
     let unknown = || Error::Usage(format!("--format: expected one of {}, got `{format}`", TABLE.names()));
     let format = TABLE.find(format).ok_or_else(unknown)?;
+    if format.is_file.is_some() {
+        return export_file(source, format, out, engine);
+    }
+    if source.q8_0 {
+        let problem = format!("--dtype q8_0: files of the format {} cannot hold it, GGUF files can", format.name);
+        return Err(Error::Usage(problem));
+    }
     check_target(format, out)?;
     let staged = StagedDir::new(out)?;
     (format.write)(source, staged.path())?;
@@ -189,6 +227,36 @@ pub fn export(source: &Source, format: &str, out: &Path, engine: Option<Engine>)
     servable(&ExportReport { path: out.to_path_buf(), ..report }, engine)?;
     staged.commit()?;
     check_for(out, engine)
+}
+
+fn export_file(source: &Source, format: &Format, out: &Path, engine: Option<Engine>) -> Result<ExportReport> {
+    let hint = "choose a new file; nothing was changed";
+    if out.is_dir() {
+        let problem = format!("expected a file to write to, found a folder: the format {} is one file", format.name);
+        return Err(Error::bad_file(out, problem).with_hint(format!("name a file, such as draft.{}", format.name)));
+    }
+    if !out.extension().is_some_and(|extension| extension.eq_ignore_ascii_case(format.name)) {
+        let problem = format!("expected a name that ends in .{}: the format {} is one file", format.name, format.name);
+        return Err(Error::bad_file(out, problem).with_hint(hint));
+    }
+    if out.exists() && (format.check)(out, &Value::Null).is_err() {
+        return Err(Error::bad_file(out, format!("is a file that is no {} export", format.name)).with_hint(hint));
+    }
+    files::write_through(out, |temporary| {
+        (format.write)(source, temporary)?;
+        let report = (format.check)(temporary, &Value::Null).map_err(|error| at(error, out))?;
+        servable(&ExportReport { path: out.to_path_buf(), ..report }, engine)
+    })?;
+    check_for(out, engine)
+}
+
+/// An error over a file that will have another name.
+fn at(error: Error, path: &Path) -> Error {
+    match error {
+        Error::BadFile { problem, hint, .. } => Error::BadFile { path: path.to_path_buf(), problem, hint },
+        Error::Tensors { mismatch, .. } => Error::Tensors { path: path.to_path_buf(), mismatch },
+        other => other,
+    }
 }
 
 /// The command line's record of how a folder came about.
@@ -216,15 +284,14 @@ fn check_target(format: &Format, out: &Path) -> Result<()> {
     }
 }
 
-/// Checks a folder against the format its config.json shows.
+/// Checks a folder against the format its config.json shows, or a file.
 pub fn check(path: &Path) -> Result<ExportReport> {
     check_for(path, None)
 }
 
 /// The same, and that this engine can serve it. Without one, a folder is refused where no engine can.
 pub fn check_for(path: &Path, engine: Option<Engine>) -> Result<ExportReport> {
-    let config = config(path)?;
-    let format = format_of(&config).ok_or_else(|| unknown(path))?;
+    let (format, config) = recognised(path)?;
     let report = (format.check)(path, &config)?;
     servable(&report, engine)?;
     Ok(report)
@@ -241,7 +308,9 @@ fn servable(report: &ExportReport, engine: Option<Engine>) -> Result<()> {
             format!("--engine {}: what engines make of {} files is not known here", engine.name(), report.format);
         return Err(Error::Usage(problem));
     }
-    let asked: Vec<&EngineReport> = known.iter().filter(|known| engine.is_none_or(|one| one == known.engine)).collect();
+    // Who asks for no engine wants the files served as they are.
+    let is_asked = |known: &&EngineReport| engine.map_or(known.direct, |one| one == known.engine);
+    let asked: Vec<&EngineReport> = known.iter().filter(is_asked).collect();
     if asked.is_empty() || asked.iter().any(|known| known.problems.is_empty()) {
         return Ok(());
     }

@@ -11,6 +11,7 @@ use tch::{Device, Kind, Tensor};
 use super::parts::{LoadedPart, Part};
 use super::{TargetInfo, TargetModel, TargetTables, llama};
 use crate::error::{Error, Result};
+use crate::gguf::packed;
 use crate::nn::{Embedding, Head};
 use crate::progress;
 use crate::strict;
@@ -77,17 +78,16 @@ pub struct TargetConfig {
 }
 
 impl TargetConfig {
-    /// Reads config.json of a Hugging Face folder.
+    /// Reads config.json of a Hugging Face folder, or makes that of a GGUF file.
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join("config.json");
-        if !path.is_file() {
+        let Some(text) = packed::read_file(folder, "config.json")? else {
             let hint = match folder.join("snapshots").is_dir() {
                 true => "this is a folder of the hub's cache: name one of those in `snapshots`",
-                false => "name a Hugging Face folder, or make one from a GGUF file with `specforge import`",
+                false => "name a Hugging Face folder, or a GGUF file",
             };
             return Err(Error::bad_file(folder, "is not a model folder: config.json is not there").with_hint(hint));
-        }
-        let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
+        };
         let refuse = |problem: String| Error::bad_file(&path, problem);
         let values: Value = strict::from_json(&text).map_err(refuse)?;
         let family = family_of(&values).map_err(refuse)?;

@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 use super::family::table_names;
 use crate::error::{Error, Result};
 use crate::files::Digests;
+use crate::gguf::packed;
 use crate::weights::{WeightsFolder, content};
 
 /// Bytes at either end of a tensor that are looked at.
@@ -49,8 +50,8 @@ impl TargetIdentity {
     /// Takes a quick look at a model folder.
     pub fn read(path: &Path) -> Result<Self> {
         let names = table_names(path)?;
-        let config_path = path.join("config.json");
-        let config = std::fs::read(&config_path).map_err(Error::io("read", &config_path))?;
+        let config = packed::read_file(path, "config.json")?;
+        let config = config.ok_or_else(|| Error::bad_file(path, "is not a model folder: config.json is not there"))?;
         let weights = WeightsFolder::open(path)?;
         let (mut tensors, mut samples) = (Sha256::new(), Sha256::new());
         for name in weights.names() {

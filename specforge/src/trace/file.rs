@@ -44,15 +44,18 @@ impl ModelName {
         Ok(Self { path: path.to_path_buf(), identity: Some(hex(&digest)) })
     }
 
-    /// A draft's folder: its tensors and JSON files, whole.
+    /// A draft's folder: its tensors and JSON files, whole; or its one file.
     pub fn draft(path: &Path) -> Result<Self> {
-        let entries = std::fs::read_dir(path).map_err(Error::io("read", path))?;
         let mut files: Vec<PathBuf> = Vec::new();
-        for entry in entries {
-            let file = entry.map_err(Error::io("read", path))?.path();
-            let counts = file.extension().is_some_and(|ext| ext == "json" || ext == "safetensors" || ext == "bin");
-            if counts && file.is_file() {
-                files.push(file);
+        if path.is_file() {
+            files.push(path.to_path_buf());
+        } else {
+            for entry in std::fs::read_dir(path).map_err(Error::io("read", path))? {
+                let file = entry.map_err(Error::io("read", path))?.path();
+                let counts = file.extension().is_some_and(|ext| ext == "json" || ext == "safetensors" || ext == "bin");
+                if counts && file.is_file() {
+                    files.push(file);
+                }
             }
         }
         files.sort();

@@ -20,6 +20,7 @@ use super::index::{SHARD_INDEX, ShardIndex, is_old_buffer};
 use super::writer::kind_of;
 use super::{finite, quantised};
 use crate::error::{Error, Result, TensorMismatch};
+use crate::gguf::packed;
 use crate::strict;
 
 const SINGLE_FILE: &str = "model.safetensors";
@@ -50,8 +51,12 @@ pub struct WeightsFolder {
 }
 
 impl WeightsFolder {
-    /// Opens a folder with `model.safetensors` or a shard index, or a single safetensors file.
+    /// Opens a folder with `model.safetensors` or a shard index, a single safetensors file, or a GGUF file, whose weights
+    /// then have the names and the values of the folder that an import makes of it.
     pub fn open(path: &Path) -> Result<Self> {
+        if packed::is_packed(path) {
+            return Self::open_packed(path);
+        }
         if path.is_file() {
             return Self::open_files(path, &[path.to_path_buf()], None);
         }
@@ -61,8 +66,9 @@ impl WeightsFolder {
         }
         let (single, index_path) = (path.join(SINGLE_FILE), path.join(SHARD_INDEX));
         if !single.is_file() && !index_path.is_file() {
-            return Err(Error::bad_file(path, format!("holds neither {SINGLE_FILE} nor {SHARD_INDEX}"))
-                .with_hint("convert .bin or .gguf weights first (`specforge import` reads GGUF)"));
+            return Err(Error::bad_file(path, format!("holds neither {SINGLE_FILE} nor {SHARD_INDEX}")).with_hint(
+                "convert .bin weights first; a GGUF file is named itself, or made a folder by `specforge import`",
+            ));
         }
         if !index_path.is_file() {
             return Self::open_files(path, &[single], None);
@@ -99,7 +105,7 @@ impl WeightsFolder {
         for (number, file_path) in paths.iter().enumerate() {
             let file = File::open(file_path).map_err(Error::io("open", file_path))?;
             let stamp = file.metadata().map_err(Error::io("look at", file_path))?;
-            stamps.push((stamp.len(), i128::from(stamp.ctime()) * 1_000_000_000 + i128::from(stamp.ctime_nsec())));
+            stamps.push((stamp.len(), changed(&stamp)));
             // SAFETY: weights are read-only inputs; replacing a file under a running program is not supported.
             let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", file_path))?;
             for (name, entry) in entries_of(file_path, &map, number)? {
@@ -115,6 +121,14 @@ impl WeightsFolder {
             files.push((file_path.clone(), Arc::new(map)));
         }
         Ok(Self { path: path.to_path_buf(), files, stamps, entries })
+    }
+
+    fn open_packed(path: &Path) -> Result<Self> {
+        let map = packed::open(path)?.weights()?;
+        let entries = entries_of(path, &map, 0)?.into_iter().collect();
+        let stamp = std::fs::metadata(path).map_err(Error::io("look at", path))?;
+        let stamps = vec![(stamp.len(), changed(&stamp))];
+        Ok(Self { path: path.to_path_buf(), files: vec![(path.to_path_buf(), map)], stamps, entries })
     }
 
     /// The folder or file that was opened.
@@ -355,6 +369,11 @@ impl WeightsFolder {
             }
         }
     }
+}
+
+/// When a file was last changed, in nanoseconds.
+fn changed(file: &std::fs::Metadata) -> i128 {
+    i128::from(file.ctime()) * 1_000_000_000 + i128::from(file.ctime_nsec())
 }
 
 /// Whether a finite number of one type may be infinite in the other.

@@ -3,7 +3,6 @@
 pub mod content;
 mod finite;
 pub mod folder;
-pub mod gguf;
 mod index;
 pub mod quantised;
 pub mod shared;

@@ -28,7 +28,7 @@ use crate::vocab::VocabMap;
 /// Row of the table of drafters.
 pub const KIND: DrafterKind = DrafterKind {
     algorithm: crate::draft::eagle3::ALGORITHM.name,
-    formats: &[export::eagle3::RAW.name, export::eagle3::SPECULATORS.name],
+    formats: &[export::eagle3::RAW.name, export::eagle3::SPECULATORS.name, export::eagle3::GGUF.name],
     from_checkpoint: |trained, asked| {
         let shape = Eagle3Shape::from_description(trained.description)
             .map_err(|problem| Error::Failed(format!("the checkpoint is none of an EAGLE-3 draft: {problem}")))?;

@@ -13,7 +13,8 @@ use crate::checkpoint;
 use crate::data::ChatTokenizer;
 use crate::draft::{self, DraftModel, vocabulary};
 use crate::error::{Error, Result};
-use crate::export;
+use crate::export::{self, Format};
+use crate::gguf::packed;
 use crate::models::{self, TargetModel};
 use crate::strict;
 
@@ -84,10 +85,17 @@ fn from_folder<'a>(
     (target, target_path): Target<'a, '_>,
     sampling: DraftSampling,
 ) -> Result<Opened<'a>> {
+    if let Some(format) = export::file_format_of(folder) {
+        return from_export(format, folder, tree, target, sampling);
+    }
+    if packed::is_packed(folder) {
+        return from_model(folder, tree, (target, target_path), sampling);
+    }
     let config_path = folder.join("config.json");
     if !folder.is_dir() {
-        return Err(Error::bad_file(folder, "is not a folder")
-            .with_hint(format!("name an exported draft, a run's output folder, a model folder, or {PROMPT_LOOKUP}")));
+        return Err(Error::bad_file(folder, "is not a folder").with_hint(format!(
+            "name an exported draft, a run's output folder, a model folder, a GGUF file, or {PROMPT_LOOKUP}"
+        )));
     }
     let not_a_checkpoint = match checkpoint::find(folder) {
         Ok(found) => {
@@ -107,13 +115,34 @@ fn from_folder<'a>(
         return Err(not_a_checkpoint);
     }
     if let Some(format) = export::format_of(&config) {
-        let kind = of_format(format.name).ok_or_else(|| {
-            Error::bad_file(folder, format!("decoding with drafts of the format `{}` is not supported", format.name))
-        })?;
-        let asked = Asked { tree: tree.unwrap_or(kind.default_tree), target, sampling };
-        let guesser = (kind.from_export)(folder, asked).map_err(|error| of_folder(folder, error))?;
-        return Ok(opened(guesser, kind.algorithm));
+        return from_export(format, folder, tree, target, sampling);
     }
+    from_model(folder, tree, (target, target_path), sampling)
+}
+
+/// The drafter of an export.
+fn from_export<'a>(
+    format: &Format,
+    path: &Path,
+    tree: Option<&str>,
+    target: &'a dyn TargetModel,
+    sampling: DraftSampling,
+) -> Result<Opened<'a>> {
+    let kind = of_format(format.name).ok_or_else(|| {
+        Error::bad_file(path, format!("decoding with drafts of the format `{}` is not supported", format.name))
+    })?;
+    let asked = Asked { tree: tree.unwrap_or(kind.default_tree), target, sampling };
+    let guesser = (kind.from_export)(path, asked).map_err(|error| of_folder(path, error))?;
+    Ok(opened(guesser, kind.algorithm))
+}
+
+/// The drafter that a smaller model is.
+fn from_model<'a>(
+    folder: &Path,
+    tree: Option<&str>,
+    (target, target_path): Target<'a, '_>,
+    sampling: DraftSampling,
+) -> Result<Opened<'a>> {
     let model = models::load_target(folder, target.kind(), target.device())?;
     let tokenizers = [ChatTokenizer::load(target_path, None)?, ChatTokenizer::load(folder, None)?];
     ModelDrafter::check_tokenizers(&tokenizers[0], &tokenizers[1]).map_err(|error| of_folder(folder, error))?;

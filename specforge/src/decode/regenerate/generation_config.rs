@@ -8,6 +8,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
+use crate::gguf::packed;
 use crate::nn::Processors;
 
 const FILE: &str = "generation_config.json";
@@ -57,11 +58,10 @@ impl GenerationConfig {
     /// Reads the file of a model folder; a folder without one is sampled greedily.
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(FILE);
-        if !path.is_file() {
+        let Some(text) = packed::read_file(folder, FILE)? else {
             return Ok(Self::default());
-        }
-        let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-        let config: Map<String, Value> = serde_json::from_str(&text)
+        };
+        let config: Map<String, Value> = serde_json::from_slice(&text)
             .map_err(|error| Error::bad_file(&path, format!("expected a JSON object: {error}")))?;
         Self::from_object(&config).map_err(|problem| {
             Error::bad_file(&path, problem).with_hint("correct it; options of `regen` replace single values")

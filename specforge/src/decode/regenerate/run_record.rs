@@ -12,6 +12,7 @@ use super::{OnLength, RegenOptions};
 use crate::data::tokenizer::hex;
 use crate::error::{Error, Result};
 use crate::files;
+use crate::gguf::packed;
 use crate::nn::Processors;
 
 /// Version of the record's own layout.
@@ -148,14 +149,17 @@ const SAMPLES: u64 = 64;
 /// take minutes, and training changes every tensor: two models that agree in all samples are copies of one.
 fn target_fingerprint(folder: &Path) -> Result<String> {
     let mut digest = Sha256::new();
-    let config = folder.join("config.json");
-    digest.update(std::fs::read(&config).map_err(Error::io("read", &config))?);
-    let entries = std::fs::read_dir(folder).map_err(Error::io("read", folder))?;
-    let mut weights: Vec<PathBuf> = entries
-        .filter_map(|entry| entry.ok().map(|entry| entry.path()))
-        .filter(|path| path.extension().is_some_and(|extension| extension == "safetensors"))
-        .collect();
-    weights.sort();
+    let config = packed::read_file(folder, "config.json")?;
+    digest.update(config.ok_or_else(|| Error::bad_file(folder, "is not a model folder: config.json is not there"))?);
+    let mut weights = Vec::new();
+    if packed::is_packed(folder) {
+        weights.push(folder.to_path_buf());
+    } else {
+        let entries = std::fs::read_dir(folder).map_err(Error::io("read", folder))?;
+        let files = entries.filter_map(|entry| entry.ok().map(|entry| entry.path()));
+        weights.extend(files.filter(|path| path.extension().is_some_and(|extension| extension == "safetensors")));
+        weights.sort();
+    }
     for path in weights {
         let file = File::open(&path).map_err(Error::io("open", &path))?;
         let length = file.metadata().map_err(Error::io("read", &path))?.len();

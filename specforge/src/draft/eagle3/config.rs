@@ -34,7 +34,7 @@ pub struct Eagle3Config {
     pub vocab_map: Option<PathBuf>,
     /// Where the vocabulary projection starts.
     pub lm_head: HeadStart,
-    /// Folder of a published EAGLE-3 draft to start from.
+    /// Folder or GGUF file of a published EAGLE-3 draft to start from.
     pub init_from: Option<PathBuf>,
     /// `K`, steps of the training-time test.
     pub ttt_steps: usize,

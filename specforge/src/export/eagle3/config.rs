@@ -16,6 +16,7 @@ use serde_json::{Map, Value, json};
 use super::{CONFIG_FILE, Layout, Source};
 use crate::draft::eagle3::Eagle3Shape;
 use crate::error::{Error, Result};
+use crate::gguf::packed;
 use crate::models::plain_model;
 use crate::nn::{RopeConfig, RopeScaling};
 use crate::weights::quantised;
@@ -243,7 +244,7 @@ pub(super) struct Parsed {
 pub(super) fn parse(path: &Path, layout: Layout, config: &Value, num_target_layers: Option<usize>) -> Result<Parsed> {
     let refuse = |problem: String| Error::bad_file(path, problem);
     let values = match layout {
-        Layout::Raw => config.clone(),
+        Layout::Raw | Layout::Gguf => config.clone(),
         Layout::Speculators => flattened(path, config)?,
     };
     if let Some(problem) = quantised::configured(&values).or_else(|| quantised::configured(config)) {
@@ -261,8 +262,8 @@ pub(super) fn parse(path: &Path, layout: Layout, config: &Value, num_target_laye
     let capture = capture(&keys, num_target_layers).map_err(refuse)?;
     let (norm_output, norm_feedback) = match (layout, keys.norm_feedback) {
         (Layout::Speculators, _) => (true, keys.norm_output.unwrap_or(false)),
-        (Layout::Raw, Some(feedback)) => (keys.norm_output.unwrap_or(true), feedback),
-        (Layout::Raw, None) => (true, keys.norm_output.unwrap_or(false)),
+        (Layout::Raw | Layout::Gguf, Some(feedback)) => (keys.norm_output.unwrap_or(true), feedback),
+        (Layout::Raw | Layout::Gguf, None) => (true, keys.norm_output.unwrap_or(false)),
     };
     let draft_vocab_size = keys.draft_vocab_size.unwrap_or(sizes.vocab_size);
     if !(1..=sizes.vocab_size).contains(&draft_vocab_size) {
@@ -298,7 +299,7 @@ pub(super) fn parse(path: &Path, layout: Layout, config: &Value, num_target_laye
         _ => None,
     };
     let target = match layout {
-        Layout::Raw => config.get("base_model_name_or_path"),
+        Layout::Raw | Layout::Gguf => config.get("base_model_name_or_path"),
         Layout::Speculators => config.pointer("/speculators_config/verifier/name_or_path"),
     };
     let target = target.and_then(Value::as_str).filter(|name| !name.is_empty()).map(PathBuf::from);
@@ -451,8 +452,9 @@ pub(super) struct Target {
 
 impl Target {
     pub(super) fn read(path: Option<&Path>) -> Option<Self> {
-        let text = std::fs::read_to_string(path?.join(CONFIG_FILE)).ok()?;
-        serde_json::from_str(&text).ok()
+        let named = path.filter(|path| !path.as_os_str().is_empty())?;
+        let text = packed::read_file(named, CONFIG_FILE).ok()??;
+        serde_json::from_slice(&text).ok()
     }
 
     /// Whether a draft of this shape is one for this target.

@@ -1,25 +1,34 @@
-//! What SGLang 0.5.23 and vLLM 0.33.0 make of a folder, and why one cannot serve it.
+//! What SGLang 0.5.23, vLLM 0.33.0 and llama.cpp b11434 make of a folder or a GGUF file, and why one cannot serve it.
+//!
+//! llama.cpp reads GGUF files. A folder is looked at with the eyes of its converter, whose file its loader then takes.
 
 use serde_json::Value;
 
 use super::config::{self, Target};
 use super::read::Folder;
-use super::{D2T, Layout, twin_norm};
+use super::{D2T, Layout, gguf, twin_norm};
 use crate::export::{Engine, EngineReport};
 use crate::nn::RopeScaling;
 
 /// What an engine will do with a folder.
 pub(super) fn report(engine: Engine, folder: &Folder, target: Option<&Target>) -> EngineReport {
     let (mut resolved, mut problems) = (Vec::new(), Vec::new());
+    let direct = engine != Engine::LlamaCpp || folder.layout == Layout::Gguf;
     if engine == Engine::Sglang && folder.layout == Layout::Speculators {
         problems.push("does not read the speculators format; write --format eagle3".to_owned());
-        return EngineReport { engine, resolved, problems };
+        return EngineReport { engine, resolved, problems, direct };
     }
     captured(engine, folder, target, &mut resolved, &mut problems);
-    both(folder, target, &mut problems);
     match engine {
-        Engine::Sglang => sglang(folder, &mut problems),
-        Engine::Vllm => vllm(folder, target, &mut problems),
+        Engine::Sglang => {
+            both(folder, target, &mut problems);
+            sglang(folder, &mut problems);
+        }
+        Engine::Vllm => {
+            both(folder, target, &mut problems);
+            vllm(folder, target, &mut problems);
+        }
+        Engine::LlamaCpp => llama_cpp(folder, target, &mut resolved, &mut problems),
     }
     let shape = &folder.shape;
     resolved.push(format!("rotary embedding: base {}, {}", shape.layer.rope.theta, variant(&shape.layer.rope.scaling)));
@@ -30,7 +39,7 @@ pub(super) fn report(engine: Engine, folder: &Folder, target: Option<&Target>) -
     let feedback = if folder.keys.norm_output == Some(true) { "normed" } else { "un-normed" };
     let embedding = if shape.hidden_size == shape.target_hidden_size { "the target's" } else { "the draft's own" };
     resolved.push(format!("next feature: the {feedback} output; embedding: {embedding}"));
-    EngineReport { engine, resolved, problems }
+    EngineReport { engine, resolved, problems, direct }
 }
 
 fn variant(scaling: &RopeScaling) -> String {
@@ -65,6 +74,16 @@ fn captured(
             Some(ids) => (config::inputs_of(ids), format!("`eagle_config`: outputs of {ids:?}")),
             None => (config::default_capture(known), "its default, no key in `eagle_config`".to_owned()),
         },
+        // The key beside `eagle_config` alone.
+        Engine::LlamaCpp => match &top {
+            Some(ids) if folder.layout == Layout::Gguf => {
+                (Some(ids.clone()), format!("`target_layers`: inputs of {ids:?}"))
+            }
+            Some(ids) => (Some(ids.clone()), format!("the key beside `eagle_config`: inputs of {ids:?}")),
+            None => {
+                (config::default_capture(known), "its converter's default, no key beside `eagle_config`".to_owned())
+            }
+        },
         // Either key is taken as it stands.
         Engine::Vllm => match (&top, &nested) {
             (Some(ids), _) => (Some(ids.clone()), format!("the key beside `eagle_config`: inputs of {ids:?}")),
@@ -86,6 +105,8 @@ fn captured(
     let listed = match engine {
         Engine::Sglang => nested.map(|ids| ids.len()).or(top.map(|ids| ids.len())),
         Engine::Vllm => nested.map(|ids| ids.len()),
+        // It counts for itself.
+        Engine::LlamaCpp => return,
     };
     let count = keys.num_aux_hidden_states.or(listed.filter(|&count| count > 0)).unwrap_or(3);
     if count != shape.capture.len() {
@@ -158,5 +179,27 @@ fn vllm(folder: &Folder, target: Option<&Target>, problems: &mut Vec<String>) {
         problems.push(format!(
             "sizes its rotary tables by `max_position_embeddings` ({length}) and fails past it; the target reads {wanted}"
         ));
+    }
+}
+
+fn llama_cpp(folder: &Folder, target: Option<&Target>, resolved: &mut Vec<String>, problems: &mut Vec<String>) {
+    let (keys, shape) = (&folder.keys, &folder.shape);
+    problems
+        .extend(gguf::inexpressible(shape).into_iter().map(|problem| format!("cannot be told what it is: {problem}")));
+    let last = target.and_then(|target| target.num_hidden_layers).unwrap_or(shape.num_target_layers);
+    if shape.num_target_layers == 0 && last > 0 && shape.capture.contains(&last) {
+        problems.push(format!("cannot capture the last, normed output of the target (index {last})"));
+    }
+    if folder.layout == Layout::Gguf {
+        resolved.push("loads it as it is, with -md and --spec-type draft-eagle3".to_owned());
+        return;
+    }
+    resolved
+        .push("after convert_hf_to_gguf.py with --target-model-dir; --format gguf writes its file at once".to_owned());
+    if keys.draft_vocab_size.is_none() {
+        problems.push("takes a draft without `draft_vocab_size` for an ordinary model when it converts it".to_owned());
+    }
+    if shape.norm_before_fc && keys.norm_before_fc != Some(true) {
+        problems.push("reads `norm_before_fc` beside `eagle_config` only when it converts a folder".to_owned());
     }
 }

@@ -1,30 +1,32 @@
-//! EAGLE-3 drafts on disk, in two layouts: writing, checking, and reading other people's.
+//! EAGLE-3 drafts on disk, in three layouts: writing, checking, and reading other people's.
 //!
 //! `eagle3` is one folder for SGLang and vLLM: `model.safetensors` with the reference's names (SafeAILab/EAGLE
 //! `cb7e084`: `midlayer.*`, `fc`, `norm`, `lm_head`, `d2t`, `t2d`) and a Llama-like config.json. `speculators` is the
 //! format of vllm-project/speculators 0.9: `layers.0.*`, and a config.json that names the target, so that vLLM needs
 //! nothing but the folder. Where a folder is named as the draft of a target, vLLM goes by `method`, or by `eagle3` in the
-//! folder's name, and by neither it takes the folder for a whole model.
+//! folder's name, and by neither it takes the folder for a whole model. `gguf` is one file for llama.cpp, with the target's
+//! tokenizer in it.
 //!
 //! The engines' rules were read from the source of SGLang 0.5.23 (`srt/models/llama_eagle3.py`) and vLLM 0.33.0
-//! (`model_executor/models/llama_eagle3.py`); `engines` holds them, `scripts/golden/engine_names.py` compares names.
+//! (`model_executor/models/llama_eagle3.py`), and llama.cpp b11434 (`src/models/eagle3.cpp`, `conversion/llama.py`); `engines` holds them, `scripts/golden/engine_names.py` compares names.
 //!
 //! Shape legend: `H` hidden size, `TH` the target's, `V` vocabulary, `DV` the draft's own.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 
 use super::medusa::dtype;
 use super::{Engine, ExportReport, Format, Source};
 use crate::draft::eagle3::Eagle3Shape;
 use crate::error::{Error, Result};
-use crate::files;
+use crate::files::{self, StagedDir};
 use crate::weights::writer;
 
 mod config;
 mod engines;
+mod gguf;
 mod pickled;
 mod read;
 mod warm_start;
@@ -35,6 +37,8 @@ pub use warm_start::start_from;
 const CONFIG_FILE: &str = "config.json";
 const WEIGHTS_FILE: &str = "model.safetensors";
 
+/// An embedding of the draft's own.
+const EMBEDDING: &str = "embed_tokens.weight";
 /// Draft id to what must be added to get the target's, `[DV]` int64.
 const D2T: &str = "d2t";
 /// Whether a token of the target is in the draft's vocabulary, `[V]` bool.
@@ -45,6 +49,7 @@ pub const RAW: Format = Format {
     name: "eagle3",
     summary: "SGLang and vLLM: model.safetensors with midlayer.*",
     files: &[CONFIG_FILE, WEIGHTS_FILE],
+    is_file: None,
     recognise: |config| layout(config) == Some(Layout::Raw),
     write: |source, out| write(source, out, Layout::Raw),
     check,
@@ -56,8 +61,21 @@ pub const SPECULATORS: Format = Format {
     name: "speculators",
     summary: "vLLM, from one folder: vllm-project/speculators' names, layers.*",
     files: &[CONFIG_FILE, WEIGHTS_FILE],
+    is_file: None,
     recognise: |config| layout(config) == Some(Layout::Speculators),
     write: |source, out| write(source, out, Layout::Speculators),
+    check,
+    start_from: Some(start_from),
+};
+
+/// llama.cpp's one file.
+pub const GGUF: Format = Format {
+    name: "gguf",
+    summary: "llama.cpp: one GGUF file, with the target's tokenizer in it",
+    files: &[],
+    is_file: Some(gguf::is_draft),
+    recognise: |_| false,
+    write: gguf::write,
     check,
     start_from: Some(start_from),
 };
@@ -67,6 +85,7 @@ pub const SPECULATORS: Format = Format {
 enum Layout {
     Raw,
     Speculators,
+    Gguf,
 }
 
 impl Layout {
@@ -74,6 +93,7 @@ impl Layout {
         match self {
             Layout::Raw => RAW.name,
             Layout::Speculators => SPECULATORS.name,
+            Layout::Gguf => GGUF.name,
         }
     }
 
@@ -81,6 +101,7 @@ impl Layout {
     fn stored(self, name: &str) -> String {
         match (self, name.strip_prefix("midlayer.")) {
             (Layout::Speculators, Some(rest)) => format!("layers.0.{rest}"),
+            (Layout::Gguf, _) => gguf::stored_name(name).to_owned(),
             _ => name.to_owned(),
         }
     }
@@ -135,26 +156,29 @@ fn write(source: &Source, out: &Path, layout: Layout) -> Result<()> {
     let tensors = stored_tensors(source, &shape, layout)?;
     let kind = tensors.first().map_or(Kind::Float, |(_, tensor)| tensor.kind());
     let values = match layout {
-        Layout::Raw => config::raw(&shape, source, dtype(kind)),
+        Layout::Raw | Layout::Gguf => config::raw(&shape, source, dtype(kind)),
         Layout::Speculators => config::speculators(&shape, source, dtype(kind)),
     };
     writer::write_tensors(&out.join(WEIGHTS_FILE), &tensors, &[])?;
     files::write_json(&out.join(CONFIG_FILE), &values)
 }
 
+/// A tensor of a source by its name in training.
+fn trained_tensor<'a>(source: &'a Source, name: &str, want: &[i64]) -> Result<&'a Tensor> {
+    let found = source.tensors.iter().find(|(other, _)| other == name).map(|(_, tensor)| tensor);
+    match found {
+        Some(tensor) if tensor.size() == want => Ok(tensor),
+        Some(tensor) => {
+            let got = tensor.size();
+            Err(Error::Failed(format!("the checkpoint's tensor `{name}`: expected {want:?}, got {got:?}")))
+        }
+        None => Err(Error::Failed(format!("the checkpoint holds no tensor `{name}`"))),
+    }
+}
+
 /// The tensors of a source under a layout's names.
 fn stored_tensors(source: &Source, shape: &Eagle3Shape, layout: Layout) -> Result<Vec<(String, Tensor)>> {
-    let find = |name: &str, want: &[i64]| {
-        let found = source.tensors.iter().find(|(other, _)| other == name).map(|(_, tensor)| tensor);
-        match found {
-            Some(tensor) if tensor.size() == want => Ok(tensor),
-            Some(tensor) => {
-                let got = tensor.size();
-                Err(Error::Failed(format!("the checkpoint's tensor `{name}`: expected {want:?}, got {got:?}")))
-            }
-            None => Err(Error::Failed(format!("the checkpoint holds no tensor `{name}`"))),
-        }
-    };
+    let find = |name: &str, want: &[i64]| trained_tensor(source, name, want);
     let mut tensors = Vec::new();
     let mut kind = source.kind;
     for (name, want) in shape.tensors() {
@@ -162,6 +186,11 @@ fn stored_tensors(source: &Source, shape: &Eagle3Shape, layout: Layout) -> Resul
         // Engines want one type in a file.
         let value = value.f_to_kind(*kind.get_or_insert(value.kind()))?;
         tensors.push((layout.stored(&name), value));
+    }
+    // Published drafts may have a copy of the target's.
+    let shares = shape.hidden_size == shape.target_hidden_size;
+    if let Some((_, value)) = source.tensors.iter().find(|(name, _)| shares && name == EMBEDDING) {
+        tensors.push((EMBEDDING.to_owned(), value.f_to_kind(kind.unwrap_or(value.kind()))?));
     }
     if layout == Layout::Raw {
         for layer in 1..shape.num_layers {
@@ -177,6 +206,24 @@ fn stored_tensors(source: &Source, shape: &Eagle3Shape, layout: Layout) -> Resul
     Ok(tensors)
 }
 
+/// Makes a folder of the layout `eagle3` of a draft in a GGUF file. `overwrite` says whether a folder of a draft or a model
+/// that is there may be replaced.
+pub fn import(path: &Path, out: &Path, kind: Kind, overwrite: bool) -> Result<ExportReport> {
+    crate::gguf::check_folder(path, out, overwrite)?;
+    let Imported { shape, mut tensors, vocabulary, embedding, .. } = read(path, None)?;
+    if let Some(map) = vocabulary {
+        tensors.push((D2T.to_owned(), Tensor::f_from_slice(&map.d2t())?));
+        tensors.push((T2D.to_owned(), Tensor::f_from_slice(&map.t2d())?));
+    }
+    tensors.extend(embedding.map(|table| (EMBEDDING.to_owned(), table)));
+    let description = json!({"draft": {"algorithm": "eagle3"}, "shape": shape});
+    let source = Source { description, tensors, target: PathBuf::new(), kind: Some(kind), q8_0: false };
+    let staged = StagedDir::new(out)?;
+    write(&source, staged.path(), Layout::Raw)?;
+    staged.commit()?;
+    super::check(out)
+}
+
 fn check(path: &Path, _: &Value) -> Result<ExportReport> {
     let folder = read::Folder::open(path, None)?;
     let shape = &folder.shape;
@@ -184,6 +231,9 @@ fn check(path: &Path, _: &Value) -> Result<ExportReport> {
     let target = config::Target::read(folder.target.as_deref());
     match &target {
         Some(target) => target.fits(&path.join(CONFIG_FILE), shape)?,
+        None if folder.layout == Layout::Gguf => {
+            warnings.push("a GGUF file names no target: its sizes were not compared".to_owned());
+        }
         None => warnings.push(match &folder.target {
             Some(name) => format!("target {} is not here: its sizes were not compared", name.display()),
             None => "config.json names no target: its sizes were not compared".to_owned(),
@@ -191,9 +241,14 @@ fn check(path: &Path, _: &Value) -> Result<ExportReport> {
     }
     if folder.embedding().is_some() {
         let what = "holds an embedding although it is as wide as the target";
-        warnings.push(format!("{what}: vLLM uses it where it differs from the target's, SGLang never"));
+        warnings.push(match folder.layout {
+            Layout::Gguf => format!("{what}: llama.cpp uses it"),
+            _ => format!("{what}: vLLM uses it where it differs from the target's, SGLang never"),
+        });
     }
-    let engines = Engine::ALL.map(|engine| engines::report(engine, &folder, target.as_ref())).to_vec();
+    let mut engines = Engine::ALL.map(|engine| engines::report(engine, &folder, target.as_ref())).to_vec();
+    // The others read no GGUF files of drafts.
+    engines.retain(|known| folder.layout != Layout::Gguf || known.engine == Engine::LlamaCpp);
     let parameters = shape.tensors().iter().map(|(_, shape)| shape.iter().product::<i64>() as u64).sum();
     Ok(ExportReport {
         path: path.to_path_buf(),

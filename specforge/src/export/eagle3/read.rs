@@ -1,18 +1,17 @@
-//! Reads a folder of either layout: SafeAILab's, SpecForge's, speculators' and our own.
+//! Reads a draft of any layout: SafeAILab's, SpecForge's, speculators', llama.cpp's and our own.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
-use super::config::{self, Keys};
-use super::{CONFIG_FILE, D2T, Layout, T2D, WEIGHTS_FILE, layout, pickled, trained_name, twin_norm};
+use super::config::{self, Keys, Parsed};
+use super::{CONFIG_FILE, D2T, EMBEDDING, Layout, T2D, WEIGHTS_FILE, gguf, layout, pickled, trained_name, twin_norm};
 use crate::draft::eagle3::Eagle3Shape;
 use crate::error::{Error, Result, TensorMismatch};
+use crate::gguf::packed;
 use crate::vocab::VocabMap;
 use crate::weights::WeightsFolder;
-
-const EMBEDDING: &str = "embed_tokens.weight";
 
 /// Rows of an embedding that are converted at a time to be compared.
 const ROWS_COMPARED: i64 = 4096;
@@ -36,7 +35,7 @@ pub struct Imported {
     pub warnings: Vec<String>,
 }
 
-/// Reads a published draft. `num_target_layers` is needed for folders that name no captured layers.
+/// Reads a published draft, a folder or a GGUF file. `num_target_layers` is needed for folders that name no captured layers.
 pub fn read(path: &Path, num_target_layers: Option<usize>) -> Result<Imported> {
     let folder = Folder::open(path, num_target_layers)?;
     let names = folder.shape.tensors();
@@ -85,6 +84,11 @@ pub(super) struct Folder {
 
 impl Folder {
     pub(super) fn open(path: &Path, num_target_layers: Option<usize>) -> Result<Self> {
+        if packed::is_packed(path) {
+            let gguf::Draft { values, tensors, stored } = gguf::read(path)?;
+            let parsed = config::parse(path, Layout::Gguf, &values, num_target_layers)?;
+            return Self::of(Layout::Gguf, parsed, path, tensors, stored);
+        }
         let config_path = path.join(CONFIG_FILE);
         let values = super::super::config(path)?;
         let layout = layout(&values).ok_or_else(|| {
@@ -92,17 +96,27 @@ impl Folder {
                 .with_hint("expected `architectures` with LlamaForCausalLMEagle3, or `speculators_model_type`: eagle3")
         })?;
         let parsed = config::parse(&config_path, layout, &values, num_target_layers)?;
-        let shape = parsed.shape;
         let (weights_path, tensors, stored) = weights(path)?;
-        fit(&weights_path, &tensors, &shape, layout)?;
-        let kind = one_kind(&weights_path, &tensors)?;
-        let vocabulary = vocabulary(&weights_path, &tensors, &shape)?;
+        Self::of(layout, parsed, &weights_path, tensors, stored)
+    }
+
+    fn of(
+        layout: Layout,
+        parsed: Parsed,
+        weights_path: &Path,
+        tensors: BTreeMap<String, Tensor>,
+        stored: Vec<String>,
+    ) -> Result<Self> {
+        let shape = parsed.shape;
+        fit(weights_path, &tensors, &shape, layout)?;
+        let kind = one_kind(weights_path, &tensors)?;
+        let vocabulary = vocabulary(weights_path, &tensors, &shape)?;
         let warnings = Vec::new();
         for layer in 1..shape.num_layers {
             let (norm, twin) = twin_norm(layer);
             if tensors.get(&twin).is_some_and(|value| !value.equal(&tensors[&norm])) {
                 let problem = format!("`{twin}`, which SGLang reads, differs from `{norm}`, which others read");
-                return Err(Error::bad_file(&weights_path, problem));
+                return Err(Error::bad_file(weights_path, problem));
             }
         }
         let (values, keys, alternative, target) = (parsed.values, parsed.keys, parsed.alternative, parsed.target);

@@ -29,15 +29,21 @@ pub fn start_from(path: &Path, beginning: &Beginning<'_>) -> Result<Vec<String>>
     if imported.vocabulary.as_ref() != vocabulary {
         let tokens = |map: Option<&VocabMap>| map.map_or(own.vocab_size, VocabMap::draft_size);
         let (theirs, ours) = (tokens(imported.vocabulary.as_ref()), tokens(vocabulary));
+        let folder = if path.is_dir() { path } else { Path::new("the imported folder") };
         let what = if theirs == ours { "of other tokens".to_owned() } else { format!("{theirs} there, {ours} here") };
-        wrong.push(format!("vocabulary map: {what} (draft.vocab_map={}/model.safetensors)", path.display()));
+        wrong.push(format!("vocabulary map: {what} (draft.vocab_map={}/model.safetensors)", folder.display()));
     }
     if !wrong.is_empty() {
         let problem = format!("{} is another draft than the one configured:\n  {}", path.display(), wrong.join("\n  "));
-        let hint = format!(
-            "set these keys; draft.config={} takes the architecture from there",
-            path.join("config.json").display()
-        );
+        let hint = match path.is_dir() {
+            true => format!(
+                "set these keys; draft.config={} takes the architecture from there",
+                path.join("config.json").display()
+            ),
+            false => {
+                "set these keys; `specforge import` makes a folder whose config.json draft.config can name".to_owned()
+            }
+        };
         return Err(Error::config(START_KEY, problem).with_hint(hint));
     }
     let _no_grad = tch::no_grad_guard();

@@ -342,6 +342,7 @@ fn exported_files_of_every_layout_guess_like_the_tensors_they_were_made_of() {
             target: folder.path().join("target"),
             target_name: None,
             kind: None,
+            q8_0: false,
         };
         let out = folder.path().join("out");
         export::export(&source, format, &out, None).unwrap();

@@ -32,9 +32,52 @@ const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}
 
 /// The rule with this name.
 pub(super) fn by_name(metadata: &Metadata, name: &str) -> Result<PreTokenizer> {
+    rule(name).ok_or_else(|| {
+        metadata
+            .bad(format!("`{KEY}`: the pre-tokenizer `{name}` is not known; expected one of {KNOWN}"))
+            .with_hint("use the model's Hugging Face folder, which carries the tokenizer itself")
+    })
+}
+
+/// Names that rules are written under, of those that share one.
+const WRITTEN: [&str; 6] = ["smollm", "gpt-2", "llama-bpe", "smaug-bpe", "qwen2", "tekken"];
+
+/// The name of the rule that a tokenizer.json has, where it has one. `ignore_merges` says whether a word that is a token is
+/// taken whole.
+pub(super) fn name_of(normalizer: &Value, pre_tokenizer: &Value, ignore_merges: bool) -> Option<&'static str> {
+    let normalizer = essential(normalizer);
+    let empty = normalizer.get("normalizers").and_then(Value::as_array).is_some_and(Vec::is_empty);
+    let normalizer = if empty { Value::Null } else { normalizer };
+    let pre_tokenizer = essential(pre_tokenizer);
+    WRITTEN.into_iter().find(|name| {
+        rule(name).is_some_and(|rule| {
+            let same = essential(&rule.normalizer) == normalizer && essential(&rule.pre_tokenizer) == pre_tokenizer;
+            same && rule.ignore_merges == ignore_merges
+        })
+    })
+}
+
+/// A part of a tokenizer without what changes no tokens, and with what older files leave out.
+fn essential(part: &Value) -> Value {
+    match part {
+        Value::Object(entries) => {
+            let kept = entries.iter().filter(|(key, _)| *key != "trim_offsets");
+            let mut kept: serde_json::Map<String, Value> =
+                kept.map(|(key, value)| (key.clone(), essential(value))).collect();
+            if entries.get("type").is_some_and(|kind| kind == "ByteLevel") {
+                kept.entry("use_regex").or_insert(Value::Bool(true));
+            }
+            Value::Object(kept)
+        }
+        Value::Array(parts) => parts.iter().map(essential).collect(),
+        other => other.clone(),
+    }
+}
+
+fn rule(name: &str) -> Option<PreTokenizer> {
     let plain =
         |pre_tokenizer| PreTokenizer { normalizer: Value::Null, pre_tokenizer, ignore_merges: false, add_bos: false };
-    Ok(match name {
+    Some(match name {
         "smollm" | "starcoder" | "refact" | "codeshell" => {
             let digits = json!({ "type": "Digits", "individual_digits": true });
             plain(sequence([digits, byte_level(true)]))
@@ -46,11 +89,7 @@ pub(super) fn by_name(metadata: &Metadata, name: &str) -> Result<PreTokenizer> {
         "smaug-bpe" => plain(split(LLAMA3)),
         "qwen2" | "deepseek-r1-qwen" => PreTokenizer { normalizer: json!({ "type": "NFC" }), ..plain(split(QWEN2)) },
         "tekken" => PreTokenizer { ignore_merges: true, add_bos: true, ..plain(split(TEKKEN)) },
-        other => {
-            return Err(metadata
-                .bad(format!("`{KEY}`: the pre-tokenizer `{other}` is not known; expected one of {KNOWN}"))
-                .with_hint("use the model's Hugging Face folder, which carries the tokenizer itself"));
-        }
+        _ => return None,
     })
 }
 

