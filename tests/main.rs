@@ -8,6 +8,7 @@ mod cli;
 mod configuration;
 mod data_parallel;
 mod decoding;
+mod doctor;
 mod draft_contract;
 mod eagle3;
 mod eagle3_exports;

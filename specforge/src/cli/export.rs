@@ -50,7 +50,14 @@ pub(super) fn run(args: &ExportArgs, output: &Output) -> Result<()> {
                 Error::Failed(problem) => Error::bad_file(&checkpoint.path, problem),
                 other => other,
             })?;
-            let configuration = json!({"checkpoint": checkpoint.path, "step": manifest.step, "format": args.format});
+            // What `specforge doctor` compares the folder with, also when the checkpoint is gone.
+            let configuration = json!({
+                "checkpoint": checkpoint.path,
+                "step": manifest.step,
+                "format": args.format,
+                "draft": manifest.draft,
+                "inputs": manifest.inputs,
+            });
             record::write(&out.join(record::FILE_NAME), &configuration, 1)?;
             report
         }

@@ -182,7 +182,7 @@ pub fn export(source: &Source, format: &str, out: &Path, engine: Option<Engine>)
 }
 
 /// The command line's record of how a folder came about.
-const RECORD_FILE: &str = "specforge.json";
+pub const RECORD_FILE: &str = "specforge.json";
 
 /// Nothing of the user's is replaced but an older export of the same format.
 fn check_target(format: &Format, out: &Path) -> Result<()> {
