@@ -26,6 +26,7 @@ mod parallel;
 mod plugin_runs;
 mod plugins;
 mod processes;
+mod quantised_targets;
 mod regeneration;
 mod rehearsal;
 mod resume;

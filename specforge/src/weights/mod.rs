@@ -6,6 +6,7 @@ pub mod folder;
 pub mod gguf;
 mod index;
 pub mod quantised;
+mod scaled;
 pub mod shared;
 pub mod writer;
 
