@@ -42,8 +42,9 @@ pub mod train;
 pub mod eval;
 pub mod launch;
 pub mod trace;
-// L8: the sum of the rooms' own configurations
+// L8: the sum of the rooms' own configurations; what is wrong with a draft beside its target
 pub mod config;
+pub mod doctor;
 // L9: what a run will take
 pub mod plan;
 // L10: the command line

@@ -1,82 +1,96 @@
 //! `specforge doctor`
 
-use serde::Serialize;
-use serde_json::json;
+use std::path::{Path, PathBuf};
 
-use super::Output;
-use crate::checkpoint::Versions;
-use crate::device::{self, CudaState};
-use crate::dist::nccl;
-use crate::error::Result;
-use crate::shim;
-use crate::threads;
+use clap::Args;
+use tch::Device;
 
-#[derive(Serialize)]
-struct Report {
-    versions: Versions,
-    libtorch_folder: String,
-    blas: String,
-    cpu_threads: i32,
-    idle_threads: String,
-    devices: Vec<String>,
-    cuda: String,
-    nccl: String,
-    nccl_process_group: String,
-    build: String,
+use super::{Output, machine, note, numbers};
+use crate::config::Dtype;
+use crate::data::Message;
+use crate::device;
+use crate::doctor::{self, Case, Decoding, Prices, acceptance, report};
+use crate::error::{Error, Result};
+use crate::eval::acceptance::questions;
+use crate::export::Engine;
+use crate::models;
+
+#[derive(Debug, Args)]
+pub(super) struct DoctorArgs {
+    /// Model folder. With --draft: say what is wrong with the draft beside it, what its guesses are worth, and how engines
+    /// are started with it.
+    #[arg(long, value_name = "DIR", requires = "draft")]
+    target: Option<PathBuf>,
+    /// Folder of an exported or published draft.
+    #[arg(long, value_name = "DIR", requires = "target")]
+    draft: Option<PathBuf>,
+    /// The engine that shall serve it, as `export --engine` takes it: what it cannot serve is a fault. Without it, what none
+    /// can.
+    #[arg(long, requires = "draft")]
+    engine: Option<Engine>,
+    /// The checkpoint or run that the draft was written from, where the record beside the draft does not name it.
+    #[arg(long, value_name = "DIR", requires = "draft")]
+    checkpoint: Option<PathBuf>,
+    /// Questions to decode beside the built-in ones: JSON Lines as `eval` reads them. May be given several times.
+    #[arg(long, num_args = 1.., value_name = "FILE", requires = "draft")]
+    data: Vec<PathBuf>,
+    /// Only the first questions of each file.
+    #[arg(long, default_value_t = 8, allow_hyphen_values = true, value_parser = numbers::at_least(1usize))]
+    limit: usize,
+    /// The report.json of `eval --out DIR --tree chain:N`, whose figures decide the number of guesses.
+    #[arg(long, value_name = "FILE", requires = "draft")]
+    report: Option<PathBuf>,
+    /// Look at the files alone.
+    #[arg(long, requires = "draft")]
+    no_decode: bool,
+    /// Most tokens of an answer.
+    #[arg(long, default_value_t = 48, allow_hyphen_values = true, value_parser = numbers::at_least(2usize))]
+    max_new_tokens: usize,
+    /// Element type of target and draft: float32, bfloat16 or float16. Without it float32 on the CPU, and that of the
+    /// target's files on CUDA.
+    #[arg(long, requires = "draft")]
+    dtype: Option<Dtype>,
+    /// auto, cpu, cuda or cuda:N.
+    #[arg(long, default_value = "auto")]
+    device: String,
 }
 
-pub(super) fn run(output: &Output) -> Result<()> {
-    let (cuda, mut devices) = match device::cuda() {
-        CudaState::Usable(count) => {
-            (format!("usable, {count} devices"), (0..*count).map(|n| format!("cuda:{n}")).collect())
+pub(super) fn run(args: &DoctorArgs, output: &Output) -> Result<()> {
+    match (&args.target, &args.draft) {
+        (Some(target), Some(draft)) => examine(args, (target, draft), output),
+        _ => machine::run(output),
+    }
+}
+
+fn examine(args: &DoctorArgs, (path, draft): (&Path, &Path), output: &Output) -> Result<()> {
+    let prices = args.report.as_deref().map(Prices::of_report).transpose()?;
+    let device: Device = device::choose(&args.device)?;
+    let dtype = Dtype::of_target(args.dtype, path, device)?;
+    let target = models::load_target(path, dtype.kind(), device)?;
+    let case = Case::open(draft, (path, target.as_ref()), args.checkpoint.as_deref(), args.engine)?;
+    let decoding = match (&case.target.tokenizer, args.no_decode) {
+        (Ok(tokenizer), false) => {
+            let mut asked: Vec<Vec<Message>> =
+                acceptance::PROMPTS.iter().map(|prompt| vec![Message::new("user", *prompt)]).collect();
+            for question in
+                if args.data.is_empty() { Vec::new() } else { questions::read(&args.data, Some(args.limit))? }
+            {
+                let mut messages = question.before;
+                messages.extend(question.turns.first().map(|turn| Message::new("user", turn.as_str())));
+                asked.push(messages);
+            }
+            // A template that does not render is a finding.
+            Decoding::of(tokenizer, &asked, args.max_new_tokens)
+                .inspect_err(|error| note(format!("warning: nothing is decoded: {error}")))
+                .ok()
         }
-        CudaState::Unusable(reason) => (format!("not usable: {reason}"), Vec::new()),
+        _ => None,
     };
-    let build = shim::libtorch_build(); // only after CUDA was opened: see `device::cuda`
-    devices.insert(0, "cpu".to_owned());
-    let report = Report {
-        versions: Versions::current(),
-        libtorch_folder: device::libtorch_folder()
-            .map_or_else(|| "unknown".to_owned(), |path| path.display().to_string()),
-        blas: blas(&build),
-        cpu_threads: tch::get_num_threads(),
-        idle_threads: threads::waiting(),
-        devices,
-        cuda,
-        nccl: match device::nccl() {
-            Ok(version) => format!("usable, {version}"),
-            Err(reason) => format!("not usable: {reason}"),
-        },
-        nccl_process_group: match nccl::library() {
-            Ok(library) => format!("opened, {library}"),
-            Err(reason) => format!("not usable: {reason}"),
-        },
-        build,
-    };
-    output.result(&report, || {
-        let versions = json!(report.versions);
-        let text = |key: &str| versions[key].as_str().unwrap_or("unknown").to_owned();
-        let rows = [
-            ("specforge", text("specforge")),
-            ("libtorch", format!("{} in {}", text("libtorch"), report.libtorch_folder)),
-            ("devices", report.devices.join(", ")),
-            ("threads", format!("{}, which {} when idle", report.cpu_threads, report.idle_threads)),
-            ("blas", report.blas.clone()),
-            ("cuda", report.cuda.clone()),
-            ("nccl", report.nccl.clone()),
-            ("nccl group", report.nccl_process_group.clone()),
-        ];
-        rows.map(|(name, value)| format!("{name:<10} {value}")).join("\n")
-    });
-    Ok(())
-}
-
-/// The line of libtorch's build settings that names its matrix library.
-fn blas(build: &str) -> String {
-    let line = build
-        .lines()
-        .map(|line| line.trim().trim_start_matches("- "))
-        .find(|line| line.contains("Math Kernel Library"));
-    let setting = || build.split(", ").find_map(|part| part.trim().strip_prefix("BLAS_INFO="));
-    line.or_else(setting).unwrap_or("unknown").to_owned()
+    let diagnosis = doctor::examine(&case, decoding.as_ref(), prices)?;
+    output.result(&diagnosis, || report::text(&diagnosis));
+    match diagnosis.faults {
+        0 => Ok(()),
+        1 => Err(Error::Failed(format!("{}: 1 fault", draft.display()))),
+        faults => Err(Error::Failed(format!("{}: {faults} faults", draft.display()))),
+    }
 }

@@ -89,8 +89,15 @@ pub(super) fn run(args: &ExportArgs, output: &Output) -> Result<()> {
                 Error::Failed(problem) => Error::bad_file(&checkpoint.path, problem),
                 other => other,
             })?;
-            let configuration = json!({"checkpoint": checkpoint.path, "step": manifest.step, "format": args.format});
-            // A format of one file has no folder for a record.
+            // What `specforge doctor` compares the export with, also when the checkpoint is gone. A format of one file has no
+            // folder for a record.
+            let configuration = json!({
+                "checkpoint": checkpoint.path,
+                "step": manifest.step,
+                "format": args.format,
+                "draft": manifest.draft,
+                "inputs": manifest.inputs,
+            });
             if out.is_dir() {
                 record::write(&out.join(record::FILE_NAME), &configuration, 1)?;
             }

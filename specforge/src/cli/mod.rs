@@ -22,6 +22,7 @@ mod gpu_check;
 mod import;
 mod inspect;
 mod launch;
+mod machine;
 mod numbers;
 mod program;
 mod ranks;
@@ -76,8 +77,8 @@ enum Command {
     Eval(eval::EvalArgs),
     /// Say where two recorded decodes differ, and which of them is wrong.
     Compare(compare::CompareArgs),
-    /// Show libtorch, devices, threads, and what is usable.
-    Doctor,
+    /// Say what is wrong with a draft beside its target; without one, what this machine can do.
+    Doctor(doctor::DoctorArgs),
     /// Check that a GPU computes what the CPU computes, and measure how fast it trains.
     GpuCheck(gpu_check::GpuCheckArgs),
 }
@@ -102,7 +103,7 @@ impl Cli {
             Command::Generate(args) => generate::run(&args, &output),
             Command::Eval(args) => eval::run(&args, &output),
             Command::Compare(args) => compare::run(&args, &output),
-            Command::Doctor => doctor::run(&output),
+            Command::Doctor(args) => doctor::run(&args, &output),
             Command::GpuCheck(args) => gpu_check::run(&args, &output),
         }?;
         match output.failure.take() {

@@ -262,7 +262,7 @@ fn write_vllm(source: &Source, out: &Path) -> Result<()> {
 }
 
 /// Hugging Face's name of an element type.
-pub(super) fn dtype(kind: Kind) -> &'static str {
+pub fn dtype(kind: Kind) -> &'static str {
     match kind {
         Kind::Float => "float32",
         Kind::BFloat16 => "bfloat16",

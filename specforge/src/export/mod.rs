@@ -260,7 +260,7 @@ fn at(error: Error, path: &Path) -> Error {
 }
 
 /// The command line's record of how a folder came about.
-const RECORD_FILE: &str = "specforge.json";
+pub const RECORD_FILE: &str = "specforge.json";
 
 /// Nothing of the user's is replaced but an older export of the same format.
 fn check_target(format: &Format, out: &Path) -> Result<()> {

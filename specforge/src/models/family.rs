@@ -91,7 +91,7 @@ impl TargetConfig {
         let refuse = |problem: String| Error::bad_file(&path, problem);
         let values: Value = strict::from_json(&text).map_err(refuse)?;
         let family = family_of(&values).map_err(refuse)?;
-        if let Some(problem) = quantised::configured(&values) {
+        if let Some(problem) = quantised::unreadable(&values) {
             return Err(refuse(problem).with_hint(quantised::HINT));
         }
         if let Some(name) = quantised::file_beside(folder) {
@@ -103,7 +103,7 @@ impl TargetConfig {
 
     /// The same from values.
     pub fn from_value(values: &Value) -> Result<Self, String> {
-        if let Some(problem) = quantised::configured(values) {
+        if let Some(problem) = quantised::unreadable(values) {
             return Err(problem);
         }
         Self::of(family_of(values)?, values.clone())
@@ -152,6 +152,9 @@ impl TargetConfig {
         let config = Self::read(folder)?;
         let weights = WeightsFolder::open(folder)?;
         config.check(&weights)?;
+        if let Some(words) = weights.scaled_words() {
+            progress::say(&format!("warning: {}: {words}", folder.display()));
+        }
         let Some(correct) = config.family.correct else { return Ok((config, weights)) };
         let (values, warnings) = correct(config.values, &weights)?;
         warnings.iter().for_each(|warning| progress::say(&format!("warning: {warning}")));
@@ -223,7 +226,9 @@ pub fn load_tables_with(path: &Path, loading: &Loading<'_>) -> Result<TargetTabl
 /// The vocabulary projection of a Hugging Face folder, in the element type it is stored in, on the CPU.
 pub fn load_head(path: &Path) -> Result<Head> {
     let (names, weights) = (table_names(path)?, WeightsFolder::open(path)?);
-    let kind = names.iter().rev().find_map(|name| weights.kind(name)).unwrap_or(Kind::Float);
+    // Of a head of a few bits, what it stands for.
+    let plain = |kind: &Kind| matches!(kind, Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16);
+    let kind = names.iter().rev().find_map(|name| weights.kind(name)).filter(plain).unwrap_or(Kind::Float);
     Ok(load_tables(path, kind, Device::Cpu)?.head)
 }
 

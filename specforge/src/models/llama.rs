@@ -10,7 +10,7 @@ use super::{Family, ForwardInput, ForwardOutput, GetTensor, LogitRows, PlainMode
 use crate::error::{Error, Result};
 use crate::nn::rope::RopeTables;
 use crate::nn::{Embedding, Head, KvCache, LayerCache, Linear, Masks, Options, PreparedMask, RmsNorm, Rope, attention};
-use crate::weights::WeightsFolder;
+use crate::weights::{WeightsFolder, quantised};
 
 mod config;
 mod streamed;
@@ -139,6 +139,10 @@ fn tables(values: &Value, tensor: &mut GetTensor<'_>) -> Result<(Embedding, Head
 
 /// Sizes of a model of plain layers, as drafts are, whose configuration has the keys of this family.
 pub fn plain_model(values: &Value) -> Result<PlainModel, String> {
+    // What drafts are made like is never quantised.
+    if let Some(problem) = quantised::configured(values) {
+        return Err(problem);
+    }
     LlamaConfig::from_value(values)?.plain()
 }
 

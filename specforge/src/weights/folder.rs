@@ -17,6 +17,7 @@ use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use tch::{Device, Kind, Tensor};
 
 use super::index::{SHARD_INDEX, ShardIndex, is_old_buffer};
+use super::scaled::{self, Share};
 use super::writer::kind_of;
 use super::{finite, quantised};
 use crate::error::{Error, Result, TensorMismatch};
@@ -39,6 +40,16 @@ struct Entry {
     end: usize,
 }
 
+/// What the stored elements of a tensor of a few bits stand for.
+#[derive(Debug, Clone)]
+struct Scaled {
+    /// Name of its scales.
+    scales: String,
+    /// Shape as stored.
+    stored: Vec<i64>,
+    share: Share,
+}
+
 /// An open, memory-mapped set of safetensors files.
 #[derive(Debug)]
 pub struct WeightsFolder {
@@ -47,7 +58,10 @@ pub struct WeightsFolder {
     files: Vec<(PathBuf, Arc<Mmap>)>,
     /// Length and time of the last change of each file, in bytes and nanoseconds.
     stamps: Vec<(u64, i128)>,
+    /// Of a tensor of a few bits the shape is that of the numbers it stands for.
     entries: BTreeMap<String, Entry>,
+    /// Tensors of a few bits, by name.
+    scaled: BTreeMap<String, Scaled>,
 }
 
 impl WeightsFolder {
@@ -120,7 +134,53 @@ impl WeightsFolder {
             }
             files.push((file_path.clone(), Arc::new(map)));
         }
-        Ok(Self { path: path.to_path_buf(), files, stamps, entries })
+        let scaled = scaled_among(&mut entries).map_err(|(name, problem)| {
+            let file = entries.get(&name).map_or(path, |entry: &Entry| &paths[entry.file]);
+            Error::bad_file(file, problem).with_hint(quantised::HINT)
+        })?;
+        Ok(Self { path: path.to_path_buf(), files, stamps, entries, scaled })
+    }
+
+    /// What a user should know of weights of a few bits, where there are some.
+    pub fn scaled_words(&self) -> Option<String> {
+        let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+        for scaled in self.scaled.values() {
+            *counts.entry(scaled.share.words()).or_default() += 1;
+        }
+        let parts: Vec<String> = counts.iter().map(|(words, count)| format!("{count} tensors of {words}")).collect();
+        (!parts.is_empty()).then(|| {
+            format!(
+                "the weights are quantised ({}): they are read as the numbers they stand for, and activations are not \
+                 quantised",
+                parts.join(", ")
+            )
+        })
+    }
+
+    /// Whether a tensor belongs to weights of a few bits: their scales, and those of activations, which nothing here reads.
+    fn is_scale(&self, name: &str) -> bool {
+        const ACTIVATIONS: [&str; 5] = [".input_scale", ".output_scale", ".q_scale", ".k_scale", ".v_scale"];
+        let of_activations = !self.scaled.is_empty() && ACTIVATIONS.iter().any(|end| name.ends_with(end));
+        of_activations || self.scaled.values().any(|scaled| scaled.scales == name)
+    }
+
+    /// The numbers that a tensor of a few bits stands for, in float32 on the CPU; nothing for other tensors.
+    pub(super) fn scaled_numbers(&self, name: &str) -> Result<Option<Tensor>> {
+        let Some(scaled) = self.scaled.get(name) else { return Ok(None) };
+        let entry = self.entry(name)?;
+        let stored = Tensor::f_from_data_size(self.bytes_of(entry), &scaled.stored, entry.kind)?;
+        let kind = self.kind(&scaled.scales).unwrap_or(Kind::Float);
+        let scales = self.load(&scaled.scales, kind, Device::Cpu)?;
+        let numbers = match scaled.share {
+            Share::Group => scaled::of_float4(&stored, &scales, &entry.shape)?,
+            share => scaled::of_float8(&stored, &scales, share)?,
+        };
+        if !bool::try_from(numbers.f_isfinite()?.f_all()?)? {
+            let problem = format!("`{name}`: expected finite numbers, some are none with their scales");
+            return Err(Error::bad_file(self.file_of(name), problem)
+                .with_hint("the weights are damaged: fetch or write them again"));
+        }
+        Ok(Some(numbers))
     }
 
     fn open_packed(path: &Path) -> Result<Self> {
@@ -188,12 +248,12 @@ impl WeightsFolder {
     pub fn check_numbers(&self, expected: &[(String, Vec<i64>)]) -> Result<()> {
         let refuse =
             |name: &str, problem: String| Err(Error::bad_file(self.file_of(name), problem).with_hint(quantised::HINT));
-        for name in self.names() {
+        for name in self.names().filter(|name| !self.is_scale(name)) {
             if let Some(method) = quantised::method_of(name) {
                 return refuse(name, format!("holds quantised weights ({method}), such as `{name}`"));
             }
         }
-        for (name, _) in expected {
+        for (name, _) in expected.iter().filter(|(name, _)| !self.scaled.contains_key(name)) {
             match self.kind(name) {
                 None | Some(Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16) => {}
                 Some(kind) => {
@@ -212,6 +272,10 @@ impl WeightsFolder {
         let (one, other) = (self.entry(left)?, self.entry(right)?);
         if one.shape != other.shape {
             return Ok(false);
+        }
+        if [left, right].iter().any(|name| self.scaled.contains_key(*name)) {
+            let [left, right] = [left, right].map(|name| self.load(name, Kind::Float, Device::Cpu));
+            return Ok(left?.f_equal(&right?)?);
         }
         if one.kind == other.kind && self.bytes_of(one) == self.bytes_of(other) {
             return Ok(true);
@@ -247,7 +311,7 @@ impl WeightsFolder {
         }
         let known: std::collections::HashSet<&str> = expected.iter().map(|(name, _)| name.as_str()).collect();
         for (name, entry) in &self.entries {
-            if !known.contains(name.as_str()) && !ignored(name) {
+            if !known.contains(name.as_str()) && !ignored(name) && !self.is_scale(name) {
                 mismatch.surplus.push(format!("{name} {:?}", entry.shape));
             }
         }
@@ -286,6 +350,13 @@ impl WeightsFolder {
             // SAFETY: safetensors checked the size, the address is aligned, and `leak_map` keeps the bytes mapped.
             return unsafe { tensor_over(self.bytes_of(entry), &entry.shape, kind) };
         }
+        if let Some(numbers) = self.scaled_numbers(name)? {
+            let loaded = numbers.f_to_device(device)?.f_to_kind(kind)?;
+            if may_overflow(Kind::Float, kind) && !bool::try_from(loaded.f_isfinite()?.f_all()?)? {
+                return Err(self.too_large(name, kind));
+            }
+            return Ok(loaded);
+        }
         let loaded = Tensor::f_empty(&entry.shape, (kind, device))?;
         let flat = loaded.f_view([-1])?;
         let may_overflow = may_overflow(entry.kind, kind);
@@ -296,14 +367,16 @@ impl WeightsFolder {
             place.f_copy_(piece)?;
             first += length;
             if may_overflow && !bool::try_from(place.f_isfinite()?.f_all()?)? {
-                let problem = format!("`{name}` holds numbers that are too large for {kind:?}");
-                return Err(
-                    Error::bad_file(self.file_of(name), problem).with_hint("load the weights as bfloat16 or float32")
-                );
+                return Err(self.too_large(name, kind));
             }
             Ok(())
         })?;
         Ok(loaded)
+    }
+
+    fn too_large(&self, name: &str, kind: Kind) -> Error {
+        let problem = format!("`{name}` holds numbers that are too large for {kind:?}");
+        Error::bad_file(self.file_of(name), problem).with_hint("load the weights as bfloat16 or float32")
     }
 
     /// Tells the system that some tensors are read soon.
@@ -417,6 +490,44 @@ fn entries_of(path: &Path, map: &Mmap, file: usize) -> Result<Vec<(String, Entry
         entries.push((name, Entry { file, kind, shape, start, end }));
     }
     Ok(entries)
+}
+
+/// Tensors of a few bits whose scales are there: they get the name and the shape of what they stand for. Others are
+/// refused, with the name and the problem.
+fn scaled_among(entries: &mut BTreeMap<String, Entry>) -> Result<BTreeMap<String, Scaled>, (String, String)> {
+    let mut found = BTreeMap::new();
+    let narrow = |entry: &Entry| matches!(entry.kind, Kind::Float8e4m3fn | Kind::Uint8);
+    let names: Vec<String> = entries.iter().filter(|(_, entry)| narrow(entry)).map(|(name, _)| name.clone()).collect();
+    for stored in names {
+        let is_float8 = entries[&stored].kind == Kind::Float8e4m3fn;
+        let Some((name, scales)) = scaled::partner(&stored, |name| entries.contains_key(name)) else {
+            match is_float8 {
+                true => return Err((stored.clone(), format!("holds quantised weights without scales: `{stored}`"))),
+                false => continue,
+            }
+        };
+        let (entry, scale) = (&entries[&stored], &entries[&scales]);
+        let shape = entry.shape.clone();
+        let (numbers, share) = match is_float8 {
+            true => (Some(shape.clone()), scaled::share(&shape, &scale.shape)),
+            false if scale.kind == Kind::Uint8 => (scaled::unpacked_shape(&shape, &scale.shape), Some(Share::Group)),
+            // Bytes with other scales are integers of somebody else's method.
+            false => continue,
+        };
+        let (Some(numbers), Some(share)) = (numbers, share) else {
+            let problem =
+                format!("`{scales}` {:?} fits no weights of shape {shape:?}, which `{stored}` has", scale.shape);
+            return Err((stored, problem));
+        };
+        if name != stored && entries.contains_key(&name) {
+            return Err((stored.clone(), format!("holds `{name}` as it is and quantised")));
+        }
+        if let Some(entry) = entries.remove(&stored) {
+            entries.insert(name.clone(), Entry { shape: numbers, ..entry });
+        }
+        found.insert(name, Scaled { scales, stored: shape, share });
+    }
+    Ok(found)
 }
 
 fn unsupported(path: &Path, name: &str, dtype: Dtype) -> Error {

@@ -5,6 +5,7 @@ mod finite;
 pub mod folder;
 mod index;
 pub mod quantised;
+mod scaled;
 pub mod shared;
 pub mod writer;
 

@@ -1,5 +1,6 @@
 //! Quantised weights, told by name: this program computes with plain floating-point numbers and takes nothing else for
-//! them.
+//! them. Targets whose weights are float8 or MXFP4 with scales are read as the numbers they stand for (`scaled`); all other
+//! methods are refused, and in drafts these two as well.
 //!
 //! A folder says that it is quantised in its configuration, in a file beside it, in the names of its tensors or in their
 //! element types. Each is looked at, because tools that rewrite folders forget one or the other.
@@ -39,12 +40,35 @@ const ENDINGS: [(&str, &str); 17] = [
     (".weight._data", "quanto"),
 ];
 
-/// What a configuration says of quantisation: key, method and bits.
-pub fn configured(config: &Value) -> Option<String> {
+/// What a configuration says of quantisation that no target is read with; see [`configured`].
+pub fn unreadable(config: &Value) -> Option<String> {
+    let (_, section) = section(config)?;
+    if is_readable(section) { None } else { configured(config) }
+}
+
+/// Whether weights of this method are float8 or MXFP4 with scales, as far as its configuration says: their files are
+/// looked at in any case.
+fn is_readable(section: &Value) -> bool {
+    let text = |name: &str| section.get(name).and_then(Value::as_str).unwrap_or_default().to_lowercase();
+    match text("quant_method").as_str() {
+        "fp8" | "fbgemm_fp8" | "mxfp4" => true,
+        "modelopt" => text("quant_algo") == "fp8",
+        "compressed-tensors" => ["float-quantized", "mxfp4-pack-quantized"].contains(&text("format").as_str()),
+        _ => false,
+    }
+}
+
+/// The key and the section of a configuration that speak of quantisation.
+fn section(config: &Value) -> Option<(&'static str, &Value)> {
     let parts = [Some(config), config.get("text_config")];
     let mut found = parts.into_iter().flatten().flat_map(|part| KEYS.map(|key| (key, part.get(key))));
     let is_empty = |value: &Value| value.is_null() || value.as_object().is_some_and(serde_json::Map::is_empty);
-    let (key, value) = found.find_map(|(key, value)| Some((key, value.filter(|value| !is_empty(value))?)))?;
+    found.find_map(|(key, value)| Some((key, value.filter(|value| !is_empty(value))?)))
+}
+
+/// What a configuration says of quantisation: key, method and bits.
+pub fn configured(config: &Value) -> Option<String> {
+    let (key, value) = section(config)?;
     let text = |name: &str| value.get(name).and_then(Value::as_str);
     let mut words = vec![text("quant_method").or_else(|| text("quant_algo")).unwrap_or("an unknown method").to_owned()];
     let flag = |name: &str| value.get(name) == Some(&Value::Bool(true));

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use safetensors::tensor::{Metadata, TensorInfo};
 use sha2::{Digest, Sha256};
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 
 use super::WeightsFolder;
 use super::writer::{dtype_of, host_bytes};
@@ -167,12 +167,16 @@ impl<'a> Layout<'a> {
         let mut done = self.header.len() as u64;
         for name in self.names {
             maker.report(done, self.bytes);
-            weights.read_pieces(name, |piece| {
+            let mut write = |piece: &Tensor| {
                 let converted = piece.f_to_device_(Device::Cpu, kind, false, false)?;
                 let bytes = host_bytes(&converted);
                 done += bytes.len() as u64;
                 out.write_all(bytes).map_err(Error::io("write", path))
-            })?;
+            };
+            match weights.scaled_numbers(name)? {
+                Some(numbers) => write(&numbers)?,
+                None => weights.read_pieces(name, write)?,
+            }
         }
         maker.report(done, self.bytes);
         out.flush().map_err(Error::io("write", path))

@@ -122,6 +122,7 @@ pub fn dtype_of(kind: Kind) -> Result<Dtype> {
         Kind::Int16 => Dtype::I16,
         Kind::Int8 => Dtype::I8,
         Kind::Uint8 => Dtype::U8,
+        Kind::Float8e4m3fn => Dtype::F8_E4M3,
         Kind::Bool => Dtype::BOOL,
         other => {
             return Err(Error::Failed(format!("tensors of type {other:?} have no place in a safetensors file")));
@@ -141,6 +142,7 @@ pub fn kind_of(dtype: Dtype) -> Option<Kind> {
         Dtype::I16 => Kind::Int16,
         Dtype::I8 => Kind::Int8,
         Dtype::U8 => Kind::Uint8,
+        Dtype::F8_E4M3 => Kind::Float8e4m3fn,
         Dtype::BOOL => Kind::Bool,
         _ => return None,
     })

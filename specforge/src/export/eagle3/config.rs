@@ -13,7 +13,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
-use super::{CONFIG_FILE, Layout, Source};
+use super::{ARCHITECTURE, CONFIG_FILE, Layout, Source};
 use crate::draft::eagle3::Eagle3Shape;
 use crate::error::{Error, Result};
 use crate::gguf::packed;
@@ -29,7 +29,7 @@ const SPECULATIVE_TOKENS: u32 = 3;
 /// config.json of the raw layout.
 pub(super) fn raw(shape: &Eagle3Shape, source: &Source, dtype: &str) -> Value {
     let outputs: Vec<i64> = shape.capture.iter().map(|&index| index as i64 - 1).collect();
-    let mut values = object(json!({"architectures": ["LlamaForCausalLMEagle3"]}));
+    let mut values = object(json!({"architectures": [ARCHITECTURE]}));
     values.append(&mut transformer(shape, &source.target, dtype));
     values.append(&mut object(json!({
         "draft_vocab_size": shape.draft_vocab_size,
@@ -429,12 +429,12 @@ fn capture(keys: &Keys, num_target_layers: usize) -> Result<Vec<usize>, String> 
 }
 
 /// The layers that read what these layers give.
-pub(super) fn inputs_of(outputs: &[i64]) -> Option<Vec<usize>> {
+pub fn inputs_of(outputs: &[i64]) -> Option<Vec<usize>> {
     outputs.iter().map(|id| id.checked_add(1).and_then(|id| usize::try_from(id).ok())).collect()
 }
 
 /// What both engines capture where a file names no layers.
-pub(super) fn default_capture(num_target_layers: usize) -> Option<Vec<usize>> {
+pub fn default_capture(num_target_layers: usize) -> Option<Vec<usize>> {
     (num_target_layers > 3).then(|| vec![2, num_target_layers / 2, num_target_layers - 3])
 }
 

@@ -31,8 +31,12 @@ mod pickled;
 mod read;
 mod warm_start;
 
-pub use read::{Imported, is_other_embedding, read};
+pub use config::{default_capture, inputs_of};
+pub use read::{Imported, is_other_embedding, read, read_shape};
 pub use warm_start::start_from;
+
+/// What engines call a draft of the raw layout.
+pub const ARCHITECTURE: &str = "LlamaForCausalLMEagle3";
 
 const CONFIG_FILE: &str = "config.json";
 const WEIGHTS_FILE: &str = "model.safetensors";
@@ -108,7 +112,7 @@ impl Layout {
 }
 
 /// The name in training of a tensor in a file. SGLang also accepts the older names of the captured layers' norms.
-fn trained_name(stored: &str) -> String {
+pub fn trained_name(stored: &str) -> String {
     let aliases = [
         ("layers.0.", "midlayer."),
         ("aux_norm_low.", "fc_norm.0."),

@@ -46,6 +46,14 @@ pub fn read(path: &Path, num_target_layers: Option<usize>) -> Result<Imported> {
     Ok(Imported { shape, alternative, tensors, vocabulary, embedding, warnings })
 }
 
+/// The architecture that a folder's config.json describes, whatever its tensors are; see [`read`].
+pub fn read_shape(path: &Path, num_target_layers: Option<usize>) -> Result<Eagle3Shape> {
+    let values = super::super::config(path)?;
+    // An architecture that nobody knows may still have the keys.
+    let layout = layout(&values).unwrap_or(Layout::Raw);
+    Ok(config::parse(&path.join(CONFIG_FILE), layout, &values, num_target_layers)?.shape)
+}
+
 /// Whether an embedding that came with a draft holds other numbers than the target's, as far as its element type tells.
 pub fn is_other_embedding(own: &Tensor, target: &Tensor) -> Result<bool> {
     if own.size() != target.size() {

@@ -72,7 +72,7 @@ fn default_activation() -> String {
 impl LlamaConfig {
     /// Reads and checks a value with the keys of config.json.
     pub fn from_value(value: &Value) -> Result<Self, String> {
-        if let Some(problem) = quantised::configured(value) {
+        if let Some(problem) = quantised::unreadable(value) {
             return Err(problem);
         }
         let config: Self = serde_path_to_error::deserialize(value).map_err(|error| {

@@ -1,0 +1,377 @@
+//! Where a draft guesses badly, the mistake that was made: the files are read in every way that such mistakes read them, and
+//! the reading under which guesses are right is the one the draft was trained for.
+//!
+//! Every reading is tried on what the target answered, all positions in one pass: how often the first guess is right. What
+//! is better there beyond chance is decoded with.
+
+use tch::{Device, Kind, Tensor};
+
+use super::head::HEAD;
+use super::network;
+use super::tensors::other_order;
+use crate::decode::drafter::{DraftSampling, DynamicTree, Eagle3Drafter, Eagle3Parts};
+use crate::doctor::acceptance::{DEPTH, Decoding, Measured, measure_with};
+use crate::doctor::case::Case;
+use crate::draft::vocabulary;
+use crate::error::{Error, Result};
+use crate::export;
+use crate::models::{ForwardInput, LogitRows, TargetModel};
+use crate::nn::{AttentionMask, RopeScaling};
+use crate::vocab::VocabMap;
+
+/// Deviations of chance by which a reading must be better, of places where one of the two is right alone.
+const BEYOND_CHANCE: f64 = 4.0;
+/// A gain in acceptance length below this is not worth a word.
+const LEAST_GAIN: f64 = 0.03;
+/// Readings that are decoded with.
+const DECODED: usize = 2;
+
+/// A way to read the files.
+struct Reading {
+    /// How, as in "with ...".
+    words: String,
+    parts: Eagle3Parts,
+    /// Tokens by which features come late.
+    late: usize,
+}
+
+/// What would make guesses right, in words, and how many readings were tried.
+pub fn explain(case: &Case<'_>, decoding: &Decoding, measured: &Measured) -> Result<(Vec<String>, usize)> {
+    let _guard = tch::no_grad_guard();
+    let target = case.target.model;
+    if !case.eagle3.as_ref().is_some_and(|own| own.imported.is_ok()) {
+        return Ok((Vec::new(), 0));
+    }
+    let layers = target.info().num_layers();
+    let own = Eagle3Parts::from(export::eagle3::read(&case.folder.path, Some(layers))?);
+    let readings = readings(case, &own)?;
+    let texts: Vec<Text> = measured
+        .answers
+        .iter()
+        .map(|(prompt, answer)| Text::of(target, prompt, &answer.tokens))
+        .collect::<Result<_>>()?;
+    let hits = |parts: &Eagle3Parts, late: usize| -> Result<Vec<bool>> {
+        let mut hits = Vec::new();
+        for text in &texts {
+            hits.extend(text.hits(parts, late, target)?);
+        }
+        Ok(hits)
+    };
+    let base = hits(&own, 0)?;
+    let mut better: Vec<(f64, f64, &Reading)> = Vec::new();
+    for reading in &readings {
+        let other = hits(&reading.parts, reading.late)?;
+        let gain = gain(&base, &other);
+        // What is fed back changes no first guess: only a decode can tell.
+        let is_later = reading.parts.shape.norm_feedback != own.shape.norm_feedback;
+        if gain > BEYOND_CHANCE || is_later {
+            better.push((if is_later { 0.0 } else { gain }, share(&other), reading));
+        }
+    }
+    better.sort_by(|left, right| right.0.total_cmp(&left.0));
+    let mut best: Option<(f64, String)> = None;
+    let feedback = better.iter().filter(|(gain, ..)| *gain == 0.0);
+    for (gain, rate, reading) in better.iter().filter(|(gain, ..)| *gain > 0.0).take(DECODED).chain(feedback) {
+        // Late features are a mistake of training alone: the loop hands none over late.
+        if reading.late > 0 {
+            let text = format!(
+                "with {} the first guess is right at {rate:.3} of the places, not {:.3}",
+                reading.words,
+                share(&base)
+            );
+            best.get_or_insert((1.0 + rate, text));
+            continue;
+        }
+        let parts = copy(&reading.parts);
+        let drafter = Eagle3Drafter::new(parts, target, DynamicTree::chain(DEPTH), DraftSampling::Greedy)?;
+        let other = measure_with(case, decoding, Box::new(drafter))?;
+        let length = other.acceptance_length;
+        // Where first guesses said nothing, the decodes must.
+        let chance = if *gain == 0.0 { BEYOND_CHANCE * (measured.error + other.error).sqrt() } else { LEAST_GAIN };
+        let better_than_all = best.as_ref().is_none_or(|(best, _)| length > *best);
+        if length > measured.acceptance_length + chance && better_than_all {
+            best = Some((length, format!("with {} it is {length:.2}", reading.words)));
+        }
+    }
+    Ok((best.into_iter().map(|(_, text)| text).collect(), readings.len()))
+}
+
+/// How far beyond chance one list is right where the other is not, in deviations of a fair coin.
+fn gain(base: &[bool], other: &[bool]) -> f64 {
+    let alone =
+        |left: &[bool], right: &[bool]| left.iter().zip(right).filter(|(left, right)| **left && !**right).count();
+    let (won, lost) = (alone(other, base) as f64, alone(base, other) as f64);
+    if won + lost > 0.0 { (won - lost) / (won + lost).sqrt() } else { 0.0 }
+}
+
+fn share(hits: &[bool]) -> f64 {
+    hits.iter().filter(|&&hit| hit).count() as f64 / hits.len().max(1) as f64
+}
+
+/// The same parts; numbers are shared.
+fn copy(parts: &Eagle3Parts) -> Eagle3Parts {
+    let share = |tensor: &Option<Tensor>| tensor.as_ref().map(Tensor::shallow_clone);
+    let tensors = parts.tensors.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
+    Eagle3Parts {
+        shape: parts.shape.clone(),
+        tensors,
+        vocabulary: parts.vocabulary.clone(),
+        embedding: share(&parts.embedding),
+    }
+}
+
+// -- the readings ------------------------------------------------------------------------------------------------------
+
+/// Every mistake that is known, undone: see the table of docs/doctor.md.
+fn readings(case: &Case<'_>, own: &Eagle3Parts) -> Result<Vec<Reading>> {
+    let target = case.target.model;
+    let mut all = Readings { own, list: Vec::new() };
+    layers(&mut all, target);
+    rotary(&mut all, target);
+    flags(&mut all);
+    tokens(&mut all, case)?;
+    tensors(&mut all);
+    for late in 1..=2 {
+        let name =
+            if late == 1 { "features one token late".to_owned() } else { format!("features {late} tokens late") };
+        all.list.push(Reading { words: name, parts: copy(own), late });
+    }
+    projection(&mut all, target)?;
+    Ok(all.list)
+}
+
+struct Readings<'a> {
+    own: &'a Eagle3Parts,
+    list: Vec<Reading>,
+}
+
+impl Readings<'_> {
+    fn add(&mut self, words: impl Into<String>, change: impl FnOnce(&mut Eagle3Parts)) {
+        let mut parts = copy(self.own);
+        change(&mut parts);
+        self.list.push(Reading { words: words.into(), parts, late: 0 });
+    }
+}
+
+/// The other convention of layer ids, the default where ids were dropped, and the other order.
+fn layers(all: &mut Readings<'_>, target: &dyn TargetModel) {
+    let (count, own) = (target.info().num_layers(), all.own.shape.capture.clone());
+    let shifted = |by: i64| {
+        own.iter().map(|&layer| usize::try_from(layer as i64 + by).ok().filter(|&layer| layer <= count)).collect()
+    };
+    let default = export::eagle3::default_capture(count).filter(|layers| layers.len() == own.len());
+    let reversed = Some(own.iter().rev().copied().collect());
+    let mut seen: Vec<Vec<usize>> = vec![own.clone()];
+    for layers in [shifted(-1), shifted(1), default, reversed].into_iter().flatten() {
+        if !seen.contains(&layers) {
+            all.add(format!("layers {layers:?} instead of {own:?}"), |parts| parts.shape.capture.clone_from(&layers));
+            seen.push(layers);
+        }
+    }
+}
+
+fn rotary(all: &mut Readings<'_>, target: &dyn TargetModel) {
+    let (own, theirs) = (all.own.shape.layer.rope, target.info().draft_template().rope);
+    for theta in [theirs.theta, 10_000.0, 500_000.0, 1_000_000.0] {
+        if theta != own.theta && (theta == theirs.theta || theirs.theta != own.theta || theta == 10_000.0) {
+            all.add(format!("rope_theta {theta} instead of {}", own.theta), |parts| {
+                parts.shape.layer.rope.theta = theta
+            });
+        }
+    }
+    if theirs.scaling != own.scaling {
+        all.add("the target's rope_scaling", |parts| {
+            parts.shape.layer.rope.scaling = theirs.scaling;
+            parts.shape.layer.rope.theta = theirs.theta;
+        });
+    }
+    if own.scaling != RopeScaling::Default {
+        all.add("no rope_scaling", |parts| parts.shape.layer.rope.scaling = RopeScaling::Default);
+    }
+}
+
+fn flags(all: &mut Readings<'_>) {
+    let shape = &all.own.shape;
+    let (residual, output, feedback) = (shape.norm_before_residual, shape.norm_output, shape.norm_feedback);
+    let (each, together) = (shape.fc_norm, shape.norm_before_fc);
+    all.add(format!("norm_before_residual {}", !residual), |parts| parts.shape.norm_before_residual = !residual);
+    all.add(format!("norm_feedback {} (the engines' norm_output)", !feedback), |parts| {
+        parts.shape.norm_feedback = !feedback;
+    });
+    // A norm that the files do not hold cannot be tried.
+    if output {
+        all.add("no norm before the projection", |parts| parts.shape.norm_output = false);
+    }
+    if each {
+        all.add("fc_norm false", |parts| parts.shape.fc_norm = false);
+    }
+    if together {
+        all.add("norm_before_fc false", |parts| parts.shape.norm_before_fc = false);
+    }
+}
+
+/// The draft's vocabulary, read in other ways.
+fn tokens(all: &mut Readings<'_>, case: &Case<'_>) -> Result<()> {
+    let Some(d2t) = case.folder.tensors.get("d2t").filter(|_| all.own.vocabulary.is_some()) else { return Ok(()) };
+    let offsets = Vec::<i64>::try_from(d2t.to_kind(Kind::Int64))?;
+    let size = all.own.shape.vocab_size;
+    let summed = offsets.iter().scan(-1, |sum: &mut i64, offset| {
+        *sum = sum.saturating_add(offset.saturating_add(1));
+        Some(*sum)
+    });
+    let ways = [
+        ("d2t ignored", (0..offsets.len() as i64).collect()),
+        ("d2t as the target's ids themselves", offsets.clone()),
+        ("d2t as gaps that add up", summed.collect::<Vec<i64>>()),
+    ];
+    for (name, ids) in ways {
+        if let Ok(map) = VocabMap::new(ids, size)
+            && all.own.vocabulary.as_ref() != Some(&map)
+        {
+            all.add(name, |parts| parts.vocabulary = Some(map));
+        }
+    }
+    Ok(())
+}
+
+/// Tensors that a converter wrote in another order.
+fn tensors(all: &mut Readings<'_>) {
+    let head_dim = all.own.shape.layer.head_dim;
+    for (to_halves, name) in [(true, "neighbours"), (false, "halves")] {
+        all.add(format!("rows of q and k taken for those of a rotary embedding that turns {name}"), |parts| {
+            change(parts, &["q_proj.weight", "k_proj.weight"], |rows| other_order(rows, head_dim, to_halves));
+        });
+    }
+    all.add("embedding and feature in the other order", |parts| {
+        let swap = |matrix: &Tensor| match matrix.size()[1] {
+            wide if wide % 2 == 0 => Tensor::cat(&matrix.chunk(2, 1).into_iter().rev().collect::<Vec<_>>(), 1),
+            _ => matrix.shallow_clone(),
+        };
+        let first = [
+            "midlayer.self_attn.q_proj.weight",
+            "midlayer.self_attn.k_proj.weight",
+            "midlayer.self_attn.v_proj.weight",
+        ];
+        change(parts, &first, swap);
+    });
+    all.add("the norms of embedding and feature swapped", |parts| {
+        for (name, _) in &mut parts.tensors {
+            *name = match name.as_str() {
+                "midlayer.hidden_norm.weight" => "midlayer.input_layernorm.weight".to_owned(),
+                "midlayer.input_layernorm.weight" => "midlayer.hidden_norm.weight".to_owned(),
+                _ => std::mem::take(name),
+            };
+        }
+    });
+    all.add("square matrices transposed", |parts| {
+        change(parts, &["o_proj.weight"], |matrix| match matrix.size()[0] == matrix.size()[1] {
+            true => matrix.transpose(0, 1).contiguous(),
+            false => matrix.shallow_clone(),
+        });
+    });
+    all.add("gate and up swapped", |parts| {
+        for (name, _) in &mut parts.tensors {
+            *name = match name.contains("gate_proj") {
+                true => name.replace("gate_proj", "up_proj"),
+                false => name.replace("up_proj", "gate_proj"),
+            };
+        }
+    });
+}
+
+/// Changes the tensors whose names end so.
+fn change(parts: &mut Eagle3Parts, ends: &[&str], with: impl Fn(&Tensor) -> Tensor) {
+    for (_, tensor) in parts.tensors.iter_mut().filter(|(name, _)| ends.iter().any(|end| name.ends_with(end))) {
+        *tensor = with(tensor);
+    }
+}
+
+/// The target's own projection in the place of the draft's.
+fn projection(all: &mut Readings<'_>, target: &dyn TargetModel) -> Result<()> {
+    if all.own.shape.hidden_size != all.own.shape.target_hidden_size || !target.head().is_plain() {
+        return Ok(());
+    }
+    let head = match &all.own.vocabulary {
+        Some(map) => vocabulary::gather_rows(target.head(), map)?.weight,
+        None => target.head().weight.shallow_clone(),
+    };
+    all.add("the target's projection (tied) instead of its own", |parts| {
+        change(parts, &[HEAD], |_| head.shallow_clone())
+    });
+    Ok(())
+}
+
+// -- what the target answered ------------------------------------------------------------------------------------------
+
+/// A prompt with its answer, and the target's hidden states behind every token.
+struct Text {
+    /// `[T]`
+    tokens: Vec<i64>,
+    /// Tokens of the prompt.
+    prompt: usize,
+    /// By Hugging Face's index, `[T, TH]` each.
+    hidden: Vec<Tensor>,
+}
+
+impl Text {
+    fn of(target: &dyn TargetModel, prompt: &[u32], answer: &[u32]) -> Result<Self> {
+        let tokens: Vec<i64> = prompt.iter().chain(answer).map(|&id| i64::from(id)).collect();
+        let count = tokens.len() as i64;
+        let ids = Tensor::from_slice(&tokens).unsqueeze(0).f_to_device(target.device())?; // [1, T]
+        let positions = Tensor::arange(count, (Kind::Int64, target.device())).unsqueeze(0); // [1, T]
+        let capture: Vec<usize> = (0..=target.info().num_layers()).collect();
+        let input = ForwardInput {
+            ids: &ids,
+            positions: &positions,
+            mask: &AttentionMask::Causal,
+            capture: &capture,
+            logits: LogitRows::None,
+        };
+        let hidden = target.forward(&input, None)?.hidden.into_iter().map(|state| state.squeeze_dim(0)).collect();
+        Ok(Self { tokens, prompt: prompt.len(), hidden })
+    }
+
+    /// Whether the first guess is right, at every place of the answer but the first.
+    fn hits(&self, parts: &Eagle3Parts, late: usize, target: &dyn TargetModel) -> Result<Vec<bool>> {
+        // Row t reads the features of token t and the embedding of token t + 1, and guesses token t + 2.
+        let rows = self.tokens.len().saturating_sub(2 + late);
+        let first = self.prompt.saturating_sub(1);
+        if rows <= first {
+            return Ok(Vec::new());
+        }
+        let network = network(&parts.shape, &parts.tensors, target)?;
+        let feature = |&layer: &usize| {
+            let state =
+                self.hidden.get(layer).ok_or_else(|| Error::Failed(format!("hidden state {layer} is not there")))?;
+            Ok(state.narrow(0, 0, rows as i64))
+        };
+        let captured: Vec<Tensor> = parts.shape.capture.iter().map(feature).collect::<Result<_>>()?;
+        let features = network.project_hidden_states(&captured)?.unsqueeze(0); // [1, R, H]
+        let next = &self.tokens[1 + late..1 + late + rows];
+        let ids = Tensor::from_slice(next).unsqueeze(0).f_to_device(target.device())?; // [1, R]
+        let positions = Tensor::arange(rows as i64, (Kind::Int64, target.device())).unsqueeze(0); // [1, R]
+        let mut cache = network.new_cache(1, rows as i64);
+        let hidden = network.forward_cached(&features, &ids, &positions, &AttentionMask::Causal, &mut cache)?; // [1, R, H]
+        let best = network.logits(&hidden.squeeze_dim(0)).f_argmax(-1, false)?.f_to_device(Device::Cpu)?; // [R]
+        let best = Vec::<i64>::try_from(best)?;
+        let name = |draft: i64| match &parts.vocabulary {
+            Some(map) => map.target_ids().get(draft as usize).copied().unwrap_or(-1),
+            None => draft,
+        };
+        Ok((first..rows).map(|row| name(best[row]) == self.tokens[row + 2 + late]).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::gain;
+
+    #[test]
+    fn chance_is_told_from_gain() {
+        let list = |ones: &str| ones.chars().map(|letter| letter == '1').collect::<Vec<bool>>();
+        assert_eq!(gain(&list("1100"), &list("1100")), 0.0);
+        assert_eq!(gain(&list("0000"), &list("1111")), 2.0);
+        assert_eq!(gain(&list("1010"), &list("0101")), 0.0);
+        assert!(gain(&list("1111"), &list("0000")) < 0.0);
+    }
+}

@@ -1,0 +1,28 @@
+//! What serving engines make of the folder, by the rules of their own loaders.
+
+use super::case::Case;
+use super::finding::Findings;
+use crate::error::Result;
+use crate::export::EngineReport;
+
+/// See the file's own words.
+pub fn look(case: &Case<'_>, found: &mut Findings) -> Result<()> {
+    let Ok(report) = &case.folder.loads else { return Ok(()) };
+    let asked: Vec<&EngineReport> =
+        report.engines.iter().filter(|known| case.engine.is_none_or(|engine| engine == known.engine)).collect();
+    let unserved = !asked.is_empty() && asked.iter().all(|known| !known.problems.is_empty());
+    for known in asked {
+        let name = known.engine.name();
+        if known.problems.is_empty() {
+            found.ok(format!("{name} serves it"));
+        }
+        for problem in &known.problems {
+            let (text, advice) = (format!("{name} {problem}"), "see `specforge export --engine` and docs/engines.md");
+            match unserved {
+                true => found.fault(text, advice),
+                false => found.warning(text, advice),
+            }
+        }
+    }
+    Ok(())
+}

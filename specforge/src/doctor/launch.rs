@@ -1,0 +1,176 @@
+//! How each engine is started with the draft, and with how many guesses: as many as acceptance by position and the measured
+//! price of a guess make worth while.
+
+use std::path::Path;
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::acceptance::Measured;
+use super::case::Case;
+use crate::error::{Error, Result};
+use crate::export::Engine;
+use crate::strict;
+
+/// Acceptance by position and prices, measured here or by `eval`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Prices {
+    /// By position from 1: the share of verifications that accept so many guesses or more.
+    pub per_position: Vec<f64>,
+    /// Price of a guess in verifications.
+    pub guess: f64,
+    /// Where the figures come from.
+    pub source: String,
+}
+
+impl Prices {
+    /// Those of the decode just done.
+    pub fn of(measured: &Measured) -> Self {
+        let guess = measured.guess_seconds / measured.verify_seconds.max(f64::MIN_POSITIVE);
+        Self { per_position: measured.per_position.clone(), guess, source: "the decode above".to_owned() }
+    }
+
+    /// Those of the report.json of an evaluation with a chain.
+    pub fn of_report(path: &Path) -> Result<Self> {
+        let text = std::fs::read(path).map_err(Error::io("read", path))?;
+        let report: Value = strict::from_json(&text).map_err(|problem| Error::bad_file(path, problem))?;
+        let missing = |key: &str| {
+            Error::bad_file(path, format!("`{key}` is missing or no number"))
+                .with_hint("name the report.json that `specforge eval --out DIR --tree chain:N` wrote")
+        };
+        let number = |key: &str| report.pointer(key).and_then(Value::as_f64).ok_or_else(|| missing(key));
+        let tree = report.pointer("/settings/tree").and_then(Value::as_str).unwrap_or_default();
+        let depth =
+            tree.strip_prefix("chain:").and_then(|depth| depth.parse::<f64>().ok()).filter(|depth| *depth >= 1.0);
+        let Some(depth) = depth else {
+            return Err(Error::bad_file(path, format!("is of the tree `{tree}`; engines guess in chains"))
+                .with_hint("evaluate with --tree chain:N"));
+        };
+        let shares = report.get("per_depth").and_then(Value::as_array).ok_or_else(|| missing("per_depth"))?;
+        let per_position = shares.iter().filter_map(Value::as_f64).collect();
+        let (draft, verify) = (number("/drafted/draft_share")?, number("/drafted/verify_share")?);
+        let rest = number("/drafted/overhead_share")?;
+        let guess = draft / depth / (verify + rest).max(f64::MIN_POSITIVE);
+        Ok(Self { per_position, guess, source: path.display().to_string() })
+    }
+
+    /// The number of guesses with the most tokens in a given time, and how many times those of plain decoding.
+    pub fn best(&self) -> (usize, f64) {
+        let mut best = (1, 0.0);
+        let mut tokens = 1.0;
+        for (guesses, share) in (1..).zip(&self.per_position) {
+            tokens += share;
+            let speed = tokens / (1.0 + self.guess * f64::from(guesses));
+            if speed > best.1 {
+                best = (guesses as usize, speed);
+            }
+        }
+        best
+    }
+}
+
+/// How one engine is started.
+#[derive(Debug, Clone, Serialize)]
+pub struct Launch {
+    /// The engine.
+    pub engine: &'static str,
+    /// Command lines, to be given one after the other.
+    pub commands: Vec<String>,
+    /// What to know.
+    pub note: Option<String>,
+}
+
+/// A command for each engine that takes drafts of this kind, for so many guesses.
+pub fn lines(case: &Case<'_>, guesses: usize) -> Vec<Launch> {
+    let (target, draft) =
+        (quoted(&case.target.path.display().to_string()), quoted(&case.folder.path.display().to_string()));
+    let path = case.folder.path.display().to_string();
+    let vllm = |method: &str, note: Option<&str>| {
+        let section = json!({"method": method, "model": path, "num_speculative_tokens": guesses}).to_string();
+        let command = format!("vllm serve {target} --speculative-config {}", quoted(&section));
+        Launch { engine: Engine::Vllm.name(), commands: vec![command], note: note.map(str::to_owned) }
+    };
+    let mut found = match (&case.eagle3, case.folder.format) {
+        (Some(_), Some("speculators")) => {
+            vec![vllm("eagle3", Some("give the method: without it vllm looks for it in the folder's name"))]
+        }
+        (Some(_), _) => vec![
+            vllm("eagle3", None),
+            Launch {
+                engine: Engine::Sglang.name(),
+                commands: vec![format!(
+                    "python -m sglang.launch_server --model-path {target} --speculative-algorithm EAGLE3 \
+                     --speculative-draft-model-path {draft} --speculative-num-steps {guesses} --speculative-eagle-topk 1 \
+                     --speculative-num-draft-tokens {}",
+                    guesses + 1
+                )],
+                note: None,
+            },
+        ],
+        (None, Some("medusa" | "medusa-vllm")) => vec![vllm("medusa", Some("up to vllm 0.32"))],
+        _ => Vec::new(),
+    };
+    if case.eagle3.is_some() {
+        let commands = vec![
+            format!("python convert_hf_to_gguf.py {target} --outfile target.gguf"),
+            format!("python convert_hf_to_gguf.py {draft} --target-model-dir {target} --outfile draft.gguf"),
+            format!(
+                "llama-server -m target.gguf -md draft.gguf --spec-type draft-eagle3 --spec-draft-n-max {guesses} \
+                 --spec-draft-p-min 0.0"
+            ),
+        ];
+        found.push(Launch { engine: "llama.cpp", commands, note: None });
+    }
+    found.retain(|launch| case.engine.is_none_or(|engine| engine.name() == launch.engine));
+    found
+}
+
+/// A word for a shell.
+fn quoted(word: &str) -> String {
+    let plain = |letter: char| letter.is_ascii_alphanumeric() || "/._-=:,+".contains(letter);
+    match !word.is_empty() && word.chars().all(plain) {
+        true => word.to_owned(),
+        false => format!("'{}'", word.replace('\'', "'\\''")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn prices(per_position: &[f64], guess: f64) -> Prices {
+        Prices { per_position: per_position.to_vec(), guess, source: String::new() }
+    }
+
+    #[test]
+    fn as_many_guesses_as_pay() {
+        assert_eq!(prices(&[0.9, 0.8, 0.7], 0.0).best().0, 3);
+        assert_eq!(prices(&[0.3, 0.1, 0.04], 0.1).best().0, 1);
+        assert_eq!(prices(&[0.8, 0.6, 0.05], 0.1).best().0, 2);
+        let (guesses, speed) = prices(&[0.5], 0.25).best();
+        assert!(guesses == 1 && (speed - 1.2).abs() < 1e-12);
+        assert_eq!(prices(&[], 0.1).best(), (1, 0.0));
+    }
+
+    #[test]
+    fn words_reach_a_shell_whole() {
+        assert_eq!(quoted("runs/a-1"), "runs/a-1");
+        assert_eq!(quoted("it's {x}"), "'it'\\''s {x}'");
+    }
+
+    #[test]
+    fn a_report_of_eval_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("report.json");
+        let mut report = json!({
+            "settings": {"tree": "chain:4"}, "per_depth": [0.5, 0.25],
+            "drafted": {"draft_share": 0.2, "verify_share": 0.7, "overhead_share": 0.1},
+        });
+        std::fs::write(&path, report.to_string()).unwrap();
+        let read = Prices::of_report(&path).unwrap();
+        assert!(read.per_position == [0.5, 0.25] && (read.guess - 0.0625).abs() < 1e-12, "{read:?}");
+        report["settings"]["tree"] = "dynamic:depth=3,top_k=2,nodes=6".into();
+        std::fs::write(&path, report.to_string()).unwrap();
+        assert!(Prices::of_report(&path).unwrap_err().to_string().contains("engines guess in chains"));
+    }
+}
