@@ -145,7 +145,7 @@ fn by_formula(target: &Path) -> Source {
     tensors.push(("d2t".to_owned(), Tensor::from_slice(&map.d2t())));
     tensors.push(("t2d".to_owned(), Tensor::from_slice(&map.t2d())));
     let description = json!({"draft": {"algorithm": "eagle3"}, "shape": shape});
-    Source { description, tensors, target: target.to_path_buf(), kind: None, q8_0: false }
+    Source { description, tensors, target: target.to_path_buf(), target_name: None, kind: None, q8_0: false }
 }
 
 /// Every key and every tensor, byte for byte, but for the file's name.

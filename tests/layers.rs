@@ -186,7 +186,7 @@ fn lines_with_a_family(folder: &Path) -> Vec<String> {
             // A variant of the rotary embedding that many families use is called after one.
             let line = line.to_lowercase().replace("llama3", "");
             // So are an engine and its server.
-            let line = line.replace("llama.cpp", "").replace("llama-server", "");
+            let line = line.replace("llama.cpp", "").replace("llama-server", "").replace("llamacpp", "");
             // The line of the table.
             let is_the_line = relative == "models/family.rs" && line.contains("llama::family");
             let is_the_use = relative == "models/family.rs" && line.starts_with("use super::");

@@ -38,10 +38,10 @@ impl Source {
         self.tensors.iter().filter_map(|(name, tensor)| Some((Parameter::target_name(name)?, tensor)))
     }
 
-    /// The target as files name it: as it was asked for, else the absolute path of its folder, since an engine is started
-    /// from anywhere. What is no folder here stays as the configuration names it.
+    /// The target as files name it: as it was asked for, else the absolute path of its folder or file, since an engine is started
+    /// from anywhere. What is not here stays as the configuration names it.
     pub fn target_words(&self) -> String {
-        let absolute = || self.target.is_dir().then(|| std::path::absolute(&self.target).ok()).flatten();
+        let absolute = || self.target.exists().then(|| std::path::absolute(&self.target).ok()).flatten();
         let words = || absolute().unwrap_or_else(|| self.target.clone()).to_string_lossy().into_owned();
         self.target_name.clone().unwrap_or_else(words)
     }

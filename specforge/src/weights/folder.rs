@@ -188,7 +188,13 @@ impl WeightsFolder {
         let entries = entries_of(path, &map, 0)?.into_iter().collect();
         let stamp = std::fs::metadata(path).map_err(Error::io("look at", path))?;
         let stamps = vec![(stamp.len(), changed(&stamp))];
-        Ok(Self { path: path.to_path_buf(), files: vec![(path.to_path_buf(), map)], stamps, entries })
+        Ok(Self {
+            path: path.to_path_buf(),
+            files: vec![(path.to_path_buf(), map)],
+            stamps,
+            entries,
+            scaled: BTreeMap::new(),
+        })
     }
 
     /// The folder or file that was opened.

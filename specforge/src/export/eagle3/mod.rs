@@ -221,7 +221,8 @@ pub fn import(path: &Path, out: &Path, kind: Kind, overwrite: bool) -> Result<Ex
     }
     tensors.extend(embedding.map(|table| (EMBEDDING.to_owned(), table)));
     let description = json!({"draft": {"algorithm": "eagle3"}, "shape": shape});
-    let source = Source { description, tensors, target: PathBuf::new(), kind: Some(kind), q8_0: false };
+    let source =
+        Source { description, tensors, target: PathBuf::new(), target_name: None, kind: Some(kind), q8_0: false };
     let staged = StagedDir::new(out)?;
     write(&source, staged.path(), Layout::Raw)?;
     staged.commit()?;
