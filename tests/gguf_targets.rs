@@ -95,6 +95,7 @@ fn every_command_takes_a_file_for_a_target() {
     let mut workspace = Workspace::new();
     workspace.set("target.path", file.display().to_string());
     workspace.configuration["data"]["train"] = json!([data]);
+    workspace.configuration["optim"]["schedule"]["total_steps"] = json!(4);
     let before = contents(folder.path());
 
     // Training: the same losses and the same draft as on the folder, and one goes on where the other stopped.

@@ -111,7 +111,7 @@ pub(super) fn write(source: &Source, out: &Path) -> Result<()> {
         let ids = offsets.iter().zip(0..).map(|(offset, draft)| offset + draft).collect::<Vec<i64>>();
         tensors.push(WrittenTensor::whole_numbers(D2T, &ids));
     }
-    let mut metadata = header(&shape, source, asked, out)?;
+    let mut metadata = header(&shape, source, asked)?;
     metadata.extend(tokenizer);
     files::write_file(out, |writer| write::write(writer, &metadata, &tensors))
 }
@@ -180,7 +180,7 @@ fn in_neighbours(values: &[f32], columns: usize, head_rows: usize) -> Vec<f32> {
 }
 
 /// Everything but the tokenizer.
-fn header(shape: &Eagle3Shape, source: &Source, asked: Numbers, out: &Path) -> Result<Vec<(String, GgufValue)>> {
+fn header(shape: &Eagle3Shape, source: &Source, asked: Numbers) -> Result<Vec<(String, GgufValue)>> {
     let Eagle3Shape { layer, .. } = shape;
     let too_large = |name: &str, number: i64| {
         u32::try_from(number).map(GgufValue::U32).map_err(|_| Error::Failed(format!("`{name}`: {number} is too large")))
@@ -189,7 +189,7 @@ fn header(shape: &Eagle3Shape, source: &Source, asked: Numbers, out: &Path) -> R
     let key = |name: &str, value: GgufValue| (format!("{ARCHITECTURE}.{name}"), value);
     let general = |name: &str, value: GgufValue| (format!("general.{name}"), value);
     let text = |text: &str| GgufValue::String(text.to_owned());
-    let name = out.file_stem().map_or_else(|| ARCHITECTURE.to_owned(), |name| name.to_string_lossy().into_owned());
+    let name = source.target.file_stem().unwrap_or_default().to_string_lossy();
     let target = config::Target::read(Some(&source.target)).and_then(|target| target.max_position_embeddings);
     let mut entries = vec![
         general("architecture", text(ARCHITECTURE)),
@@ -201,7 +201,7 @@ fn header(shape: &Eagle3Shape, source: &Source, asked: Numbers, out: &Path) -> R
         key("norm_before_residual", GgufValue::Bool(shape.norm_before_residual)),
         key("norm_before_fc", GgufValue::Bool(shape.norm_before_fc)),
         general("type", text("model")),
-        general("name", text(&name)),
+        general("name", text(&format!("{name} EAGLE-3 draft"))),
         number("block_count", 1)?,
         number("context_length", target.unwrap_or(0).max(shape.max_position_embeddings))?,
         number("embedding_length", shape.hidden_size)?,
