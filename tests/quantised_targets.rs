@@ -61,7 +61,8 @@ fn by_block(name: &str, value: &Tensor) -> (Vec<(String, Tensor)>, Tensor) {
     (vec![(name.to_owned(), stored), (format!("{name}_scale_inv"), scale)], numbers)
 }
 
-fn mxfp4(name: &str, value: &Tensor) -> (Vec<(String, Tensor)>, Tensor) {
+/// Two numbers a byte, `X_packed` and `X_scale`, and the numbers.
+pub fn mxfp4(name: &str, value: &Tensor) -> (Vec<(String, Tensor)>, Tensor) {
     let (rows, columns) = value.size2().unwrap();
     let table = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
     let values = Vec::<f32>::try_from(value.reshape([-1])).unwrap();

@@ -14,6 +14,7 @@ use tch::{Device, Kind, Tensor};
 mod chat_templates;
 mod eagle3;
 mod eagle_trees;
+mod families;
 mod medusa;
 mod medusa_trees;
 mod smollm2;
@@ -27,6 +28,7 @@ const PREFIXES: &[(&str, Check)] = &[
     // targets
     ("smollm2", smollm2::check),
     ("tiny_llama_", tiny_llama::check),
+    ("family_", families::check),
     // what they are given
     ("template_", chat_templates::check),
     // drafts
@@ -37,6 +39,9 @@ const PREFIXES: &[(&str, Check)] = &[
     ("medusa_choices", medusa_trees::check_choices),
     ("medusa", medusa::check),
 ];
+
+/// How the names of folders begin that are one golden each.
+const FOLDERS: &str = "family_";
 
 #[test]
 fn goldens() {
@@ -77,7 +82,8 @@ pub fn run_folder(folder: &Path) -> Result<usize, String> {
 fn collect(folder: &Path, files: &mut Vec<PathBuf>) -> std::io::Result<()> {
     for entry in std::fs::read_dir(folder)? {
         let path = entry?.path();
-        if path.is_dir() {
+        let is_one = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(FOLDERS));
+        if path.is_dir() && !is_one {
             collect(&path, files)?;
         } else if path.file_name().is_none_or(|name| name != "README.md") {
             files.push(path);

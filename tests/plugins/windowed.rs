@@ -41,6 +41,7 @@ pub static FAMILY: Family = Family {
     part: None,
     tables,
     table_names: &[EMBEDDING, HEAD, BIAS],
+    text_defaults: None,
 };
 
 /// Adds the family to the program's table.

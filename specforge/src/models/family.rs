@@ -9,7 +9,11 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use super::parts::{LoadedPart, Part};
-use super::{TargetInfo, TargetModel, TargetTables, llama};
+use super::text_model;
+use super::{
+    TargetInfo, TargetModel, TargetTables, gemma, gemma2, gemma3, gpt_oss, granite, llama, mistral, mixtral, olmo2,
+    olmo3, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe, smollm3,
+};
 use crate::error::{Error, Result};
 use crate::gguf::packed;
 use crate::nn::{Embedding, Head};
@@ -54,10 +58,36 @@ pub struct Family {
     pub tables: fn(&Value, &mut GetTensor<'_>) -> Result<(Embedding, Head)>,
     /// Names of the tensors behind [`Family::tables`], the embedding's first; a tied head is not there.
     pub table_names: &'static [&'static str],
+    /// Keys that the `text_config` of a folder of several models may leave out, with their values.
+    pub text_defaults: Option<fn() -> Value>,
 }
 
 /// Families that this program can run. Adding one is adding a line.
-static FAMILIES: Table<Family> = Table::new("a family of models", |family| family.model_type, &[llama::FAMILY]);
+static FAMILIES: Table<Family> = Table::new(
+    "a family of models",
+    |family| family.model_type,
+    &[
+        llama::FAMILY,
+        mistral::FAMILY,
+        qwen2::FAMILY,
+        qwen2::VISION_FAMILY,
+        qwen2::FLAT_VISION_FAMILY,
+        qwen3::FAMILY,
+        qwen3::VISION_FAMILY,
+        phi3::FAMILY,
+        smollm3::FAMILY,
+        olmo2::FAMILY,
+        olmo3::FAMILY,
+        granite::FAMILY,
+        gemma::FAMILY,
+        gemma2::FAMILY,
+        gemma3::FAMILY,
+        mixtral::FAMILY,
+        qwen2_moe::FAMILY,
+        qwen3_moe::FAMILY,
+        gpt_oss::FAMILY,
+    ],
+);
 
 /// Every family, in the order of the table.
 pub fn families() -> Vec<&'static Family> {
@@ -90,7 +120,7 @@ impl TargetConfig {
         };
         let refuse = |problem: String| Error::bad_file(&path, problem);
         let values: Value = strict::from_json(&text).map_err(refuse)?;
-        let family = family_of(&values).map_err(refuse)?;
+        let (family, own) = resolved(&values).map_err(refuse)?;
         if let Some(problem) = quantised::unreadable(&values) {
             return Err(refuse(problem).with_hint(quantised::HINT));
         }
@@ -98,7 +128,7 @@ impl TargetConfig {
             let problem = format!("the weights are quantised: {name} lies beside it");
             return Err(refuse(problem).with_hint(quantised::HINT));
         }
-        Self::of(family, values).map_err(refuse)
+        Self::of(family, own).map_err(refuse)
     }
 
     /// The same from values.
@@ -106,7 +136,8 @@ impl TargetConfig {
         if let Some(problem) = quantised::unreadable(values) {
             return Err(problem);
         }
-        Self::of(family_of(values)?, values.clone())
+        let (family, own) = resolved(values)?;
+        Self::of(family, own)
     }
 
     fn of(family: &'static Family, values: Value) -> Result<Self, String> {
@@ -150,7 +181,7 @@ impl TargetConfig {
     /// the user hears of it.
     pub(super) fn open(folder: &Path) -> Result<(Self, WeightsFolder)> {
         let config = Self::read(folder)?;
-        let weights = WeightsFolder::open(folder)?;
+        let weights = text_model::open_weights(folder)?;
         config.check(&weights)?;
         if let Some(words) = weights.scaled_words() {
             progress::say(&format!("warning: {}: {words}", folder.display()));
@@ -160,6 +191,13 @@ impl TargetConfig {
         warnings.iter().for_each(|warning| progress::say(&format!("warning: {warning}")));
         Ok((Self::of(config.family, values).map_err(Error::Failed)?, weights))
     }
+}
+
+/// The family that a configuration names, and its keys: those of its text model, where it has several.
+fn resolved(values: &Value) -> Result<(&'static Family, Value), String> {
+    let Some(text) = text_model::keys(values) else { return Ok((family_of(values)?, values.clone())) };
+    let family = family_of(text).map_err(|problem| format!("text_config: {problem}"))?;
+    Ok((family, text_model::filled(text, values, family.text_defaults)))
 }
 
 /// The family that the values of a config.json name.
@@ -225,7 +263,7 @@ pub fn load_tables_with(path: &Path, loading: &Loading<'_>) -> Result<TargetTabl
 
 /// The vocabulary projection of a Hugging Face folder, in the element type it is stored in, on the CPU.
 pub fn load_head(path: &Path) -> Result<Head> {
-    let (names, weights) = (table_names(path)?, WeightsFolder::open(path)?);
+    let (names, weights) = (table_names(path)?, text_model::open_weights(path)?);
     // Of a head of a few bits, what it stands for.
     let plain = |kind: &Kind| matches!(kind, Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16);
     let kind = names.iter().rev().find_map(|name| weights.kind(name)).filter(plain).unwrap_or(Kind::Float);
@@ -240,7 +278,7 @@ pub fn read_info(path: &Path) -> Result<TargetInfo> {
 /// Refuses a Hugging Face folder whose weights are not what config.json says. Reads headers alone; to be asked before
 /// anything is made as large as config.json says.
 pub fn check(path: &Path) -> Result<()> {
-    TargetConfig::read(path)?.check(&WeightsFolder::open(path)?)
+    TargetConfig::read(path)?.check(&text_model::open_weights(path)?)
 }
 
 /// Names of the tensors that embedding and head of a Hugging Face folder may be made of.

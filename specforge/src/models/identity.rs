@@ -11,10 +11,11 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::family::table_names;
+use super::text_model::open_weights;
 use crate::error::{Error, Result};
 use crate::files::Digests;
 use crate::gguf::packed;
-use crate::weights::{WeightsFolder, content};
+use crate::weights::content;
 
 /// Bytes at either end of a tensor that are looked at.
 const SAMPLE_BYTES: usize = 4096;
@@ -43,7 +44,7 @@ impl TargetIdentity {
     /// and of how many.
     pub fn read_whole(path: &Path, digests: &Digests, progress: &(dyn Fn(u64, u64) + Sync)) -> Result<Self> {
         let quick = Self::read(path)?;
-        let content = content::digest(&WeightsFolder::open(path)?, digests, progress)?;
+        let content = content::digest(&open_weights(path)?, digests, progress)?;
         Ok(Self { content: Some(content), ..quick })
     }
 
@@ -52,7 +53,7 @@ impl TargetIdentity {
         let names = table_names(path)?;
         let config = packed::read_file(path, "config.json")?;
         let config = config.ok_or_else(|| Error::bad_file(path, "is not a model folder: config.json is not there"))?;
-        let weights = WeightsFolder::open(path)?;
+        let weights = open_weights(path)?;
         let (mut tensors, mut samples) = (Sha256::new(), Sha256::new());
         for name in weights.names() {
             let (kind, shape) = (weights.kind(name), weights.shape(name));

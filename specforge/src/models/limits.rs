@@ -9,6 +9,10 @@ pub const WIDEST: i64 = 1 << 22;
 pub const MOST_LAYERS: i64 = 10_000;
 /// Heads of a layer.
 pub const MOST_HEADS: i64 = 10_000;
+/// Experts of a layer.
+pub const MOST_EXPERTS: i64 = 10_000;
+/// Experts of all layers together: each has tensors of its own.
+pub const MOST_EXPERTS_OF_A_MODEL: i64 = 200_000;
 /// Tokens of a vocabulary.
 pub const MOST_TOKENS: i64 = 1 << 22;
 /// Tokens of a context.

@@ -7,15 +7,34 @@ use tch::{Device, Kind, Tensor};
 use crate::error::{Error, Result};
 use crate::nn::{AttentionMask, Embedding, Head, KvCache};
 
+pub mod decoder;
 pub mod family;
+pub mod gemma;
+pub mod gemma2;
+pub mod gemma3;
+pub mod gpt_oss;
+pub mod granite;
 pub mod identity;
 pub mod info;
+pub mod keys;
 pub mod layerwise;
 pub mod limits;
 pub mod llama;
+pub mod mistral;
+pub mod mixtral;
+pub mod olmo2;
+pub mod olmo3;
 pub mod parts;
+pub mod phi3;
+pub mod qwen2;
+pub mod qwen2_moe;
+pub mod qwen3;
+pub mod qwen3_moe;
+pub mod rope_keys;
 pub mod shared_target;
+pub mod smollm3;
 pub mod stored_kind;
+pub mod text_model;
 
 pub use family::{
     Correct, Family, GetTensor, Loading, TargetConfig, add_family, check, families, load_head, load_tables,
@@ -27,6 +46,7 @@ pub use layerwise::LayerWise;
 pub use llama::plain_model;
 pub use shared_target::{SharedTarget, TargetInUse};
 pub use stored_kind::stored_kind;
+pub use text_model::open_weights;
 
 /// Which rows get logits. Rows count over the flattened batch: row `b * T + t`.
 #[derive(Debug)]

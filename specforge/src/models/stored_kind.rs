@@ -4,12 +4,12 @@ use std::path::Path;
 
 use tch::Kind;
 
+use super::text_model::open_weights;
 use crate::error::Result;
-use crate::weights::WeightsFolder;
 
 /// The floating-point type that most numbers of a model folder are stored in; float32 where none are. Reads headers alone.
 pub fn stored_kind(path: &Path) -> Result<Kind> {
-    let weights = WeightsFolder::open(path)?;
+    let weights = open_weights(path)?;
     let mut counts = [Kind::Float, Kind::BFloat16, Kind::Half, Kind::Double].map(|kind| (kind, 0));
     for name in weights.names() {
         let (kind, shape) = (weights.kind(name), weights.shape(name).unwrap_or_default());

@@ -4,8 +4,11 @@
 //! `B` rows, `T` new tokens of a row, `S` key slots, `H` hidden size, `N` query heads, `G` key/value heads,
 //! `D` head dimension, `V` vocabulary, `R` selected rows.
 
+pub mod activation;
 pub mod attention;
+pub mod decoder_layer;
 pub mod embedding;
+pub mod experts;
 pub mod head;
 pub mod kv_cache;
 pub mod linear;
@@ -17,12 +20,17 @@ pub mod rms_norm;
 pub mod rope;
 pub mod sampling;
 
+pub use activation::Activation;
 pub use attention::{Options, attention};
+pub use decoder_layer::{
+    DecoderLayer, FeedForward, GateUp, GatedMlp, HeadNorms, LayerNorms, QueryKeyValue, SelfAttention,
+};
 pub use embedding::Embedding;
+pub use experts::{Experts, Router, Scoring, SharedExpert};
 pub use head::{Head, HeadForm};
 pub use kv_cache::{KvCache, LayerCache};
 pub use linear::{Linear, linear};
 pub use mask::{AttentionMask, Masks, PreparedMask, TreeMask};
 pub use processors::Processors;
 pub use rms_norm::RmsNorm;
-pub use rope::{Rope, RopeConfig, RopeScaling};
+pub use rope::{LongRope, Rope, RopeConfig, RopeScaling};

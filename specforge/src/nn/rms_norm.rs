@@ -3,9 +3,12 @@
 use tch::{Kind, Tensor};
 
 /// `x / sqrt(mean(x^2) + epsilon) * weight`, the mean in float32, as Hugging Face's Llama computes it.
+///
+/// Llama rounds to the element type of its input before it multiplies with the weight; Gemma, OLMo and gpt-oss round after
+/// it. Weights of float32 beside narrower inputs say the latter.
 #[derive(Debug)]
 pub struct RmsNorm {
-    /// `[H]`
+    /// `[H]`, in the element type of the inputs or in float32.
     pub weight: Tensor,
     /// Added to the mean of squares.
     pub epsilon: f64,
@@ -18,16 +21,21 @@ impl RmsNorm {
     /// carry float32 numbers of every row through its memory five times.
     pub fn forward(&self, input: &Tensor) -> Tensor {
         let kind = input.kind();
-        if input.device().is_cuda() && kind == self.weight.kind() && kind != Kind::Double {
+        let rounds_last = self.weight.kind() == Kind::Float && kind != Kind::Float && kind != Kind::Double;
+        if input.device().is_cuda() && (rounds_last || kind == self.weight.kind()) && kind != Kind::Double {
+            let input = if rounds_last { input.to_kind(Kind::Float) } else { input.shallow_clone() };
             let (normed, _) =
                 input.internal_fused_rms_norm(self.weight.size().as_slice(), Some(&self.weight), self.epsilon);
-            return normed;
+            return normed.to_kind(kind);
         }
         // float64 stays float64: exact tests run there.
         let wide = if kind == Kind::Double { input.shallow_clone() } else { input.to_kind(Kind::Float) };
         let mean_of_squares = wide.square().mean_dim(-1, true, wide.kind()); // [.., 1]
         let normed = (mean_of_squares + self.epsilon).rsqrt_() * wide; // [.., H]
-        normed.to_kind(kind) * &self.weight
+        match rounds_last {
+            true => (normed * &self.weight).to_kind(kind),
+            false => normed.to_kind(kind) * &self.weight,
+        }
     }
 }
 
@@ -53,5 +61,19 @@ mod tests {
                 (got.to_kind(Kind::Double) - Tensor::from_slice2(&want)).abs().max().double_value(&[]) <= tolerance
             );
         }
+    }
+
+    /// In bfloat16, 1.0 to 2.0 have steps of 1/128: what is rounded when can be counted.
+    #[test]
+    fn a_wide_weight_is_multiplied_before_the_rounding() {
+        let input = Tensor::from_slice(&[1.0f32, 1.01, 0.99, 1.004]).to_kind(Kind::BFloat16);
+        let weight = Tensor::from_slice(&[1.003f32, 1.001, 1.005, 0.997]);
+        let exact =
+            RmsNorm { weight: weight.to_kind(Kind::Double), epsilon: 0.0 }.forward(&input.to_kind(Kind::Double));
+        let wide = RmsNorm { weight: weight.shallow_clone(), epsilon: 0.0 }.forward(&input);
+        assert_eq!(wide.kind(), Kind::BFloat16);
+        assert!(wide.equal(&exact.to_kind(Kind::BFloat16)));
+        let narrow = RmsNorm { weight: weight.to_kind(Kind::BFloat16), epsilon: 0.0 }.forward(&input);
+        assert!(!wide.equal(&narrow));
     }
 }

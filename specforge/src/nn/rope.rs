@@ -84,13 +84,56 @@ impl RopeConfig {
     }
 }
 
+/// LongRoPE (Ding et al. 2024, <https://arxiv.org/abs/2402.13753>): each pair of channels has two factors of its own, one for
+/// texts within the context of pretraining and one for longer ones.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LongRope {
+    /// Base and channels; its variant is not looked at.
+    pub config: RopeConfig,
+    /// What frequencies are divided by in short texts, `D / 2` numbers.
+    pub short: Vec<f64>,
+    /// The same in long ones.
+    pub long: Vec<f64>,
+    /// Context length of pretraining: texts of more tokens are long.
+    pub original_max_position_embeddings: f64,
+    /// Multiplies cos and sin.
+    pub attention_factor: f64,
+}
+
+impl LongRope {
+    /// Refuses numbers that make no finite tables: they come from files.
+    pub fn check(&self) -> Result<(), String> {
+        self.config.check()?;
+        let pairs = (self.config.head_dim / 2) as usize;
+        for (key, factors) in [("short_factor", &self.short), ("long_factor", &self.long)] {
+            if factors.len() != pairs {
+                let got = factors.len();
+                return Err(format!("rope scaling: `{key}`: expected {pairs} numbers, one for each pair, got {got}"));
+            }
+        }
+        let is_finite = |factors: &[f64]| self.frequencies(factors).isfinite().all().int64_value(&[]) == 1;
+        match (self.attention_factor as f32).is_finite() && is_finite(&self.short) && is_finite(&self.long) {
+            true => Ok(()),
+            false => Err("rope scaling: no finite frequencies follow from `short_factor` and `long_factor`".to_owned()),
+        }
+    }
+
+    /// Computed as the reference does it: the base to its power first, then the factor.
+    fn frequencies(&self, factors: &[f64]) -> Tensor {
+        let factors = Tensor::from_slice(factors).to_kind(Kind::Float);
+        (factors * Tensor::pow_scalar(self.config.theta, &exponents(self.config.head_dim))).reciprocal() // [D / 2]
+    }
+}
+
 /// Rotary embedding of one model.
 #[derive(Debug)]
 pub struct Rope {
     config: RopeConfig,
     /// `[D / 2]` float32
     inverse_frequencies: Tensor,
-    /// Multiplies cos and sin (YaRN; 1 otherwise).
+    /// The same for long texts, and how many tokens a short one has at most.
+    long: Option<(Tensor, i64)>,
+    /// Multiplies cos and sin (YaRN, LongRoPE; 1 otherwise).
     attention_factor: f64,
 }
 
@@ -111,14 +154,30 @@ impl Rope {
             _ => 1.0,
         };
         let inverse_frequencies = inverse_frequencies(&config).to_device(device);
-        Self { config, inverse_frequencies, attention_factor }
+        Self { config, inverse_frequencies, long: None, attention_factor }
+    }
+
+    /// Frequencies that change with the length of a text.
+    pub fn of_lengths(rope: &LongRope, device: Device) -> Self {
+        let [short, long] = [&rope.short, &rope.long].map(|factors| rope.frequencies(factors).to_device(device));
+        let pretrained = rope.original_max_position_embeddings as i64;
+        Self {
+            config: rope.config,
+            inverse_frequencies: short,
+            long: Some((long, pretrained)),
+            attention_factor: rope.attention_factor,
+        }
     }
 
     /// Tables for `positions [B, T]`.
     pub fn tables(&self, positions: &Tensor, kind: Kind) -> RopeTables {
-        let frequencies = match self.config.scaling {
-            RopeScaling::Dynamic { factor } => self.dynamic_frequencies(positions, factor), // [B, 1, D / 2]
-            _ => self.inverse_frequencies.shallow_clone(),                                  // [D / 2]
+        let frequencies = match (&self.long, self.config.scaling) {
+            (Some((long, pretrained)), _) => {
+                let is_long = last_positions(positions).ge(*pretrained).unsqueeze(-1); // [B, T, 1]
+                long.where_self(&is_long, &self.inverse_frequencies) // [B, T, D / 2]
+            }
+            (None, RopeScaling::Dynamic { factor }) => self.dynamic_frequencies(positions, factor), // [B, T, D / 2]
+            (None, _) => self.inverse_frequencies.shallow_clone(),                                  // [D / 2]
         };
         let angles = (positions.to_kind(Kind::Float).unsqueeze(-1) * frequencies).unsqueeze(1); // [B, 1, T, D / 2]
         let (cos, sin) = (angles.cos() * self.attention_factor, angles.sin() * self.attention_factor);
@@ -127,15 +186,15 @@ impl Rope {
         RopeTables { cos, sin }
     }
 
-    /// Dynamic scaling looks at the longest position of the pass, each row for itself, so that a batch equals its rows
-    /// alone. A row within the pretrained length keeps its frequencies to the last bit.
+    /// Dynamic scaling looks at the longest position of the pass, each text for itself, so that a batch equals its rows alone
+    /// and a pack its documents. A text within the pretrained length keeps its frequencies to the last bit.
     fn dynamic_frequencies(&self, positions: &Tensor, factor: f64) -> Tensor {
         let (pretrained, dim) = (self.config.max_position_embeddings as f64, self.config.head_dim as f64);
-        let length: Tensor = positions.amax([-1], true).unsqueeze(-1) + 1; // [B, 1, 1]
+        let length: Tensor = last_positions(positions).unsqueeze(-1) + 1; // [B, T, 1]
         let length = length.to_kind(Kind::Float).clamp_min(pretrained);
         let growth: Tensor = length * factor / pretrained - (factor - 1.0);
         let theta: Tensor = growth.pow_tensor_scalar(dim / (dim - 2.0)) * self.config.theta;
-        theta.pow(&device::send(&exponents(self.config.head_dim), positions.device())).reciprocal() // [B, 1, D / 2]
+        theta.pow(&device::send(&exponents(self.config.head_dim), positions.device())).reciprocal() // [B, T, D / 2]
     }
 }
 
@@ -152,6 +211,19 @@ impl RopeTables {
         let swapped = Tensor::cat(&[second, first], 3); // [B, N, T, D]
         (heads * &self.cos).addcmul_(&swapped, &self.sin)
     }
+}
+
+/// More than any position, and little enough that as many of them as tokens fit into 64 bits.
+const FAR: i64 = 1 << 40;
+
+/// The largest position of the text that each of `positions [B, T]` belongs to, `[B, T]`. In a pack, a text begins where
+/// positions begin again at 0.
+fn last_positions(positions: &Tensor) -> Tensor {
+    // Texts one behind the other and far from each other: what was largest so far is of the own text.
+    let place = positions.eq(0).cumsum(1, Kind::Int64) * FAR; // [B, T]
+    let (before, _) = (positions + &place).cummax(1);
+    let (behind, _) = (positions - &place).flip([1]).cummax(1);
+    (before - &place).maximum(&(behind.flip([1]) + &place))
 }
 
 /// `2i / D`
@@ -233,6 +305,44 @@ mod tests {
         let part = tables.rotate(&wider);
         assert!(part.narrow(3, 0, 8).equal(&tables.rotate(&wider.narrow(3, 0, 8))));
         assert!(part.narrow(3, 8, 4).equal(&wider.narrow(3, 8, 4)));
+    }
+
+    /// Each text for itself: in a batch, and in a pack. A text of exactly the context of pretraining is short.
+    #[test]
+    fn long_texts_have_frequencies_of_their_own() {
+        let config =
+            RopeConfig { theta: 1000.0, head_dim: 4, max_position_embeddings: 64, scaling: RopeScaling::Default };
+        let long_rope = LongRope {
+            config,
+            short: vec![1.0, 2.0],
+            long: vec![3.0, 5.0],
+            original_max_position_embeddings: 4.0,
+            attention_factor: 1.5,
+        };
+        long_rope.check().unwrap();
+        assert!(LongRope { long: vec![1.0], ..long_rope.clone() }.check().unwrap_err().contains("long_factor"));
+        assert!(LongRope { short: vec![0.0, 1.0], ..long_rope.clone() }.check().is_err());
+        let rope = Rope::of_lengths(&long_rope, Device::Cpu);
+        let angle = |position: i64, pair: usize, long: bool| {
+            let factor = if long { long_rope.long[pair] } else { long_rope.short[pair] };
+            position as f64 / factor / 1000f64.powf(pair as f64 / 2.0)
+        };
+        let check = |positions: &[&[i64]], long: &[&[bool]]| {
+            let shape = [positions.len() as i64, positions[0].len() as i64];
+            let tables = rope.tables(&Tensor::from_slice(&positions.concat()).view(shape), Kind::Double);
+            for (row, (positions, long)) in positions.iter().zip(long).enumerate() {
+                for (token, (&position, &long)) in positions.iter().zip(*long).enumerate() {
+                    for pair in 0..2 {
+                        let got = tables.cos.double_value(&[row as i64, 0, token as i64, pair as i64]);
+                        let want = 1.5 * angle(position, pair, long).cos();
+                        assert!((got - want).abs() < 1e-5, "{positions:?} {token} {pair}: {got} and not {want}");
+                    }
+                }
+            }
+        };
+        let (short, long) = ([false; 4], [true; 5]);
+        check(&[&[0, 1, 2, 3], &[3, 4, 4, 5]], &[&short, &[true; 4]]);
+        check(&[&[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1]], &[&[&short[..], &long, &short[..2]].concat()]);
     }
 
     /// A long row must not stretch its neighbours, or a batch would not equal its rows alone.

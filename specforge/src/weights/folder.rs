@@ -48,6 +48,8 @@ struct Scaled {
     /// Shape as stored.
     stored: Vec<i64>,
     share: Share,
+    /// Whether the last two axes of what is stored change places.
+    turned: bool,
 }
 
 /// An open, memory-mapped set of safetensors files.
@@ -172,6 +174,10 @@ impl WeightsFolder {
         let kind = self.kind(&scaled.scales).unwrap_or(Kind::Float);
         let scales = self.load(&scaled.scales, kind, Device::Cpu)?;
         let numbers = match scaled.share {
+            Share::Group if scaled.turned => {
+                let shape = scaled::turned(&entry.shape);
+                scaled::of_float4(&stored, &scales, &shape)?.f_transpose(-2, -1)?.f_contiguous()?
+            }
             Share::Group => scaled::of_float4(&stored, &scales, &entry.shape)?,
             share => scaled::of_float8(&stored, &scales, share)?,
         };
@@ -195,6 +201,19 @@ impl WeightsFolder {
             entries,
             scaled: BTreeMap::new(),
         })
+    }
+
+    /// The same tensors under other names; those that get none are not there any more.
+    pub fn renamed(self, name_of: impl Fn(&str) -> Option<String>) -> Self {
+        let renamed = |(name, entry): (String, Entry)| Some((name_of(&name)?, entry));
+        let of_few_bits = |(name, scaled): (String, Scaled)| {
+            Some((name_of(&name)?, Scaled { scales: name_of(&scaled.scales)?, ..scaled }))
+        };
+        Self {
+            entries: self.entries.into_iter().filter_map(renamed).collect(),
+            scaled: self.scaled.into_iter().filter_map(of_few_bits).collect(),
+            ..self
+        }
     }
 
     /// The folder or file that was opened.
@@ -528,10 +547,13 @@ fn scaled_among(entries: &mut BTreeMap<String, Entry>) -> Result<BTreeMap<String
         if name != stored && entries.contains_key(&name) {
             return Err((stored.clone(), format!("holds `{name}` as it is and quantised")));
         }
+        // Experts in blocks lie row by row, where their plain numbers lie column by column.
+        let turned = stored.ends_with("_blocks") && numbers.len() == 3;
+        let numbers = if turned { scaled::turned(&numbers) } else { numbers };
         if let Some(entry) = entries.remove(&stored) {
             entries.insert(name.clone(), Entry { shape: numbers, ..entry });
         }
-        found.insert(name, Scaled { scales, stored: shape, share });
+        found.insert(name, Scaled { scales, stored: shape, share, turned });
     }
     Ok(found)
 }

@@ -70,6 +70,15 @@ pub(super) fn unpacked_shape(stored: &[i64], scales: &[i64]) -> Option<Vec<i64>>
     fits.then(|| [rows, &[bytes * 2]].concat())
 }
 
+/// A shape with its last two axes in each other's place.
+pub(super) fn turned(shape: &[i64]) -> Vec<i64> {
+    let mut turned = shape.to_vec();
+    if let [.., rows, columns] = turned.as_mut_slice() {
+        std::mem::swap(rows, columns);
+    }
+    turned
+}
+
 /// What a scale of this shape is for, beside a float8 matrix `[out, in]`.
 pub(super) fn share(weight: &[i64], scale: &[i64]) -> Option<Share> {
     let &[rows, columns] = weight else { return None };

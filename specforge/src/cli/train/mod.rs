@@ -20,13 +20,12 @@ use crate::eval::acceptance::in_training::{self, InTraining};
 use crate::export;
 use crate::features::store::Share;
 use crate::files;
-use crate::models::TargetModel;
+use crate::models::{self, TargetModel};
 use crate::plan::Plan;
 use crate::progress;
 use crate::shim;
 use crate::stop::{Answer, Stop};
 use crate::train::{self, Provenance, Split, Trainer, TrainerParts};
-use crate::weights::WeightsFolder;
 
 mod content;
 mod folder;
@@ -162,7 +161,7 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
     for cache in [Some(&train_cache), eval_cache.as_ref()].into_iter().flatten() {
         inputs::fits_context(cache, dimensions.max_position_embeddings)?;
     }
-    let weights = WeightsFolder::open(&config.target.path)?;
+    let weights = models::open_weights(&config.target.path)?;
     let context = DraftContext {
         target: dimensions.clone(),
         embedding: &tables.embedding,

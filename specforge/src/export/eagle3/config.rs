@@ -454,7 +454,10 @@ impl Target {
     pub(super) fn read(path: Option<&Path>) -> Option<Self> {
         let named = path.filter(|path| !path.as_os_str().is_empty())?;
         let text = packed::read_file(named, CONFIG_FILE).ok()??;
-        serde_json::from_slice(&text).ok()
+        let values: Value = serde_json::from_slice(&text).ok()?;
+        // A model that sees images keeps the sizes of its text model apart.
+        let sizes = Self::deserialize(values.get("text_config").unwrap_or(&values)).ok()?;
+        Some(Self { architectures: values.get("architectures").cloned(), ..sizes })
     }
 
     /// Whether a draft of this shape is one for this target.

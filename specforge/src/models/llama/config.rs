@@ -3,19 +3,17 @@
 //! Its numbers come from a file of somebody else's: each is compared with a limit before anything is computed from it,
 //! and the tensors it asks for with those that are there before anything is made as large as it says.
 
+use std::rc::Rc;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tch::{Device, Kind, Tensor};
 
-use crate::error::{Error, Result};
-use crate::models::{LayerKind, LayerShape, ParameterCounts, PlainModel, TargetInfo, limits};
-use crate::nn::{HeadForm, RopeConfig, RopeScaling};
-use crate::weights::{WeightsFolder, is_old_buffer, quantised};
-
-/// Name of the token embedding.
-pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
-/// Name of the vocabulary projection, where it is not the embedding.
-pub(super) const HEAD: &str = "lm_head.weight";
+use crate::models::decoder::design::tensors;
+use crate::models::decoder::{AttentionDesign, Design, GatedDesign, HeadNormDesign, LayerDesign, Sizes};
+use crate::models::rope_keys::{RopeDesign, RopeSource};
+use crate::models::{LayerShape, PlainModel, TargetInfo, limits};
+use crate::nn::{Activation, RopeConfig};
+use crate::weights::quantised;
 
 /// The keys of config.json that the network depends on. Other keys are Hugging Face's own business.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -120,77 +118,61 @@ impl LlamaConfig {
     /// `original_max_position_embeddings` beside them before one inside.
     pub fn rope(&self) -> Result<RopeConfig, String> {
         let filled = |values: &&Value| values.as_object().is_some_and(|keys| !keys.is_empty());
-        let nothing = Value::Null;
         let sources = [&self.rope_scaling, &self.rope_parameters];
-        let values = sources.into_iter().flatten().find(filled).unwrap_or(&nothing);
-        let number = |key: &str| values.get(key).and_then(Value::as_f64);
-        let need = |key: &str| match number(key) {
-            Some(value) if value > 0.0 => Ok(value),
-            Some(value) => Err(format!("rope scaling: `{key}`: expected a number above 0, got {value}")),
-            None => Err(format!("rope scaling: `{key}` is missing or no number")),
+        let source = RopeSource {
+            variant: sources.into_iter().flatten().find(filled).unwrap_or(&Value::Null),
+            theta: self.rope_theta.unwrap_or(10_000.0),
+            head_dim: self.head_dim(),
+            share: 1.0,
+            turns_parts: false,
+            max_position_embeddings: self.max_position_embeddings,
+            pretrained: self.original_max_position_embeddings,
+            long_by_other_names: false,
         };
-        if let Some(partial) = number("partial_rotary_factor").filter(|&share| share != 1.0) {
-            return Err(format!(
-                "`partial_rotary_factor`: expected 1, got {partial}; partial rotation is not supported"
-            ));
-        }
-        let theta = number("rope_theta").or(self.rope_theta).unwrap_or(10_000.0);
-        if theta <= 0.0 {
-            return Err(format!("`rope_theta`: expected a number above 0, got {theta}"));
-        }
-        let kind = values.get("rope_type").or_else(|| values.get("type")).and_then(Value::as_str).unwrap_or("default");
-        let pretrained = self.original_max_position_embeddings.or(number("original_max_position_embeddings"));
-        if let Some(length) = pretrained.filter(|length| *length < 1.0) {
-            return Err(format!("`original_max_position_embeddings`: expected a number from 1, got {length}"));
-        }
-        let original_max_position_embeddings = pretrained.unwrap_or(self.max_position_embeddings as f64);
-        let scaling = match kind {
-            "default" => RopeScaling::Default,
-            "linear" => RopeScaling::Linear { factor: need("factor")? },
-            "dynamic" => RopeScaling::Dynamic { factor: need("factor")? },
-            "llama3" => RopeScaling::Llama3 {
-                factor: need("factor")?,
-                low_freq_factor: need("low_freq_factor")?,
-                high_freq_factor: need("high_freq_factor")?,
-                original_max_position_embeddings,
-            },
-            "yarn" => {
-                let stretch = pretrained.map(|original| self.max_position_embeddings as f64 / original);
-                let factor = number("factor").or(stretch).map_or_else(|| need("factor"), Ok)?;
-                RopeScaling::Yarn {
-                    factor,
-                    attention_factor: number("attention_factor")
-                        .unwrap_or_else(|| yarn_attention_factor(factor, number("mscale"), number("mscale_all_dim"))),
-                    beta_fast: number("beta_fast").filter(|&beta| beta != 0.0).unwrap_or(32.0),
-                    beta_slow: number("beta_slow").filter(|&beta| beta != 0.0).unwrap_or(1.0),
-                    original_max_position_embeddings,
-                    truncate: values.get("truncate").and_then(Value::as_bool).unwrap_or(true),
-                }
+        match source.design()? {
+            RopeDesign::Plain(rope) => Ok(rope),
+            RopeDesign::Long(_) => {
+                Err("`rope_type`: expected default, linear, dynamic, llama3 or yarn, got longrope".to_owned())
             }
-            other => {
-                return Err(format!("`rope_type`: expected default, linear, dynamic, llama3 or yarn, got {other}"));
-            }
+        }
+    }
+
+    /// The model.
+    pub fn design(&self) -> Result<Design, String> {
+        let sizes = Sizes {
+            hidden_size: self.hidden_size,
+            vocab_size: self.vocab_size,
+            max_position_embeddings: self.max_position_embeddings,
+            layers: self.num_hidden_layers,
+            heads: self.num_attention_heads,
+            groups: self.groups(),
+            head_dim: self.head_dim(),
+            epsilon: self.rms_norm_eps,
+            tied: self.tie_word_embeddings,
         };
-        let max_position_embeddings = self.max_position_embeddings;
-        Ok(RopeConfig { theta, head_dim: self.head_dim(), max_position_embeddings, scaling })
+        Ok(Design::new(sizes, &self.layer(), RopeDesign::Plain(self.rope()?)))
     }
 
     /// What the rest of the program needs to know.
     pub fn info(&self) -> Result<TargetInfo, String> {
-        let all: u64 = self.tensors().iter().map(|(_, shape)| shape.iter().product::<i64>() as u64).sum();
-        let heads = if self.tie_word_embeddings { 1 } else { 2 };
-        let tables = heads * (self.vocab_size * self.hidden_size) as u64;
-        Ok(TargetInfo {
-            hidden_size: self.hidden_size,
-            vocab_size: self.vocab_size,
-            layers: vec![LayerKind::Full; self.num_hidden_layers],
-            max_position_embeddings: self.max_position_embeddings,
-            parameters: ParameterCounts { all, tables, a_token: all - tables },
-            widest: self.intermediate_size,
-            head: HeadForm::PLAIN,
-            embedding_scale: 1.0,
-            template: self.plain()?.layer,
-        })
+        Ok(self.design()?.info())
+    }
+
+    fn layer(&self) -> LayerDesign {
+        let attention = AttentionDesign {
+            heads: self.num_attention_heads,
+            groups: self.groups(),
+            head_dim: self.head_dim(),
+            joined: false,
+            bias: self.attention_bias,
+            output_bias: self.attention_bias,
+            norms: HeadNormDesign::None,
+            scale: None,
+            softcap: None,
+            sinks: false,
+        };
+        let mlp = GatedDesign::new(self.hidden_size, self.intermediate_size, Activation::Silu);
+        LayerDesign::new(attention, Rc::new(GatedDesign { bias: self.mlp_bias, ..mlp }))
     }
 
     /// The sizes of a model that is nothing but plain layers.
@@ -213,91 +195,7 @@ impl LlamaConfig {
 
     /// Every tensor of the model with its shape, under its Hugging Face name.
     pub fn tensors(&self) -> Vec<(String, Vec<i64>)> {
-        let (hidden, width) = (self.hidden_size, self.intermediate_size);
-        let (query, group) = (self.num_attention_heads * self.head_dim(), self.groups() * self.head_dim());
-        let mut tensors = vec![(EMBEDDING.to_owned(), vec![self.vocab_size, hidden])];
-        for layer in 0..self.num_hidden_layers {
-            let prefix = format!("model.layers.{layer}");
-            let mut linear = |name: &str, out: i64, input: i64, bias: bool| {
-                tensors.push((format!("{prefix}.{name}.weight"), vec![out, input]));
-                if bias {
-                    tensors.push((format!("{prefix}.{name}.bias"), vec![out]));
-                }
-            };
-            linear("self_attn.q_proj", query, hidden, self.attention_bias);
-            linear("self_attn.k_proj", group, hidden, self.attention_bias);
-            linear("self_attn.v_proj", group, hidden, self.attention_bias);
-            linear("self_attn.o_proj", hidden, query, self.attention_bias);
-            linear("mlp.gate_proj", width, hidden, self.mlp_bias);
-            linear("mlp.up_proj", width, hidden, self.mlp_bias);
-            linear("mlp.down_proj", hidden, width, self.mlp_bias);
-            tensors.push((format!("{prefix}.input_layernorm.weight"), vec![hidden]));
-            tensors.push((format!("{prefix}.post_attention_layernorm.weight"), vec![hidden]));
-        }
-        tensors.push(("model.norm.weight".to_owned(), vec![hidden]));
-        if !self.tie_word_embeddings {
-            tensors.push((HEAD.to_owned(), vec![self.vocab_size, hidden]));
-        }
-        tensors
-    }
-
-    /// Refuses files whose tensors are not this model's, by their headers alone. A tied head may be there and must fit.
-    pub(super) fn check_tensors(&self, weights: &WeightsFolder) -> Result<()> {
-        let is_tied = self.tie_word_embeddings && !weights.contains(HEAD);
-        let expected = Self { tie_word_embeddings: is_tied, ..self.clone() }.tensors();
-        weights.check_numbers(&expected)?;
-        weights.check(&expected, is_old_buffer)
-    }
-
-    /// The configuration that is that of checked files, and what a user should know: a file's head that is not the
-    /// embedding counts, whatever config.json says of it, as with other readers.
-    pub(super) fn fit(self, weights: &WeightsFolder) -> Result<(Self, Vec<String>)> {
-        let mut warnings: Vec<String> = self.other_frequencies(weights)?.into_iter().collect();
-        if self.tie_word_embeddings && weights.contains(HEAD) && !weights.same_content(HEAD, EMBEDDING)? {
-            warnings.push(format!(
-                "{}: config.json says that the head is the embedding, but `{HEAD}` holds other numbers: they are used",
-                weights.path().display()
-            ));
-            return Ok((Self { tie_word_embeddings: false, ..self }, warnings));
-        }
-        Ok((self, warnings))
-    }
-
-    /// What old rotary buffers say, where that is not what the configuration says, which counts.
-    fn other_frequencies(&self, weights: &WeightsFolder) -> Result<Option<String>> {
-        let rope = self.rope().map_err(Error::Failed)?;
-        // Before it was decided that they are of no use, they were stored with and without the scaling.
-        let plain = RopeConfig { scaling: RopeScaling::Default, ..rope };
-        let known = [rope, plain].map(|rope| rope.frequencies());
-        let mut seen: Option<&[u8]> = None;
-        for name in weights.names().filter(|name| is_old_buffer(name)) {
-            let bytes = weights.bytes(name);
-            if bytes.is_some() && bytes == seen {
-                continue;
-            }
-            seen = bytes;
-            let is_short = weights.kind(name).is_some_and(|kind| kind.elt_size_in_bytes() < 4);
-            let (share, least) = if is_short { (0.05, 1e-6) } else { (1e-4, 1e-12) };
-            let is_known = |values: &Tensor, known: &Tensor| {
-                values.size() == known.size() && values.allclose(known, share, least, false)
-            };
-            let values = weights.load(name, Kind::Float, Device::Cpu);
-            if !values.is_ok_and(|values| known.iter().any(|known| is_known(&values, known))) {
-                let folder = weights.path().display();
-                return Ok(Some(format!(
-                    "{folder}: `{name}` holds other frequencies than follow from config.json, which counts"
-                )));
-            }
-        }
-        Ok(None)
-    }
-}
-
-/// What YaRN multiplies cos and sin with where the file does not say it.
-fn yarn_attention_factor(factor: f64, scale: Option<f64>, scale_all: Option<f64>) -> f64 {
-    let magnitude = |scale: f64| if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 };
-    match (scale, scale_all) {
-        (Some(scale), Some(all)) if scale != 0.0 && all != 0.0 => magnitude(scale) / magnitude(all),
-        _ => magnitude(1.0),
+        let layers = vec![self.layer(); self.num_hidden_layers];
+        tensors(&layers, [self.vocab_size, self.hidden_size], self.tie_word_embeddings)
     }
 }

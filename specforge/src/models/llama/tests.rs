@@ -3,7 +3,12 @@
 use serde_json::Value;
 
 use super::*;
+use crate::models::LogitRows;
+use crate::models::decoder::files;
+use crate::models::decoder::names::HEAD;
 use crate::nn::{AttentionMask, noise};
+use crate::weights::WeightsFolder;
+use tch::Tensor;
 
 const VOCABULARY: i64 = 50;
 
@@ -262,7 +267,7 @@ fn states_and_logits_come_as_asked_for() {
     let all = run(&[0, 1, 2, 3], LogitRows::All);
     let want = all.logits.unwrap();
     assert_eq!(want.size(), [8, VOCABULARY]);
-    assert!(all.hidden[0].equal(&target.embedding.look_up(&ids).unwrap()));
+    assert!(all.hidden[0].equal(&target.embedding().look_up(&ids).unwrap()));
     assert_close(&target.head().logits(&all.hidden[3].view([8, -1])), &want, 1e-6);
 
     for capture in [[3, 0, 1].as_slice(), &[2, 1, 2], &[]] {
@@ -391,8 +396,10 @@ fn fitted(tied: bool, change: &dyn Fn(&mut NamedTensors)) -> Result<(bool, Vec<S
     change(&mut tensors);
     crate::weights::write_tensors(&folder.path().join("model.safetensors"), &tensors, &[]).unwrap();
     let weights = WeightsFolder::open(folder.path())?;
-    config.check_tensors(&weights)?;
-    let (config, warnings) = config.fit(&weights)?;
+    let design = config.design().map_err(Error::Failed)?;
+    files::check(&design, &weights)?;
+    let (tied, warnings) = files::fit(&design, &weights)?;
+    let config = LlamaConfig { tie_word_embeddings: tied, ..config };
     let built =
         LlamaTarget::build(config.clone(), Device::Cpu, &mut |name, _| weights.load(name, Kind::Float, Device::Cpu))?;
     let is_embedding = built.head().weight.equal(&built.embedding().table);

@@ -1,42 +1,40 @@
-//! A Llama's layers one at a time, see [`crate::models::layerwise`].
+//! Layers of a model of decoder layers one at a time, see [`crate::models::layerwise`].
 
-use serde_json::Value;
 use tch::{Device, Tensor};
 
-use super::{Layer, build_layer, read};
+use super::design::Design;
+use super::names::NORM;
+use super::rope_of;
 use crate::error::{Error, Result};
 use crate::models::GetTensor;
 use crate::models::parts::{LoadedPart, Part, Passing};
 use crate::nn::mask::Masks;
-use crate::nn::{RmsNorm, Rope};
+use crate::nn::{DecoderLayer, RmsNorm, Rope};
 
 /// A layer, or the norm behind the last one.
 pub(super) fn part(
-    values: &Value,
+    design: &Design,
     part: Part,
     device: Device,
     tensor: &mut GetTensor<'_>,
 ) -> Result<Box<dyn LoadedPart>> {
-    let config = read(values)?;
-    let shapes: std::collections::HashMap<String, Vec<i64>> = config.tensors().into_iter().collect();
-    let mut get = |name: String| tensor(&name, &shapes[&name]);
+    let shapes = design.shapes();
+    let mut get = |name: &str| tensor(name, &shapes[name]);
     Ok(match part {
         Part::Layer(index) => {
-            let rope = Rope::new(config.info().map_err(Error::Failed)?.template.rope, device);
-            Box::new(OneLayer { layer: build_layer(&config, &format!("model.layers.{index}"), &mut get)?, rope })
+            let layer = design.build_layer(index, &mut get)?;
+            let rope = layer.rope.map(|rope| rope_of(&design.ropes[rope], device));
+            Box::new(OneLayer { layer, rope })
         }
-        Part::Norm => {
-            let weight = get("model.norm.weight".to_owned())?;
-            Box::new(LastNorm(RmsNorm { weight, epsilon: config.rms_norm_eps }))
-        }
+        Part::Norm => Box::new(LastNorm(design.norm(get(NORM)?))),
         Part::Embedding => return Err(Error::Failed("the embedding is no layer".to_owned())),
     })
 }
 
 /// A layer with what it shares with the others.
 struct OneLayer {
-    layer: Layer,
-    rope: Rope,
+    layer: DecoderLayer,
+    rope: Option<Rope>,
 }
 
 /// The norm behind the last layer.
@@ -47,8 +45,8 @@ impl LoadedPart for OneLayer {
         let _guard = tch::no_grad_guard();
         let hidden = passing.hidden()?;
         let mut masks = Masks::new(passing.mask, passing.positions);
-        let rope = self.rope.tables(passing.positions, hidden.kind());
-        Ok(self.layer.forward(hidden, &rope, masks.of(None), None))
+        let rope = self.rope.as_ref().map(|rope| rope.tables(passing.positions, hidden.kind()));
+        Ok(self.layer.forward(hidden, rope.as_ref(), masks.of(self.layer.window), None))
     }
 }
 

@@ -1,0 +1,214 @@
+//! Causal models of decoder layers: what most families are. A family reads its configuration into a [`Design`], and all the
+//! rest follows from that: names of tensors, checks of files, the model, its layers one at a time.
+//!
+//! Shape legend: see `nn`.
+
+use serde_json::Value;
+use tch::{Device, Kind, Tensor};
+
+use super::keys::Keys;
+use super::rope_keys::RopeDesign;
+use super::{Family, ForwardInput, ForwardOutput, GetTensor, LogitRows, TargetInfo, TargetModel};
+use crate::error::{Error, Result};
+use crate::nn::rope::RopeTables;
+use crate::nn::{DecoderLayer, Embedding, Head, HeadForm, KvCache, LayerCache, Masks, RmsNorm, Rope};
+use crate::weights::WeightsFolder;
+
+pub mod design;
+pub mod files;
+pub mod mlp;
+pub mod names;
+mod streamed;
+pub mod windows;
+
+pub use design::{AttentionDesign, Design, HeadNormDesign, LayerDesign, NormNames, NormWeights, Silent, Sizes};
+pub use mlp::{ExpertCounts, ExpertsDesign, GatedDesign, MlpDesign};
+
+use names::{EMBEDDING, HEAD, NORM};
+
+/// A family whose models are decoder layers and nothing else.
+pub trait DecoderFamily {
+    /// Reads and checks a configuration. What is wrong is a problem in words that names the key.
+    fn design(keys: &Keys<'_>) -> Result<Design, String>;
+}
+
+/// The row of the table of families.
+pub const fn family<F: DecoderFamily>(model_type: &'static str) -> Family {
+    Family {
+        model_type,
+        info: |values| Ok(read::<F>(values)?.info()),
+        tensors: |values| Ok(read::<F>(values)?.tensors()),
+        check: Some(|values, weights| files::check(&checked::<F>(values)?, weights)),
+        correct: Some(correct::<F>),
+        build: |values, device, tensor| Ok(Box::new(Decoder::build(&checked::<F>(values)?, device, tensor)?)),
+        part: Some(|values, part, device, tensor| streamed::part(&checked::<F>(values)?, part, device, tensor)),
+        tables: |values, tensor| tables(&checked::<F>(values)?, tensor),
+        table_names: &[EMBEDDING, HEAD],
+        text_defaults: None,
+    }
+}
+
+fn read<F: DecoderFamily>(values: &Value) -> Result<Design, String> {
+    let design = F::design(&Keys::new(values))?;
+    design.check()?;
+    Ok(design)
+}
+
+fn checked<F: DecoderFamily>(values: &Value) -> Result<Design> {
+    read::<F>(values).map_err(Error::Failed)
+}
+
+/// Takes the head from the files, whatever config.json says of it, and says what was not understood.
+fn correct<F: DecoderFamily>(mut values: Value, weights: &WeightsFolder) -> Result<(Value, Vec<String>)> {
+    let keys = Keys::new(&values);
+    let design = F::design(&keys).map_err(Error::Failed)?;
+    let strange = keys.strange();
+    let (tied, mut warnings) = files::fit(&design, weights)?;
+    if !strange.is_empty() {
+        let (folder, names) = (weights.path().display(), strange.join("`, `"));
+        warnings.push(format!("{folder}: config.json: passed over what is not known to this family: `{names}`"));
+    }
+    values["tie_word_embeddings"] = tied.into();
+    Ok((values, warnings))
+}
+
+fn tables(design: &Design, tensor: &mut GetTensor<'_>) -> Result<(Embedding, Head)> {
+    let shape = [design.sizes.vocab_size, design.sizes.hidden_size];
+    let table = tensor(EMBEDDING, &shape)?;
+    let head = if design.sizes.tied { table.shallow_clone() } else { tensor(HEAD, &shape)? };
+    Ok((embedding(design, table), head_of(design, head)))
+}
+
+fn embedding(design: &Design, table: Tensor) -> Embedding {
+    let scale = match design.rounds_embedding_scale {
+        true => Tensor::from(design.embedding_scale as f32).to_kind(table.kind()).double_value(&[]),
+        false => design.embedding_scale,
+    };
+    Embedding { table, scale }
+}
+
+fn head_of(design: &Design, weight: Tensor) -> Head {
+    let HeadForm { scale, softcap, .. } = design.head;
+    Head { weight, bias: None, scale, softcap }
+}
+
+/// A rotary embedding with its frequencies.
+fn rope_of(design: &RopeDesign, device: Device) -> Rope {
+    match design {
+        RopeDesign::Plain(config) => Rope::new(*config, device),
+        RopeDesign::Long(long) => Rope::of_lengths(long, device),
+    }
+}
+
+/// A model with its weights.
+pub struct Decoder {
+    info: TargetInfo,
+    embedding: Embedding,
+    layers: Vec<DecoderLayer>,
+    norm: RmsNorm,
+    head: Head,
+    ropes: Vec<Rope>,
+}
+
+impl Decoder {
+    /// Builds the model from a function that gives each tensor by name and shape.
+    pub fn build(design: &Design, device: Device, tensor: &mut GetTensor<'_>) -> Result<Self> {
+        let shapes = design.shapes();
+        let mut get = |name: &str| tensor(name, &shapes[name]);
+        let table = get(EMBEDDING)?;
+        let mut layers = Vec::with_capacity(design.layers.len());
+        for index in 0..design.layers.len() {
+            layers.push(design.build_layer(index, &mut get)?);
+        }
+        let norm = design.norm(get(NORM)?);
+        let head = if design.sizes.tied { table.shallow_clone() } else { get(HEAD)? };
+        let ropes = design.ropes.iter().map(|rope| rope_of(rope, device)).collect();
+        let (embedding, head) = (embedding(design, table), head_of(design, head));
+        Ok(Self { info: design.info(), embedding, layers, norm, head, ropes })
+    }
+}
+
+impl TargetModel for Decoder {
+    fn info(&self) -> &TargetInfo {
+        &self.info
+    }
+
+    fn new_cache(&self, rows: i64, capacity: i64) -> KvCache {
+        let layer = |layer: &DecoderLayer| LayerCache::Attention {
+            groups: layer.attention.groups,
+            key_dim: layer.attention.head_dim,
+            value_dim: layer.attention.head_dim,
+            window: layer.window,
+        };
+        let layers: Vec<LayerCache> = self.layers.iter().map(layer).collect();
+        KvCache::new(&layers, rows, capacity, (self.kind(), self.device()))
+    }
+
+    fn forward(&self, input: &ForwardInput<'_>, mut cache: Option<&mut KvCache>) -> Result<ForwardOutput> {
+        let _guard = tch::no_grad_guard();
+        input.check(self.layers.len(), cache.as_deref())?;
+        let (rows, tokens) = input.ids.size2()?;
+        let last = self.layers.len();
+        let mut masks = match cache.as_deref_mut() {
+            Some(cache) => cache.masks(input.mask, input.positions),
+            None => Masks::new(input.mask, input.positions),
+        };
+        let ropes: Vec<RopeTables> = self.ropes.iter().map(|rope| rope.tables(input.positions, self.kind())).collect();
+        let mut captured: Vec<(usize, Tensor)> = Vec::new();
+        let mut keep = |index: usize, hidden: &Tensor| {
+            if input.capture.contains(&index) {
+                captured.push((index, hidden.shallow_clone()));
+            }
+        };
+
+        // A token id outside the vocabulary is an error of libtorch here, and the only one an input can cause from now on.
+        let mut hidden = self.embedding.look_up(input.ids)?; // [B, T, H]
+        for (index, layer) in self.layers.iter().enumerate() {
+            keep(index, &hidden);
+            let cache = cache.as_mut().map(|cache| (&mut **cache, index));
+            let rope = layer.rope.map(|rope| &ropes[rope]);
+            hidden = layer.forward(&hidden, rope, masks.of(layer.window), cache);
+        }
+        // The final norm works row by row: where only some rows are projected, only those are normed.
+        if input.capture.contains(&last) || matches!(input.logits, LogitRows::All) {
+            hidden = self.norm.forward(&hidden);
+            keep(last, &hidden);
+            let logits = match input.logits {
+                LogitRows::None => None,
+                LogitRows::All => Some(hidden.view([rows * tokens, -1])),
+                LogitRows::Rows(index) => Some(hidden.view([rows * tokens, -1]).index_select(0, index)),
+            };
+            return Ok(output(input, &captured, logits.map(|rows| self.head.logits(&rows))));
+        }
+        let logits = match input.logits {
+            LogitRows::Rows(index) => {
+                let chosen = hidden.view([rows * tokens, -1]).index_select(0, index); // [R, H]
+                Some(self.head.logits(&self.norm.forward(&chosen))) // [R, V]
+            }
+            LogitRows::None | LogitRows::All => None,
+        };
+        Ok(output(input, &captured, logits))
+    }
+
+    fn embedding(&self) -> &Embedding {
+        &self.embedding
+    }
+
+    fn head(&self) -> &Head {
+        &self.head
+    }
+
+    fn kind(&self) -> Kind {
+        self.embedding.kind()
+    }
+
+    fn device(&self) -> Device {
+        self.embedding.device()
+    }
+}
+
+/// Puts captured states into the order they were asked for.
+fn output(input: &ForwardInput<'_>, captured: &[(usize, Tensor)], logits: Option<Tensor>) -> ForwardOutput {
+    let find = |index: &usize| captured.iter().find(|(at, _)| at == index).map(|(_, hidden)| hidden.shallow_clone());
+    ForwardOutput { hidden: input.capture.iter().filter_map(find).collect(), logits }
+}
