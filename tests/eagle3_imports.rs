@@ -1,7 +1,6 @@
 //! EAGLE-3 folders that are not fresh exports: SafeAILab's and SpecForge's are read, every damage is refused by name.
 
 use std::fs;
-use std::io::Write;
 use std::path::Path;
 
 use serde_json::{Value, json};
@@ -13,7 +12,7 @@ use specforge::weights;
 use tch::{Kind, Tensor};
 
 use crate::eagle3_exports::{DRAFT_VOCABULARY, LAYERS, engine_of, map, shape, source, workspace};
-use crate::fixture::{TOKENIZER_SIZE, contents, output_of, specforge, stderr_of, tensors_of};
+use crate::fixture::{TOKENIZER_SIZE, contents, output_of, specforge, stderr_of, tensors_of, write_torch_file};
 
 fn change_config(folder: &Path, change: impl FnOnce(&mut Value)) {
     let path = folder.join("config.json");
@@ -85,38 +84,6 @@ fn safeailabs_folders_are_read() {
         let error = read(&out, Some(LAYERS)).unwrap_err();
         assert!(error.to_string().contains("pytorch_model.bin") && error.exit_code() == 2, "{error}");
     }
-}
-
-/// What `torch.save` writes of a table of tensors.
-fn write_torch_file(path: &Path, tensors: &[(String, Tensor)]) {
-    let mut archive = zip::ZipWriter::new(fs::File::create(path).unwrap());
-    let options = zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
-    let text = |text: &str| [b"X".as_slice(), &(text.len() as u32).to_le_bytes(), text.as_bytes()].concat();
-    let number = |number: i64| [b"J".as_slice(), &(number as i32).to_le_bytes()].concat();
-    let tuple = |numbers: &[i64]| {
-        [b"(".to_vec(), numbers.iter().flat_map(|&size| number(size)).collect(), b"t".to_vec()].concat()
-    };
-    let mut program = b"\x80\x02}(".to_vec();
-    for (key, (name, tensor)) in tensors.iter().enumerate() {
-        let storage = match tensor.kind() {
-            Kind::Half => "Half",
-            Kind::Int64 => "Long",
-            Kind::Bool => "Bool",
-            other => panic!("{other:?}"),
-        };
-        program.extend(text(name));
-        program.extend(b"ctorch._utils\n_rebuild_tensor_v2\n((");
-        program.extend([text("storage"), format!("ctorch\n{storage}Storage\n").into_bytes()].concat());
-        program.extend([text(&key.to_string()), text("cpu"), number(tensor.numel() as i64), b"tQ".to_vec()].concat());
-        program.extend([number(0), tuple(&tensor.size()), tuple(&tensor.stride())].concat());
-        program.extend(b"\x89ccollections\nOrderedDict\n)RtR");
-        archive.start_file(format!("archive/data/{key}"), options).unwrap();
-        archive.write_all(weights::writer::host_bytes(&tensor.contiguous())).unwrap();
-    }
-    program.extend(b"u.");
-    archive.start_file("archive/data.pkl", options).unwrap();
-    archive.write_all(&program).unwrap();
-    archive.finish().unwrap();
 }
 
 /// Output ids alone, embeddings that are not needed, a `norm_output` of two meanings.

@@ -3,6 +3,7 @@
 
 use std::fmt::Write;
 use std::fs;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -273,6 +274,40 @@ pub fn write_gguf(path: &Path) {
     let metadata: Vec<(&str, &GgufValue)> = metadata.iter().map(|(key, value)| (*key, value)).collect();
     let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
     gguf_file::write(&mut fs::File::create(path).unwrap(), &metadata, &tensors).unwrap();
+}
+
+/// What `torch.save` writes of a table of tensors.
+pub fn write_torch_file(path: &Path, tensors: &[(String, Tensor)]) {
+    let mut archive = zip::ZipWriter::new(fs::File::create(path).unwrap());
+    let options = zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
+    let text = |text: &str| [b"X".as_slice(), &(text.len() as u32).to_le_bytes(), text.as_bytes()].concat();
+    let number = |number: i64| [b"J".as_slice(), &(number as i32).to_le_bytes()].concat();
+    let tuple = |numbers: &[i64]| {
+        [b"(".to_vec(), numbers.iter().flat_map(|&size| number(size)).collect(), b"t".to_vec()].concat()
+    };
+    let mut program = b"\x80\x02}(".to_vec();
+    for (key, (name, tensor)) in tensors.iter().enumerate() {
+        let storage = match tensor.kind() {
+            Kind::Float => "Float",
+            Kind::BFloat16 => "BFloat16",
+            Kind::Half => "Half",
+            Kind::Int64 => "Long",
+            Kind::Bool => "Bool",
+            other => panic!("{other:?}"),
+        };
+        program.extend(text(name));
+        program.extend(b"ctorch._utils\n_rebuild_tensor_v2\n((");
+        program.extend([text("storage"), format!("ctorch\n{storage}Storage\n").into_bytes()].concat());
+        program.extend([text(&key.to_string()), text("cpu"), number(tensor.numel() as i64), b"tQ".to_vec()].concat());
+        program.extend([number(0), tuple(&tensor.size()), tuple(&tensor.stride())].concat());
+        program.extend(b"\x89ccollections\nOrderedDict\n)RtR");
+        archive.start_file(format!("archive/data/{key}"), options).unwrap();
+        archive.write_all(weights::writer::host_bytes(&tensor.contiguous())).unwrap();
+    }
+    program.extend(b"u.");
+    archive.start_file("archive/data.pkl", options).unwrap();
+    archive.write_all(&program).unwrap();
+    archive.finish().unwrap();
 }
 
 /// `count` conversations of one to three turns, one a line; line `n` has the id `c<n>`.

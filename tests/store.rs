@@ -17,6 +17,9 @@ use crate::fixture::{specforge, stderr_of, write_model};
 use crate::processes::PATIENCE;
 
 mod eagle3;
+mod elsewhere;
+mod imported;
+mod served;
 mod tampered;
 
 const ELEMENTS: [&str; 3] = ["float32", "bfloat16", "float8"];

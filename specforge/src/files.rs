@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 mod digests;
 mod once;
 mod shrunk;
+pub mod torch_file;
 mod unfinished;
 
 pub use digests::{Digests, hexadecimal};

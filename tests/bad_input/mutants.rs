@@ -243,6 +243,7 @@ fn write_store(folder: &Path) {
         layer_convention: LAYER_CONVENTION.to_owned(),
         element: Element::Float32,
         shard_tokens: 100,
+        origin: None,
         shards: Vec::new(),
     };
     let states = |stream| noise::normal(&[9, 4], 1.0, 1, stream);

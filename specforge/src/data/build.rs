@@ -290,6 +290,19 @@ fn tokenise_record(
             let (rendered, method) = render_supervised(tokenizer, conversation, config.supervise)?;
             (rendered, Some(method))
         }
+        Sample::Tokens { id, tokens, supervised, vocabulary_hash } => {
+            if let Some(&token) = tokens.iter().find(|&&token| token as usize >= tokenizer.id_limit()) {
+                let limit = tokenizer.id_limit();
+                return Err(Error::Failed(format!("`input_ids` name token {token}, but the model has {limit} tokens")));
+            }
+            if vocabulary_hash.as_ref().is_some_and(|hash| !vocabulary.is_own(tokenizer, hash)) {
+                return Err(Error::Failed("its `input_ids` are of another tokenizer's vocabulary".to_owned()));
+            }
+            let supervised = supervised_tokens(supervised, config.supervise);
+            let document = Tokenised { id: id.clone(), conversation, tokens: tokens.clone(), supervised };
+            outcome.add(config, document);
+            return Ok(outcome);
+        }
         Sample::Text { text, .. } => (vec![whole_text(text.clone(), 0)], None),
         Sample::Completion { prompt, completion, finish: Some(Finish::Length), .. } => {
             outcome.cut_answers = 1;
@@ -309,6 +322,19 @@ fn tokenise_record(
         add_document(&mut outcome, tokenizer, config, id, conversation, &part)?;
     }
     Ok(outcome)
+}
+
+/// Which tokens of a document in tokens are trained: those that are marked, of these the last run alone, or all.
+fn supervised_tokens(marked: &[u8], supervise: Supervise) -> Vec<u8> {
+    match supervise {
+        Supervise::Assistant => marked.to_vec(),
+        Supervise::All => vec![1; marked.len()],
+        Supervise::LastTurn => {
+            let end = marked.iter().rposition(|&mark| mark == 1).map_or(0, |last| last + 1);
+            let start = marked[..end].iter().rposition(|&mark| mark == 0).map_or(0, |before| before + 1);
+            (0..marked.len()).map(|place| u8::from((start..end).contains(&place))).collect()
+        }
+    }
 }
 
 /// Where every token is trained, nothing of a message can be left out.

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::super::conversation::{Conversation, parse_sample};
 use super::super::stats::{Statistics, document_text};
-use super::super::{DocumentRef, Message, Supervise, assemble, pack, split};
+use super::super::{Document, DocumentRef, Message, Supervise, assemble, pack, split};
 use super::*;
 
 /// Made by scripts/golden/chat_templates.py.
@@ -152,6 +152,58 @@ fn trained_text(workshop: &Workshop, cache: &TokenCache, index: usize) -> String
     let document = cache.document(index);
     let marked = document_text(&workshop.tokenizer, &document, false).unwrap();
     marked.split_once('⟦').unwrap().1.split_once('⟧').unwrap().0.to_owned()
+}
+
+#[test]
+fn documents_in_tokens_are_taken_as_they_are_or_refused() {
+    let mut workshop = Workshop::new();
+    let hash = recorded::vocabulary_hash(&workshop.tokenizer);
+    let limit = workshop.tokenizer.id_limit();
+    let lines = [
+        json!({"id": "a", "input_ids": [5, 6, 7, 8, 9], "loss_mask": [0, 1, 0, 1, 1], "vocabulary_hash": hash}),
+        json!({"input_ids": [5, 6, 7], "loss_mask": [false, true, true]}),
+        json!({"id": "not trained", "input_ids": [5, 6], "loss_mask": [0, 0]}),
+        json!({"id": "left out", "input_ids": [5, 6], "loss_mask": [0, 1], "train": false}),
+        json!({"id": "other", "input_ids": [5, 6], "loss_mask": [0, 1], "vocabulary_hash": "0123456789abcdef"}),
+        json!({"id": "large", "input_ids": [5, limit], "loss_mask": [0, 1]}),
+        json!({"id": "short", "input_ids": [5, 6], "loss_mask": [1]}),
+        json!({"id": "text", "input_ids": [5, -6], "loss_mask": [0, 1]}),
+        json!({"id": "three", "input_ids": [5, 6], "loss_mask": [0, 2]}),
+    ];
+    let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
+    let paths = [workshop.write("tokens.jsonl", &text)];
+    workshop.config.max_bad_share = 0.9;
+    let documents = |workshop: &Workshop| {
+        let (cache, report) = workshop.build(&paths).unwrap();
+        let of = |index| {
+            let Document { id, tokens, supervised } = cache.document(index);
+            (id.to_owned(), tokens.to_vec(), supervised.to_vec())
+        };
+        ((0..cache.len()).map(of).collect::<Vec<_>>(), report)
+    };
+    let (found, report) = documents(&workshop);
+    let want = |first: [u8; 5], second: [u8; 3]| {
+        vec![
+            ("a".to_owned(), vec![5, 6, 7, 8, 9], first.to_vec()),
+            ("tokens.jsonl:2".to_owned(), vec![5, 6, 7], second.to_vec()),
+        ]
+    };
+    assert_eq!(found, want([0, 1, 0, 1, 1], [0, 1, 1]));
+    assert_eq!((report.without_supervision, report.rejected_count), (2, 5));
+    let reasons = report.rejected.join("\n");
+    for reason in [
+        "tokens.jsonl:5: its `input_ids` are of another tokenizer's vocabulary",
+        "but the model has",
+        "`loss_mask`: expected a mark for each of 2 `input_ids`, got 1",
+        "`input_ids[1]`: expected a token id, got -6",
+        "`loss_mask[1]`: expected 0 or 1, got 2",
+    ] {
+        assert!(reasons.contains(reason), "no `{reason}` in:\n{reasons}");
+    }
+    workshop.config.supervise = Supervise::LastTurn;
+    assert_eq!(documents(&workshop).0, want([0, 0, 0, 1, 1], [0, 1, 1]));
+    workshop.config.supervise = Supervise::All;
+    assert_eq!(documents(&workshop).0[..2], want([1; 5], [1; 3])[..2]);
 }
 
 #[test]

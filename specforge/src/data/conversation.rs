@@ -6,6 +6,8 @@
 //! before they render, and that what decides about training ([`super::marks`]) is no business of a template.
 //! A template that takes arguments as strings only is given the strings.
 //!
+//! A record of `input_ids` and `loss_mask`, with nothing said beside, is a document as it is.
+//!
 //! Content in several parts of text is joined with a newline, as vLLM does for templates that take strings.
 
 use serde_json::{Map, Value, json};
@@ -53,6 +55,15 @@ pub fn parse_record(bytes: &[u8], fallback_id: impl FnOnce() -> String) -> Resul
     });
     let id = id.unwrap_or_else(fallback_id);
     let mut passed_over: PassedOver = marks::passed_over_in_record(&object).collect();
+    if is_tokens(&object) {
+        let sample = parse_tokens(id, &object)?;
+        // The mask is for the tokens; everything else that is said about training counts as ever.
+        object.remove("loss_mask");
+        passed_over.retain(|key| key != "`input_ids`");
+        let mut answer = Marks::default();
+        let train = marks::of_record(&object, &mut [Some(&mut answer)])? && answer.train != Some(false);
+        return Ok(Parsed { sample, train, passed_over });
+    }
     if let Some(messages) = find_messages(&object, &mut passed_over)? {
         let mut conversation = parse_conversation(id, messages, &object)?;
         let answers = conversation.messages.iter_mut();
@@ -86,6 +97,42 @@ pub fn parse_record(bytes: &[u8], fallback_id: impl FnOnce() -> String) -> Resul
         return Ok(Parsed { sample, train, passed_over });
     }
     Err(what_it_is_instead(&object))
+}
+
+/// Whether a record is a document in tokens: ids beside a mask of the same length, and nothing that is said.
+fn is_tokens(object: &Map<String, Value>) -> bool {
+    let said = MESSAGE_KEYS.iter().chain(&["text", "prompt"]).any(|key| object.contains_key(*key));
+    object.contains_key("input_ids") && object.get("loss_mask").is_some_and(Value::is_array) && !said
+}
+
+/// What SpecForge calls a tokenised record: `input_ids`, and a `loss_mask` of 0 and 1 for each.
+fn parse_tokens(id: String, object: &Map<String, Value>) -> Result<Sample, String> {
+    let list = |key: &str| {
+        let values = object.get(key).and_then(Value::as_array);
+        values.ok_or_else(|| format!("`{key}`: expected a list of numbers"))
+    };
+    let (ids, mask) = (list("input_ids")?, list("loss_mask")?);
+    let token = |(place, value): (usize, &Value)| {
+        let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
+        id.ok_or_else(|| format!("`input_ids[{place}]`: expected a token id, got {value}"))
+    };
+    let mark = |(place, value): (usize, &Value)| match (value.as_u64(), value.as_bool()) {
+        (Some(0), _) | (_, Some(false)) => Ok(0),
+        (Some(1), _) | (_, Some(true)) => Ok(1),
+        _ => Err(format!("`loss_mask[{place}]`: expected 0 or 1, got {value}")),
+    };
+    let tokens = ids.iter().enumerate().map(token).collect::<Result<Vec<u32>, String>>()?;
+    let supervised = mask.iter().enumerate().map(mark).collect::<Result<Vec<u8>, String>>()?;
+    if tokens.len() != supervised.len() {
+        let (ids, marks) = (tokens.len(), supervised.len());
+        return Err(format!("`loss_mask`: expected a mark for each of {ids} `input_ids`, got {marks}"));
+    }
+    let vocabulary_hash = match object.get("vocabulary_hash") {
+        None => None,
+        Some(Value::String(hash)) => Some(hash.clone()),
+        Some(other) => return Err(format!("`vocabulary_hash`: expected a string, got {}", kind_of(other))),
+    };
+    Ok(Sample::Tokens { id, tokens, supervised, vocabulary_hash })
 }
 
 /// The messages of a record, whatever their key is called.
@@ -150,7 +197,7 @@ fn what_it_is_instead(object: &Map<String, Value>) -> String {
     } else if has("query") && has("response") {
         " (ms-swift's: write history, query and response as messages)"
     } else if has("input_ids") {
-        " (token ids without their text are not read)"
+        " (token ids are read beside a `loss_mask` of the same length)"
     } else {
         ""
     };
@@ -488,7 +535,7 @@ mod tests {
             (r#"{"prompt": "p", "completion": "c", "label": false}"#, "an answer that is not wanted"),
             (r#"{"instruction": "i", "input": "", "output": "o"}"#, "Alpaca's"),
             (r#"{"query": "q", "response": "r", "history": []}"#, "ms-swift's"),
-            (r#"{"input_ids": [1], "labels": [1]}"#, "token ids without their text are not read"),
+            (r#"{"input_ids": [1], "labels": [1]}"#, "token ids are read beside a `loss_mask`"),
             (r#"{"messages": [], "chat_template_kwargs": {"tools": []}}"#, "`chat_template_kwargs` sets `tools`"),
             (r#"{"messages": [], "chat_template_kwargs": 3}"#, "`chat_template_kwargs`: expected an object"),
             (r#"{"messages": [{"role": "function_call", "content": "x"}]}"#, "expected the JSON of a call"),

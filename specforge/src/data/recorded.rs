@@ -50,6 +50,11 @@ pub(super) enum Ids {
 pub(super) struct Vocabulary(OnceLock<String>);
 
 impl Vocabulary {
+    /// Whether this hash is the tokenizer's own.
+    pub(super) fn is_own(&self, tokenizer: &ChatTokenizer, hash: &str) -> bool {
+        self.0.get_or_init(|| vocabulary_hash(tokenizer)) == hash
+    }
+
     /// Whether answers of this conversation are known as ids, and of which vocabulary.
     pub(super) fn ids_of(&self, tokenizer: &ChatTokenizer, conversation: &Conversation) -> Ids {
         let mut answers = conversation.messages.iter().filter(|message| message.marks.token_ids.is_some()).peekable();
@@ -57,8 +62,7 @@ impl Vocabulary {
             return Ids::None;
         }
         let foreign = |message: &Message| {
-            let own = || self.0.get_or_init(|| vocabulary_hash(tokenizer));
-            message.marks.vocabulary_hash.as_ref().is_some_and(|hash| hash != own())
+            message.marks.vocabulary_hash.as_ref().is_some_and(|hash| !self.is_own(tokenizer, hash))
         };
         if answers.any(foreign) { Ids::Foreign } else { Ids::Own }
     }

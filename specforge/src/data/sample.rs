@@ -1,5 +1,5 @@
-//! What one record of a file is: a conversation, preformatted text, or a prompt with its completion; and the records
-//! that are none.
+//! What one record of a file is: a conversation, preformatted text, a prompt with its completion, or a document in
+//! tokens; and the records that are none.
 
 use std::path::Path;
 
@@ -101,6 +101,17 @@ pub enum Sample {
         /// Why the answer ended, where the file says so.
         finish: Option<Finish>,
     },
+    /// A document as it is, in tokens.
+    Tokens {
+        /// Its own name, or the file and line it stands on.
+        id: String,
+        /// Token ids.
+        tokens: Vec<u32>,
+        /// 1 for each token that is trained, 0 for the others.
+        supervised: Vec<u8>,
+        /// Hash of the vocabulary that the ids are of, where the file says it.
+        vocabulary_hash: Option<String>,
+    },
 }
 
 impl Sample {
@@ -108,7 +119,7 @@ impl Sample {
     pub fn id(&self) -> &str {
         match self {
             Sample::Conversation(conversation) => &conversation.id,
-            Sample::Text { id, .. } | Sample::Completion { id, .. } => id,
+            Sample::Text { id, .. } | Sample::Completion { id, .. } | Sample::Tokens { id, .. } => id,
         }
     }
 
@@ -125,6 +136,7 @@ impl Sample {
             }
             Sample::Text { text, .. } => text.clone(),
             Sample::Completion { prompt, completion, .. } => format!("{prompt}\u{0}{completion}"),
+            Sample::Tokens { tokens, .. } => format!("{tokens:?}"),
         };
         let digest = Sha256::digest(content.as_bytes());
         let mut first = [0; 8];

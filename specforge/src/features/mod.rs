@@ -4,6 +4,10 @@
 //! written to disk before (`store`, `stored`) is invisible behind [`FeatureSource`]: the trainer and the drafts see
 //! [`FeatureBatch`] alone.
 //!
+//! A capture fills a store from such a source, too: the target that runs here (`online`), one that a serving engine runs
+//! (`served`), or files that other trainers wrote (`imported`). What comes from elsewhere is made what the target would give,
+//! and believed only where the target's own head agrees (`recognition`).
+//!
 //! Features are asked for with [`FeatureSource::begin`] and awaited with [`Pending::wait`]. What lies between the two is
 //! the source's business: a thread that reads (`worker`), or nothing at all where whoever waits computes them.
 
@@ -14,17 +18,24 @@ use tch::Tensor;
 use crate::data::PackedBatch;
 use crate::error::Result;
 
+pub mod imported;
 pub mod online;
 mod page_locked;
 pub mod pending;
+pub mod recognition;
 pub mod remembered;
+pub mod served;
+mod states_file;
 pub mod store;
 pub mod stored;
 mod worker;
 
+pub use imported::ImportedFeatures;
 pub use online::OnlineFeatures;
 pub use pending::Pending;
+pub use recognition::Recognition;
 pub use remembered::RememberedFeatures;
+pub use served::ServedFeatures;
 pub use stored::StoredFeatures;
 
 /// One packed batch with the target's hidden states. `T` counts the tokens of all its documents.
@@ -44,6 +55,10 @@ pub trait FeatureSource {
     /// The hidden states of a batch, at once.
     fn features(&self, batch: Arc<PackedBatch>, capture: &[usize]) -> Result<FeatureBatch> {
         self.begin(batch, capture).wait()
+    }
+    /// How many batches should be asked for before the first is awaited: as many as are made at once.
+    fn ahead(&self) -> usize {
+        1
     }
     /// Whether a document costs less the second time, so that it should always come to the same rank.
     fn remembers(&self) -> bool {

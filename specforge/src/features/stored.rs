@@ -131,13 +131,13 @@ impl StoredFeatures {
 
     /// Whether the store holds, to the bit, what a target of this element type computes. `dtype` is the type's name.
     pub fn is_exact(&self, dtype: &str) -> bool {
-        let StoreManifest { element, target_dtype, .. } = self.store().manifest();
+        let StoreManifest { element, target_dtype, origin, .. } = self.store().manifest();
         let keeps = match element {
             Element::Float32 => true,
             Element::Bfloat16 => self.shelves.kind == Kind::BFloat16,
             Element::Float8 => false,
         };
-        keeps && target_dtype == dtype
+        keeps && target_dtype == dtype && origin.is_none()
     }
 }
 

@@ -98,6 +98,7 @@ fn parse(bytes: &[u8], path: &Path, line: usize) -> Result<(Question, String), S
         }
         Sample::Completion { id, prompt, .. } => Ok((question(id, Vec::new(), vec![prompt]), category)),
         Sample::Text { .. } => Err("expected `turns`, `prompt` or `messages`, got `text`".to_owned()),
+        Sample::Tokens { .. } => Err("expected `turns`, `prompt` or `messages`, got `input_ids`".to_owned()),
     }
 }
 

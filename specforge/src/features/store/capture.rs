@@ -308,6 +308,20 @@ impl<'a> Capture<'a> {
         &self.overview
     }
 
+    /// States that the store holds, ascending.
+    pub fn layers(&self) -> &[usize] {
+        &self.manifest.layers
+    }
+
+    /// Name and tokens of every document that is still to be captured, in order.
+    pub fn missing(&self) -> impl Iterator<Item = (&str, &[u32])> {
+        let places = self.groups.iter().flat_map(|group| &group.documents);
+        places.map(|&(cache, index)| {
+            let document = self.caches[cache].document(index);
+            (document.id, document.tokens)
+        })
+    }
+
     /// Shards that are there and cannot be used: file name and problem. They are captured again.
     pub fn damaged(&self) -> &[(String, String)] {
         &self.damaged

@@ -4,6 +4,7 @@
 //! A shard's documents, its packs and its file's name follow from what was missing, not from who captures it. So the store
 //! ends with the same bytes however many processes there are, and another number of them may go on with it.
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -17,7 +18,7 @@ use super::writing::Writing;
 use crate::data::PackedBatch;
 use crate::dist::SharedWork;
 use crate::error::{Error, Result};
-use crate::features::FeatureSource;
+use crate::features::{FeatureSource, Pending};
 use crate::files;
 use crate::nn::Head;
 
@@ -118,13 +119,13 @@ impl Capture<'_> {
                 return Ok(()); // the thread's own error says why
             }
             let begin = |batch: PackedBatch| source.begin(Arc::new(batch), &self.manifest.layers);
-            let mut batches = self.batches(group, pack_tokens);
-            let mut coming = batches.next().map(begin);
-            while let Some(pack) = coming.take() {
+            let mut batches = self.batches(group, pack_tokens).map(begin);
+            let mut coming: VecDeque<Pending<'_>> = batches.by_ref().take(source.ahead()).collect();
+            while let Some(pack) = coming.pop_front() {
                 if !filling.goes_on()? {
                     return Ok(());
                 }
-                coming = batches.next().map(begin);
+                coming.extend(batches.next());
                 let pack = pack.wait()?;
                 let tokens = pack.batch.ids.len() as u64;
                 if writing.add(pack).is_err() {

@@ -46,6 +46,10 @@ pub struct StoreManifest {
     pub element: Element,
     /// Most tokens of a shard; a longer document has a shard of its own.
     pub shard_tokens: usize,
+    /// Who computed the states, where that was not this program: `vllm`, `sglang`, `files`. Their last bits are not those
+    /// that it would compute.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<String>,
     /// Whole shards, sorted by name.
     pub shards: Vec<ShardEntry>,
 }
@@ -142,6 +146,8 @@ impl StoreManifest {
                 lines.push(format!("{key}: asked for {now}, the store has {then}"));
             }
         };
+        let origin = |origin: &Option<String>| origin.clone().unwrap_or_else(|| "this program".to_owned());
+        compare("states computed by", origin(&self.origin), origin(&existing.origin));
         compare("target.dtype", self.target_dtype.clone(), existing.target_dtype.clone());
         let brief = |hash: &str| hash.chars().take(12).collect::<String>();
         compare("tokenizer or chat template", brief(&self.tokenizer), brief(&existing.tokenizer));

@@ -81,18 +81,18 @@ pub fn rows(offsets: &[i64]) -> Vec<usize> {
 }
 
 /// What a head says about states.
-pub(super) struct Answers {
+pub(in crate::features) struct Answers {
     pub(super) top1: Vec<i64>,
     pub(super) margin: Vec<f64>,
     pub(super) log_sum_exp: Vec<f64>,
-    pub(super) next_loss: Vec<f64>,
+    pub(in crate::features) next_loss: Vec<f64>,
     /// `|scale| sqrt(sum h^2 w^2)`, the largest over the vocabulary; empty where it was not asked for. A soft cap makes no
     /// difference larger.
     pub(super) spread: Vec<f64>,
 }
 
 /// Logits of `states [P, H]` in float32, a chunk of the vocabulary at a time.
-pub(super) fn ask(states: &Tensor, next: &[i64], head: &Head, spread: bool) -> Result<Answers> {
+pub(in crate::features) fn ask(states: &Tensor, next: &[i64], head: &Head, spread: bool) -> Result<Answers> {
     let _guard = tch::no_grad_guard();
     let states = states.f_to_device(head.device())?.f_to_kind(Kind::Float)?; // [P, H]
     let vocabulary = head.vocab_size();
@@ -133,7 +133,7 @@ pub(super) fn ask(states: &Tensor, next: &[i64], head: &Head, spread: bool) -> R
     })
 }
 
-pub(super) fn doubles(tensor: &Tensor) -> Result<Vec<f64>> {
+pub(in crate::features) fn doubles(tensor: &Tensor) -> Result<Vec<f64>> {
     Ok(Vec::try_from(tensor.f_to_kind(Kind::Double)?)?)
 }
 

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 
+use self::elsewhere::ElsewhereArgs;
 use super::template::TemplateArgs;
 use super::{LazyProgress, Output, note, numbers, ranks, signals, train};
 use crate::config::RunConfig;
@@ -18,6 +19,8 @@ use crate::files::{self, Digests};
 use crate::memory;
 use crate::models::{self, LayerWise, SharedTarget, TargetIdentity, TargetInfo};
 use crate::stop::{Answer, Stop};
+
+mod elsewhere;
 
 #[derive(Debug, Args)]
 pub(super) struct CaptureArgs {
@@ -57,6 +60,8 @@ pub(super) struct CaptureArgs {
     /// auto, cpu, cuda or cuda:N.
     #[arg(long, default_value = "auto")]
     device: String,
+    #[command(flatten)]
+    elsewhere: ElsewhereArgs,
 }
 
 #[derive(Serialize)]
@@ -65,6 +70,9 @@ struct Report {
     capture: CaptureReport,
     tokens_per_second: f64,
     stopped_by: Option<i32>,
+    /// Rows of states from elsewhere that the target's head was asked about and knew.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rows_judged: Option<usize>,
 }
 
 #[derive(Serialize)]
@@ -95,11 +103,15 @@ fn capture_with(
         Error::Usage("--out: name the store's folder here, or as target.feature_store in the configuration".to_owned())
     })?;
     let device = ranks::device(&args.device, placement)?;
-    let config = config.on(device)?;
+    let mut config = config.on(device)?;
 
+    let files = args.elsewhere.files()?;
+    let tokenizer = config.data.tokenizer(&config.target.path)?;
+    if let Some(files) = &files {
+        args.elsewhere.write_documents(files, &tokenizer, &mut config.data, &work)?;
+    }
     // Tokens first, so that mistakes in the data show before any weight is loaded.
     config.data.check()?;
-    let tokenizer = config.data.tokenizer(&config.target.path)?;
     let mut caches = vec![train::tokens(&config, &config.data.train, &tokenizer)?];
     if !config.data.eval.is_empty() {
         caches.push(train::tokens(&config, &config.data.eval, &tokenizer)?);
@@ -134,6 +146,7 @@ fn capture_with(
         layer_convention: LAYER_CONVENTION.to_owned(),
         element: args.dtype,
         shard_tokens,
+        origin: args.elsewhere.origin()?,
         shards: Vec::new(),
     };
     let caches: Vec<_> = caches.iter().collect();
@@ -176,10 +189,16 @@ fn capture_with(
         ));
         done(overview.tokens_before);
     };
+    let mut rows_judged = None;
     let report = match streamed {
         Some(target) => {
             begin();
             capture.run_streamed(&target, windows(&target), &going)?
+        }
+        None if wanted.origin.is_some() => {
+            let (report, rows) = args.elsewhere.run(files, &capture, &config, &going, &begin)?;
+            rows_judged = Some(rows);
+            report
         }
         None => {
             let local_world_size = placement.map_or(1, |placement| placement.local_world_size);
@@ -200,7 +219,7 @@ fn capture_with(
     progress.finish(if report.complete { "done" } else { "stopped; run the same command again to go on" });
     let stopped_by = Some(stop.asked()).filter(|&signal| !report.complete && signal > 0);
     let tokens_per_second = report.tokens_captured as f64 / report.seconds.max(1e-9);
-    let report = Report { capture: report, tokens_per_second, stopped_by };
+    let report = Report { capture: report, tokens_per_second, stopped_by, rows_judged };
     output.result(&report, || text(&report));
     Ok(())
 }
@@ -283,7 +302,11 @@ fn text(report: &Report) -> String {
         &report.capture;
     let first =
         format!("{}: {documents} documents, {tokens} tokens, {} in {shards} shards", foreign::path(out), size(*bytes));
-    let states = format!("states {} in {}", manifest::listed(layers), element.name());
+    let judged = match report.rows_judged {
+        Some(rows) if rows > 0 => format!("; the target's head knew them on {rows} rows"),
+        _ => String::new(),
+    };
+    let states = format!("states {} in {}{judged}", manifest::listed(layers), element.name());
     let (captured, rate) = (report.capture.tokens_captured, report.tokens_per_second);
     let together = if *processes > 1 { format!(" of {processes} processes together") } else { String::new() };
     let speed = format!("{captured} tokens captured, {rate:.0} tokens/s{together}");
