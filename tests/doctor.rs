@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use specforge::doctor::{ACCEPTANCE, Case, Decoding, Diagnosis, Verdict, acceptance, examine};
+use specforge::doctor::{ACCEPTANCE, CHECKS, Case, Decoding, Diagnosis, Verdict, acceptance, examine};
 use specforge::export::Engine;
 use specforge::models::load_target;
 use specforge::nn::noise;
@@ -244,6 +244,11 @@ fn every_known_fault_is_named_by_its_check() {
         assert_eq!(faults(&diagnosis), Vec::<String>::new(), "{good}");
         assert!(diagnosis.checkpoint.is_some() && diagnosis.findings.len() >= 18, "{good}");
     }
+    // No check is without a fault that it alone names: one that is left out fails its row.
+    const BELOW: [&str; 4] = ["target", "tokenizer", "template", "engines"];
+    for check in CHECKS {
+        assert!(FAULTS.iter().any(|row| row.1 == check.name) || BELOW.contains(&check.name), "{}", check.name);
+    }
     for (name, check, words, change) in FAULTS {
         let sick = changed(&workspace, "good", name, *change);
         demand(name, &diagnose(&target, &sick, None, false), check, words);
@@ -355,6 +360,11 @@ fn another_target_is_named_and_bad_guesses_are_explained() {
         let sick = changed(&workspace, "alone", &format!("reads-{name}"), change);
         demand(name, &diagnose(&target, &sick, None, true), check, words);
     }
+
+    // A run is no draft.
+    let output = output_of(specforge(&["doctor", "--target"]).arg(&target).arg("--draft").arg(workspace.path("run")));
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr_of(&output).contains("specforge export"), "{}", stderr_of(&output));
 
     // The program says the same, and ends with 1.
     let program = |draft: &Path, more: &[&str]| {

@@ -44,7 +44,7 @@ pub(super) struct DoctorArgs {
     #[arg(long, requires = "draft")]
     no_decode: bool,
     /// Most tokens of an answer.
-    #[arg(long, default_value_t = 48, allow_hyphen_values = true, value_parser = numbers::at_least(2usize))]
+    #[arg(long, default_value_t = 64, allow_hyphen_values = true, value_parser = numbers::at_least(2usize))]
     max_new_tokens: usize,
     /// Element type of target and draft: float32, bfloat16 or float16. Without it float32 on the CPU, and that of the
     /// target's files on CUDA.

@@ -77,7 +77,7 @@ enum Command {
     Eval(eval::EvalArgs),
     /// Say where two recorded decodes differ, and which of them is wrong.
     Compare(compare::CompareArgs),
-    /// Say what is wrong with a draft beside its target; without one, what this machine can do.
+    /// Say what is wrong with a draft, or what this machine can do.
     Doctor(doctor::DoctorArgs),
     /// Check that a GPU computes what the CPU computes, and measure how fast it trains.
     GpuCheck(gpu_check::GpuCheckArgs),

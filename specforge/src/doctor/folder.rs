@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
+use crate::checkpoint::manifest::MANIFEST_FILE;
 use crate::error::{Error, Result};
 use crate::export::{self, ExportReport};
 use crate::strict;
@@ -40,13 +41,18 @@ impl Folder {
     /// Looks at a folder. One without a readable config.json is no draft.
     pub fn open(path: &Path) -> Result<Self> {
         let config_path = path.join("config.json");
-        if !config_path.is_file() {
+        if path.join(MANIFEST_FILE).is_file() || !config_path.is_file() {
             return Err(Error::bad_file(path, "is not an exported draft: config.json is not there")
                 .with_hint("write one from a checkpoint with `specforge export`"));
         }
         let text = std::fs::read(&config_path).map_err(Error::io("read", &config_path))?;
         let config: Value = strict::from_json(&text)
             .map_err(|problem| Error::bad_file(&config_path, format!("not valid JSON: {problem}")))?;
+        // A run's own folder holds a config.json too: that of the run.
+        if config.get("train").is_some() {
+            return Err(Error::bad_file(path, "is the output of a run, no draft that engines load")
+                .with_hint("write one from its checkpoint with `specforge export`"));
+        }
         let file = weights_file(path);
         let (mut tensors, mut prefixed, mut unread) = (BTreeMap::new(), None, None);
         match stored(&file) {
@@ -65,6 +71,15 @@ impl Folder {
         let loads = export::check(path).map_err(|error| words(&error));
         Ok(Self { path: path.to_path_buf(), config, format, file, tensors, prefixed, unread, loads })
     }
+
+    /// Tensors of plain floating-point numbers.
+    pub fn floats(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        let plain = |kind: Kind| matches!(kind, Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16);
+        self.tensors
+            .iter()
+            .filter(move |(_, tensor)| plain(tensor.kind()))
+            .map(|(name, tensor)| (name.as_str(), tensor))
+    }
 }
 
 /// The file of weights that a known format has, where one is there; else the folder itself.
@@ -81,7 +96,7 @@ fn stored(file: &Path) -> Result<Vec<(String, Tensor)>> {
     let weights = WeightsFolder::open(file)?;
     let tensor = |name: &str| {
         let (shape, kind) = (weights.shape(name).unwrap_or_default(), weights.kind(name));
-        let (bytes, kind) = (weights.bytes(name).unwrap_or_default(), kind.unwrap_or(tch::Kind::Float));
+        let (bytes, kind) = (weights.bytes(name).unwrap_or_default(), kind.unwrap_or(Kind::Float));
         Ok((name.to_owned(), Tensor::f_from_data_size(bytes, shape, kind)?))
     };
     weights.names().map(tensor).collect()

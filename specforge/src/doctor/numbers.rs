@@ -9,7 +9,7 @@ use crate::error::Result;
 /// See the file's own words.
 pub fn look(case: &Case<'_>, found: &mut Findings) -> Result<()> {
     let mut seen = 0;
-    for (name, tensor) in case.folder.tensors.iter().filter(|(_, tensor)| tensor.is_floating_point()) {
+    for (name, tensor) in case.folder.floats() {
         seen += 1;
         let wrong = tensor.f_isfinite()?.f_logical_not()?.f_sum(Kind::Int64)?.int64_value(&[]);
         if wrong > 0 {

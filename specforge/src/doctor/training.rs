@@ -28,7 +28,7 @@ struct Part<'a> {
 /// See the file's own words.
 pub fn look(case: &Case<'_>, found: &mut Findings) -> Result<()> {
     let mut parts: BTreeMap<&str, Part<'_>> = BTreeMap::new();
-    for (name, tensor) in case.folder.tensors.iter().filter(|(_, tensor)| tensor.is_floating_point()) {
+    for (name, tensor) in case.folder.floats() {
         let part = parts.entry(name.split('.').next().unwrap_or_default()).or_default();
         match tensor.dim() {
             1 if name.contains("norm") => {
@@ -37,7 +37,7 @@ pub fn look(case: &Case<'_>, found: &mut Findings) -> Result<()> {
             }
             2 if tensor.numel() >= FEWEST => {
                 part.matrices += 1;
-                part.fresh.extend(beginning(tensor)?.map(|what| (name.as_str(), what)));
+                part.fresh.extend(beginning(tensor)?.map(|what| (name, what)));
             }
             _ => {}
         }

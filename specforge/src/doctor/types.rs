@@ -1,7 +1,7 @@
 //! Element types: one in the whole file, the one that config.json says, and one that holds the numbers.
 
 use serde_json::Value;
-use tch::Kind;
+use tch::{Kind, Tensor};
 
 use super::case::Case;
 use super::finding::Findings;
@@ -15,12 +15,22 @@ const NEAR: f64 = 0.9;
 
 /// See the file's own words.
 pub fn look(case: &Case<'_>, found: &mut Findings) -> Result<()> {
-    let floats = || case.folder.tensors.iter().filter(|(_, tensor)| tensor.is_floating_point());
+    let floats = || case.folder.floats();
     let Some((first, kind)) = floats().next().map(|(name, tensor)| (name, tensor.kind())) else { return Ok(()) };
     let name = export::medusa::dtype(kind);
     if let Some((other, tensor)) = floats().find(|(_, tensor)| tensor.kind() != kind) {
         found.fault(
             format!("`{first}` is {name}, `{other}` {}: engines want one type", export::medusa::dtype(tensor.kind())),
+            "export the checkpoint again with --dtype",
+        );
+    }
+    let is_short = |tensor: &Tensor| tensor.is_floating_point() && tensor.kind().elt_size_in_bytes() == 1;
+    if let Some((name, tensor)) = case.folder.tensors.iter().find(|(_, tensor)| is_short(tensor)) {
+        found.fault(
+            format!(
+                "`{name}` is quantised ({:?}): the engines take drafts in float32, bfloat16 or float16",
+                tensor.kind()
+            ),
             "export the checkpoint again with --dtype",
         );
     }

@@ -62,7 +62,10 @@ fn is_the_targets(case: &Case<'_>, head: &Tensor) -> Result<bool> {
     let theirs = case.target.model.head();
     let own = case.eagle3.as_ref().and_then(|own| own.imported.as_ref().ok());
     let ids = match own.and_then(|own| own.vocabulary.as_ref()) {
-        Some(map) => Some(Tensor::from_slice(map.target_ids())),
+        Some(map) if Some(&map.target_size()) == theirs.weight.size().first() => {
+            Some(Tensor::from_slice(map.target_ids()))
+        }
+        Some(_) => return Ok(false),
         None if head.size() == theirs.weight.size() => None,
         None => return Ok(false),
     };

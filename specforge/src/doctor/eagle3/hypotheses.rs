@@ -1,8 +1,9 @@
 //! Where a draft guesses badly, the mistake that was made: the files are read in every way that such mistakes read them, and
 //! the reading under which guesses are right is the one the draft was trained for.
 //!
-//! Every reading is tried on what the target answered, all positions in one pass: how often the first guess is right. What
-//! is better there beyond chance is decoded with.
+//! Every reading is tried on what the target answered, all places in one pass: how likely does the first guess make what the
+//! target says? That tells far smaller mistakes than counts of right guesses do. What is better beyond chance is decoded
+//! with.
 
 use tch::{Device, Kind, Tensor};
 
@@ -19,10 +20,12 @@ use crate::models::{ForwardInput, LogitRows, TargetModel};
 use crate::nn::{AttentionMask, RopeScaling};
 use crate::vocab::VocabMap;
 
-/// Deviations of chance by which a reading must be better, of places where one of the two is right alone.
+/// Deviations of the mean by which a reading must be better.
 const BEYOND_CHANCE: f64 = 4.0;
-/// A gain in acceptance length below this is not worth a word.
-const LEAST_GAIN: f64 = 0.03;
+/// What it must gain in the mean of the log-probability.
+const LEAST_GAIN: f64 = 0.01;
+/// Log-probabilities below this one, and of tokens without a name, count as this one.
+const LOWEST: f64 = -12.0;
 /// Readings that are decoded with.
 const DECODED: usize = 2;
 
@@ -50,62 +53,64 @@ pub fn explain(case: &Case<'_>, decoding: &Decoding, measured: &Measured) -> Res
         .iter()
         .map(|(prompt, answer)| Text::of(target, prompt, &answer.tokens))
         .collect::<Result<_>>()?;
-    let hits = |parts: &Eagle3Parts, late: usize| -> Result<Vec<bool>> {
-        let mut hits = Vec::new();
+    let likely = |reading: &Reading| -> Result<Vec<f64>> {
+        let mut all = Vec::new();
         for text in &texts {
-            hits.extend(text.hits(parts, late, target)?);
+            all.extend(text.likely(reading, target)?);
         }
-        Ok(hits)
+        Ok(all)
     };
-    let base = hits(&own, 0)?;
-    let mut better: Vec<(f64, f64, &Reading)> = Vec::new();
+    let base = likely(&Reading { words: String::new(), parts: copy(&own), late: 0 })?;
+    let (mut better, mut later) = (Vec::new(), Vec::new());
     for reading in &readings {
-        let other = hits(&reading.parts, reading.late)?;
-        let gain = gain(&base, &other);
         // What is fed back changes no first guess: only a decode can tell.
-        let is_later = reading.parts.shape.norm_feedback != own.shape.norm_feedback;
-        if gain > BEYOND_CHANCE || is_later {
-            better.push((if is_later { 0.0 } else { gain }, share(&other), reading));
+        if reading.parts.shape.norm_feedback != own.shape.norm_feedback {
+            later.push(reading);
+            continue;
+        }
+        let (gain, deviations) = gain(&base, &likely(reading)?);
+        if gain > LEAST_GAIN && deviations > BEYOND_CHANCE {
+            better.push((gain, reading));
         }
     }
     better.sort_by(|left, right| right.0.total_cmp(&left.0));
-    let mut best: Option<(f64, String)> = None;
-    let feedback = better.iter().filter(|(gain, ..)| *gain == 0.0);
-    for (gain, rate, reading) in better.iter().filter(|(gain, ..)| *gain > 0.0).take(DECODED).chain(feedback) {
-        // Late features are a mistake of training alone: the loop hands none over late.
-        if reading.late > 0 {
-            let text = format!(
-                "with {} the first guess is right at {rate:.3} of the places, not {:.3}",
-                reading.words,
-                share(&base)
-            );
-            best.get_or_insert((1.0 + rate, text));
-            continue;
-        }
+    let decode = |reading: &Reading| {
         let parts = copy(&reading.parts);
         let drafter = Eagle3Drafter::new(parts, target, DynamicTree::chain(DEPTH), DraftSampling::Greedy)?;
-        let other = measure_with(case, decoding, Box::new(drafter))?;
-        let length = other.acceptance_length;
-        // Where first guesses said nothing, the decodes must.
-        let chance = if *gain == 0.0 { BEYOND_CHANCE * (measured.error + other.error).sqrt() } else { LEAST_GAIN };
-        let better_than_all = best.as_ref().is_none_or(|(best, _)| length > *best);
-        if length > measured.acceptance_length + chance && better_than_all {
-            best = Some((length, format!("with {} it is {length:.2}", reading.words)));
+        measure_with(case, decoding, Box::new(drafter))
+    };
+    for (gain, reading) in better.iter().take(DECODED) {
+        let likelier = format!("what the target says is {:.2} times as likely", gain.exp());
+        // Late features are a mistake of training alone: the loop hands none over late.
+        if reading.late > 0 {
+            return Ok((vec![format!("with {} {likelier}", reading.words)], readings.len()));
+        }
+        let other = decode(reading)?;
+        let chance = 2.0 * (measured.error + other.error).sqrt();
+        if other.acceptance_length + chance > measured.acceptance_length {
+            let length = other.acceptance_length;
+            return Ok((vec![format!("with {} it is {length:.2}, and {likelier}", reading.words)], readings.len()));
         }
     }
-    Ok((best.into_iter().map(|(_, text)| text).collect(), readings.len()))
+    for reading in later {
+        let other = decode(reading)?;
+        let chance = BEYOND_CHANCE * (measured.error + other.error).sqrt();
+        if other.acceptance_length > measured.acceptance_length + chance {
+            let length = other.acceptance_length;
+            return Ok((vec![format!("with {} it is {length:.2}", reading.words)], readings.len()));
+        }
+    }
+    Ok((Vec::new(), readings.len()))
 }
 
-/// How far beyond chance one list is right where the other is not, in deviations of a fair coin.
-fn gain(base: &[bool], other: &[bool]) -> f64 {
-    let alone =
-        |left: &[bool], right: &[bool]| left.iter().zip(right).filter(|(left, right)| **left && !**right).count();
-    let (won, lost) = (alone(other, base) as f64, alone(base, other) as f64);
-    if won + lost > 0.0 { (won - lost) / (won + lost).sqrt() } else { 0.0 }
-}
-
-fn share(hits: &[bool]) -> f64 {
-    hits.iter().filter(|&&hit| hit).count() as f64 / hits.len().max(1) as f64
+/// Mean of what one list has over the other, and how many deviations of that mean it is from nothing.
+fn gain(base: &[f64], other: &[f64]) -> (f64, f64) {
+    let differences: Vec<f64> = other.iter().zip(base).map(|(other, base)| other - base).collect();
+    let count = differences.len().max(1) as f64;
+    let mean = differences.iter().sum::<f64>() / count;
+    let square = differences.iter().map(|difference| (difference - mean).powi(2)).sum::<f64>() / count;
+    let deviation = (square / count).sqrt();
+    (mean, if deviation > 0.0 { mean / deviation } else { 0.0 })
 }
 
 /// The same parts; numbers are shared.
@@ -331,18 +336,18 @@ impl Text {
         Ok(Self { tokens, prompt: prompt.len(), hidden })
     }
 
-    /// Whether the first guess is right, at every place of the answer but the first.
-    fn hits(&self, parts: &Eagle3Parts, late: usize, target: &dyn TargetModel) -> Result<Vec<bool>> {
-        // Row t reads the features of token t and the embedding of token t + 1, and guesses token t + 2.
+    /// Log-probability of what the target says in the first guess's distribution, at every place of the answer but the first.
+    fn likely(&self, Reading { parts, late, .. }: &Reading, target: &dyn TargetModel) -> Result<Vec<f64>> {
+        // Row t reads the features of token t and the embedding of token t + 1, and guesses token t + 2; all later by `late`.
         let rows = self.tokens.len().saturating_sub(2 + late);
-        let first = self.prompt.saturating_sub(1);
+        let first = self.prompt.saturating_sub(1 + late);
         if rows <= first {
             return Ok(Vec::new());
         }
         let network = network(&parts.shape, &parts.tensors, target)?;
         let feature = |&layer: &usize| {
-            let state =
-                self.hidden.get(layer).ok_or_else(|| Error::Failed(format!("hidden state {layer} is not there")))?;
+            let state = self.hidden.get(layer);
+            let state = state.ok_or_else(|| Error::Failed(format!("hidden state {layer} is not there")))?;
             Ok(state.narrow(0, 0, rows as i64))
         };
         let captured: Vec<Tensor> = parts.shape.capture.iter().map(feature).collect::<Result<_>>()?;
@@ -352,13 +357,17 @@ impl Text {
         let positions = Tensor::arange(rows as i64, (Kind::Int64, target.device())).unsqueeze(0); // [1, R]
         let mut cache = network.new_cache(1, rows as i64);
         let hidden = network.forward_cached(&features, &ids, &positions, &AttentionMask::Causal, &mut cache)?; // [1, R, H]
-        let best = network.logits(&hidden.squeeze_dim(0)).f_argmax(-1, false)?.f_to_device(Device::Cpu)?; // [R]
-        let best = Vec::<i64>::try_from(best)?;
-        let name = |draft: i64| match &parts.vocabulary {
-            Some(map) => map.target_ids().get(draft as usize).copied().unwrap_or(-1),
-            None => draft,
+        let logits = network.logits(&hidden.squeeze_dim(0)).f_to_kind(Kind::Float)?; // [R, DV]
+        let name = |&token: &i64| match &parts.vocabulary {
+            Some(map) => map.draft_id(token).unwrap_or(-1),
+            None => token,
         };
-        Ok((first..rows).map(|row| name(best[row]) == self.tokens[row + 2 + late]).collect())
+        let said: Vec<i64> = self.tokens[2 + late..].iter().map(name).collect(); // [R]
+        let index = Tensor::from_slice(&said).f_clamp_min(0)?.f_to_device(target.device())?.unsqueeze(1); // [R, 1]
+        let likely = logits.f_log_softmax(-1, Kind::Float)?.f_gather(1, &index, false)?.f_reshape([-1])?; // [R]
+        let likely = Vec::<f64>::try_from(likely.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?)?;
+        let known = |(likely, said): (f64, i64)| if said < 0 || likely.is_nan() { LOWEST } else { likely.max(LOWEST) };
+        Ok(likely.into_iter().zip(said).skip(first).map(known).collect())
     }
 }
 
@@ -368,10 +377,14 @@ mod tests {
 
     #[test]
     fn chance_is_told_from_gain() {
-        let list = |ones: &str| ones.chars().map(|letter| letter == '1').collect::<Vec<bool>>();
-        assert_eq!(gain(&list("1100"), &list("1100")), 0.0);
-        assert_eq!(gain(&list("0000"), &list("1111")), 2.0);
-        assert_eq!(gain(&list("1010"), &list("0101")), 0.0);
-        assert!(gain(&list("1111"), &list("0000")) < 0.0);
+        assert_eq!(gain(&[-1.0, -2.0], &[-1.0, -2.0]), (0.0, 0.0));
+        let base: Vec<f64> = (0..100).map(|place| -f64::from(place % 7)).collect();
+        let shifted = |by: f64, noise: f64| -> Vec<f64> {
+            (0..100).zip(&base).map(|(place, base)| base + by + if place % 2 == 0 { noise } else { -noise }).collect()
+        };
+        let (mean, deviations) = gain(&base, &shifted(0.1, 0.05));
+        assert!((mean - 0.1).abs() < 1e-9 && (deviations - 20.0).abs() < 1e-6);
+        assert!(gain(&base, &shifted(0.1, 1.0)).1 < 1.1);
+        assert!(gain(&base, &shifted(-0.1, 0.05)).1 < -4.0);
     }
 }

@@ -17,7 +17,8 @@ pub fn look(case: &Case<'_>, found: &mut Findings) -> Result<()> {
     let own_size = number("draft_vocab_size").unwrap_or(rows);
     let tensors = &case.folder.tensors;
     let (d2t, t2d) = (tensors.get("d2t"), tensors.get("t2d"));
-    if let Some(got) = tensors.get("lm_head.weight").map(|head| head.size()[0]).filter(|&got| got != own_size) {
+    let head_rows = tensors.get("lm_head.weight").and_then(|head| head.size().first().copied());
+    if let Some(got) = head_rows.filter(|&got| got != own_size) {
         found.fault(
             format!("`lm_head.weight` has {got} rows, config.json says {own_size} tokens (draft_vocab_size)"),
             "write the draft's own number; a projection that was padded needs its padding cut off",
