@@ -199,7 +199,9 @@ fn open_builtins() {
     for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("libnvrtc-builtins.so")) {
         // SAFETY: data of NVIDIA's compiler.
         let opened = unsafe { Library::open(Some(entry.path()), RTLD_NOW | RTLD_LOCAL) };
-        opened.map(std::mem::forget).unwrap_or_default();
+        if let Ok(library) = opened {
+            std::mem::forget(library); // for the life of the process
+        }
     }
 }
 
