@@ -158,7 +158,18 @@ fn the_file_is_that_of_llama_cpps_own_converter() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/gguf/converted.json");
     let noted: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
     let kinds = [("float32", Some(Kind::Float)), ("float16", Some(Kind::Half)), ("bfloat16", Some(Kind::BFloat16))];
-    for (dtype, kind) in kinds.into_iter().chain([("q8_0", None)]) {
+    for (dtype, kind) in kinds.into_iter().chain([("q8_0", None), ("llama3", None)]) {
+        if dtype == "llama3" {
+            // The same draft behind a tokenizer of another kind.
+            let path = target.join("tokenizer.json");
+            let mut tokenizer: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+            let parts: Value = serde_json::from_str(noted["llama3_tokenizer"].as_str().unwrap()).unwrap();
+            for (key, part) in parts.as_object().unwrap() {
+                tokenizer[key] = part.clone();
+            }
+            tokenizer["model"]["ignore_merges"] = json!(true);
+            fs::write(&path, tokenizer.to_string()).unwrap();
+        }
         let source = Source { kind, q8_0: dtype == "q8_0", ..by_formula(&target) };
         let (keys, tensors) = Parts::all(&fs::read(written(&source, folder.path(), &format!("{dtype}.gguf"))).unwrap());
         let keys = keys.iter().filter(|(key, _)| *key != "general.name");

@@ -162,6 +162,23 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
           "original_max_position_embeddings": 8192}
 
 
+# What makes a tokenizer one like Llama 3's.
+LLAMA3_TOKENIZER = {
+    "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex":
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+            r"|\s+(?!\S)|\s+"}},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]},
+    "post_processor": {"type": "Sequence", "processors": [
+        {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True},
+        {"type": "TemplateProcessing",
+         "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+         "pair": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+                  {"SpecialToken": {"id": "<s>", "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}],
+         "special_tokens": {"<s>": {"id": "<s>", "ids": [3], "tokens": ["<s>"]}}}]},
+}
+
+
 def formula(stream, count):
     """Numbers that float32 holds exactly: the same in every language."""
     import numpy
@@ -224,9 +241,16 @@ def fixture(arguments):
         draft.mkdir()
         (draft / "config.json").write_text(json.dumps(config))
         save_file(tensors, draft / "model.safetensors")
-        for dtype, outtype in OUTTYPES.items():
+        for dtype, outtype in (OUTTYPES | {"llama3": "f32"}).items():
+            pre = arguments.pre or "smollm"
+            if dtype == "llama3":
+                pre, path = "llama-bpe", folder / "tokenizer.json"
+                tokenizer = json.loads(path.read_text()) | LLAMA3_TOKENIZER
+                tokenizer["model"]["ignore_merges"] = True
+                path.write_text(json.dumps(tokenizer))
+                noted["llama3_tokenizer"] = json.dumps(LLAMA3_TOKENIZER)
             out = Path(scratch) / f"{dtype}.gguf"
-            convert(arguments.converter, draft, folder, outtype, out, arguments.pre or "smollm")
+            convert(arguments.converter, draft, folder, outtype, out, pre)
             file = Reader(out)
             noted[dtype] = {
                 "keys": {name: [kind, digest(data), shown(value)] for name, (kind, data, value) in file.keys.items()
@@ -234,7 +258,7 @@ def fixture(arguments):
                 "tensors": {name: [label, shape, digest(data)] for name, (label, shape, data) in file.tensors.items()},
             }
     arguments.out.write_text(table(noted) + "\n")
-    print(f"{arguments.out}: {len(noted) - 1} files noted")
+    print(f"{arguments.out}: {len(OUTTYPES) + 1} files noted")
     return True
 
 

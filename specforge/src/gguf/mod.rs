@@ -4,8 +4,10 @@
 //! A model of the Llama family becomes a Hugging Face folder ([`import`]) or stands in for one where it lies
 //! ([`packed`]). Both give back exactly the values those programs compute with, in float32 or rounded once to a 16-bit
 //! type; what was lost to quantisation stays lost. Reading goes header -> sizes -> tensor names -> files, and nothing
-//! appears under the target's name until all of it is right. Parts of a split file are read together. Drafts are read tensor by tensor ([`GgufFile`]) and written
-//! ([`write`]) with the tokenizer of their target ([`vocabulary`]).
+//! appears under the target's name until all of it is right. Parts of a split file are read together.
+//!
+//! Drafts are read tensor by tensor ([`GgufFile`]) and written ([`write`]) with the tokenizer of their target
+//! ([`vocabulary`]).
 //!
 //! Reference: `docs/gguf.md` of ggml, and llama.cpp's `convert_hf_to_gguf.py`, whose steps an import undoes.
 

@@ -15,7 +15,7 @@ use super::synthetic::{
     GROUPS, HEAD_DIM, HEADS, HIDDEN, Synthetic, SyntheticTensor, byte_level_tokens, encoded, layer_shapes, noise,
     seed_of, strings,
 };
-use super::{ImportDtype, ImportOptions, ImportReport, ggml_types, import, packed};
+use super::{ImportDtype, ImportOptions, ImportReport, ggml_types, import};
 use crate::error::{Error, Result};
 
 fn options(dtype: ImportDtype) -> ImportOptions {
@@ -410,54 +410,6 @@ fn wrong_metadata_is_refused_with_the_key() {
         file.set("tokenizer.ggml.tokens", strings(&tokens.iter().map(String::as_str).collect::<Vec<_>>()));
     };
     refused(doubled, &["stands twice, as 8 and as 9"]);
-}
-
-/// Cuts a file into parts, as `llama-gguf-split` does.
-fn parts(file: &Synthetic, folder: &Path, count: usize) -> Vec<PathBuf> {
-    let tensors = file.tensors.chunks(file.tensors.len().div_ceil(count));
-    let part = |(number, tensors): (usize, &[SyntheticTensor])| {
-        let mut part = Synthetic { tensors: tensors.to_vec(), ..file.clone() };
-        if number > 0 {
-            part.metadata.clear();
-        }
-        part.set("split.no", GgufValue::U32(number as u32));
-        part.set("split.count", GgufValue::U32(count as u32));
-        part.set("split.tensors.count", GgufValue::I32(file.tensors.len() as i32));
-        let path = folder.join(format!("model-{:05}-of-{count:05}.gguf", number + 1));
-        fs::write(&path, part.bytes()).unwrap();
-        path
-    };
-    tensors.enumerate().map(part).collect()
-}
-
-#[test]
-fn parts_of_a_split_file_are_read_together() {
-    let folder = tempfile::tempdir().unwrap();
-    let file = Synthetic::plain();
-    let (_whole, want, _) = imported(&file, ImportDtype::F32);
-    let paths = parts(&file, folder.path(), 3);
-    let out = folder.path().join("out");
-    import_quietly(&paths[0], &out, ImportDtype::F32).unwrap();
-    for name in ["model.safetensors", "config.json", "tokenizer.json"] {
-        assert_eq!(fs::read(out.join(name)).unwrap(), fs::read(want.join(name)).unwrap(), "{name}");
-    }
-    let refused = |path: &Path, part: &str| {
-        let error = import_quietly(path, &folder.path().join("none"), ImportDtype::F32).unwrap_err().to_string();
-        assert!(error.contains(part), "no `{part}` in {error}");
-        assert!(!folder.path().join("none").exists());
-    };
-    refused(&paths[1], "is part 2 of 3 of a split GGUF file; expected the first, `NAME-00001-of-00003.gguf`");
-    let error = packed::read_file(&paths[0], "config.json").unwrap_err().to_string();
-    assert!(error.contains("is the first of 3 parts"), "{error}");
-    fs::copy(&paths[0], folder.path().join("renamed.gguf")).unwrap();
-    refused(&folder.path().join("renamed.gguf"), "expected the first");
-    let third = fs::read(&paths[2]).unwrap();
-    fs::copy(&paths[1], &paths[2]).unwrap();
-    refused(&paths[0], "model-00003-of-00003.gguf: expected part 3 of 3, got 2 of 3");
-    fs::write(&paths[2], &third[..third.len() - 200]).unwrap();
-    refused(&paths[0], "model-00003-of-00003.gguf");
-    fs::remove_file(&paths[2]).unwrap();
-    refused(&paths[0], "model-00003-of-00003.gguf: is not there: part 3 of 3");
 }
 
 #[test]

@@ -189,7 +189,8 @@ fn header(shape: &Eagle3Shape, source: &Source, asked: Numbers) -> Result<Vec<(S
     let key = |name: &str, value: GgufValue| (format!("{ARCHITECTURE}.{name}"), value);
     let general = |name: &str, value: GgufValue| (format!("general.{name}"), value);
     let text = |text: &str| GgufValue::String(text.to_owned());
-    let name = source.target.file_stem().unwrap_or_default().to_string_lossy();
+    let name = source.target_words();
+    let name = name.rsplit('/').next().unwrap_or_default().trim_end_matches(".gguf");
     let target = config::Target::read(Some(&source.target)).and_then(|target| target.max_position_embeddings);
     let mut entries = vec![
         general("architecture", text(ARCHITECTURE)),
