@@ -194,7 +194,7 @@ fn scales_that_do_not_fit_are_named() {
                 tensors.truncate(1);
                 (tensors, numbers)
             },
-            "holds quantised weights without scales",
+            "is of type F8_E4M3, and no scale lies beside it",
         ),
         (
             "nan",

@@ -10,6 +10,7 @@ use super::origin::Origin;
 use crate::data::ChatTokenizer;
 use crate::error::{Error, Result};
 use crate::export::Engine;
+use crate::gguf::packed;
 use crate::models::TargetModel;
 use crate::strict;
 
@@ -48,9 +49,8 @@ impl<'a> Case<'a> {
         engine: Option<Engine>,
     ) -> Result<Self> {
         let mut folder = Folder::open(draft)?;
-        let config_path = path.join("config.json");
-        let text = std::fs::read(&config_path).map_err(Error::io("read", &config_path))?;
-        let values = strict::from_json(&text).map_err(|problem| Error::bad_file(&config_path, problem))?;
+        let text = packed::read_file(path, "config.json")?.unwrap_or_default();
+        let values = strict::from_json(&text).map_err(|problem| Error::bad_file(path, problem))?;
         let tokenizer = ChatTokenizer::load(path, None).map_err(|error| words(&error));
         let origin = Origin::find(draft, checkpoint)?;
         let eagle3 = Eagle3::of(&mut folder, model.info().num_layers(), origin.as_ref());

@@ -41,6 +41,10 @@ impl Folder {
     /// Looks at a folder. One without a readable config.json is no draft.
     pub fn open(path: &Path) -> Result<Self> {
         let config_path = path.join("config.json");
+        if path.is_file() {
+            return Err(Error::bad_file(path, "is a file; a draft is examined as the folder that it is made from")
+                .with_hint("name the exported folder; `specforge export --check` looks at a GGUF file"));
+        }
         if path.join(MANIFEST_FILE).is_file() || !config_path.is_file() {
             return Err(Error::bad_file(path, "is not an exported draft: config.json is not there")
                 .with_hint("write one from a checkpoint with `specforge export`"));

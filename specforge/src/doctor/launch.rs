@@ -111,14 +111,22 @@ pub fn lines(case: &Case<'_>, guesses: usize) -> Vec<Launch> {
         _ => Vec::new(),
     };
     if case.eagle3.is_some() {
-        let commands = vec![
-            format!("python convert_hf_to_gguf.py {target} --outfile target.gguf"),
-            format!("python convert_hf_to_gguf.py {draft} --target-model-dir {target} --outfile draft.gguf"),
-            format!(
-                "llama-server -m target.gguf -md draft.gguf --spec-type draft-eagle3 --spec-draft-n-max {guesses} \
-                 --spec-draft-p-min 0.0"
-            ),
-        ];
+        // This program writes a draft's file from its checkpoint; from a folder, llama.cpp's own converter does.
+        let checkpoint = case.origin.as_ref().filter(|origin| origin.tensors.is_some());
+        let written = match checkpoint.map(|origin| quoted(&origin.path.display().to_string())) {
+            Some(checkpoint) => {
+                format!("specforge export --checkpoint {checkpoint} --format gguf --out draft.gguf")
+            }
+            None => format!("python convert_hf_to_gguf.py {draft} --target-model-dir {target} --outfile draft.gguf"),
+        };
+        let is_file = case.target.path.is_file();
+        let converted = (!is_file).then(|| format!("python convert_hf_to_gguf.py {target} --outfile target.gguf"));
+        let model = if is_file { target } else { "target.gguf".to_owned() };
+        let server = format!(
+            "llama-server -m {model} -md draft.gguf --spec-type draft-eagle3 --spec-draft-n-max {guesses} \
+             --spec-draft-p-min 0.0"
+        );
+        let commands = converted.into_iter().chain([written, server]).collect();
         found.push(Launch { engine: "llama.cpp", commands, note: None });
     }
     found.retain(|launch| case.engine.is_none_or(|engine| engine.name() == launch.engine));

@@ -527,7 +527,12 @@ fn scaled_among(entries: &mut BTreeMap<String, Entry>) -> Result<BTreeMap<String
         let is_float8 = entries[&stored].kind == Kind::Float8e4m3fn;
         let Some((name, scales)) = scaled::partner(&stored, |name| entries.contains_key(name)) else {
             match is_float8 {
-                true => return Err((stored.clone(), format!("holds quantised weights without scales: `{stored}`"))),
+                true => {
+                    return Err((
+                        stored.clone(),
+                        format!("holds quantised weights: `{stored}` is of type F8_E4M3, and no scale lies beside it"),
+                    ));
+                }
                 false => continue,
             }
         };
