@@ -11,7 +11,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::thread::{Builder, JoinHandle};
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use tch::Tensor;
@@ -87,7 +87,8 @@ pub(super) struct Pool {
     shared: Arc<Shared>,
     /// Parts that make the states of a document, in this order.
     parts: Vec<Part>,
-    threads: Vec<JoinHandle<()>>,
+    /// Number of threads. Nobody waits for their end: one may stand in an answer that takes minutes.
+    threads: usize,
 }
 
 impl Pool {
@@ -115,13 +116,14 @@ impl Pool {
         let health = known.iter().map(health).collect();
         let queue = Mutex::new(Queue { jobs: VecDeque::new(), health, closed: false });
         let shared = Arc::new(Shared { asking: asking.clone(), queue, changed: Condvar::new() });
-        let mut pool = Self { shared, parts, threads: Vec::new() };
+        let mut pool = Self { shared, parts, threads: 0 };
         for (number, server) in known.iter().enumerate() {
             for _ in 0..asking.in_flight {
                 let (server, shared) = (Arc::clone(server), Arc::clone(&pool.shared));
                 let work = move || work(number, &server, &shared);
                 let thread = Builder::new().name(format!("server {number}")).spawn(work);
-                pool.threads.push(thread.map_err(|error| Error::Failed(format!("cannot start a thread: {error}")))?);
+                thread.map_err(|error| Error::Failed(format!("cannot start a thread: {error}")))?;
+                pool.threads += 1;
             }
         }
         Ok(pool)
@@ -129,7 +131,7 @@ impl Pool {
 
     /// Documents that are on their way at once.
     pub(super) fn in_flight(&self) -> usize {
-        self.threads.len()
+        self.threads
     }
 
     /// Asks for the states of one document.
@@ -162,10 +164,6 @@ impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.lock().closed = true;
         self.shared.changed.notify_all();
-        for thread in self.threads.drain(..) {
-            // Its panics are answers.
-            let _ = thread.join();
-        }
     }
 }
 
