@@ -114,7 +114,11 @@ fn nodes_of_trees_equal_their_paths() {
 
 #[test]
 fn greedy_decoding_is_lossless_on_every_family() {
-    each(|name| target_rules::greedy_decoding_is_lossless(model(name, Kind::Double).as_ref()));
+    // Text models of those that see images are the same ones under other names.
+    for name in names().into_iter().filter(|name| !name.contains("_vl")) {
+        println!("{name}");
+        target_rules::greedy_decoding_is_lossless(model(name, Kind::Double).as_ref());
+    }
 }
 
 /// A folder of the model, in float32.

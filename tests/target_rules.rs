@@ -187,7 +187,7 @@ pub fn every_draft_is_lossless(target: &dyn TargetModel, twin: Box<dyn TargetMod
 
 /// The same with less of everything: a few tokens, greedily, with a tree of an EAGLE-3 draft and with a chain of Medusa's.
 pub fn greedy_decoding_is_lossless(target: &dyn TargetModel) {
-    let texts = Texts(2, 10);
+    let texts = Texts(2, 8);
     let sampling = DraftSampling::for_policy(Policy::Keyed { seed: 11 }, 0.0);
     let (plain, _) = decode(target, Box::new(Plain), 0.0, 1, texts);
     let eagle3 = draft(target, &serde_json::json!({"algorithm": "eagle3", "capture": [0, 1, 2]}));

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use serde_json::Value;
 
 /// Keys that many configurations have and that no number of a forward pass depends on.
-const HARMLESS: [&str; 52] = [
+const HARMLESS: [&str; 51] = [
     "_attn_implementation_autoset",
     "_name_or_path",
     "_sliding_window_pattern",
@@ -28,7 +28,6 @@ const HARMLESS: [&str; 52] = [
     "initializer_range",
     "is_decoder",
     "is_encoder_decoder",
-    "is_llama_config",
     "keys_to_ignore_at_inference",
     "label2id",
     "max_length",

@@ -26,6 +26,7 @@ impl DecoderFamily for LlamaConfig {
         let config = Self::from_value(keys.values())?;
         let known = serde_json::to_value(&config).map_err(|error| error.to_string())?;
         keys.know(known.as_object().into_iter().flat_map(serde_json::Map::keys).map(String::as_str));
+        keys.know(["is_llama_config"]);
         keys.only("rope_interleaved", &Value::Bool(false))?;
         rope_keys::wonder(keys, rope_keys::variant(keys));
         config.design()
