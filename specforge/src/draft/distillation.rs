@@ -22,35 +22,15 @@
 //! Shape legend: `M` rows, `U` target positions, `m`, `u` those of a chunk, `H` hidden size of the draft, `TH` of the
 //! target, `V` vocabulary of the target, `DV` of the draft.
 
-use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use super::loss::{Projection, Rows, project};
+pub use super::objective::{DistillationLoss, DraftVocabulary, Objective, Weighting};
 use super::row_losses::RowByRow;
 use crate::device;
 use crate::error::Result;
 use crate::nn::{Head, linear};
 use crate::shim;
-use crate::vocab::VocabMap;
-
-/// Objective of a row. `csrc/vocabulary_loss.cpp` and `csrc/vocabulary_loss.cu` count them in this order.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum DistillationLoss {
-    /// Cross-entropy with the target's distribution on the draft's vocabulary.
-    #[default]
-    CrossEntropy,
-    /// Kullback-Leibler divergence from the target.
-    Kl,
-    /// Kullback-Leibler divergence from the draft.
-    ReverseKl,
-    /// Probability of a rejection.
-    TotalVariation,
-    /// Negative logarithm of the acceptance.
-    LkAlpha,
-    /// Cross-entropy that gives way to the rejection probability as the acceptance grows.
-    LkLambda,
-}
 
 /// What rows learn from.
 #[derive(Debug)]
@@ -62,24 +42,6 @@ pub struct Teacher<'a> {
     /// `[DV]` the target id of each draft id, and `[V]` the draft id of each target id or -1; `None` for the target's
     /// whole vocabulary.
     pub vocabulary: Option<&'a DraftVocabulary>,
-}
-
-/// The two tables of a draft's vocabulary on the device.
-#[derive(Debug)]
-pub struct DraftVocabulary {
-    /// `[DV]`
-    pub target_ids: Tensor,
-    /// `[V]`
-    pub draft_ids: Tensor,
-}
-
-impl DraftVocabulary {
-    /// The tables of a map.
-    pub fn new(map: &VocabMap, device: Device) -> Result<Self> {
-        let draft_ids: Vec<i64> = (0..map.target_size()).map(|id| map.draft_id(id).unwrap_or(-1)).collect();
-        let upload = |ids: &[i64]| device::upload(ids, device);
-        Ok(Self { target_ids: upload(map.target_ids())?, draft_ids: upload(&draft_ids)? })
-    }
 }
 
 /// Which target position each row learns from, in an order that brings rows of one position together. Made on the host.
@@ -144,27 +106,6 @@ pub struct Soft<'a> {
     pub order: &'a Order,
     /// The distributions at those positions.
     pub teacher: &'a Teacher<'a>,
-}
-
-/// How the sum of weighted losses becomes the objective that gradients are of.
-#[derive(Debug)]
-pub struct Weighting {
-    /// For losses with `alpha` as SpecForge divides them: the factor of each row's part that depends on `alpha`, and for
-    /// `lk_lambda` the acceptance that decides its weight, the same for all rows of a step. `[M]` each.
-    pub parity: Option<[Tensor; 2]>,
-    /// All factors are multiplied by this power of two before a slope is rounded to the rows' type; see `draft::lift`.
-    pub lift: f64,
-}
-
-/// Objective, chunking and the two constants of `lk_lambda`.
-#[derive(Debug, Clone, Copy)]
-pub struct Objective {
-    /// Loss of a row.
-    pub loss: DistillationLoss,
-    /// `lk_scale` and `lk_decay`.
-    pub lambda: (f64, f64),
-    /// Target positions of a chunk.
-    pub positions_per_chunk: i64,
 }
 
 /// What is left of the rows after the last chunk, in the rows' own order.

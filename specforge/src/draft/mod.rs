@@ -21,6 +21,7 @@ pub mod gradients;
 mod lift;
 pub mod loss;
 pub mod medusa;
+mod objective;
 mod parameter;
 mod plan;
 mod row_losses;

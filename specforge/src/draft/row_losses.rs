@@ -7,7 +7,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::distillation::{DraftVocabulary, Objective};
+use super::objective::{DraftVocabulary, Objective};
 use crate::cuda_kernels::{self, Argument, Kernel, Kernels};
 use crate::error::Result;
 use crate::shim;
@@ -158,7 +158,7 @@ pub(super) enum Predictions {
     },
 }
 
-/// Factor of each row, `[m]`, and the two numbers of [`super::distillation::Weighting::parity`].
+/// Factor of each row, `[m]`, and the two numbers of [`super::objective::Weighting::parity`].
 pub(super) type Factors = (Option<Tensor>, Option<[Tensor; 2]>);
 
 impl Predictions {

@@ -292,7 +292,6 @@ mod tests {
         let scaling = RopeScaling::Default;
         let rope = RopeConfig { theta: 100.0, head_dim: 4, max_position_embeddings: 8, scaling };
         let tables = Rope::new(rope, Device::Cpu).tables(&positions, Kind::Double);
-        let mut masks = Masks::new(&AttentionMask::Causal, &positions);
         let causal = AttentionMask::Causal;
         let mut masks = Masks::new(&causal, &positions);
         let attended = layer.attention.forward(input, Some(&tables), masks.of(None), None);
