@@ -341,21 +341,11 @@ fn another_target_is_named_and_bad_guesses_are_explained() {
     assert!(length > 1.2 && !healthy.launch.is_empty(), "{length}");
     let alone = copy(&good, &workspace.path("alone"));
     fs::remove_file(alone.join("specforge.json")).unwrap();
-    let mistakes: [Row; 3] = [
-        ("order", ACCEPTANCE, "with embedding and feature in the other order", |_, t| {
-            for name in ["q_proj", "k_proj", "v_proj"] {
-                matrix(t, &format!("midlayer.self_attn.{name}.weight"), |wide| wide.roll([32], [1]));
-            }
-        }),
-        ("reversed", ACCEPTANCE, "with layers [6, 4, 1] instead of [1, 4, 6]", |_, t| {
-            matrix(t, "fc.weight", |fc| Tensor::cat(&fc.chunk(3, 1).into_iter().rev().collect::<Vec<_>>(), 1));
-        }),
-        ("swapped", ACCEPTANCE, "with gate and up swapped", |_, t| {
-            let [gate, up] = ["midlayer.mlp.gate_proj.weight", "midlayer.mlp.up_proj.weight"];
-            let value = t.insert(gate.to_owned(), t[up].shallow_clone()).unwrap();
-            t.insert(up.to_owned(), value);
-        }),
-    ];
+    let mistakes: [Row; 1] = [("order", ACCEPTANCE, "with embedding and feature in the other order", |_, t| {
+        for name in ["q_proj", "k_proj", "v_proj"] {
+            matrix(t, &format!("midlayer.self_attn.{name}.weight"), |wide| wide.roll([32], [1]));
+        }
+    })];
     for (name, check, words, change) in mistakes {
         let sick = changed(&workspace, "alone", &format!("reads-{name}"), change);
         demand(name, &diagnose(&target, &sick, None, true), check, words);

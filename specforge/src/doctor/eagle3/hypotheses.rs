@@ -1,9 +1,9 @@
 //! Where a draft guesses badly, the mistake that was made: the files are read in every way that such mistakes read them, and
 //! the reading under which guesses are right is the one the draft was trained for.
 //!
-//! Every reading is tried on what the target answered, all places in one pass: how likely does the first guess make what the
-//! target says? That tells far smaller mistakes than counts of right guesses do. What is better beyond chance is decoded
-//! with.
+//! Every reading is tried on what the target answered, all places in one pass: how far up among the first guesses stands what
+//! the target says? That tells smaller mistakes than counts of right guesses do, and no reading gains by being less sure.
+//! What is better beyond chance is decoded with.
 
 use tch::{Device, Kind, Tensor};
 
@@ -22,12 +22,10 @@ use crate::vocab::VocabMap;
 
 /// Deviations of the mean by which a reading must be better.
 const BEYOND_CHANCE: f64 = 4.0;
-/// What it must gain in the mean of the log-probability.
-const LEAST_GAIN: f64 = 0.01;
-/// Log-probabilities below this one, and of tokens without a name, count as this one.
-const LOWEST: f64 = -12.0;
+/// What it must gain in the mean of the logarithm of the place.
+const LEAST_GAIN: f64 = 0.02;
 /// Readings that are decoded with.
-const DECODED: usize = 2;
+const DECODED: usize = 3;
 
 /// A way to read the files.
 struct Reading {
@@ -53,14 +51,14 @@ pub fn explain(case: &Case<'_>, decoding: &Decoding, measured: &Measured) -> Res
         .iter()
         .map(|(prompt, answer)| Text::of(target, prompt, &answer.tokens))
         .collect::<Result<_>>()?;
-    let likely = |reading: &Reading| -> Result<Vec<f64>> {
+    let heights = |reading: &Reading| -> Result<Vec<f64>> {
         let mut all = Vec::new();
         for text in &texts {
-            all.extend(text.likely(reading, target)?);
+            all.extend(text.heights(reading, target)?);
         }
         Ok(all)
     };
-    let base = likely(&Reading { words: String::new(), parts: copy(&own), late: 0 })?;
+    let base = heights(&Reading { words: String::new(), parts: copy(&own), late: 0 })?;
     let (mut better, mut later) = (Vec::new(), Vec::new());
     for reading in &readings {
         // What is fed back changes no first guess: only a decode can tell.
@@ -68,7 +66,7 @@ pub fn explain(case: &Case<'_>, decoding: &Decoding, measured: &Measured) -> Res
             later.push(reading);
             continue;
         }
-        let (gain, deviations) = gain(&base, &likely(reading)?);
+        let (gain, deviations) = gain(&base, &heights(reading)?);
         if gain > LEAST_GAIN && deviations > BEYOND_CHANCE {
             better.push((gain, reading));
         }
@@ -79,18 +77,24 @@ pub fn explain(case: &Case<'_>, decoding: &Decoding, measured: &Measured) -> Res
         let drafter = Eagle3Drafter::new(parts, target, DynamicTree::chain(DEPTH), DraftSampling::Greedy)?;
         measure_with(case, decoding, Box::new(drafter))
     };
+    let mut best: Option<(f64, String)> = None;
     for (gain, reading) in better.iter().take(DECODED) {
-        let likelier = format!("what the target says is {:.2} times as likely", gain.exp());
+        let higher = format!("what the target says stands {:.2} times as far up among its guesses", gain.exp());
         // Late features are a mistake of training alone: the loop hands none over late.
         if reading.late > 0 {
-            return Ok((vec![format!("with {} {likelier}", reading.words)], readings.len()));
+            best.get_or_insert((0.0, format!("with {} {higher}", reading.words)));
+            continue;
         }
         let other = decode(reading)?;
+        let length = other.acceptance_length;
         let chance = 2.0 * (measured.error + other.error).sqrt();
-        if other.acceptance_length + chance > measured.acceptance_length {
-            let length = other.acceptance_length;
-            return Ok((vec![format!("with {} it is {length:.2}, and {likelier}", reading.words)], readings.len()));
+        let is_best = best.as_ref().is_none_or(|(best, _)| length > *best);
+        if is_best && length + chance > measured.acceptance_length {
+            best = Some((length, format!("with {} it is {length:.2}, and {higher}", reading.words)));
         }
+    }
+    if let Some((_, text)) = best {
+        return Ok((vec![text], readings.len()));
     }
     for reading in later {
         let other = decode(reading)?;
@@ -336,8 +340,9 @@ impl Text {
         Ok(Self { tokens, prompt: prompt.len(), hidden })
     }
 
-    /// Log-probability of what the target says in the first guess's distribution, at every place of the answer but the first.
-    fn likely(&self, Reading { parts, late, .. }: &Reading, target: &dyn TargetModel) -> Result<Vec<f64>> {
+    /// How far up among the first guesses what the target says stands, at every place of the answer but the first: minus the
+    /// logarithm of its place from 1.
+    fn heights(&self, Reading { parts, late, .. }: &Reading, target: &dyn TargetModel) -> Result<Vec<f64>> {
         // Row t reads the features of token t and the embedding of token t + 1, and guesses token t + 2; all later by `late`.
         let rows = self.tokens.len().saturating_sub(2 + late);
         let first = self.prompt.saturating_sub(1 + late);
@@ -364,10 +369,15 @@ impl Text {
         };
         let said: Vec<i64> = self.tokens[2 + late..].iter().map(name).collect(); // [R]
         let index = Tensor::from_slice(&said).f_clamp_min(0)?.f_to_device(target.device())?.unsqueeze(1); // [R, 1]
-        let likely = logits.f_log_softmax(-1, Kind::Float)?.f_gather(1, &index, false)?.f_reshape([-1])?; // [R]
-        let likely = Vec::<f64>::try_from(likely.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?)?;
-        let known = |(likely, said): (f64, i64)| if said < 0 || likely.is_nan() { LOWEST } else { likely.max(LOWEST) };
-        Ok(likely.into_iter().zip(said).skip(first).map(known).collect())
+        let own = logits.f_gather(1, &index, false)?; // [R, 1]
+        // Equals stand before it, so that logits that say nothing are worth nothing.
+        let before = logits.f_ge_tensor(&own)?.f_sum_dim_intlist([1i64].as_slice(), false, Kind::Double)?; // [R]
+        let before = Vec::<f64>::try_from(before.f_to_device(Device::Cpu)?)?;
+        let sound = bool::try_from(logits.f_isfinite()?.f_all()?)?;
+        // A token without a name stands behind all others, and so does everything where logits are no numbers.
+        let last = logits.size()[1] as f64 + 1.0;
+        let height = |(place, said): (f64, i64)| if sound && said >= 0 { -place.ln() } else { -last.ln() };
+        Ok(before.into_iter().zip(said).skip(first).map(height).collect())
     }
 }
 
