@@ -216,8 +216,12 @@ impl Recognition {
         }
         let Sample { states, next, own } = std::mem::take(&mut self.sample);
         let states = Tensor::f_cat(&states, 0)?; // [R, H]
-        let mut others = next.clone();
-        others.rotate_left(rows / 2);
+        // Texts of one template have the same tokens at the same places: what follows elsewhere is another token.
+        let elsewhere = |row: usize| {
+            let mut tokens = (0..rows).map(|step| next[(row + rows / 2 + step) % rows]);
+            tokens.find(|&token| token != next[row]).unwrap_or(next[row])
+        };
+        let others: Vec<i64> = (0..rows).map(elsewhere).collect();
         let losses = |tokens: &[i64]| Ok::<_, Error>(probe::ask(&states, tokens, &self.head, false)?.next_loss);
         let (true_losses, other_losses) = (losses(&next)?, losses(&others)?);
         let (gain, error) = gain(&true_losses, &other_losses);
