@@ -380,6 +380,7 @@ fn lambda_share(objective: Objective, acceptance: &Tensor) -> Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::vocab::VocabMap;
 
     /// Every loss, with a smaller vocabulary and without, with weights and divided as SpecForge does: row by row in float32
     /// as by operators in float64.
