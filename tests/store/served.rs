@@ -330,7 +330,7 @@ fn sglang_servers_give_the_final_state_and_the_others_apart() {
             let times = asked.entry(ids.clone()).or_default();
             *times += 1;
             // Every third document comes without a cached prefix first.
-            let cached = if ids.len() % 3 == 0 && *times == 1 { 1 } else { 0 };
+            let cached = i64::from(ids.len().is_multiple_of(3) && *times == 1);
             Reply::json(&sglang(&states.narrow(0, cached, ids.len() as i64 - cached)))
         })
     };

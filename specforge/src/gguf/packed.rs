@@ -63,9 +63,12 @@ pub struct Packed {
 /// Length and time of the last change of a file, in bytes and nanoseconds.
 type Stamp = (u64, i128);
 
+/// Models that this process has open.
+type Opened = BTreeMap<PathBuf, (Stamp, Arc<Packed>)>;
+
 /// Opens a model, or gives the one that this process has open.
 pub fn open(path: &Path) -> Result<Arc<Packed>> {
-    static OPENED: OnceLock<Mutex<BTreeMap<PathBuf, (Stamp, Arc<Packed>)>>> = OnceLock::new();
+    static OPENED: OnceLock<Mutex<Opened>> = OnceLock::new();
     let file = source::open_plain(path)?;
     let metadata = file.metadata().map_err(Error::io("look at", path))?;
     let stamp = (metadata.len(), i128::from(metadata.ctime()) * 1_000_000_000 + i128::from(metadata.ctime_nsec()));

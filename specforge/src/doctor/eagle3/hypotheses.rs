@@ -40,7 +40,7 @@ struct Reading {
 pub fn explain(case: &Case<'_>, decoding: &Decoding, measured: &Measured) -> Result<(Vec<String>, usize)> {
     let _guard = tch::no_grad_guard();
     let target = case.target.model;
-    if !case.eagle3.as_ref().is_some_and(|own| own.imported.is_ok()) {
+    if case.eagle3.as_ref().is_none_or(|own| own.imported.is_err()) {
         return Ok((Vec::new(), 0));
     }
     let layers = target.info().num_layers();

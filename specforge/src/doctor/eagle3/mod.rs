@@ -47,7 +47,7 @@ impl Eagle3 {
         let renamed = |name: &str| export::eagle3::trained_name(name);
         let looks = ["fc.weight", "midlayer.self_attn.q_proj.weight"];
         let looks = looks.iter().all(|want| tensors.iter().any(|(name, _)| renamed(name) == *want));
-        if !named && !(looks && folder.format.is_none()) {
+        if !(named || looks && folder.format.is_none()) {
             folder.tensors = tensors.into_iter().collect();
             return None;
         }
