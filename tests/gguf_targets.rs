@@ -118,9 +118,10 @@ fn every_command_takes_a_file_for_a_target() {
     assert_eq!(decoded(&file), decoded(&imported));
     let shown = |target: &Path| {
         let mut command = specforge(&["inspect", "--json", "--target"]);
-        let output = output_of(command.arg(target).arg("--data").arg(&data));
-        assert!(output.status.success(), "{}", stderr_of(&output));
-        output.stdout
+        let mut report = json_of(command.arg(target).arg("--data").arg(&data));
+        // Whoever comes second finds the tokens of the first.
+        report["build"]["from_cache"].take();
+        report
     };
     assert_eq!(shown(&file), shown(&imported));
     assert_eq!(contents(folder.path()), before, "something was written");

@@ -288,16 +288,16 @@ mod tests {
     #[test]
     fn documents_do_not_see_each_other() {
         tch::manual_seed(2);
-        let [query, key, value] = [6, 2, 2].map(|heads| random([1, heads, 9, 4]));
+        let [query, key, value] = [6, 2, 2].map(|heads| random([1, heads, 13, 4]));
         let sinks = Tensor::randn([6], (Kind::Double, Device::Cpu));
-        let positions = Tensor::from_slice(&[0i64, 1, 0, 1, 2, 3, 4, 5, 6]).unsqueeze(0);
-        let mask = AttentionMask::Documents(vec![2, 7]);
+        let positions = Tensor::from_slice(&[0i64, 1, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6]).unsqueeze(0);
+        let mask = AttentionMask::Documents(vec![2, 4, 7]);
         for window in [None, Some(3)] {
             for options in options(&sinks) {
                 let mut masks = Masks::new(&mask, &positions);
                 let packed = attention(&query, &key, &value, masks.of(window), &options);
                 let mut start = 0;
-                for length in [2, 7] {
+                for length in [2, 4, 7] {
                     let alone = |tensor: &Tensor| tensor.narrow(2, start, length);
                     let positions = Tensor::arange(length, (Kind::Int64, Device::Cpu)).unsqueeze(0);
                     let causal = AttentionMask::Causal;
