@@ -42,3 +42,40 @@ impl<'a, Name: PartialEq> Ahead<'a, Name> {
         self.asked.pop_front().map(|(_, pending)| pending)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Result;
+    use crate::features::FeatureBatch;
+
+    /// Gives what it is asked for.
+    struct Echo;
+
+    impl FeatureSource for Echo {
+        fn begin(&self, batch: Arc<PackedBatch>, _: &[usize]) -> Pending<'_> {
+            Pending::later(move || Ok(FeatureBatch { batch, hidden: Vec::new() }))
+        }
+    }
+
+    fn named(name: &i64) -> Arc<PackedBatch> {
+        Arc::new(PackedBatch {
+            ids: vec![*name],
+            positions: vec![0],
+            supervised: vec![false],
+            lengths: vec![1],
+            documents: Vec::new(),
+        })
+    }
+
+    #[test]
+    fn what_was_asked_for_and_does_not_come_is_dropped() -> Result<()> {
+        let mut ahead = Ahead::new(&Echo, Vec::new(), 2);
+        for coming in [vec![1, 2, 3], vec![2, 3], vec![7, 3, 8], vec![8], vec![9, 8]] {
+            let pending = ahead.take(coming.iter().copied(), named).expect("something comes");
+            assert_eq!(pending.wait()?.batch.ids, [coming[0]], "{coming:?}");
+        }
+        assert!(ahead.take(std::iter::empty(), named).is_none());
+        Ok(())
+    }
+}
