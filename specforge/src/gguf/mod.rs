@@ -6,7 +6,7 @@
 //! type; what was lost to quantisation stays lost. Reading goes header -> sizes -> tensor names -> files, and nothing
 //! appears under the target's name until all of it is right. Parts of a split file are read together.
 //!
-//! Drafts are read tensor by tensor ([`GgufFile`]) and written ([`write`]) with the tokenizer of their target
+//! Drafts are read tensor by tensor ([`GgufFile`]) and written ([`mod@write`]) with the tokenizer of their target
 //! ([`vocabulary`]).
 //!
 //! Reference: `docs/gguf.md` of ggml, and llama.cpp's `convert_hf_to_gguf.py`, whose steps an import undoes.
