@@ -295,6 +295,19 @@ fn other_target(workspace: &Workspace, name: &str, file: &str, change: impl Fn(S
     folder
 }
 
+/// Mistakes that leave files readable and no record to hold them against, with the reading that undoes each. A random target
+/// is too little to show smaller ones: docs/doctor.md has them on a real one.
+const READINGS: &[(&str, &str, fn(&mut Value, &mut Tensors))] = &[
+    ("order", "with embedding and feature in the other order", |_, t| {
+        for name in ["q_proj", "k_proj", "v_proj"] {
+            matrix(t, &format!("midlayer.self_attn.{name}.weight"), |wide| wide.roll([32], [1]));
+        }
+    }),
+    ("square", "with square matrices transposed", |_, t| {
+        matrix(t, "midlayer.self_attn.o_proj.weight", Tensor::tr);
+    }),
+];
+
 #[test]
 fn another_target_is_named_and_bad_guesses_are_explained() {
     let workspace = workspace();
@@ -341,14 +354,9 @@ fn another_target_is_named_and_bad_guesses_are_explained() {
     assert!(length > 1.2 && !healthy.launch.is_empty(), "{length}");
     let alone = copy(&good, &workspace.path("alone"));
     fs::remove_file(alone.join("specforge.json")).unwrap();
-    let mistakes: [Row; 1] = [("order", ACCEPTANCE, "with embedding and feature in the other order", |_, t| {
-        for name in ["q_proj", "k_proj", "v_proj"] {
-            matrix(t, &format!("midlayer.self_attn.{name}.weight"), |wide| wide.roll([32], [1]));
-        }
-    })];
-    for (name, check, words, change) in mistakes {
-        let sick = changed(&workspace, "alone", &format!("reads-{name}"), change);
-        demand(name, &diagnose(&target, &sick, None, true), check, words);
+    for (name, words, change) in READINGS {
+        let sick = changed(&workspace, "alone", &format!("reads-{name}"), *change);
+        demand(name, &diagnose(&target, &sick, None, true), ACCEPTANCE, words);
     }
 
     // A run is no draft.
@@ -376,4 +384,51 @@ fn another_target_is_named_and_bad_guesses_are_explained() {
     assert_eq!(report["faults"], 1);
     let context = report["findings"].as_array().unwrap().iter().find(|finding| finding["check"] == "context").unwrap();
     assert!(context["verdict"] == "fault" && context["advice"].as_str().unwrap().contains("write 256"), "{context}");
+}
+
+#[test]
+fn medusa_heads_are_looked_at_as_well() {
+    let mut workspace = Workspace::with_model(&json!({"num_hidden_layers": 2}));
+    workspace.configuration["draft"] = json!({"algorithm": "medusa", "num_heads": 3, "projection": "own"});
+    workspace.set("train.max_steps", 20).train("run", &[]);
+    let target = workspace.path("model");
+    for format in ["medusa", "medusa-vllm"] {
+        let mut export = specforge(&["export", "--json", "--format", format, "--checkpoint"]);
+        json_of(export.arg(workspace.path("run")).arg("--out").arg(workspace.path(format)));
+        let diagnosis = diagnose(&target, &workspace.path(format), None, true);
+        // Of so few steps heads learn nothing, which is named.
+        let others = faults(&diagnosis).into_iter().filter(|fault| !fault.starts_with(ACCEPTANCE));
+        assert_eq!(others.collect::<Vec<_>>(), Vec::<String>::new(), "{format}");
+        assert!(diagnosis.checkpoint.is_some(), "{format}");
+        demand(format, &diagnosis, ACCEPTANCE, "hardly a guess is right");
+        let launched = diagnosis.launch.iter().flat_map(|launch| &launch.commands).any(|line| line.contains("medusa"));
+        assert!(launched, "{format}");
+    }
+    let rows: &[Row] = &[
+        ("heads", "files", "cannot be loaded", |c, _| c["num_heads"] = json!(5)),
+        ("no-number", "numbers", "infinite or none", |_, t| {
+            matrix(t, "blocks.1.layers.0.weight", |block| {
+                let block = block.copy();
+                drop(block.get(0).get(0).fill_(f64::NAN));
+                block
+            });
+        }),
+        ("order", "values", "differs from the one that was trained", |_, t| {
+            let names = ["lm_heads.0.weight", "lm_heads.1.weight"];
+            let [first, second] = names.map(|name| t.remove(name).unwrap());
+            t.insert(names[0].to_owned(), second);
+            t.insert(names[1].to_owned(), first);
+        }),
+    ];
+    for (name, check, words, change) in rows {
+        let sick = changed(&workspace, "medusa-vllm", name, *change);
+        demand(name, &diagnose(&target, &sick, None, false), check, words);
+    }
+    let folder = workspace.path("medusa-vllm");
+    demand(
+        "llama.cpp",
+        &diagnose(&target, &folder, Some(Engine::LlamaCpp), false),
+        "engines",
+        "llama.cpp does not serve",
+    );
 }

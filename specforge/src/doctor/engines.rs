@@ -10,6 +10,10 @@ pub fn look(case: &Case<'_>, found: &mut Findings) -> Result<()> {
     let Ok(report) = &case.folder.loads else { return Ok(()) };
     let asked: Vec<&EngineReport> =
         report.engines.iter().filter(|known| case.engine.is_none_or(|engine| engine == known.engine)).collect();
+    if let Some(engine) = case.engine.filter(|_| asked.is_empty()) {
+        let text = format!("{} does not serve the {} layout", engine.name(), report.format);
+        found.fault(text, "docs/engines.md says which engine serves which layout");
+    }
     let unserved = !asked.is_empty() && asked.iter().all(|known| !known.problems.is_empty());
     for known in asked {
         let name = known.engine.name();
