@@ -7,9 +7,12 @@ use serde_json::{Value, json};
 use specforge::config::RunConfig;
 use specforge::plan::Plan;
 
+use crate::fixture::{Workspace, json_of, output_of, specforge, stderr_of};
+
 /// Keys that a default configuration leaves out because nothing is set.
-const UNSET: [&str; 6] = [
+const UNSET: [&str; 7] = [
     "target.config",
+    "target.devices",
     "target.feature_store",
     "optim.schedule.warmup_steps",
     "optim.schedule.warmup_ratio",
@@ -88,4 +91,48 @@ fn the_largest_model_that_is_accepted_can_be_planned() {
     });
     let plan = Plan::new(&RunConfig::from_value(&value).unwrap(), 2).unwrap();
     assert!(plan.memory.total > 1 << 60 && plan.steps == Some(u64::MAX), "{plan:?}");
+}
+
+/// What a plan says of a target over several devices, none of which needs to be there, and what it refuses.
+#[test]
+fn a_plan_says_which_device_gets_which_layers() {
+    let mut workspace = Workspace::with_model(&json!({"num_hidden_layers": 5}));
+    let plan = |workspace: &Workspace, arguments: &[&str]| {
+        let mut command = specforge(&["train", "--plan", "--config"]);
+        command.arg(workspace.config()).args(arguments);
+        command
+    };
+    let plain = json_of(&mut plan(&workspace, &["--json"]));
+    assert!(plain.get("devices").is_none());
+    workspace.set("target.devices", json!(["cuda:0", "cuda:6"]));
+    let spread = json_of(&mut plan(&workspace, &["--json"]));
+    let devices = spread["devices"].as_array().unwrap();
+    // The tables are where the draft is, which then gets fewer layers.
+    assert_eq!((&devices[0]["device"], &devices[0]["layers"]), (&json!("cuda:0"), &json!([0, 4])), "{spread}");
+    assert_eq!((&devices[1]["device"], &devices[1]["is_home"]), (&json!("cuda:6"), &json!(true)));
+    let bytes: u64 = devices.iter().map(|device| device["bytes"].as_u64().unwrap()).sum();
+    let memory = |name: &str| spread["memory"][name].as_u64().unwrap();
+    assert_eq!(bytes, memory("total") - memory("checkpoint") - memory("hidden_states"));
+    let list = ["--target-devices", "cuda:0=2,cuda:1=3"];
+    let text = String::from_utf8(output_of(&mut plan(&workspace, &list)).stdout).unwrap();
+    assert!(text.contains("layers 0 to 1 of the target\n") && text.contains("layers 2 to 4 of the target;"), "{text}");
+
+    let refused = |names: &[&str], ranks: Option<&str>, word: &str| {
+        let mut command = plan(&workspace, &["--target-devices", &names.join(",")]);
+        if let Some(ranks) = ranks {
+            for (name, value) in
+                [("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", ranks), ("LOCAL_WORLD_SIZE", ranks)]
+            {
+                command.env(name, value);
+            }
+            command.envs([("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")]);
+        }
+        let output = output_of(&mut command);
+        assert!(!output.status.success() && stderr_of(&output).contains(word), "{names:?}: {}", stderr_of(&output));
+    };
+    refused(&["cuda:0", "cuda:0"], None, "twice");
+    refused(&["cuda:0=1", "cuda:1=1"], None, "the devices get 2");
+    refused(&["cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:4", "cuda:5"], None, "fewer than the 6 devices");
+    refused(&["cpu", "cuda:1"], None, "`cpu`");
+    refused(&["cuda:0", "cuda:1", "cuda:2"], Some("2"), "multiple of 2");
 }

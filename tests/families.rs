@@ -19,8 +19,33 @@ use crate::plugins::windowed;
 use crate::quantised_targets::mxfp4;
 use crate::target_rules::{self, VOCABULARY, near, tokens};
 
+/// What engines build a model of a family by, as its config.json has it.
+pub fn architecture(model_type: &str) -> &'static str {
+    match model_type {
+        "llama" => "LlamaForCausalLM",
+        "mistral" => "MistralForCausalLM",
+        "qwen2" => "Qwen2ForCausalLM",
+        "qwen2_5_vl_text" | "qwen2_5_vl" => "Qwen2_5_VLForConditionalGeneration",
+        "qwen3" => "Qwen3ForCausalLM",
+        "qwen3_vl_text" => "Qwen3VLForConditionalGeneration",
+        "phi3" => "Phi3ForCausalLM",
+        "smollm3" => "SmolLM3ForCausalLM",
+        "olmo2" => "Olmo2ForCausalLM",
+        "olmo3" => "Olmo3ForCausalLM",
+        "granite" => "GraniteForCausalLM",
+        "gemma" => "GemmaForCausalLM",
+        "gemma2" => "Gemma2ForCausalLM",
+        "gemma3_text" => "Gemma3ForCausalLM",
+        "mixtral" => "MixtralForCausalLM",
+        "qwen2_moe" => "Qwen2MoeForCausalLM",
+        "qwen3_moe" => "Qwen3MoeForCausalLM",
+        "gpt_oss" => "GptOssForCausalLM",
+        other => panic!("add the class of `{other}` here"),
+    }
+}
+
 /// A small model: keys that all configurations have, with those of a family.
-fn config(model_type: &str) -> Value {
+pub fn config(model_type: &str) -> Value {
     let mut config = json!({
         "model_type": model_type, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3,
         "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": VOCABULARY,
@@ -66,13 +91,13 @@ fn config(model_type: &str) -> Value {
 }
 
 /// Every family that this program has of itself.
-fn names() -> Vec<&'static str> {
+pub fn names() -> Vec<&'static str> {
     let names = families().into_iter().map(|family| family.model_type);
     names.filter(|name| *name != windowed::FAMILY.model_type).collect()
 }
 
 /// A random tensor of a model, by its name.
-fn random(name: &str, shape: &[i64]) -> Tensor {
+pub fn random(name: &str, shape: &[i64]) -> Tensor {
     let stream = name.bytes().fold(7u64, |hash, byte| hash.wrapping_mul(131).wrapping_add(u64::from(byte)));
     let is_norm = name.contains("norm");
     let deviation = match shape {

@@ -17,6 +17,7 @@ mod eagle3_imports;
 mod eagle3_runs;
 mod exports;
 mod families;
+mod family_runs;
 mod fixture;
 mod gguf_drafts;
 mod gguf_targets;

@@ -32,7 +32,7 @@ pub fn target(kind: Kind) -> LlamaTarget {
     let config = model_config(&json!({}));
     let tensors: HashMap<_, _> = model_tensors(&config).into_iter().collect();
     let mut tensor = |name: &str, _: &[i64]| Ok(tensors[name].to_kind(kind));
-    LlamaTarget::build(LlamaConfig::from_value(&config).unwrap(), tch::Device::Cpu, &mut tensor).unwrap()
+    LlamaTarget::build(LlamaConfig::from_value(&config).unwrap(), &mut tensor).unwrap()
 }
 
 /// Moves every parameter away from its start, where heads are the target's own.

@@ -66,6 +66,10 @@ pub struct TargetConfig {
     /// A store that `specforge capture` made: hidden states are read from it, and the target's layers are not loaded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub feature_store: Option<PathBuf>,
+    /// Devices that share the target's layers, such as `cuda:0` or `cuda:0=20`; all layers are with the draft where there
+    /// are none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<String>,
     /// The target's config.json, for `--plan` where the folder is not there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config: Option<Value>,
@@ -173,6 +177,7 @@ impl RunConfig {
             let problem = "cannot be used with target.feature_store, which holds the states already";
             return Err(Error::config("target.keep_hidden_states", problem).with_hint("remove one of the two"));
         }
+        models::Spread::parse(&config.target.devices).map_err(|problem| Error::config("target.devices", problem))?;
         config.train.validate()?;
         config.optim.validate()?;
         config.eval.validate()?;

@@ -206,6 +206,12 @@ pub fn send(host: &Tensor, device: Device) -> Tensor {
     page_locked(host, device).to_device_(device, host.kind(), true, false)
 }
 
+/// A tensor of one GPU on another, without waiting for either: the copy takes its turn on both. One that is there already
+/// is itself. Panics as tch's operators do.
+pub fn moved(tensor: &Tensor, device: Device) -> Tensor {
+    tensor.to_device_(device, tensor.kind(), true, false)
+}
+
 /// A tensor of the host in memory that the system never moves, for copies to and from this device: a copy from ordinary
 /// host memory waits for the device, one from page-locked memory takes its turn.
 pub fn page_locked(host: &Tensor, device: Device) -> Tensor {
@@ -235,6 +241,11 @@ pub fn name(device: Device) -> String {
         Device::Cuda(number) => format!("cuda:{number}"),
         _ => "cpu".to_owned(),
     }
+}
+
+/// The same for several, with commas between them.
+pub fn names(devices: &[Device]) -> String {
+    devices.iter().map(|&device| name(device)).collect::<Vec<_>>().join(",")
 }
 
 /// Turns `auto`, `cpu`, `cuda` or `cuda:N` into a device. `auto` is CUDA when usable, else the CPU.

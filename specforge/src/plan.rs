@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde_json::Value;
+use tch::Device;
 
 use crate::config::{Dtype, RunConfig};
 use crate::data::{self, TokenCache};
@@ -13,7 +14,7 @@ use crate::draft::{self, vocabulary};
 use crate::error::{Error, Result};
 use crate::features::store::{MANIFEST_FILE, StoreManifest};
 use crate::gguf::packed;
-use crate::models::{self, TargetConfig, TargetInfo};
+use crate::models::{Spread, TargetConfig, TargetInfo};
 
 /// Bytes of a token in English text, for corpora that cannot be tokenised because the tokenizer is not there.
 const BYTES_PER_TOKEN: f64 = 4.0;
@@ -37,6 +38,9 @@ pub struct Plan {
     pub trainable_parameters: u64,
     /// Peak memory of a process by what needs it, in bytes.
     pub memory: Memory,
+    /// Devices that a process spreads the target's layers over; empty where all of them are in one place.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<DevicePlan>,
     /// Training data.
     pub data: DataPlan,
     /// Optimizer steps; `None` where the data is not there to be counted.
@@ -72,6 +76,19 @@ pub struct Memory {
     pub checkpoint: u64,
     /// Sum.
     pub total: u64,
+}
+
+/// What one device of several holds.
+#[derive(Debug, Clone, Serialize)]
+pub struct DevicePlan {
+    /// Its name.
+    pub device: String,
+    /// Number of its first layer, and of the one behind its last; nothing where it has no layer.
+    pub layers: Option<(usize, usize)>,
+    /// Whether all but the layers is here: tables, draft, what training needs.
+    pub is_home: bool,
+    /// Bytes of all that.
+    pub bytes: u64,
 }
 
 /// Training data.
@@ -164,6 +181,7 @@ impl Plan {
             draft_vocabulary,
             trainable_parameters: size.trainable,
             memory,
+            devices: Vec::new(),
             data,
             steps,
             evaluation,
@@ -172,6 +190,34 @@ impl Plan {
             store_bytes: store.map(|store| store.bytes()),
             operations_per_token,
         })
+    }
+}
+
+impl Plan {
+    /// Says which device gets which layers. Where a store stands for the layers, there are none.
+    pub fn spread(&mut self, config: &RunConfig, spread: &Spread, home: Device) -> Result<()> {
+        if config.target.feature_store.is_some() && config.eval.every == 0 {
+            return Ok(());
+        }
+        let kind = config.target.element_type().kind();
+        let refuse = |problem| Error::bad_file(&config.target.path, problem);
+        let blocks = target_config(config)?.blocks(spread, home, kind).map_err(refuse)?;
+        let Memory { target, draft, optimizer, gradients, activations, .. } = &self.memory;
+        let of_layers: u64 = blocks.iter().map(|block| block.bytes).sum();
+        let beside = target.saturating_sub(of_layers) + draft + optimizer + gradients + activations;
+        self.devices = blocks
+            .iter()
+            .map(|block| DevicePlan {
+                device: device::name(block.device),
+                layers: Some((block.layers.start, block.layers.end)),
+                is_home: block.device == home,
+                bytes: block.bytes + if block.device == home { beside } else { 0 },
+            })
+            .collect();
+        if self.devices.iter().all(|device| !device.is_home) {
+            self.devices.push(DevicePlan { device: device::name(home), layers: None, is_home: true, bytes: beside });
+        }
+        Ok(())
     }
 }
 
@@ -187,16 +233,19 @@ fn activations(config: &RunConfig, target: &TargetInfo, captured: u64, width: u6
 
 /// What the target is, from its folder or from the configuration. No weight is read.
 pub fn target_info(config: &RunConfig) -> Result<TargetInfo> {
+    Ok(target_config(config)?.info().clone())
+}
+
+fn target_config(config: &RunConfig) -> Result<TargetConfig> {
     let folder = &config.target.path;
     if packed::has_file(folder, "config.json") {
-        return models::read_info(folder);
+        return TargetConfig::read(folder);
     }
     let values: &Value = config.target.config.as_ref().ok_or_else(|| {
         Error::bad_file(folder, "is not a model folder: config.json is not there")
             .with_hint("give target.config in the configuration to plan without the model")
     })?;
-    let config = TargetConfig::from_value(values).map_err(|problem| Error::config("target.config", problem))?;
-    Ok(config.info().clone())
+    TargetConfig::from_value(values).map_err(|problem| Error::config("target.config", problem))
 }
 
 /// The evaluations of a run whose target has `target` multiply-adds a token, and whose draft has `draft` for a row that is
@@ -292,6 +341,7 @@ impl fmt::Display for Plan {
             1 => String::new(),
             ranks => format!(", of each of {ranks} ranks"),
         };
+        let devices: Vec<(String, String)> = self.devices.iter().map(DevicePlan::row).collect();
         let mut rows = vec![
             ("algorithm", self.algorithm.clone()),
             ("target", format!("{} parameters in {}, frozen", self.target_parameters, self.element_type.name())),
@@ -311,10 +361,24 @@ impl fmt::Display for Plan {
             ("checkpoint", format!("{} each, {} on disk", size(self.checkpoint_bytes), size(self.disk_bytes))),
             ("work", format!("{:.2} GFLOP a token", self.operations_per_token as f64 / 1e9)),
         ];
+        let place = rows.iter().position(|(name, _)| *name == "tokens").unwrap_or(rows.len());
+        drop(rows.splice(place..place, devices.iter().map(|(name, row)| (name.as_str(), row.clone()))));
         if let Some(bytes) = self.store_bytes {
             rows.push(("store", format!("{} of hidden states on disk", size(bytes))));
         }
         rows.iter().try_for_each(|(name, value)| writeln!(formatter, "{name:<13} {value}"))
+    }
+}
+
+impl DevicePlan {
+    fn row(&self) -> (String, String) {
+        let layers = match self.layers {
+            None => "no layers of the target".to_owned(),
+            Some((first, end)) if end - first == 1 => format!("layer {first} of the target"),
+            Some((first, end)) => format!("layers {first} to {} of the target", end - 1),
+        };
+        let beside = if self.is_home { "; embedding, head, draft and optimizer" } else { "" };
+        (self.device.clone(), format!("{}: {layers}{beside}", size(self.bytes)))
     }
 }
 

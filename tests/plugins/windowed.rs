@@ -38,6 +38,7 @@ pub static FAMILY: Family = Family {
     check: None,
     correct: None,
     build: |values, device, tensor| Ok(Box::new(Windowed::build(values, device, tensor)?)),
+    spreads: false,
     part: None,
     tables,
     table_names: &[EMBEDDING, HEAD, BIAS],

@@ -23,7 +23,8 @@
 #include <vector>
 
 // From libtorch_cuda.cpp.
-extern "C" void *rehearsal_numbers(void *address, std::size_t *bytes);
+extern "C" void *rehearsal_numbers(void *address, std::size_t *bytes, int *device);
+extern "C" int rehearsal_devices();
 extern "C" void rehearsal_launched(const char *kernel);
 extern "C" void rehearsal_touched(const char *kernel, int argument, long count);
 
@@ -140,6 +141,10 @@ void touched(const void *place) {
 
 // ---- launches -------------------------------------------------------------------------------------------------------
 
+// A context for each device; a kernel runs on the device of the last one that was pushed.
+int contexts[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+thread_local std::vector<int *> pushed;
+
 template <typename Argument>
 Argument argument(void **arguments, int index) {
   Argument value;
@@ -147,8 +152,10 @@ Argument argument(void **arguments, int index) {
   if constexpr (std::is_pointer_v<Argument>) {
     if (value == nullptr) return value;
     std::size_t bytes = 0;
-    auto *numbers = rehearsal_numbers(const_cast<void *>(static_cast<const void *>(value)), &bytes);
-    if (numbers == nullptr) std::abort();  // a GPU would stop at an address that is not its own
+    int device = -1;
+    auto *numbers = rehearsal_numbers(const_cast<void *>(static_cast<const void *>(value)), &bytes, &device);
+    // A GPU would stop at an address that is not its own.
+    if (numbers == nullptr || pushed.empty() || device != *pushed.back()) std::abort();
     const auto *begin = static_cast<const char *>(numbers);
     matrices.push_back({begin, begin + bytes, index, 0});
     value = static_cast<Argument>(numbers);
@@ -206,14 +213,17 @@ int nvrtcDestroyProgram(Program *program) { return delete *program, 0; }
 // ---- cuda.h ---------------------------------------------------------------------------------------------------------
 
 int cuInit(unsigned) { return 0; }
-int cuDeviceGet(int *device, int ordinal) { return *device = ordinal, ordinal == 0 ? 0 : 101; }
+int cuDeviceGet(int *device, int ordinal) { return *device = ordinal, 0 <= ordinal && ordinal < rehearsal_devices() ? 0 : 101; }
 int cuDeviceGetAttribute(int *value, int attribute, int) {
   *value = attribute == 75 ? 9 : 0;
   return attribute == 75 || attribute == 76 ? 0 : 1;
 }
-int cuDevicePrimaryCtxRetain(void **context, int) { return *context = &rehearsal::block, 0; }
-int cuCtxPushCurrent_v2(void *context) { return context == &rehearsal::block ? 0 : 201; }
-int cuCtxPopCurrent_v2(void **context) { return *context = &rehearsal::block, 0; }
+int cuDevicePrimaryCtxRetain(void **context, int device) { return *context = &rehearsal::contexts[device], 0; }
+int cuCtxPushCurrent_v2(void *context) { return rehearsal::pushed.push_back(static_cast<int *>(context)), 0; }
+int cuCtxPopCurrent_v2(void **context) {
+  if (rehearsal::pushed.empty()) return 201;
+  return *context = rehearsal::pushed.back(), rehearsal::pushed.pop_back(), 0;
+}
 int cuModuleLoadData(void **module, const void *image) { return *module = const_cast<void *>(image), 0; }
 int cuModuleGetFunction(void **found, void *, const char *name) {
   for (auto &function : rehearsal::functions)

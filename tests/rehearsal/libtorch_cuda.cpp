@@ -9,6 +9,7 @@
 // kernel the device's memory, and hands its results back as tensors of the device. An address of the device is one that
 // nothing is behind: the numbers lie elsewhere, and who reads it as the host's memory is ended by the system.
 //
+// REHEARSAL_DEVICES says how many devices there are, one without it: each has tensors, streams and statistics of its own.
 // REHEARSAL_COUNTS names a file for what was counted: kernels by operator, waits of the host by their reason, bytes that
 // were copied each way, and which tensors kernels read and wrote. libcuda.cpp plays the driver for the program's own kernels.
 
@@ -42,6 +43,7 @@
 #include <set>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace rehearsal {
@@ -53,7 +55,7 @@ using torch::jit::Stack;
 
 struct Counts {
   std::mutex lock;
-  std::map<std::string, long> kernels, waits, bytes{{"to_device", 0}, {"to_host", 0}};
+  std::map<std::string, long> kernels, waits, bytes{{"to_device", 0}, {"to_host", 0}, {"between", 0}};
   // "NAME|N": how often an operator read or wrote a tensor of N numbers; of a kernel of the program, how many numbers it read
   // and wrote of its argument N.
   std::map<std::string, long> touched;
@@ -67,9 +69,9 @@ struct Counts {
     const std::lock_guard<std::mutex> guard(lock);
     waits[why]++;
   }
-  void copied(bool to_device, std::size_t count) {
+  void copied(const char *way, std::size_t count) {
     const std::lock_guard<std::mutex> guard(lock);
-    bytes[to_device ? "to_device" : "to_host"] += static_cast<long>(count);
+    bytes[way] += static_cast<long>(count);
   }
   void touch(const std::string &name, long which, long times) {
     const std::lock_guard<std::mutex> guard(lock);
@@ -91,16 +93,37 @@ struct Counts {
 
 Counts counts;
 
+// ---- devices --------------------------------------------------------------------------------------------------------
+
+constexpr int MOST_DEVICES = 8;
+
+int devices() {
+  static const int count = [] {
+    const char *text = std::getenv("REHEARSAL_DEVICES");
+    return text == nullptr ? 1 : std::max(1, std::min(MOST_DEVICES, std::atoi(text)));
+  }();
+  return count;
+}
+
+// The device of this thread's work where no tensor says another.
+thread_local c10::DeviceIndex current = 0;
+
+c10::DeviceIndex become(c10::DeviceIndex device) {
+  TORCH_CHECK(device < devices(), "CUDA error: invalid device ordinal");
+  return device < 0 ? current : std::exchange(current, device);
+}
+
 // ---- memory ---------------------------------------------------------------------------------------------------------
 
 struct Piece {
   void *address;  // the device's; reserved, with nothing behind it
   void *numbers;
   std::size_t bytes;
+  c10::DeviceIndex device;
 };
 
 struct Memory final : c10::DeviceAllocator {
-  c10::CachingDeviceAllocator::DeviceStats stats;
+  c10::CachingDeviceAllocator::DeviceStats stats[MOST_DEVICES];
   std::mutex lock;
   std::map<char *, Piece *> pieces;  // by the device's address
 
@@ -108,9 +131,13 @@ struct Memory final : c10::DeviceAllocator {
     static auto *memory = new Memory;  // outlives every tensor
     return *memory;
   }
-  void count(std::int64_t bytes) {
+  auto &allocated(c10::DeviceIndex device) {
+    constexpr auto all = static_cast<std::size_t>(c10::CachingAllocator::StatType::AGGREGATE);
+    return stats[std::max<int>(device, 0)].allocated_bytes[all];
+  }
+  void count(std::int64_t bytes, c10::DeviceIndex device) {
     const std::lock_guard<std::mutex> guard(lock);
-    auto &all = stats.allocated_bytes[static_cast<std::size_t>(c10::CachingAllocator::StatType::AGGREGATE)];
+    auto &all = allocated(device);
     all.current += bytes;
     all.peak = std::max(all.peak, all.current);
   }
@@ -122,32 +149,34 @@ struct Memory final : c10::DeviceAllocator {
     }
     munmap(piece->address, piece->bytes);
     std::free(piece->numbers);
-    get().count(-static_cast<std::int64_t>(piece->bytes));
+    get().count(-static_cast<std::int64_t>(piece->bytes), piece->device);
     delete piece;
   }
-  c10::DataPtr allocate(std::size_t wanted) override {
-    const c10::Device device(c10::DeviceType::CUDA, 0);
+  c10::DataPtr allocate(std::size_t wanted) override { return allocate(wanted, current); }
+  c10::DataPtr allocate(std::size_t wanted, c10::DeviceIndex index) {
+    TORCH_CHECK(0 <= index && index < devices(), "CUDA error: invalid device ordinal");
+    const c10::Device device(c10::DeviceType::CUDA, index);
     if (wanted == 0) return {nullptr, device};
     const std::size_t bytes = (wanted + 4095) / 4096 * 4096;
     void *address = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     void *numbers = std::aligned_alloc(4096, bytes);
     const bool there = address != MAP_FAILED && numbers != nullptr;
     TORCH_CHECK(there, "CUDA out of memory. Tried to allocate ", wanted, " bytes.");
-    count(static_cast<std::int64_t>(bytes));
-    auto *piece = new Piece{address, numbers, bytes};
+    count(static_cast<std::int64_t>(bytes), index);
+    auto *piece = new Piece{address, numbers, bytes, index};
     const std::lock_guard<std::mutex> guard(lock);
     pieces[static_cast<char *>(address)] = piece;
     return {address, piece, &release, device};
   }
-  // Where the numbers of an address are, and how many bytes follow; nothing for one that is not the device's.
-  void *numbers(void *address, std::size_t *bytes) {
+  // Where the numbers of an address are, how many bytes follow and whose they are; nothing for one of no device.
+  void *numbers(void *address, std::size_t *bytes, int *device) {
     const std::lock_guard<std::mutex> guard(lock);
     auto after = pieces.upper_bound(static_cast<char *>(address));
     if (after == pieces.begin()) return nullptr;
     const auto &[begin, piece] = *--after;
     const auto offset = static_cast<std::size_t>(static_cast<char *>(address) - begin);
     if (offset >= piece->bytes) return nullptr;
-    *bytes = piece->bytes - offset;
+    *bytes = piece->bytes - offset, *device = piece->device;
     return static_cast<char *>(piece->numbers) + offset;
   }
   // Where the numbers of a storage of the device are.
@@ -162,11 +191,13 @@ struct Memory final : c10::DeviceAllocator {
   bool initialized() override { return true; }
   void emptyCache(c10::MempoolId_t) override {}
   void recordStream(const c10::DataPtr &, c10::Stream) override {}
-  c10::CachingDeviceAllocator::DeviceStats getDeviceStats(c10::DeviceIndex) override { return stats; }
+  c10::CachingDeviceAllocator::DeviceStats getDeviceStats(c10::DeviceIndex device) override {
+    return stats[std::max<int>(device, 0)];
+  }
   void resetAccumulatedStats(c10::DeviceIndex) override {}
-  void resetPeakStats(c10::DeviceIndex) override {
+  void resetPeakStats(c10::DeviceIndex device) override {
     const std::lock_guard<std::mutex> guard(lock);
-    auto &all = stats.allocated_bytes[static_cast<std::size_t>(c10::CachingAllocator::StatType::AGGREGATE)];
+    auto &all = allocated(device);
     all.peak = all.current;
   }
 };
@@ -203,10 +234,20 @@ bool is_pinned(const Tensor &tensor) {
 
 // ---- views between the two ------------------------------------------------------------------------------------------
 
-// Tensors of the CPU over the numbers of tensors of the device, for one call: those that share memory share it here.
+// Tensors of the CPU over the numbers of tensors of one device, for one call: those that share memory share it here.
 class HostViews {
  public:
+  // What is made without a tensor of a device is the current one's.
+  c10::DeviceIndex device() const { return device_ < 0 ? current : device_; }
+
+  void claim(c10::DeviceIndex device) {
+    TORCH_CHECK(device_ < 0 || device_ == device, "Expected all tensors to be on the same device, but found at least two "
+                "devices, cuda:", int(device_), " and cuda:", int(device), "!");
+    device_ = device;
+  }
+
   Tensor of(const Tensor &tensor) {
+    claim(tensor.get_device());
     auto *storage = tensor.storage().unsafeGetStorageImpl();
     auto found = storages_.find(storage);
     if (found == storages_.end()) {
@@ -230,36 +271,40 @@ class HostViews {
     for (const auto &[storage, seen] : storages_)
       TORCH_CHECK(seen.unsafeGetStorageImpl() != host.storage().unsafeGetStorageImpl() || host.numel() == 0,
                   "rehearsal: ", name, " is a view of its argument and has no kernel here");
-    return on_device(host);
+    return made(host);
   }
 
   // Results that the kernel made larger or smaller than what was shown.
   void resized() {
     for (auto &[tensor, view] : seen_) {
       if (view.sizes() == tensor.sizes()) continue;
-      const auto made = on_device(view);
+      const auto made = this->made(view);
       tensor.unsafeGetTensorImpl()->set_storage_keep_dtype(made.storage());
       tensor.unsafeGetTensorImpl()->set_sizes_and_strides(made.sizes(), made.strides(), made.storage_offset());
     }
   }
 
-  static Tensor empty(at::IntArrayRef sizes, at::IntArrayRef strides, caffe2::TypeMeta type) {
+  static Tensor empty(at::IntArrayRef sizes, at::IntArrayRef strides, caffe2::TypeMeta type,
+                      c10::DeviceIndex device) {
     const auto bytes = at::detail::computeStorageNbytes(sizes, strides, type.itemsize());
-    c10::Storage storage(c10::Storage::use_byte_size_t(), bytes, Memory::get().allocate(bytes), &Memory::get(), true);
+    c10::Storage storage(c10::Storage::use_byte_size_t(), bytes, Memory::get().allocate(bytes, device), &Memory::get(),
+                         true);
     auto made =
         at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(c10::DispatchKey::CUDA), type);
     made.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, strides);
     return made;
   }
 
-  static Tensor on_device(const Tensor &host) {
-    auto made = empty(host.sizes(), host.strides(), host.dtype());
+  // A new tensor of the device with these numbers.
+  Tensor made(const Tensor &host) const {
+    auto made = empty(host.sizes(), host.strides(), host.dtype(), device());
     HostViews views;
     views.of(made).copy_(host);
     return made;
   }
 
  private:
+  c10::DeviceIndex device_ = -1;
   std::unordered_map<c10::StorageImpl *, c10::Storage> storages_;
   std::vector<std::pair<Tensor, Tensor>> seen_;
 };
@@ -273,7 +318,7 @@ bool may_be_of_the_host(const Tensor &tensor, const std::string &name) {
   if (tensor.dim() == 0) return true;
   if (name.rfind("aten::index.", 0) == 0 || name.rfind("aten::_index_put_impl_", 0) == 0) {
     counts.wait("indices of the host");
-    counts.copied(true, tensor.nbytes());
+    counts.copied("to_device", tensor.nbytes());
     return true;
   }
   return false;
@@ -307,7 +352,7 @@ void fallback(const c10::OperatorHandle &operation, Stack *stack) {
       return views.of(tensor);
     }
     TORCH_CHECK(!tensor.defined() || may_be_of_the_host(tensor, name),
-                "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! (",
+                "Expected all tensors to be on the same device, but found at least two devices, cuda and cpu! (",
                 name, ", a tensor of sizes ", tensor.sizes(), " is on the CPU)");
     return tensor;
   };
@@ -326,6 +371,7 @@ void fallback(const c10::OperatorHandle &operation, Stack *stack) {
         list.push_back(tensor && tensor->defined() ? std::optional<Tensor>(shown(*tensor)) : tensor);
       argument = list;
     } else if (argument.isDevice()) {
+      if (argument.toDevice().has_index()) views.claim(argument.toDevice().index());
       argument = c10::Device(c10::DeviceType::CPU);
     }
   }
@@ -351,8 +397,9 @@ void fallback(const c10::OperatorHandle &operation, Stack *stack) {
 // ---- operators with a kernel of their own ---------------------------------------------------------------------------
 
 Tensor empty_strided(at::IntArrayRef sizes, at::IntArrayRef strides, std::optional<at::ScalarType> type,
-                     std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
-  return HostViews::empty(sizes, strides, c10::scalarTypeToTypeMeta(type.value_or(at::kFloat)));
+                     std::optional<at::Layout>, std::optional<at::Device> device, std::optional<bool>) {
+  const auto index = device && device->has_index() ? device->index() : current;
+  return HostViews::empty(sizes, strides, c10::scalarTypeToTypeMeta(type.value_or(at::kFloat)), index);
 }
 
 Tensor empty(at::IntArrayRef sizes, std::optional<at::ScalarType> type, std::optional<at::Layout> layout,
@@ -362,7 +409,9 @@ Tensor empty(at::IntArrayRef sizes, std::optional<at::ScalarType> type, std::opt
 }
 
 Tensor &copy_(Tensor &self, const Tensor &source, bool non_blocking) {
-  HostViews views;
+  HostViews views, other;
+  const bool between = self.is_cuda() && source.is_cuda() && self.get_device() != source.get_device();
+  if (between) counts.copied("between", source.numel() * source.element_size());
   if (self.is_cuda() && source.is_cuda()) {
     counts.kernel("aten::copy_");
     counts.touch("aten::copy_", self.numel(), 1);
@@ -370,18 +419,18 @@ Tensor &copy_(Tensor &self, const Tensor &source, bool non_blocking) {
   } else {
     const bool to_device = self.is_cuda();
     const auto &host = to_device ? source : self;
-    counts.copied(to_device, source.numel() * source.element_size());
+    counts.copied(to_device ? "to_device" : "to_host", source.numel() * source.element_size());
     if (self.numel() > 0 && !(non_blocking && is_pinned(host)))
       counts.wait(to_device ? "copy to the device" : "copy to the host");
   }
-  const auto seen = [&](const Tensor &tensor) { return tensor.is_cuda() ? views.of(tensor) : tensor; };
-  seen(self).copy_(seen(source));
+  const auto seen = [&](const Tensor &tensor, HostViews &views) { return tensor.is_cuda() ? views.of(tensor) : tensor; };
+  seen(self, views).copy_(seen(source, between ? other : views));
   return self;
 }
 
 at::Scalar local_scalar_dense(const Tensor &self) {
   counts.wait("a number read");
-  counts.copied(false, self.element_size());
+  counts.copied("to_host", self.element_size());
   HostViews views;
   return views.of(self).item();
 }
@@ -391,7 +440,7 @@ const Tensor &resize_(const Tensor &self, at::IntArrayRef sizes, std::optional<a
   const auto bytes = at::detail::computeStorageNbytesContiguous(sizes, self.element_size(), self.storage_offset());
   auto *storage = self.storage().unsafeGetStorageImpl();
   if (bytes > storage->nbytes()) {
-    auto larger = Memory::get().allocate(bytes);
+    auto larger = Memory::get().allocate(bytes, self.get_device());
     if (storage->nbytes() > 0)
       std::memcpy(static_cast<Piece *>(larger.get_context())->numbers, Memory::numbers(storage), storage->nbytes());
     storage->set_data_ptr_noswap(std::move(larger));
@@ -456,8 +505,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> efficient_attention(const Tensor &que
   const auto rows = log_sum.size(2), padded = (rows + 31) / 32 * 32;
   auto sums = at::zeros({log_sum.size(0), log_sum.size(1), with_log_sum ? padded : 0}, at::kFloat);
   if (with_log_sum) sums.narrow(2, 0, rows).copy_(log_sum);
-  const auto none = HostViews::on_device(at::zeros({}, at::kLong));
-  return {HostViews::on_device(output), HostViews::on_device(sums), none, none};
+  const auto none = views.made(at::zeros({}, at::kLong));
+  return {views.made(output), views.made(sums), none, none};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> efficient_attention_backward(const Tensor &slope, const Tensor &query,
@@ -479,7 +528,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> efficient_attention_backward(const Te
   const auto weights = (scores - views.of(log_sum).narrow(2, 0, q.size(2)).unsqueeze(-1).to(wide)).exp();
   const auto common = (s.to(wide) * o.to(wide)).sum(-1, true);
   const auto of_scores = weights * (at::matmul(s.to(wide), v.to(wide).transpose(-2, -1)) - common);
-  const auto narrow = [&](const Tensor &tensor) { return HostViews::on_device(tensor.to(query.scalar_type())); };
+  const auto narrow = [&](const Tensor &tensor) { return views.made(tensor.to(query.scalar_type())); };
   return {narrow(at::matmul(of_scores, k.to(wide)) * factor),
           narrow(at::matmul(of_scores.transpose(-2, -1), q.to(wide)) * factor),
           narrow(at::matmul(weights.transpose(-2, -1), s.to(wide))), Tensor()};
@@ -589,8 +638,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> flash_attention(
   const DocumentBounds bounds(query, key, *cu_queries, *cu_keys, most_queries, most_keys, views);
   const auto [output, sums] =
       documents_forward(views.of(query), views.of(key), views.of(value), bounds, scale_of(query, scale));
-  const auto none = HostViews::on_device(at::zeros({2}, at::kLong));
-  return {HostViews::on_device(output), HostViews::on_device(sums.t().contiguous()), none, none, none};
+  const auto none = views.made(at::zeros({2}, at::kLong));
+  return {views.made(output), views.made(sums.t().contiguous()), none, none, none};
 }
 
 std::tuple<Tensor, Tensor, Tensor> flash_attention_backward(
@@ -609,10 +658,10 @@ std::tuple<Tensor, Tensor, Tensor> flash_attention_backward(
       documents_backward(views.of(slope), views.of(query), views.of(key), views.of(value), views.of(output),
                          views.of(log_sum).t(), bounds, scale_of(query, scale));
   const auto grouped = [&](const Tensor &all) {
-    return HostViews::on_device(
+    return views.made(
         all.view({key.size(0), key.size(1), -1, key.size(2)}).sum(2).to(query.scalar_type()));
   };
-  return {HostViews::on_device(of_query.to(query.scalar_type())), grouped(of_key), grouped(of_value)};
+  return {views.made(of_query.to(query.scalar_type())), grouped(of_key), grouped(of_value)};
 }
 
 // What the memory-saving kernel asks of documents: one row of a batch, a key for every head.
@@ -646,8 +695,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, c10::SymInt, c10::SymInt> efficient_d
       const auto rows = bounds.queries[at + 1] - bounds.queries[at];
       log_sum[at].narrow(1, 0, rows).copy_(sums.narrow(0, bounds.queries[at], rows).t());
     }
-  const auto none = HostViews::on_device(at::zeros({}, at::kLong));
-  return {HostViews::on_device(output.unsqueeze(0)), HostViews::on_device(log_sum), none, none, *most_queries,
+  const auto none = views.made(at::zeros({}, at::kLong));
+  return {views.made(output.unsqueeze(0)), views.made(log_sum), none, none, *most_queries,
           *most_keys};
 }
 
@@ -671,7 +720,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> efficient_documents_backward(
   const auto slopes = documents_backward(views.of(slope)[0], q, k, v, views.of(output)[0], sums, bounds,
                                          scale_of(query, scale));
   const auto made = [&](const Tensor &tensor) {
-    return HostViews::on_device(tensor.unsqueeze(0).to(query.scalar_type()));
+    return views.made(tensor.unsqueeze(0).to(query.scalar_type()));
   };
   return {made(slopes[0]), made(slopes[1]), made(slopes[2]), Tensor()};
 }
@@ -687,7 +736,7 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor &input, at::IntArrayRef shape, 
   HostViews views;
   const auto x = views.of(input).to(wide_type(input)), w = views.of(*weight).to(x.scalar_type());
   const auto factor = (x.square().mean(-1, true) + epsilon.value_or(1e-6)).rsqrt();
-  return {HostViews::on_device((x * factor * w).to(input.scalar_type())), HostViews::on_device(factor)};
+  return {views.made((x * factor * w).to(input.scalar_type())), views.made(factor)};
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor &slope, const Tensor &input, at::IntArrayRef,
@@ -700,7 +749,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor &slope, const Tensor &
   const auto of_normed = s * w;
   const auto of_input = f * (of_normed - normed * (of_normed * normed).mean(-1, true));
   const auto made = [&](bool want, const Tensor &tensor) {
-    return want ? HostViews::on_device(tensor.to(input.scalar_type())) : Tensor();
+    return want ? views.made(tensor.to(input.scalar_type())) : Tensor();
   };
   return {made(wanted[0], of_input), made(wanted[1], (s * normed).reshape({-1, x.size(-1)}).sum(0))};
 }
@@ -718,7 +767,9 @@ Tensor wide_product(const Tensor &left, const Tensor &right, at::ScalarType type
 
 Tensor mm_dtype(const Tensor &left, const Tensor &right, at::ScalarType type) {
   counts.kernel("aten::mm.dtype");
-  return HostViews::on_device(wide_product(left, right, type));
+  HostViews views;
+  views.claim(left.get_device());
+  return views.made(wide_product(left, right, type));
 }
 
 Tensor &addmm_dtype_out(const Tensor &self, const Tensor &left, const Tensor &right, at::ScalarType type,
@@ -764,26 +815,28 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   static constexpr c10::DeviceType static_type = c10::DeviceType::CUDA;
-  c10::Device one() const { return {c10::DeviceType::CUDA, 0}; }
   c10::DeviceType type() const override { return static_type; }
-  c10::Device exchangeDevice(c10::Device) const override { return one(); }
-  c10::Device getDevice() const override { return one(); }
-  void setDevice(c10::Device device) const override {
-    TORCH_CHECK(device.index() <= 0, "CUDA error: invalid device ordinal");
+  static c10::Device at(c10::DeviceIndex index) { return {c10::DeviceType::CUDA, index}; }
+  c10::Device exchangeDevice(c10::Device device) const override { return at(become(device.index())); }
+  c10::Device getDevice() const override { return at(current); }
+  void setDevice(c10::Device device) const override { become(device.index()); }
+  void uncheckedSetDevice(c10::Device device) const noexcept override {
+    if (0 <= device.index() && device.index() < devices()) current = device.index();
   }
-  void uncheckedSetDevice(c10::Device) const noexcept override {}
   void *getStreamNativeHandle(const c10::Stream) const override { return nullptr; }
-  c10::Stream stream() const { return c10::Stream(c10::Stream::DEFAULT, one()); }
-  c10::Stream getStream(c10::Device) const override { return stream(); }
-  c10::Stream getDefaultStream(c10::Device) const override { return stream(); }
-  c10::Stream getNewStream(c10::Device, int) const override { return stream(); }
-  c10::Stream getStreamFromGlobalPool(c10::Device, bool) const override { return stream(); }
-  c10::Stream exchangeStream(c10::Stream) const override { return stream(); }
+  static c10::Stream stream(c10::Device device) {
+    return c10::Stream(c10::Stream::DEFAULT, device.has_index() ? device : at(current));
+  }
+  c10::Stream getStream(c10::Device device) const override { return stream(device); }
+  c10::Stream getDefaultStream(c10::Device device) const override { return stream(device); }
+  c10::Stream getNewStream(c10::Device device, int) const override { return stream(device); }
+  c10::Stream getStreamFromGlobalPool(c10::Device device, bool) const override { return stream(device); }
+  c10::Stream exchangeStream(c10::Stream other) const override { return stream(other.device()); }
   void destroyEvent(void *, const c10::DeviceIndex) const noexcept override {}
   void record(void **, const c10::Stream &, const c10::DeviceIndex, const c10::EventFlag) const override {}
   void block(void *, const c10::Stream &) const override {}
   bool queryEvent(void *) const override { return true; }
-  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+  c10::DeviceIndex deviceCount() const noexcept override { return static_cast<c10::DeviceIndex>(devices()); }
   bool queryStream(const c10::Stream &) const override { return true; }
   void synchronizeStream(const c10::Stream &) const override { counts.wait("a stream"); }
   void synchronizeEvent(void *) const override {}
@@ -805,7 +858,10 @@ const struct Register {
 
 extern "C" {
 
-void *rehearsal_numbers(void *address, std::size_t *bytes) { return rehearsal::Memory::get().numbers(address, bytes); }
+void *rehearsal_numbers(void *address, std::size_t *bytes, int *device) {
+  return rehearsal::Memory::get().numbers(address, bytes, device);
+}
+int rehearsal_devices() { return rehearsal::devices(); }
 void rehearsal_launched(const char *kernel) { rehearsal::counts.kernel(kernel); }
 void rehearsal_touched(const char *kernel, int argument, long count) {
   rehearsal::counts.touch(kernel, argument, count);
@@ -817,7 +873,7 @@ void rehearsal_report(const char *path) {
   const std::lock_guard<std::mutex> guard(counts.lock);
   counts.write(path);
   counts.kernels.clear(), counts.waits.clear(), counts.touched.clear();
-  counts.bytes = {{"to_device", 0}, {"to_host", 0}};
+  counts.bytes = {{"to_device", 0}, {"to_host", 0}, {"between", 0}};
 }
 
 }  // extern "C"
@@ -833,13 +889,13 @@ struct CUDAHooks final : CUDAHooksInterface {
   bool hasCUDA() const override { return true; }
   bool hasCUDART() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
-  DeviceIndex deviceCount() const override { return 1; }
-  int getNumGPUs() const override { return 1; }
-  DeviceIndex current_device() const override { return 0; }
-  DeviceIndex getCurrentDevice() const override { return 0; }
-  void setCurrentDevice(DeviceIndex) const override {}
-  DeviceIndex exchangeDevice(DeviceIndex) const override { return 0; }
-  DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
+  DeviceIndex deviceCount() const override { return static_cast<DeviceIndex>(rehearsal::devices()); }
+  int getNumGPUs() const override { return rehearsal::devices(); }
+  DeviceIndex current_device() const override { return rehearsal::current; }
+  DeviceIndex getCurrentDevice() const override { return rehearsal::current; }
+  void setCurrentDevice(DeviceIndex device) const override { rehearsal::become(device); }
+  DeviceIndex exchangeDevice(DeviceIndex device) const override { return rehearsal::become(device); }
+  DeviceIndex maybeExchangeDevice(DeviceIndex device) const override { return rehearsal::become(device); }
   bool isPinnedPtr(const void *data) const override {
     const std::lock_guard<std::mutex> guard(rehearsal::Pinned::lock());
     return rehearsal::Pinned::pieces().count(const_cast<void *>(data)) > 0;
@@ -854,7 +910,12 @@ struct CUDAHooks final : CUDAHooksInterface {
     return pinned;
   }
   Allocator *getCUDADeviceAllocator() const override { return &rehearsal::Memory::get(); }
-  Device getDeviceFromPtr(void *) const override { return {DeviceType::CUDA, 0}; }
+  Device getDeviceFromPtr(void *address) const override {
+    std::size_t bytes = 0;
+    int device = 0;
+    rehearsal::Memory::get().numbers(address, &bytes, &device);
+    return {DeviceType::CUDA, static_cast<DeviceIndex>(device)};
+  }
   void deviceSynchronize(DeviceIndex) const override { rehearsal::counts.wait("synchronize"); }
   std::string showConfig() const override { return "rehearsal of CUDA on the CPU"; }
 };

@@ -14,6 +14,7 @@ use specforge::device::{self, CudaState};
 use specforge::weights;
 use tch::{Device, Kind, Tensor};
 
+mod devices;
 mod kernels;
 
 use crate::decoding;
@@ -136,12 +137,13 @@ fn what_a_gpu_refuses_is_refused() {
     }
     let run = |what: &str| {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "rehearsal::a_fault_in_a_process_of_its_own", "--nocapture"]).env(REFUSED, what);
+        command.args(["--exact", "rehearsal::a_fault_in_a_process_of_its_own", "--nocapture"]);
+        command.env(REFUSED, what).env("REHEARSAL_DEVICES", "2");
         Some(output_of(rehearsed(&mut command)?))
     };
     let Some(sound) = run("sound") else { return };
     assert!(sound.status.success(), "{}", stderr_of(&sound));
-    for fault in ["two devices", "indices of the host", "a list of two devices"] {
+    for fault in ["two devices", "two GPUs", "indices of the host", "a list of two devices"] {
         let output = run(fault).unwrap();
         assert!(!output.status.success(), "{fault}");
         assert!(stderr_of(&output).contains("Expected all tensors to be on the same device"), "{}", stderr_of(&output));
@@ -154,7 +156,7 @@ fn what_a_gpu_refuses_is_refused() {
 #[test]
 fn a_fault_in_a_process_of_its_own() {
     let Some(what) = std::env::var_os(REFUSED) else { return };
-    assert_eq!(device::cuda(), &CudaState::Usable(1));
+    assert_eq!(device::cuda(), &CudaState::Usable(2));
     let here = Tensor::arange(6, (Kind::Float, Device::Cpu));
     let there = here.to_device(Device::Cuda(0));
     match what.to_str().unwrap() {
@@ -164,9 +166,13 @@ fn a_fault_in_a_process_of_its_own() {
             let sum = &there + Tensor::from(1f32);
             let _ = there.shallow_clone().view([2, 3]).transpose(0, 1).fill_(7.0);
             assert_eq!(Vec::<f32>::try_from(&there).unwrap(), [7.0; 6]);
-            assert_eq!(Vec::<f32>::try_from(sum).unwrap(), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+            assert_eq!(Vec::<f32>::try_from(&sum).unwrap(), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+            let other = device::moved(&sum, Device::Cuda(1));
+            assert!(other.device() == Device::Cuda(1) && (&other + &other).device() == Device::Cuda(1));
+            assert_eq!(Vec::<f32>::try_from(&other + 1.0).unwrap(), [2.0, 3.0, 4.0, 5.0, 6.0, 7.0]);
         }
         "two devices" => drop(&there + &here),
+        "two GPUs" => drop(&there + here.to_device(Device::Cuda(1))),
         "indices of the host" => drop(there.index_select(0, &Tensor::from_slice(&[1i64, 2]))),
         "a list of two devices" => drop(Tensor::cat(&[&there, &here], 0)),
         "the host reads" => {

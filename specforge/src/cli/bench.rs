@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::devices::DeviceArgs;
 use super::{Output, numbers};
 use crate::config::Dtype;
-use crate::device;
 use crate::error::Result;
 use crate::eval::bench::{self, BenchOptions, BenchReport, DecodeShape, PrefillShape, VerifyShape};
 
@@ -35,13 +35,12 @@ pub(super) struct BenchArgs {
     /// CUDA.
     #[arg(long)]
     dtype: Option<Dtype>,
-    /// auto, cpu, cuda or cuda:N.
-    #[arg(long, default_value = "auto")]
-    device: String,
+    #[command(flatten)]
+    devices: DeviceArgs,
 }
 
 pub(super) fn run(args: &BenchArgs, output: &Output) -> Result<()> {
-    let device = device::choose(&args.device)?;
+    let devices = args.devices.alone()?;
     let report = bench::run(&BenchOptions {
         target: args.target.clone(),
         prefill: args.prefill.clone(),
@@ -49,8 +48,9 @@ pub(super) fn run(args: &BenchArgs, output: &Output) -> Result<()> {
         verify: args.verify.clone(),
         repeat: args.repeat,
         threads: args.threads,
-        kind: Dtype::of_target(args.dtype, &args.target, device)?.kind(),
-        device,
+        kind: Dtype::of_target(args.dtype, &args.target, devices.home)?.kind(),
+        device: devices.home,
+        layers: devices.layers,
     })?;
     output.result(&report, || text(&report));
     Ok(())

@@ -5,12 +5,11 @@ use std::path::PathBuf;
 use clap::Args;
 use tch::Kind;
 
+use super::devices::DeviceArgs;
 use super::{Output, note};
 use crate::data::ChatTokenizer;
 use crate::decode::drafter::{self, DraftSampling};
-use crate::device;
 use crate::error::{Error, Result};
-use crate::models;
 use crate::trace::judge::NewDrafter;
 use crate::trace::{self, Judge, ModelName, Trace};
 
@@ -29,9 +28,8 @@ pub(super) struct CompareArgs {
     /// Model folder, or GGUF file, of the target of both: it says who is wrong, by passes without a cache.
     #[arg(long, value_name = "DIR")]
     target: Option<PathBuf>,
-    /// Where the target runs: auto, cpu, cuda or cuda:N.
-    #[arg(long, default_value = "auto")]
-    device: String,
+    #[command(flatten)]
+    devices: DeviceArgs,
 }
 
 pub(super) fn run(args: &CompareArgs, output: &Output) -> Result<()> {
@@ -55,7 +53,7 @@ pub(super) fn run(args: &CompareArgs, output: &Output) -> Result<()> {
                 "float64" => Kind::Double,
                 _ => Kind::Float,
             };
-            Some(models::load_target(folder, kind, device::choose(&args.device)?)?)
+            Some(args.devices.alone()?.load(folder, kind)?)
         }
     };
     let folder = args.target.as_ref().unwrap_or(&a.header.target.path);

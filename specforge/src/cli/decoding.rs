@@ -4,17 +4,17 @@ use std::path::PathBuf;
 
 use clap::Args;
 use serde_json::{Value, json};
-use tch::Device;
 
+use super::devices::{self, DeviceArgs, Devices};
 use super::numbers;
 use super::template::TemplateArgs;
 use crate::config::Dtype;
 use crate::data::ChatTokenizer;
 use crate::decode::drafter::{DraftSampling, Opened, open};
 use crate::decode::{EngineOptions, Policy};
-use crate::device;
+use crate::dist::Placement;
 use crate::error::{Error, Result};
-use crate::models::{self, TargetModel};
+use crate::models::TargetModel;
 use crate::nn::Processors;
 use crate::trace::{Header, ModelName, Settings};
 
@@ -59,9 +59,8 @@ pub(super) struct DecodingArgs {
     /// CUDA.
     #[arg(long)]
     dtype: Option<Dtype>,
-    /// auto, cpu, cuda or cuda:N.
-    #[arg(long, default_value = "auto")]
-    device: String,
+    #[command(flatten)]
+    devices: DeviceArgs,
 }
 
 /// Everything loaded.
@@ -74,16 +73,20 @@ pub(super) struct Models {
 impl DecodingArgs {
     /// Loads target and tokenizer.
     pub(super) fn models(&self) -> Result<Models> {
-        self.models_on(device::choose(&self.device)?)
+        self.models_on(&self.devices.alone()?)
     }
 
-    /// The same on this device.
-    pub(super) fn models_on(&self, device: Device) -> Result<Models> {
+    /// The same for one of several processes.
+    pub(super) fn models_of(&self, placement: Option<&Placement>) -> Result<Models> {
+        self.models_on(&self.devices.choose(&[], placement)?)
+    }
+
+    fn models_on(&self, devices: &Devices) -> Result<Models> {
         self.processors()?;
         self.policy()?;
         let tokenizer = self.template.tokenizer(&self.target)?;
-        let dtype = Dtype::of_target(self.dtype, &self.target, device)?;
-        let target = models::load_target(&self.target, dtype.kind(), device)?;
+        let dtype = Dtype::of_target(self.dtype, &self.target, devices.home)?;
+        let target = devices.load(&self.target, dtype.kind())?;
         super::train::fits_vocabulary(&tokenizer, target.info().vocab_size, &self.target)?;
         Ok(Models { target, tokenizer, dtype })
     }
@@ -92,11 +95,6 @@ impl DecodingArgs {
     pub(super) fn draft<'a>(&self, models: &'a Models) -> Result<Opened<'a>> {
         let sampling = DraftSampling::for_policy(self.policy()?, self.processors()?.temperature);
         open(self.draft.as_deref(), self.tree.as_deref(), (models.target.as_ref(), &self.target), sampling)
-    }
-
-    /// What `--device` says.
-    pub(super) fn device_name(&self) -> &str {
-        &self.device
     }
 
     pub(super) fn processors(&self) -> Result<Processors> {
@@ -153,7 +151,7 @@ impl DecodingArgs {
             target: ModelName::target(&self.target)?,
             draft: folder.map(ModelName::draft).transpose()?,
             dtype: models.dtype.name().to_owned(),
-            device: device::name(models.target.device()),
+            device: devices::of_target(models.target.as_ref()),
             vocabulary: models.target.info().vocab_size as usize,
             settings: Settings {
                 drafter: opened.method.clone(),
@@ -180,7 +178,7 @@ impl DecodingArgs {
             "max_new_tokens": self.max_new_tokens,
             "rows": max_rows,
             "dtype": models.dtype,
-            "device": device::name(models.target.device()),
+            "device": devices::of_target(models.target.as_ref()),
             "threads": tch::get_num_threads(),
         }))
     }

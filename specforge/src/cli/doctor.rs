@@ -3,17 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use tch::Device;
 
+use super::devices::DeviceArgs;
 use super::{Output, machine, note, numbers};
 use crate::config::Dtype;
 use crate::data::Message;
-use crate::device;
 use crate::doctor::{self, Case, Decoding, Prices, acceptance, report};
 use crate::error::{Error, Result};
 use crate::eval::acceptance::questions;
 use crate::export::Engine;
-use crate::models;
 
 #[derive(Debug, Args)]
 pub(super) struct DoctorArgs {
@@ -50,9 +48,8 @@ pub(super) struct DoctorArgs {
     /// target's files on CUDA.
     #[arg(long, requires = "draft")]
     dtype: Option<Dtype>,
-    /// auto, cpu, cuda or cuda:N.
-    #[arg(long, default_value = "auto")]
-    device: String,
+    #[command(flatten)]
+    devices: DeviceArgs,
 }
 
 pub(super) fn run(args: &DoctorArgs, output: &Output) -> Result<()> {
@@ -64,9 +61,9 @@ pub(super) fn run(args: &DoctorArgs, output: &Output) -> Result<()> {
 
 fn examine(args: &DoctorArgs, (path, draft): (&Path, &Path), output: &Output) -> Result<()> {
     let prices = args.report.as_deref().map(Prices::of_report).transpose()?;
-    let device: Device = device::choose(&args.device)?;
-    let dtype = Dtype::of_target(args.dtype, path, device)?;
-    let target = models::load_target(path, dtype.kind(), device)?;
+    let devices = args.devices.alone()?;
+    let dtype = Dtype::of_target(args.dtype, path, devices.home)?;
+    let target = devices.load(path, dtype.kind())?;
     let case = Case::open(draft, (path, target.as_ref()), args.checkpoint.as_deref(), args.engine)?;
     let decoding = match (&case.target.tokenizer, args.no_decode) {
         (Ok(tokenizer), false) => {

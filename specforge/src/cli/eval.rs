@@ -52,7 +52,7 @@ fn evaluate(args: &EvalArgs, meeting: Option<&Meeting>, output: &Output) -> Resu
     }
     let placement = meeting.map(Meeting::placement);
     let questions = questions::read(&args.data, args.limit)?;
-    let models = args.decoding.models_on(ranks::device(args.decoding.device_name(), placement)?)?;
+    let models = args.decoding.models_of(placement)?;
     let opened = args.decoding.draft(&models)?;
     opened.notes.iter().for_each(|line| note(format!("warning: {line}")));
     let settings = args.decoding.settings(&models, &opened, args.batch)?;

@@ -128,11 +128,11 @@ fn text(report: &ExportReport) -> String {
     let mut lines = vec![head];
     lines.extend(report.resolved.iter().map(|line| format!("  {}", foreign::one_line(line))));
     for known in &report.engines {
-        lines.push(match known.problems.is_empty() {
+        lines.push(match known.problems.is_empty() && known.unserved.is_none() {
             true => format!("{}: serves it", known.engine.name()),
             false => format!("{}: cannot serve it", known.engine.name()),
         });
-        let words = known.problems.iter().chain(&known.resolved);
+        let words = known.problems.iter().chain(&known.unserved).chain(&known.resolved);
         lines.extend(words.map(|line| format!("  {}", foreign::one_line(line))));
     }
     lines.join("\n")

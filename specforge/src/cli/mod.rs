@@ -14,6 +14,7 @@ mod bench_train;
 mod capture;
 mod compare;
 mod decoding;
+mod devices;
 mod doctor;
 mod eval;
 mod export;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
+use super::devices::DeviceArgs;
 use super::template::TemplateArgs;
 use super::{LazyProgress, Output, note, numbers, ranks};
 use crate::config::Dtype;
@@ -11,7 +12,6 @@ use crate::decode::drafter::{self, DraftSampling};
 use crate::decode::regenerate::{self, GenerationConfig, OnLength, RegenOptions, RegenReport};
 use crate::dist::{Meeting, SharedWork};
 use crate::error::{Error, Result, foreign};
-use crate::models;
 use crate::nn::Processors;
 use crate::stop::{Answer, Stop};
 
@@ -71,9 +71,8 @@ pub(super) struct RegenArgs {
     /// CUDA.
     #[arg(long)]
     dtype: Option<Dtype>,
-    /// auto, cpu, cuda or cuda:N.
-    #[arg(long, default_value = "auto")]
-    device: String,
+    #[command(flatten)]
+    devices: DeviceArgs,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -126,9 +125,9 @@ fn regenerate(args: &RegenArgs, meeting: Option<&Meeting>, stop: &Stop, output: 
         restart: args.restart,
     };
     options.check()?;
-    let device = ranks::device(&args.device, meeting.map(Meeting::placement))?;
+    let devices = args.devices.choose(&[], meeting.map(Meeting::placement))?;
     let tokenizer = args.template.tokenizer(&args.target)?;
-    let target = models::load_target(&args.target, Dtype::of_target(args.dtype, &args.target, device)?.kind(), device)?;
+    let target = devices.load(&args.target, Dtype::of_target(args.dtype, &args.target, devices.home)?.kind())?;
     let sampling = DraftSampling::for_policy(options.policy(), options.processors.temperature);
     let draft = drafter::open(args.draft.as_deref(), args.tree.as_deref(), (target.as_ref(), &args.target), sampling)?;
     draft.notes.iter().for_each(|line| note(format!("warning: {line}")));

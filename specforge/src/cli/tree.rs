@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 
+use super::devices::DeviceArgs;
 use super::template::TemplateArgs;
 use super::{LazyProgress, Output, note, numbers};
 use crate::config::Dtype;
@@ -14,10 +15,8 @@ use crate::decode::drafter::path_rates::{self, HeadRates, PathRates};
 use crate::decode::engine::EngineOptions;
 use crate::decode::policy::Policy;
 use crate::decode::regenerate::prompts::{Prompt, Prompts};
-use crate::device;
 use crate::error::{Error, Result, foreign};
 use crate::files;
-use crate::models;
 use crate::nn::Processors;
 
 /// Sizes that are reported beside the one asked for.
@@ -61,9 +60,8 @@ pub(super) struct TreeArgs {
     /// CUDA.
     #[arg(long)]
     dtype: Option<Dtype>,
-    /// auto, cpu, cuda or cuda:N.
-    #[arg(long, default_value = "auto")]
-    device: String,
+    #[command(flatten)]
+    devices: DeviceArgs,
 }
 
 /// Tokens a round of the best tree of a size, the target's own one included.
@@ -101,7 +99,7 @@ struct Report {
 pub(super) fn run(args: &TreeArgs, output: &Output) -> Result<()> {
     let processors = Processors::at_temperature(args.temperature);
     processors.check().map_err(|problem| Error::Usage(format!("--{problem}")))?;
-    let device = device::choose(&args.device)?;
+    let devices = args.devices.alone()?;
     let prompts = read_prompts(args)?;
     let tokenizer = args.template.tokenizer(&args.target)?;
     let mut encoded = Vec::with_capacity(prompts.len());
@@ -112,7 +110,7 @@ pub(super) fn run(args: &TreeArgs, output: &Output) -> Result<()> {
         let text = prepared.with_arguments(&prompt.template_arguments)?.render(question + 1, true)?;
         encoded.push(tokenizer.encode(&text)?);
     }
-    let target = models::load_target(&args.target, Dtype::of_target(args.dtype, &args.target, device)?.kind(), device)?;
+    let target = devices.load(&args.target, Dtype::of_target(args.dtype, &args.target, devices.home)?.kind())?;
     let heads = MedusaHeads::read(&args.draft, target.as_ref())?;
     let options = EngineOptions {
         processors,

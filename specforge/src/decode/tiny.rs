@@ -27,5 +27,5 @@ pub(crate) fn target_with(seed: u64, change: &dyn Fn(&str, Tensor) -> Tensor) ->
         let centred = if name.ends_with("norm.weight") { random + 1.0 } else { random };
         Ok(change(name, centred))
     };
-    LlamaTarget::build(config, Device::Cpu, &mut tensor).unwrap()
+    LlamaTarget::build(config, &mut tensor).unwrap()
 }

@@ -17,8 +17,16 @@ pub fn look(case: &Case<'_>, found: &mut Findings) -> Result<()> {
     let unserved = !asked.is_empty() && asked.iter().all(|known| !known.problems.is_empty());
     for known in asked {
         let name = known.engine.name();
-        if known.problems.is_empty() {
+        if known.problems.is_empty() && known.unserved.is_none() {
             found.ok(format!("{name} serves it"));
+        }
+        if let Some(problem) = &known.unserved {
+            let (text, advice) =
+                (format!("{name} {problem}"), "another engine, or another version of it, may: docs/engines.md");
+            match case.engine.is_some() {
+                true => found.fault(text, advice),
+                false => found.warning(text, advice),
+            }
         }
         for problem in &known.problems {
             let (text, advice) = (format!("{name} {problem}"), "see `specforge export --engine` and docs/engines.md");

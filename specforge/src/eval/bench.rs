@@ -15,7 +15,7 @@ use crate::decode::drafter::Plain;
 use crate::decode::event::Silent;
 use crate::decode::{Engine, EngineOptions, Policy, Request, engine};
 use crate::error::{Error, Result};
-use crate::models::{ForwardInput, LogitRows, TargetModel, load_target};
+use crate::models::{ForwardInput, Loading, LogitRows, Spread, TargetModel, load_target_with};
 use crate::nn::{AttentionMask, KvCache, Processors};
 use crate::tree::TokenTree;
 
@@ -38,6 +38,8 @@ pub struct BenchOptions {
     pub kind: Kind,
     /// Where to run.
     pub device: Device,
+    /// Devices of the layers, where there are several.
+    pub layers: Spread,
 }
 
 /// `RxT`: rows and tokens of a row.
@@ -158,7 +160,9 @@ pub fn run(options: &BenchOptions) -> Result<BenchReport> {
         tch::set_num_threads(threads);
     }
     let start = Instant::now();
-    let target = load_target(&options.target, options.kind, options.device)?;
+    let BenchOptions { kind, device, layers, .. } = options;
+    let loading = Loading { kind: *kind, device: *device, layers: Some(layers), copies: None };
+    let target = load_target_with(&options.target, &loading)?;
     let load_seconds = start.elapsed().as_secs_f64();
     let target = target.as_ref();
     check_context(options, target.info().max_position_embeddings)?;

@@ -79,6 +79,9 @@ pub struct EngineReport {
     pub resolved: Vec<String>,
     /// Why it cannot serve this draft as it was trained; nothing where it can.
     pub problems: Vec<String>,
+    /// Why it serves no draft of this kind beside this target, whatever the files hold; nothing where it does, or the target
+    /// is not known.
+    pub unserved: Option<String>,
     /// Whether it loads the files as they are, and does not need them converted.
     pub direct: bool,
 }
@@ -311,12 +314,18 @@ fn servable(report: &ExportReport, engine: Option<Engine>) -> Result<()> {
     // Who asks for no engine wants the files served as they are.
     let is_asked = |known: &&EngineReport| engine.map_or(known.direct, |one| one == known.engine);
     let asked: Vec<&EngineReport> = known.iter().filter(is_asked).collect();
-    if asked.is_empty() || asked.iter().any(|known| known.problems.is_empty()) {
+    // What an engine makes of the target is no fault of the files: it counts for who asks for that engine.
+    let of_target = |known: &EngineReport| known.unserved.clone().filter(|_| engine.is_some());
+    if asked.is_empty() || asked.iter().any(|known| known.problems.is_empty() && of_target(known).is_none()) {
         return Ok(());
     }
     let mut problem = "cannot be served as it was trained".to_owned();
     for known in asked {
-        known.problems.iter().for_each(|line| problem += &format!("\n  {}: {line}", known.engine.name()));
+        known
+            .problems
+            .iter()
+            .chain(&of_target(known))
+            .for_each(|line| problem += &format!("\n  {}: {line}", known.engine.name()));
     }
     Err(Error::bad_file(&report.path, problem))
 }

@@ -3,15 +3,18 @@
 //!
 //! Shape legend: see `nn`.
 
+use std::ops::Range;
+
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use super::keys::Keys;
 use super::rope_keys::RopeDesign;
 use super::{Family, ForwardInput, ForwardOutput, GetTensor, LogitRows, TargetInfo, TargetModel};
+use crate::device;
 use crate::error::{Error, Result};
 use crate::nn::rope::RopeTables;
-use crate::nn::{DecoderLayer, Embedding, Head, HeadForm, KvCache, LayerCache, Masks, RmsNorm, Rope};
+use crate::nn::{AttentionMask, DecoderLayer, Embedding, Head, HeadForm, KvCache, LayerCache, Masks, RmsNorm, Rope};
 use crate::weights::WeightsFolder;
 
 pub mod design;
@@ -40,7 +43,8 @@ pub const fn family<F: DecoderFamily>(model_type: &'static str) -> Family {
         tensors: |values| Ok(read::<F>(values)?.tensors()),
         check: Some(|values, weights| files::check(&checked::<F>(values)?, weights)),
         correct: Some(correct::<F>),
-        build: |values, device, tensor| Ok(Box::new(Decoder::build(&checked::<F>(values)?, device, tensor)?)),
+        spreads: true,
+        build: |values, _, tensor| Ok(Box::new(Decoder::build(&checked::<F>(values)?, tensor)?)),
         part: Some(|values, part, device, tensor| streamed::part(&checked::<F>(values)?, part, device, tensor)),
         tables: |values, tensor| tables(&checked::<F>(values)?, tensor),
         table_names: &[EMBEDDING, HEAD],
@@ -107,12 +111,21 @@ pub struct Decoder {
     layers: Vec<DecoderLayer>,
     norm: RmsNorm,
     head: Head,
+    stages: Vec<Stage>,
+}
+
+/// Layers that follow each other on one device, mostly all.
+struct Stage {
+    device: Device,
+    layers: Range<usize>,
+    /// The model's rotary embeddings.
     ropes: Vec<Rope>,
 }
 
 impl Decoder {
     /// Builds the model from a function that gives each tensor by name and shape.
-    pub fn build(design: &Design, device: Device, tensor: &mut GetTensor<'_>) -> Result<Self> {
+    /// A layer runs where its tensors are.
+    pub fn build(design: &Design, tensor: &mut GetTensor<'_>) -> Result<Self> {
         let shapes = design.shapes();
         let mut get = |name: &str| tensor(name, &shapes[name]);
         let table = get(EMBEDDING)?;
@@ -122,9 +135,15 @@ impl Decoder {
         }
         let norm = design.norm(get(NORM)?);
         let head = if design.sizes.tied { table.shallow_clone() } else { get(HEAD)? };
-        let ropes = design.ropes.iter().map(|rope| rope_of(rope, device)).collect();
         let (embedding, head) = (embedding(design, table), head_of(design, head));
-        Ok(Self { info: design.info(), embedding, layers, norm, head, ropes })
+        let (mut stages, mut first) = (Vec::new(), 0);
+        for run in layers.chunk_by(|one, next| one.device() == next.device()) {
+            let (device, end) = (run[0].device(), first + run.len());
+            let ropes = design.ropes.iter().map(|rope| rope_of(rope, device)).collect();
+            stages.push(Stage { device, layers: first..end, ropes });
+            first = end;
+        }
+        Ok(Self { info: design.info(), embedding, layers, norm, head, stages })
     }
 }
 
@@ -141,34 +160,55 @@ impl TargetModel for Decoder {
             window: layer.window,
         };
         let layers: Vec<LayerCache> = self.layers.iter().map(layer).collect();
-        KvCache::new(&layers, rows, capacity, (self.kind(), self.device()))
+        let devices: Vec<Device> =
+            self.stages.iter().flat_map(|stage| vec![stage.device; stage.layers.len()]).collect();
+        KvCache::on(&layers, &devices, (rows, capacity), self.kind())
     }
 
     fn forward(&self, input: &ForwardInput<'_>, mut cache: Option<&mut KvCache>) -> Result<ForwardOutput> {
         let _guard = tch::no_grad_guard();
         input.check(self.layers.len(), cache.as_deref())?;
         let (rows, tokens) = input.ids.size2()?;
-        let last = self.layers.len();
-        let mut masks = match cache.as_deref_mut() {
-            Some(cache) => cache.masks(input.mask, input.positions),
-            None => Masks::new(input.mask, input.positions),
+        let (last, home) = (self.layers.len(), self.device());
+        // Masks and rotary tables are made once for each device.
+        let away = |stage: &Stage| {
+            let to = stage.device;
+            (to != home).then(|| (device::moved(input.positions, to), input.mask.on(to)))
         };
-        let ropes: Vec<RopeTables> = self.ropes.iter().map(|rope| rope.tables(input.positions, self.kind())).collect();
+        let away: Vec<Option<(Tensor, AttentionMask)>> = self.stages.iter().map(away).collect();
+        let mut places: Vec<(Masks<'_>, Vec<RopeTables>)> = Vec::with_capacity(away.len());
+        for (stage, away) in self.stages.iter().zip(&away) {
+            let (positions, mask) = away.as_ref().map_or((input.positions, input.mask), |(there, mask)| (there, mask));
+            let masks = match cache.as_deref_mut() {
+                Some(cache) => cache.masks(mask, positions),
+                None => Masks::new(mask, positions),
+            };
+            places.push((masks, stage.ropes.iter().map(|rope| rope.tables(positions, self.kind())).collect()));
+        }
         let mut captured: Vec<(usize, Tensor)> = Vec::new();
         let mut keep = |index: usize, hidden: &Tensor| {
             if input.capture.contains(&index) {
-                captured.push((index, hidden.shallow_clone()));
+                captured.push((index, device::moved(hidden, home)));
             }
         };
 
         // A token id outside the vocabulary is an error of libtorch here, and the only one an input can cause from now on.
         let mut hidden = self.embedding.look_up(input.ids)?; // [B, T, H]
-        for (index, layer) in self.layers.iter().enumerate() {
-            keep(index, &hidden);
-            let cache = cache.as_mut().map(|cache| (&mut **cache, index));
-            let rope = layer.rope.map(|rope| &ropes[rope]);
-            hidden = layer.forward(&hidden, rope, masks.of(layer.window), cache);
+        for (stage, (masks, ropes)) in self.stages.iter().zip(&mut places) {
+            let from = hidden;
+            hidden = device::moved(&from, stage.device);
+            // What is captured at a border crosses it once.
+            keep(stage.layers.start, if from.device() == home { &from } else { &hidden });
+            for (index, layer) in stage.layers.clone().zip(&self.layers[stage.layers.clone()]) {
+                if index > stage.layers.start {
+                    keep(index, &hidden);
+                }
+                let cache = cache.as_mut().map(|cache| (&mut **cache, index));
+                let rope = layer.rope.map(|rope| &ropes[rope]);
+                hidden = layer.forward(&hidden, rope, masks.of(layer.window), cache);
+            }
         }
+        hidden = device::moved(&hidden, home);
         // The final norm works row by row: where only some rows are projected, only those are normed.
         if input.capture.contains(&last) || matches!(input.logits, LogitRows::All) {
             hidden = self.norm.forward(&hidden);
@@ -204,6 +244,10 @@ impl TargetModel for Decoder {
 
     fn device(&self) -> Device {
         self.embedding.device()
+    }
+
+    fn devices(&self) -> Vec<Device> {
+        self.stages.iter().map(|stage| stage.device).collect()
     }
 }
 

@@ -3,17 +3,20 @@
 //! A family is one file with a [`Family`] in it, and a line of `FAMILIES`. A program around this library adds others with
 //! [`add_family`]. Everything else asks the table, by way of [`TargetConfig`]: a configuration together with its family.
 
+use std::ops::Range;
 use std::path::Path;
 
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use super::parts::{LoadedPart, Part};
+use super::spread::{self, Spread, layer_of};
 use super::text_model;
 use super::{
     TargetInfo, TargetModel, TargetTables, gemma, gemma2, gemma3, gpt_oss, granite, llama, mistral, mixtral, olmo2,
     olmo3, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe, smollm3,
 };
+use crate::device;
 use crate::error::{Error, Result};
 use crate::gguf::packed;
 use crate::nn::{Embedding, Head};
@@ -49,6 +52,8 @@ pub struct Family {
     pub check: Option<fn(&Value, &WeightsFolder) -> Result<()>>,
     /// Corrects a configuration by checked files that are known to say it better, and tells the user; mostly none do.
     pub correct: Option<Correct>,
+    /// Whether layers run wherever their tensors are, so that they may be on several devices; the rest is on one.
+    pub spreads: bool,
     /// A model from its tensors.
     pub build: fn(&Value, Device, &mut GetTensor<'_>) -> Result<Box<dyn TargetModel>>,
     /// One layer, or the norm behind the last, from its tensors, for targets that are run one layer at a time; `None` where a
@@ -165,6 +170,31 @@ impl TargetConfig {
         (self.family.build)(&self.values, device, tensor)
     }
 
+    /// The layers of each device of several, with the bytes of their weights in elements of this kind. Tables and last norm
+    /// are on `home`.
+    pub fn blocks(&self, spread: &Spread, home: Device, kind: Kind) -> Result<Vec<Block>, String> {
+        if !self.family.spreads {
+            let family = self.family.model_type;
+            return Err(format!("layers of type `{family}` cannot be spread over devices (target.devices)"));
+        }
+        let tensors = (self.family.tensors)(&self.values)?;
+        let (bytes, beside) = spread::bytes(&tensors, self.info.num_layers(), kind);
+        let blocks = spread.blocks(&bytes, (home, beside)).map_err(|problem| format!("target.devices: {problem}"))?;
+        let block = |(device, layers): (Device, Range<usize>)| {
+            let bytes = bytes[layers.clone()].iter().sum();
+            Block { device, layers, bytes }
+        };
+        Ok(blocks.into_iter().map(block).collect())
+    }
+
+    /// Device of each layer.
+    fn devices(&self, spread: &Spread, loading: &Loading<'_>) -> Result<Vec<Device>, String> {
+        let blocks = self.blocks(spread, loading.device, loading.kind)?;
+        let words = blocks.iter().map(|block| format!("{} on {}", block.words(), device::name(block.device)));
+        progress::say(&format!("target: {}", words.collect::<Vec<_>>().join(", ")));
+        Ok(blocks.iter().flat_map(|block| vec![block.device; block.layers.len()]).collect())
+    }
+
     /// Refuses files whose tensors are not this model's.
     pub fn check(&self, weights: &WeightsFolder) -> Result<()> {
         match self.family.check {
@@ -193,6 +223,28 @@ impl TargetConfig {
     }
 }
 
+/// Layers of a target that one device of several has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Block {
+    /// The device.
+    pub device: Device,
+    /// Which layers, from 0; at least one.
+    pub layers: Range<usize>,
+    /// Bytes of their weights.
+    pub bytes: u64,
+}
+
+impl Block {
+    /// Such as `layers 0 to 3`.
+    pub fn words(&self) -> String {
+        let Range { start, end } = self.layers;
+        match end - start {
+            1 => format!("layer {start}"),
+            _ => format!("layers {start} to {}", end - 1),
+        }
+    }
+}
+
 /// The family that a configuration names, and its keys: those of its text model, where it has several.
 fn resolved(values: &Value) -> Result<(&'static Family, Value), String> {
     let Some(text) = text_model::keys(values) else { return Ok((family_of(values)?, values.clone())) };
@@ -218,6 +270,8 @@ pub struct Loading<'a> {
     pub kind: Kind,
     /// Where they go.
     pub device: Device,
+    /// Where the layers go instead; mostly nothing is spread.
+    pub layers: Option<&'a Spread>,
     /// Where the processes of this machine keep what they share of weights on the CPU, if there are several.
     pub copies: Option<SharedCopies<'a>>,
 }
@@ -234,20 +288,25 @@ impl Loading<'_> {
 
 /// Loads the model of a Hugging Face folder.
 pub fn load_target(path: &Path, kind: Kind, device: Device) -> Result<Box<dyn TargetModel>> {
-    load_target_with(path, &Loading { kind, device, copies: None })
+    load_target_with(path, &Loading { kind, device, layers: None, copies: None })
 }
 
-/// Loads the model of a Hugging Face folder, perhaps together with the other processes of this machine.
+/// Loads the model of a Hugging Face folder, perhaps over several devices, perhaps together with the other processes of this machine.
 pub fn load_target_with(path: &Path, loading: &Loading<'_>) -> Result<Box<dyn TargetModel>> {
     let (config, weights) = TargetConfig::open(path)?;
     let names: Vec<String> = config.tensors()?.into_iter().map(|(name, _)| name).collect();
     let weights = loading.arrange(weights, &names);
-    config.build(loading.device, &mut |name, _| weights.load(name, loading.kind, loading.device))
+    let devices = match loading.layers.filter(|layers| !layers.is_empty()) {
+        Some(layers) => config.devices(layers, loading).map_err(|problem| Error::bad_file(path, problem))?,
+        None => Vec::new(),
+    };
+    let of = |name: &str| layer_of(name).and_then(|layer| devices.get(layer)).copied().unwrap_or(loading.device);
+    config.build(loading.device, &mut |name, _| weights.load(name, loading.kind, of(name)))
 }
 
 /// Loads embedding and head of a Hugging Face folder. The layers must be in its files and are not read.
 pub fn load_tables(path: &Path, kind: Kind, device: Device) -> Result<TargetTables> {
-    load_tables_with(path, &Loading { kind, device, copies: None })
+    load_tables_with(path, &Loading { kind, device, layers: None, copies: None })
 }
 
 /// As [`load_tables`], perhaps together with the other processes of this machine.

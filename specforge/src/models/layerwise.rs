@@ -11,6 +11,7 @@ use tch::{Device, Kind, Tensor};
 use super::TargetInfo;
 use super::family::{BuildPart, TargetConfig};
 use super::parts::{LoadedPart, Part};
+use super::spread::layer_of;
 use crate::error::{Error, Result};
 use crate::nn::{Embedding, Head};
 use crate::weights::WeightsFolder;
@@ -136,22 +137,5 @@ impl LayerWise {
     /// Says that a part has been dropped: the system may take its pages back.
     pub fn release(&self, part: Part) {
         self.weights.release(&self.names(part));
-    }
-}
-
-/// Number of the layer that a tensor belongs to by its name, which is `....layers.NUMBER....` in Hugging Face's files.
-fn layer_of(name: &str) -> Option<usize> {
-    let mut words = name.split('.').skip_while(|word| *word != "layers").skip(1);
-    words.next()?.parse().ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_tensor_names_its_layer() {
-        let names = ["model.layers.12.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight", "layers.x.weight"];
-        assert_eq!(names.map(layer_of), [Some(12), None, None, None]);
     }
 }

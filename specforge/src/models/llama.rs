@@ -58,8 +58,8 @@ pub struct LlamaTarget {
 
 impl LlamaTarget {
     /// Builds the model from a function that gives each tensor by name and shape.
-    pub fn build(config: LlamaConfig, device: Device, tensor: &mut GetTensor<'_>) -> Result<Self> {
-        let decoder = Decoder::build(&config.design().map_err(Error::Failed)?, device, tensor)?;
+    pub fn build(config: LlamaConfig, tensor: &mut GetTensor<'_>) -> Result<Self> {
+        let decoder = Decoder::build(&config.design().map_err(Error::Failed)?, tensor)?;
         Ok(Self { config, decoder })
     }
 
@@ -96,6 +96,10 @@ impl TargetModel for LlamaTarget {
 
     fn device(&self) -> Device {
         self.decoder.device()
+    }
+
+    fn devices(&self) -> Vec<Device> {
+        self.decoder.devices()
     }
 }
 

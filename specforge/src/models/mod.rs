@@ -33,11 +33,12 @@ pub mod qwen3_moe;
 pub mod rope_keys;
 pub mod shared_target;
 pub mod smollm3;
+pub mod spread;
 pub mod stored_kind;
 pub mod text_model;
 
 pub use family::{
-    Correct, Family, GetTensor, Loading, TargetConfig, add_family, check, families, load_head, load_tables,
+    Block, Correct, Family, GetTensor, Loading, TargetConfig, add_family, check, families, load_head, load_tables,
     load_tables_with, load_target, load_target_with, read_info,
 };
 pub use identity::TargetIdentity;
@@ -45,6 +46,7 @@ pub use info::{LayerKind, LayerShape, ParameterCounts, PlainModel, TargetInfo};
 pub use layerwise::LayerWise;
 pub use llama::plain_model;
 pub use shared_target::{SharedTarget, TargetInUse};
+pub use spread::Spread;
 pub use stored_kind::stored_kind;
 pub use text_model::open_weights;
 
@@ -119,8 +121,12 @@ pub trait TargetModel: Send {
     fn head(&self) -> &Head;
     /// Element type of the weights.
     fn kind(&self) -> Kind;
-    /// Where the weights are.
+    /// Where embedding and head are, inputs are read and outputs come; mostly all weights.
     fn device(&self) -> Device;
+    /// Where the layers are, each device once.
+    fn devices(&self) -> Vec<Device> {
+        vec![self.device()]
+    }
 }
 
 /// What a draft takes from its target where the target itself is not run: what it is, and the two tables on either

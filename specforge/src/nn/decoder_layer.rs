@@ -3,7 +3,7 @@
 //! Families differ in which norms there are, in what stands between projections and scores, in what a layer sees and in its
 //! MLP. All of that is handed in; no family has a layer of its own.
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::activation::Activation;
 use super::attention::{Options, attention};
@@ -202,6 +202,11 @@ pub struct DecoderLayer {
 }
 
 impl DecoderLayer {
+    /// Where it runs.
+    pub fn device(&self) -> Device {
+        self.attention.output.weight.device()
+    }
+
     /// `[B, T, H]` to `[B, T, H]`. The mask is one for the layer's window, the tables are those of its rotary embedding.
     pub fn forward(
         &self,
@@ -234,7 +239,7 @@ fn read(input: &Tensor, norm: Option<&RmsNorm>) -> Tensor {
 
 #[cfg(test)]
 mod tests {
-    use tch::{Device, Kind};
+    use tch::Kind;
 
     use super::*;
     use crate::nn::mask::Masks;

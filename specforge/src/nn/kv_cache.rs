@@ -11,11 +11,16 @@
 //!
 //! Rows come and go in place. Of the rows that stay when others leave only those that change their place are copied, and
 //! the room of those that left takes the next ones in.
+//!
+//! Layers may be on several devices, and each layer's part is where the layer is.
 
 use tch::{Device, Kind, Tensor};
 
 use super::mask::{AttentionMask, Masks};
-use crate::device;
+
+mod shelf;
+
+use shelf::{Layer, Shelf};
 
 /// What one layer of a model keeps.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,21 +50,10 @@ impl LayerCache {
     }
 }
 
-/// What one layer keeps of the `B` rows there are, with room for more behind them, `R` in all.
-#[derive(Debug)]
-enum Layer {
-    /// `[R, G, capacity, D]` each.
-    Attention { key: Tensor, value: Tensor },
-    /// Behind the row's last token, `[R, ..]`, and behind each of the pass at hand, `[B, T, ..]`.
-    State { held: Tensor, pass: Option<Tensor> },
-}
-
 /// Tokens written behind the lengths and not yet kept.
 #[derive(Debug)]
 struct Pass {
     tokens: i64,
-    /// Where each row's tokens go, `[B, 1, T, 1]`; `None` where all rows have one length.
-    slots: Option<Tensor>,
     /// Whether no layer has written yet.
     is_new: bool,
 }
@@ -67,12 +61,10 @@ struct Pass {
 /// Keys, values and states of all layers.
 #[derive(Debug)]
 pub struct KvCache {
-    layers: Vec<Layer>,
+    /// All layers in order, those on one device together.
+    shelves: Vec<Shelf>,
     lengths: Vec<i64>,
     capacity: i64,
-    device: Device,
-    /// Positions of all slots, `[R, capacity]`, where a layer has a window.
-    positions: Option<Tensor>,
     /// Where the slots of each row, and of the room behind the rows, are zero from on: `R` numbers.
     clean_from: Vec<i64>,
     pass: Option<Pass>,
@@ -84,21 +76,32 @@ const GROWTH: i64 = 64;
 impl KvCache {
     /// An empty cache for `rows` sequences, with room for `capacity` tokens each before it has to grow.
     pub fn new(layers: &[LayerCache], rows: i64, capacity: i64, (kind, device): (Kind, Device)) -> Self {
-        // Zeros, not uninitialised memory: a hidden slot has weight zero, and zero times NaN is NaN.
-        let empty = |size: &[i64]| Tensor::zeros(size, (kind, device));
-        let has_windows = layers.iter().any(|layer| matches!(layer, LayerCache::Attention { window: Some(_), .. }));
-        let layers = layers.iter().map(|layer| match layer {
-            LayerCache::Attention { groups, key_dim, value_dim, .. } => Layer::Attention {
-                key: empty(&[rows, *groups, capacity, *key_dim]),
-                value: empty(&[rows, *groups, capacity, *value_dim]),
-            },
-            LayerCache::State { shape } => {
-                Layer::State { held: empty(&[&[rows][..], shape.as_slice()].concat()), pass: None }
-            }
-        });
-        let positions = has_windows.then(|| Tensor::zeros([rows, capacity], (Kind::Int64, device)));
+        let devices = vec![device; layers.len()];
+        Self::on(layers, &devices, (rows, capacity), kind)
+    }
+
+    /// The same for layers of which each has its device.
+    pub fn on(layers: &[LayerCache], devices: &[Device], (rows, capacity): (i64, i64), kind: Kind) -> Self {
+        assert_eq!(layers.len(), devices.len(), "one device for each layer");
+        let (mut shelves, mut first) = (Vec::new(), 0);
+        for run in devices.chunk_by(|one, other| one == other) {
+            let layers: Vec<&LayerCache> = layers[first..first + run.len()].iter().collect();
+            shelves.push(Shelf::new(&layers, first, (rows, capacity), (kind, run[0])));
+            first += run.len();
+        }
         let (lengths, clean_from) = (vec![0; rows as usize], vec![0; rows as usize]);
-        Self { layers: layers.collect(), lengths, capacity, device, positions, clean_from, pass: None }
+        Self { shelves, lengths, capacity, clean_from, pass: None }
+    }
+
+    /// Which shelf a layer is on.
+    fn shelf(&self, layer: usize) -> usize {
+        self.shelves.partition_point(|shelf| shelf.first <= layer).saturating_sub(1)
+    }
+
+    /// One layer's part.
+    fn layer(&self, layer: usize) -> &Layer {
+        let shelf = &self.shelves[self.shelf(layer)];
+        &shelf.layers[layer - shelf.first]
     }
 
     /// Number of tokens of every row.
@@ -121,19 +124,17 @@ impl KvCache {
         self.lengths.len() as i64
     }
 
-    /// Begins a pass over new tokens at `positions [B, T]`, and gives its masks.
+    /// Begins a pass over new tokens at `positions [B, T]`, and gives the masks of the layers on their device. Where layers
+    /// are on several devices, each is asked for before the first layer runs, with a mask and positions that are there.
     pub fn masks<'a>(&mut self, mask: &'a AttentionMask, positions: &'a Tensor) -> Masks<'a> {
-        let tokens = positions.size()[1];
-        self.begin_pass(tokens);
-        let end = self.len() + tokens;
-        let keys = self.positions.as_ref().map(|kept| {
-            let kept = kept.narrow(0, 0, self.rows());
-            match self.pass.as_ref().and_then(|pass| pass.slots.as_ref()) {
-                Some(slots) => drop(kept.shallow_clone().scatter_(1, &slots.view([-1, tokens]), positions)),
-                None => kept.narrow(1, self.lengths[0], tokens).copy_(positions),
-            }
-            kept.narrow(1, 0, end) // [B, S]
-        });
+        let (tokens, device) = (positions.size()[1], positions.device());
+        if !self.is_begun(tokens) {
+            self.begin_pass(tokens);
+        }
+        let (mut keys, end) = (None, self.len() + tokens);
+        for shelf in self.shelves.iter().filter(|shelf| shelf.device == device) {
+            keys = shelf.note_positions(positions, &self.lengths, end).or(keys); // [B, S]
+        }
         Masks::behind(mask, positions, &self.lengths, keys)
     }
 
@@ -143,36 +144,34 @@ impl KvCache {
     pub fn write(&mut self, layer: usize, key: &Tensor, value: &Tensor) -> (Tensor, Tensor) {
         let tokens = key.size()[2];
         self.enter(layer, tokens);
-        let slots = self.pass.as_ref().and_then(|pass| pass.slots.as_ref());
-        let Layer::Attention { key: keys, value: values } = &self.layers[layer] else {
-            panic!("layer {layer} keeps a state, no keys");
-        };
-        for (store, new) in [(keys, key), (values, value)] {
-            match slots {
-                Some(slots) => drop(store.shallow_clone().scatter_(2, &slots.expand_as(new), new)),
-                None => store.narrow(0, 0, self.rows()).narrow(2, self.lengths[0], tokens).copy_(new),
-            }
-        }
-        let (rows, end) = (self.rows(), self.len() + tokens);
-        let shown = |store: &Tensor| store.narrow(0, 0, rows).narrow(2, 0, end);
-        (shown(keys), shown(values))
+        let end = self.len() + tokens;
+        self.shelves[self.shelf(layer)].write(layer, key, value, (&self.lengths, end))
     }
 
     /// State of one layer behind the last token of every row, `[B, ..]`; zeros where a row holds none.
     pub fn state(&self, layer: usize) -> Tensor {
-        let Layer::State { held, .. } = &self.layers[layer] else { panic!("layer {layer} keeps keys, no state") };
+        let Layer::State { held, .. } = self.layer(layer) else { panic!("layer {layer} keeps keys, no state") };
         held.narrow(0, 0, self.rows())
     }
 
     /// Notes the states of one layer behind each new token, `[B, T, ..]`: behind a node of a tree, that of the path to it.
     pub fn write_states(&mut self, layer: usize, states: &Tensor) {
         self.enter(layer, states.size()[1]);
-        let Layer::State { pass, .. } = &mut self.layers[layer] else { panic!("layer {layer} keeps keys, no state") };
+        let shelf = self.shelf(layer);
+        let shelf = &mut self.shelves[shelf];
+        let Layer::State { pass, .. } = &mut shelf.layers[layer - shelf.first] else {
+            panic!("layer {layer} keeps keys, no state");
+        };
         *pass = Some(states.shallow_clone());
     }
 
+    /// Whether a pass of so many tokens has begun, and no layer has written yet.
+    fn is_begun(&self, tokens: i64) -> bool {
+        self.pass.as_ref().is_some_and(|pass| pass.is_new && pass.tokens == tokens)
+    }
+
     fn enter(&mut self, layer: usize, tokens: i64) {
-        if layer == 0 && !self.pass.as_ref().is_some_and(|pass| pass.is_new && pass.tokens == tokens) {
+        if layer == 0 && !self.is_begun(tokens) {
             self.begin_pass(tokens);
         }
         let pass = self.pass.as_mut().filter(|pass| pass.tokens == tokens);
@@ -190,22 +189,14 @@ impl KvCache {
         for ((clean, own), dirty) in self.clean_from.iter_mut().zip(&own_ends).zip(&dirty) {
             *clean = if *clean > *dirty { *clean } else { *own };
         }
-        let ragged = self.lengths.iter().any(|&length| length != self.lengths[0]);
-        let slots = ragged.then(|| {
-            let first = device::send(&Tensor::from_slice(&self.lengths), self.device).view([-1, 1, 1, 1]);
-            first + Tensor::arange(tokens, (Kind::Int64, self.device)).view([1, 1, -1, 1]) // [B, 1, T, 1]
-        });
-        self.pass = Some(Pass { tokens, slots, is_new: true });
+        self.shelves.iter_mut().for_each(|shelf| shelf.begin_pass(&self.lengths, tokens));
+        self.pass = Some(Pass { tokens, is_new: true });
     }
 
     /// Forgets what was written and not kept.
     fn end_pass(&mut self) {
         self.pass = None;
-        for layer in &mut self.layers {
-            if let Layer::State { pass, .. } = layer {
-                *pass = None;
-            }
-        }
+        self.shelves.iter_mut().for_each(Shelf::end_pass);
     }
 
     /// Moves every row's length by its own number of tokens, after all layers were written. Rows of a padded prefill
@@ -221,18 +212,7 @@ impl KvCache {
 
     /// Takes over the state behind one token of the pass in each row; a row with -1 keeps the state it has.
     fn hold(&mut self, last: &[i64]) {
-        let device = self.device;
-        for layer in &mut self.layers {
-            let Layer::State { held, pass: Some(pass) } = layer else { continue };
-            let index = |values: Vec<i64>| device::send(&Tensor::from_slice(&values), device);
-            let rows = last.len() as i64;
-            let mut held = held.narrow(0, 0, rows);
-            // All that a row may end with, one behind the other: the state before the pass, and those behind its tokens.
-            let all = Tensor::cat(&[&held.unsqueeze(1), &*pass], 1); // [B, 1 + T, ..]
-            let width = all.size()[1];
-            let places = (0..rows).zip(last).map(|(row, last)| row * width + 1 + last).collect();
-            held.copy_(&all.flatten(0, 1).index_select(0, &index(places)));
-        }
+        self.shelves.iter_mut().for_each(|shelf| shelf.hold(last));
     }
 
     /// Keeps those tokens of the pass that stand at the named places, ascending, and closes the gaps between them: what
@@ -275,29 +255,7 @@ impl KvCache {
             return;
         }
         let most = places.iter().map(Vec::len).max().unwrap_or(0) as i64;
-        let slots = |slot: &dyn Fn(&Vec<i64>, i64) -> i64| {
-            let rows = places.iter().zip(base);
-            let slots: Vec<i64> = rows
-                .flat_map(|(row, base)| (0..most).map(move |index| (row, base, index)))
-                .map(|(row, base, index)| base + slot(row, index))
-                .collect();
-            device::send(&Tensor::from_slice(&slots).view([-1, 1, most, 1]), self.device) // [B, 1, K, 1]
-        };
-        // Places that a shorter list lacks move onto themselves.
-        let from = slots(&|row, index| row.get(index as usize).copied().unwrap_or(index));
-        let to = slots(&|_, index| index);
-        for store in self.stores() {
-            let [_, groups, _, dim] = <[i64; 4]>::try_from(store.size()).expect("stores are [R, G, C, D]");
-            let shape = [self.rows(), groups, most, dim];
-            // Gathered into memory of its own first: the places may overlap.
-            let kept = store.gather(2, &from.expand(shape, false), false); // [B, G, K, D]
-            let _ = store.shallow_clone().scatter_(2, &to.expand(shape, false), &kept);
-        }
-        if let Some(positions) = &self.positions {
-            let (from, to) = (from.view([-1, most]), to.view([-1, most])); // [B, K]
-            let kept = positions.gather(1, &from, false);
-            let _ = positions.shallow_clone().scatter_(1, &to, &kept);
-        }
+        self.shelves.iter().for_each(|shelf| shelf.close_gaps(base, places, most));
     }
 
     /// Forgets the tokens of each row from `lengths` on. A row never grows this way.
@@ -311,13 +269,14 @@ impl KvCache {
         let ends = std::mem::replace(&mut self.lengths, lengths);
         let grown = self.lengths.iter().zip(&ends).find(|(keep, end)| keep > end);
         assert!(grown.is_none(), "truncating {ends:?} tokens to {:?} would show slots that hold nothing", self.lengths);
-        let has_states = self.layers.iter().any(|layer| matches!(layer, Layer::State { .. }));
+        let mut layers = self.shelves.iter().flat_map(|shelf| &shelf.layers);
+        let has_states = layers.any(|layer| matches!(layer, Layer::State { .. }));
         assert!(!has_states || self.lengths == ends, "states of tokens before the last are not kept");
     }
 
     /// Keys and values that one row of one layer holds, `[G, len, D]` each.
     pub fn contents(&self, layer: usize, row: usize) -> [Tensor; 2] {
-        let Layer::Attention { key, value } = &self.layers[layer] else {
+        let Layer::Attention { key, value } = self.layer(layer) else {
             panic!("layer {layer} keeps a state, no keys");
         };
         [key, value].map(|store| store.select(0, row as i64).narrow(1, 0, self.lengths[row]))
@@ -325,20 +284,18 @@ impl KvCache {
 
     /// Positions of the tokens that one row holds, `[len]`, where a layer has a window.
     pub fn positions(&self, row: usize) -> Option<Tensor> {
-        Some(self.positions.as_ref()?.select(0, row as i64).narrow(0, 0, self.lengths[row]))
+        let kept = self.shelves.iter().find_map(|shelf| shelf.positions.as_ref())?;
+        Some(kept.select(0, row as i64).narrow(0, 0, self.lengths[row]))
     }
 
     /// Number of layers.
     pub fn layers(&self) -> usize {
-        self.layers.len()
+        self.shelves.iter().map(|shelf| shelf.layers.len()).sum()
     }
 
     /// Keys and values of all layers that have some.
     fn stores(&self) -> impl Iterator<Item = &Tensor> {
-        self.layers.iter().flat_map(|layer| match layer {
-            Layer::Attention { key, value } => vec![key, value],
-            Layer::State { .. } => Vec::new(),
-        })
+        self.shelves.iter().flat_map(Shelf::stores)
     }
 
     /// Writes NaN wherever nothing is held, as a test of those who read.
@@ -384,12 +341,7 @@ impl KvCache {
         let (Some(first), Some(last)) = (spans().map(|span| *span.0).min(), spans().map(|span| *span.1).max()) else {
             return;
         };
-        let column = |values: &[i64]| device::send(&Tensor::from_slice(values), self.device).view([-1, 1, 1, 1]);
-        let slot = Tensor::arange_start(first, last, (Kind::Int64, self.device)).view([1, 1, -1, 1]);
-        let erased = slot.ge_tensor(&column(from)).logical_and(&slot.lt_tensor(&column(to))); // [B, 1, n, 1]
-        for store in self.stores() {
-            let _ = store.narrow(0, 0, self.rows()).narrow(2, first, last - first).masked_fill_(&erased, 0.0);
-        }
+        self.shelves.iter().for_each(|shelf| shelf.erase((from, to), (first, last)));
     }
 
     /// Keeps the rows named, in that order. Rows that keep their place are not touched.
@@ -413,30 +365,7 @@ impl KvCache {
     /// Copies rows over others, `(from, to)`.
     fn move_rows(&self, moved: &[(i64, i64)]) {
         let used = moved.iter().map(|&(from, _)| self.lengths[from as usize]).max().unwrap_or(0);
-        let overwritten = |from: i64| moved.iter().any(|&(_, to)| to == from);
-        let overlap = moved.iter().any(|&(from, _)| overwritten(from));
-        let index = overlap.then(|| {
-            let (from, to): (Vec<i64>, Vec<i64>) = moved.iter().copied().unzip();
-            [from, to].map(|rows| device::send(&Tensor::from_slice(&rows), self.device))
-        });
-        for mut held in self.held(0, self.room(), used) {
-            match &index {
-                // Gathered into memory of its own first.
-                Some([from, to]) => drop(held.index_copy_(0, to, &held.index_select(0, from))),
-                None => moved.iter().for_each(|&(from, to)| held.get(to).copy_(&held.get(from))),
-            }
-        }
-    }
-
-    /// All that `count` rows from `first` on hold in their first `used` slots: keys, values, positions and states.
-    fn held(&self, first: i64, count: i64, used: i64) -> Vec<Tensor> {
-        let mut held: Vec<Tensor> = self.stores().map(|store| store.narrow(2, 0, used)).collect();
-        held.extend(self.positions.as_ref().map(|positions| positions.narrow(1, 0, used)));
-        held.extend(self.layers.iter().filter_map(|layer| match layer {
-            Layer::State { held, .. } => Some(held.shallow_clone()),
-            Layer::Attention { .. } => None,
-        }));
-        held.iter().map(|tensor| tensor.narrow(0, first, count)).collect()
+        self.shelves.iter().for_each(|shelf| shelf.move_rows(moved, self.room(), used));
     }
 
     /// Adds the rows of another cache behind these.
@@ -448,8 +377,10 @@ impl KvCache {
             // By half, so that a batch that grows row by row is not copied for each of them.
             self.reserve_rows((first + more).max(first + first / 2));
         }
-        for (mut mine, theirs) in self.held(first, more, longest).into_iter().zip(other.held(0, more, longest)) {
-            mine.copy_(&theirs);
+        for (mine, theirs) in self.shelves.iter().zip(&other.shelves) {
+            for (mut mine, theirs) in mine.held(first, more, longest).into_iter().zip(theirs.held(0, more, longest)) {
+                mine.copy_(&theirs);
+            }
         }
         self.lengths.extend(&other.lengths);
         let new = first as usize..(first + more) as usize;
@@ -463,20 +394,7 @@ impl KvCache {
             return;
         }
         let held = self.rows();
-        let larger = |tensor: &Tensor| {
-            let mut size = tensor.size();
-            size[0] = rows;
-            let larger = Tensor::zeros(&size, (tensor.kind(), tensor.device()));
-            larger.narrow(0, 0, held).copy_(&tensor.narrow(0, 0, held));
-            larger
-        };
-        for layer in &mut self.layers {
-            match layer {
-                Layer::Attention { key, value } => (*key, *value) = (larger(key), larger(value)),
-                Layer::State { held, .. } => *held = larger(held),
-            }
-        }
-        self.positions = self.positions.as_ref().map(larger);
+        self.shelves.iter_mut().for_each(|shelf| shelf.grow_rows(rows, held));
         self.clean_from.truncate(held as usize);
         self.clean_from.resize(rows as usize, 0);
     }
@@ -511,17 +429,7 @@ impl KvCache {
 
     fn grow_to(&mut self, capacity: i64) {
         let more = capacity - self.capacity;
-        let grown = |tensor: &Tensor, axis: usize| {
-            let mut size = tensor.size();
-            size[axis] = more;
-            Tensor::cat(&[tensor, &Tensor::zeros(&size, (tensor.kind(), tensor.device()))], axis as i64)
-        };
-        for layer in &mut self.layers {
-            if let Layer::Attention { key, value } = layer {
-                (*key, *value) = (grown(key, 2), grown(value, 2));
-            }
-        }
-        self.positions = self.positions.as_ref().map(|positions| grown(positions, 1));
+        self.shelves.iter_mut().for_each(|shelf| shelf.grow_slots(more));
         self.capacity = capacity;
     }
 }

@@ -201,6 +201,18 @@ impl AttentionMask {
         }
     }
 
+    /// The same mask on another device.
+    pub fn on(&self, device: Device) -> Self {
+        match self {
+            AttentionMask::Causal => AttentionMask::Causal,
+            AttentionMask::Documents(lengths) => AttentionMask::Documents(lengths.clone()),
+            AttentionMask::Tree(TreeMask { base, seen }) => {
+                AttentionMask::Tree(TreeMask { base: base.clone(), seen: device::moved(seen, device) })
+            }
+            AttentionMask::Visible(visible) => AttentionMask::Visible(device::moved(visible, device)),
+        }
+    }
+
     /// Refuses a mask that is not one for `rows` of `tokens` new tokens behind `cached` ones.
     pub fn check(&self, (rows, tokens): (i64, i64), cached: Option<&[i64]>) -> Result<(), String> {
         match self {

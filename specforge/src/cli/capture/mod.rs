@@ -6,6 +6,7 @@ use clap::Args;
 use serde::Serialize;
 
 use self::elsewhere::ElsewhereArgs;
+use super::devices::DeviceArgs;
 use super::template::TemplateArgs;
 use super::{LazyProgress, Output, note, numbers, ranks, signals, train};
 use crate::config::RunConfig;
@@ -57,9 +58,8 @@ pub(super) struct CaptureArgs {
     /// Print documents, tokens, disk and, with --stream-layers, windows and memory, and stop. Loads no weights.
     #[arg(long)]
     plan: bool,
-    /// auto, cpu, cuda or cuda:N.
-    #[arg(long, default_value = "auto")]
-    device: String,
+    #[command(flatten)]
+    devices: DeviceArgs,
     #[command(flatten)]
     elsewhere: ElsewhereArgs,
 }
@@ -102,8 +102,11 @@ fn capture_with(
     let out = args.out.as_ref().or(config.target.feature_store.as_ref()).cloned().ok_or_else(|| {
         Error::Usage("--out: name the store's folder here, or as target.feature_store in the configuration".to_owned())
     })?;
-    let device = ranks::device(&args.device, placement)?;
-    let mut config = config.on(device)?;
+    let devices = args.devices.choose(&config.target.devices, placement)?;
+    if !devices.layers.is_empty() && (args.stream_layers || args.elsewhere.origin()?.is_some()) {
+        note("warning: target.devices is of no use here: this capture never loads all layers of the target");
+    }
+    let mut config = config.on(devices.home)?;
 
     let files = args.elsewhere.files()?;
     let tokenizer = config.data.tokenizer(&config.target.path)?;
@@ -159,7 +162,7 @@ fn capture_with(
     let pack_tokens = config.train.micro_batch_tokens;
     let kind = config.target.element_type().kind();
     let streamed = match args.stream_layers {
-        true => Some(LayerWise::open(path, kind, device)?),
+        true => Some(LayerWise::open(path, kind, devices.home)?),
         false => None,
     };
     let windows = |target: &LayerWise| Windows {
@@ -202,7 +205,7 @@ fn capture_with(
         }
         None => {
             let local_world_size = placement.map_or(1, |placement| placement.local_world_size);
-            let target = SharedTarget::from(train::load_shared(&config, device, local_world_size)?);
+            let target = SharedTarget::from(train::load_shared(&config, &devices, local_world_size)?);
             let head = target.in_use().head().share();
             let source = OnlineFeatures::new(target);
             let left = overview.tokens - overview.tokens_before;

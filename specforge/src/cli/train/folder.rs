@@ -56,6 +56,7 @@ const FREE: &[&str] = &[
     "eval",
     "parallel",
     "target.config",
+    "target.devices",
     "target.keep_hidden_states",
     "target.keep_hidden_mib",
     "data.cache_dir",

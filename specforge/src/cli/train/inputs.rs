@@ -2,8 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use tch::Device;
-
+use super::super::devices::Devices;
 use super::super::{LazyProgress, note};
 use crate::config::RunConfig;
 use crate::data::{BuildReport, ChatTokenizer, TokenCache};
@@ -84,7 +83,7 @@ pub(super) struct Target {
 /// each of them checks its share of a store.
 pub(super) fn target(
     config: &RunConfig,
-    device: Device,
+    devices: &Devices,
     local: Share,
     tokenizer: &ChatTokenizer,
     identity: &TargetIdentity,
@@ -96,9 +95,12 @@ pub(super) fn target(
         progress: &|done, total| converted(&progress, done, total),
         note: &|line| note(line),
     };
-    let loading = Loading { kind, device, copies: (local.of > 1).then_some(copies) };
+    let loading = Loading { copies: (local.of > 1).then_some(copies), ..devices.loading(kind) };
     if let Some(folder) = &config.target.feature_store {
         let decodes = config.eval.every > 0;
+        if !decodes && !devices.layers.is_empty() {
+            note("warning: target.devices is of no use here: the store stands for the target's layers");
+        }
         let model: Option<SharedTarget> =
             if decodes { Some(models::load_target_with(path, &loading)?.into()) } else { None };
         let tables = match &model {
@@ -115,7 +117,7 @@ pub(super) fn target(
     let tables = TargetTables::of(&*model.in_use());
     let online = OnlineFeatures::new(model.clone());
     let source = match config.target.keep_hidden_states {
-        true => Source::Remembered(RememberedFeatures::new(online, device, kept_bytes(config, local.of))),
+        true => Source::Remembered(RememberedFeatures::new(online, devices.home, kept_bytes(config, local.of))),
         false => Source::Online(online),
     };
     Ok(Target { tables, source, model: Some(model) })
@@ -125,7 +127,7 @@ pub(super) fn target(
 /// weights.
 pub(in crate::cli) fn load_shared(
     config: &RunConfig,
-    device: Device,
+    devices: &Devices,
     local_world_size: usize,
 ) -> Result<Box<dyn models::TargetModel>> {
     let progress = LazyProgress::new("convert the target", "MiB");
@@ -135,7 +137,7 @@ pub(in crate::cli) fn load_shared(
         note: &|line| note(line),
     };
     let (kind, copies) = (config.target.element_type().kind(), (local_world_size > 1).then_some(copies));
-    models::load_target_with(&config.target.path, &Loading { kind, device, copies })
+    models::load_target_with(&config.target.path, &Loading { copies, ..devices.loading(kind) })
 }
 
 /// Says how many bytes of a target are converted.

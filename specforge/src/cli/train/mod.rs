@@ -7,7 +7,8 @@ use clap::Args;
 use serde_json::{Value, json};
 use tch::Tensor;
 
-use super::{Output, note, ranks, record, signals};
+use super::devices::{DeviceArgs, Devices};
+use super::{Output, note, record, signals};
 use crate::checkpoint::manifest::MANIFEST_FILE;
 use crate::checkpoint::{self, Choice, Manifest, Versions};
 use crate::config::RunConfig;
@@ -51,18 +52,23 @@ pub(super) struct TrainArgs {
     /// Go on from a checkpoint of the output folder: a step, `best`, or the newest. Later checkpoints are set aside.
     #[arg(long, value_name = "STEP", num_args = 0..=1, default_missing_value = "newest")]
     resume: Option<Choice>,
-    /// auto, cpu, cuda or cuda:N.
-    #[arg(long, default_value = "auto")]
-    device: String,
+    #[command(flatten)]
+    devices: DeviceArgs,
 }
 
 pub(super) fn run(args: &TrainArgs, stop: &Stop, output: &Output) -> Result<()> {
     stop.set_answer(Answer::EndNow("stopping: nothing to save yet"));
-    let config = RunConfig::load(&args.config, &args.set)?;
+    let mut config = RunConfig::load(&args.config, &args.set)?;
+    config.target.devices = args.devices.list(&config.target.devices);
     let placement = Placement::from_environment()?;
     if args.plan {
-        let config = config.planned(|| ranks::device(&args.device, placement.as_ref()))?;
-        let plan = Plan::new(&config, placement.as_ref().map_or(1, |placement| placement.world_size))?;
+        let devices = || args.devices.named(&config.target.devices, placement.as_ref());
+        let config = config.planned(|| Ok(devices()?.home))?;
+        let mut plan = Plan::new(&config, placement.as_ref().map_or(1, |placement| placement.world_size))?;
+        if !config.target.devices.is_empty() {
+            let Devices { home, layers } = devices()?;
+            plan.spread(&config, &layers, home)?;
+        }
         if placement.is_none_or(|placement| placement.rank == 0) {
             output.result(&plan, || plan.to_string());
         }
@@ -85,7 +91,8 @@ pub(super) fn run(args: &TrainArgs, stop: &Stop, output: &Output) -> Result<()> 
 fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: &Stop, output: &Output) -> Result<()> {
     let placement = meeting.map(Meeting::placement);
     let is_first = placement.is_none_or(|placement| placement.rank == 0);
-    let device = ranks::device(&args.device, placement)?;
+    let devices = args.devices.choose(&config.target.devices, placement)?;
+    let device = devices.home;
     let config = &config.on(device)?;
     if config.train.deterministic {
         device::check_determinism(device)?;
@@ -155,7 +162,7 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
     });
     note(format!("loading {} on {}", config.target.path.display(), device::name(device)));
     let identity = content.target()?;
-    let Target { tables, source, model } = inputs::target(config, device, local, &tokenizer, &identity)?;
+    let Target { tables, source, model } = inputs::target(config, &devices, local, &tokenizer, &identity)?;
     let dimensions = &tables.info;
     inputs::fits_vocabulary(&tokenizer, dimensions.vocab_size, &config.target.path)?;
     for cache in [Some(&train_cache), eval_cache.as_ref()].into_iter().flatten() {

@@ -378,8 +378,7 @@ fn drafts_of_another_target_are_refused() {
     let target = target(1, 1.0, Kind::Double);
     let mut config: LlamaConfig = target.config().clone();
     config.vocab_size = 65;
-    let larger =
-        LlamaTarget::build(config, Device::Cpu, &mut |_, shape| Ok(Tensor::zeros(shape, (Kind::Double, Device::Cpu))));
+    let larger = LlamaTarget::build(config, &mut |_, shape| Ok(Tensor::zeros(shape, (Kind::Double, Device::Cpu))));
     let drafter = ModelDrafter::new(Box::new(larger.unwrap()), target.info(), SMALL, DraftSampling::Greedy);
     assert!(drafter.err().unwrap().to_string().contains("65 tokens, the target 64"));
     let wrong = DynamicTree { top_k: 0, ..SMALL };

@@ -460,6 +460,11 @@ impl Target {
         Some(Self { architectures: values.get("architectures").cloned(), ..sizes })
     }
 
+    /// Classes that engines build it by.
+    pub(super) fn architectures(&self) -> impl Iterator<Item = &str> {
+        self.architectures.iter().filter_map(Value::as_array).flatten().filter_map(Value::as_str)
+    }
+
     /// Whether a draft of this shape is one for this target.
     pub(super) fn fits(&self, path: &Path, shape: &Eagle3Shape) -> Result<()> {
         let layers = |layers: usize| i64::try_from(layers).unwrap_or(i64::MAX);

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::config::{self, Target};
 use super::read::Folder;
-use super::{D2T, Layout, gguf, twin_norm};
+use super::{D2T, Layout, gguf, targets, twin_norm};
 use crate::export::{Engine, EngineReport};
 use crate::nn::RopeScaling;
 
@@ -14,9 +14,10 @@ use crate::nn::RopeScaling;
 pub(super) fn report(engine: Engine, folder: &Folder, target: Option<&Target>) -> EngineReport {
     let (mut resolved, mut problems) = (Vec::new(), Vec::new());
     let direct = engine != Engine::LlamaCpp || folder.layout == Layout::Gguf;
+    let unserved = targets::refusal(engine, target);
     if engine == Engine::Sglang && folder.layout == Layout::Speculators {
         problems.push("does not read the speculators format; write --format eagle3".to_owned());
-        return EngineReport { engine, resolved, problems, direct };
+        return EngineReport { engine, resolved, problems, unserved, direct };
     }
     captured(engine, folder, target, &mut resolved, &mut problems);
     match engine {
@@ -39,7 +40,7 @@ pub(super) fn report(engine: Engine, folder: &Folder, target: Option<&Target>) -
     let feedback = if folder.keys.norm_output == Some(true) { "normed" } else { "un-normed" };
     let embedding = if shape.hidden_size == shape.target_hidden_size { "the target's" } else { "the draft's own" };
     resolved.push(format!("next feature: the {feedback} output; embedding: {embedding}"));
-    EngineReport { engine, resolved, problems, direct }
+    EngineReport { engine, resolved, problems, unserved, direct }
 }
 
 fn variant(scaling: &RopeScaling) -> String {

@@ -13,14 +13,15 @@ use candle_core::quantized::gguf_file::Value as GgufValue;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::{D2T, T2D, config, trained_tensor};
+use super::{D2T, T2D, config, targets, trained_tensor};
 use crate::draft::eagle3::Eagle3Shape;
 use crate::error::{Error, Result};
-use crate::export::Source;
+use crate::export::{Engine, Source};
 use crate::files;
 use crate::gguf::write::{self, Numbers, WrittenTensor};
 use crate::gguf::{Dimensions, GgufFile, Metadata, Rope, packed, row_in_halves, vocabulary};
 use crate::nn::{RopeConfig, RopeScaling};
+use crate::progress;
 use crate::vocab::VocabMap;
 
 /// What `general.architecture` says.
@@ -78,6 +79,11 @@ pub(super) fn write(source: &Source, out: &Path) -> Result<()> {
     let problems = inexpressible(&shape);
     if !problems.is_empty() {
         return Err(Error::Failed(format!("a GGUF file cannot say what this draft is: {}", problems.join("; "))));
+    }
+    // The file does not name its target's class: it is said here or never.
+    let target = config::Target::read(Some(&source.target));
+    if let Some(problem) = targets::refusal(Engine::LlamaCpp, target.as_ref()) {
+        progress::say(&format!("warning: {} {problem}", Engine::LlamaCpp.name()));
     }
     let tokenizer = vocabulary::of(&source.target)?;
     let size = tokenizer.iter().find_map(|(key, value)| match value {

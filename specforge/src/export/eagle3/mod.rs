@@ -29,6 +29,7 @@ mod engines;
 mod gguf;
 mod pickled;
 mod read;
+mod targets;
 mod warm_start;
 
 pub use config::{default_capture, inputs_of};

@@ -26,7 +26,7 @@ fn target(kind: Kind) -> LlamaTarget {
         let deviation = if shape.len() == 1 { 0.1 } else { 1.0 / (shape[1] as f64).sqrt() };
         Ok((noise::normal(shape, deviation, 5, stream) + norm).to_kind(kind))
     };
-    LlamaTarget::build(config(), Device::Cpu, &mut tensor).unwrap()
+    LlamaTarget::build(config(), &mut tensor).unwrap()
 }
 
 fn tokens(count: usize, seed: u64) -> Vec<i64> {
@@ -400,8 +400,7 @@ fn fitted(tied: bool, change: &dyn Fn(&mut NamedTensors)) -> Result<(bool, Vec<S
     files::check(&design, &weights)?;
     let (tied, warnings) = files::fit(&design, &weights)?;
     let config = LlamaConfig { tie_word_embeddings: tied, ..config };
-    let built =
-        LlamaTarget::build(config.clone(), Device::Cpu, &mut |name, _| weights.load(name, Kind::Float, Device::Cpu))?;
+    let built = LlamaTarget::build(config.clone(), &mut |name, _| weights.load(name, Kind::Float, Device::Cpu))?;
     let is_embedding = built.head().weight.equal(&built.embedding().table);
     assert_eq!(config.tie_word_embeddings, is_embedding);
     Ok((is_embedding, warnings))
