@@ -21,6 +21,7 @@ pub mod threads;
 pub mod data;
 pub mod dist;
 pub mod nn;
+pub mod serving;
 pub mod tree;
 pub mod vocab;
 pub mod weights;

@@ -14,12 +14,10 @@ use specforge::features::{FeatureSource, Recognition, ServedFeatures};
 use specforge::weights;
 use tch::{Kind, Tensor};
 
-use self::server::{Reply, Server};
 use super::elsewhere::{Known, LAYERS, assert_same_shards, known, taught};
 use super::{capture, capture_command, offline, refused};
 use crate::fixture::{Workspace, json_of};
-
-mod server;
+use crate::http_server::{Reply, Server};
 
 const FLOAT32: [&str; 4] = ["--dtype", "float32", "--shard-tokens", "500"];
 

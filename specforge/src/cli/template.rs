@@ -21,13 +21,19 @@ pub(super) struct TemplateArgs {
 }
 
 impl TemplateArgs {
-    fn arguments(&self) -> Result<Map<String, Value>> {
+    /// Values the template is given besides the conversation.
+    pub(super) fn arguments(&self) -> Result<Map<String, Value>> {
         let Some(text) = &self.template_arguments else { return Ok(Map::new()) };
         match serde_json::from_str(text) {
             Ok(Value::Object(object)) => Ok(object),
             Ok(_) => Err(Error::Usage(format!("--template-arguments: expected a JSON object, got `{text}`"))),
             Err(error) => Err(Error::Usage(format!("--template-arguments: `{text}` is not JSON: {error}"))),
         }
+    }
+
+    /// Whether a template of its own is given.
+    pub(super) fn names_a_file(&self) -> bool {
+        self.chat_template.is_some()
     }
 
     /// The tokenizer of a model folder with this template.

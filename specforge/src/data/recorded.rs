@@ -12,11 +12,12 @@
 
 use std::sync::OnceLock;
 
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::Supervise;
 use super::conversation::{Conversation, Message};
-use super::loss_mask::trained_turns;
+use super::loss_mask::{render_supervised, trained_turns};
 use super::marks::Finish;
 use super::tokenizer::{ChatTokenizer, hex};
 use crate::error::{Error, Result};
@@ -73,6 +74,15 @@ pub fn prompt_hash(tokens: &[u32]) -> String {
     let mut hash = Sha256::new();
     tokens.iter().for_each(|token| hash.update(token.to_le_bytes()));
     hex(&hash.finalize()[..8])
+}
+
+/// Refuses a conversation that training could not read: ids that are not what the message says, a prompt that is rendered
+/// otherwise here, and where there are no ids, answers that the template does not show whole.
+pub fn check(tokenizer: &ChatTokenizer, conversation: &Conversation) -> Result<()> {
+    match Vocabulary::default().ids_of(tokenizer, conversation) {
+        Ids::Own => documents(tokenizer, conversation, Supervise::Assistant).map(drop),
+        Ids::None | Ids::Foreign => render_supervised(tokenizer, conversation, Supervise::Assistant).map(drop),
+    }
 }
 
 /// The documents of a conversation. An error is the reason why it cannot be used.
@@ -132,15 +142,37 @@ fn answer<'a>(tokenizer: &ChatTokenizer, message: &'a Message) -> Result<&'a [u3
         _ if ends(ids) => &ids[..ids.len() - 1],
         _ => ids,
     };
-    let text = tokenizer.decode(said, false).map_err(|error| error.to_string())?;
-    if message.content.as_deref().unwrap_or_default() != text {
+    let decode = |plain: bool| tokenizer.decode(said, plain).map_err(|error| error.to_string());
+    let text = decode(false)?;
+    let content = message.content.as_deref().unwrap_or_default();
+    if content != text && !is_served(message, &decode(true)?) {
         return Err(format!(
             "`content` is not what `token_ids` spell ({}): if the text was corrected on purpose, remove `token_ids`, \
              and the text is trained",
-            first_difference(message.content.as_deref().unwrap_or_default(), &text),
+            first_difference(content, &text),
         ));
     }
     Ok(ids)
+}
+
+/// Whether a serving engine would make this message of a text: it leaves special tokens out, and takes thoughts and calls of
+/// tools out of what is said, with white space around them.
+fn is_served(message: &Message, text: &str) -> bool {
+    let content = message.content.as_deref().unwrap_or_default().trim();
+    let thoughts = message.extra.get("reasoning_content").and_then(Value::as_str).unwrap_or_default().trim();
+    let calls = message.extra.get("tool_calls").and_then(Value::as_array).filter(|calls| !calls.is_empty());
+    if thoughts.is_empty() && calls.is_none() {
+        return content == text.trim();
+    }
+    // What is left of the text behind a part, where it holds the part.
+    let behind = |text: &str, part: &str| text.find(part).map(|at| text[at + part.len()..].to_owned());
+    let Some(rest) = behind(text, thoughts).and_then(|rest| behind(&rest, content)) else { return false };
+    let names = calls.into_iter().flatten().filter_map(|call| call.pointer("/function/name")?.as_str());
+    let all_named = names.fold(true, |all, name| all && text.contains(name));
+    // Without calls nothing stands behind what is said; behind thoughts alone the sign that ends them may.
+    let rest = rest.trim();
+    let is_sign = rest.starts_with('<') && rest.ends_with('>') && !rest.contains(char::is_whitespace);
+    all_named && (calls.is_some() || rest.is_empty() || (content.is_empty() && is_sign))
 }
 
 /// A few characters of both around where they part.
@@ -264,6 +296,19 @@ mod tests {
             assert!(message.contains(reason), "{message}");
         };
         refused(&|talk| talk.messages[1].content = Some("hoho".to_owned()), "message 2: `content` is not what");
+        let of_server = |thoughts: &str, content: &str| {
+            let mut parts = good.clone();
+            parts.messages[1].content = Some(content.to_owned());
+            parts.messages[1].extra.insert("reasoning_content".to_owned(), thoughts.into());
+            // The template of this test shows no thoughts: the prompts behind are other ones.
+            parts.messages.truncate(2);
+            documents(&tokenizer, &parts, Supervise::Assistant).map_err(|error| error.to_string())
+        };
+        assert!(of_server("h", "o").is_ok() && of_server("ho", "").is_ok());
+        for (thoughts, content) in [("o", "h"), ("h", "a"), ("x", "o"), ("", "h")] {
+            let problem = of_server(thoughts, content).unwrap_err();
+            assert!(problem.contains("message 2: `content` is not what"), "{thoughts}|{content}: {problem}");
+        }
         refused(&|talk| talk.messages[0].content = Some("HI".to_owned()), "message 2: the prompt is not the one");
         refused(&|talk| talk.messages[3].marks.token_ids = None, "message 4: has no `token_ids`, and other answers");
         refused(&|talk| talk.messages[3].marks.token_ids = Some(vec![1 << 30]), "names token 1073741824");

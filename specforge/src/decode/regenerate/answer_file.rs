@@ -9,11 +9,13 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
+
 use super::OnLength;
 use super::prompts::{Prompts, bad_line};
 use super::run_record::RunRecord;
 use crate::data::Finish;
-use crate::data::conversation::{Sample, parse_sample};
+use crate::data::conversation::{Message, Sample, parse_sample};
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -63,7 +65,7 @@ impl AnswerFile {
         let file = open_locked(path)?;
         let mut answers =
             Self { path: path.to_path_buf(), file, length: 0, lines: Vec::new(), unsynced: 0, synced: Instant::now() };
-        answers.read_back(prompts, record.on_length())?;
+        answers.read_back(prompts, record.on_length()?)?;
         Ok(answers)
     }
 
@@ -146,7 +148,7 @@ impl AnswerFile {
 }
 
 /// The row a line answers. What was asked must be what the prompts ask.
-fn row_of(bytes: &[u8], prompts: &Prompts, on_length: OnLength) -> Result<usize, String> {
+pub(super) fn row_of(bytes: &[u8], prompts: &Prompts, on_length: OnLength) -> Result<usize, String> {
     let Sample::Conversation(conversation) = parse_sample(bytes, String::new)? else {
         return Err("expected a conversation, got text".to_owned());
     };
@@ -154,17 +156,24 @@ fn row_of(bytes: &[u8], prompts: &Prompts, on_length: OnLength) -> Result<usize,
     let row = prompts.find(id).ok_or_else(|| format!("row `{id}` is not among the prompts"))?;
     let prompt = &prompts.rows[row];
     let asked: Vec<_> = conversation.messages.iter().filter(|message| !message.is_assistant()).collect();
-    let cut = conversation.messages.last().is_some_and(|last| last.marks.finish == Some(Finish::Length));
-    let expected = match on_length {
-        // What stands behind a cut answer was not asked.
-        OnLength::Stop if cut => &prompt.messages[..asked.len().min(prompt.messages.len())],
-        _ => &prompt.messages,
+    let ends_there = |last: &Message| {
+        // What stands behind a cut answer was not asked, and neither what stands behind a call of a tool.
+        (on_length == OnLength::Stop && last.marks.finish == Some(Finish::Length)) || calls_tools(last)
+    };
+    let expected = match conversation.messages.last().is_some_and(ends_there) {
+        true => &prompt.messages[..asked.len().min(prompt.messages.len())],
+        false => &prompt.messages,
     };
     let same = conversation.tools == prompt.tools && conversation.template_arguments == prompt.template_arguments;
     if !same || !asked.into_iter().eq(expected) {
         return Err(format!("the prompt of row `{id}` has changed since it was answered"));
     }
     Ok(row)
+}
+
+/// Whether an answer calls tools, whose results nobody knows here: it ends its conversation.
+pub(super) fn calls_tools(answer: &Message) -> bool {
+    answer.extra.get("tool_calls").and_then(Value::as_array).is_some_and(|calls| !calls.is_empty())
 }
 
 fn open_locked(path: &Path) -> Result<File> {

@@ -2,12 +2,11 @@
 //! [`SharedWork`] that they take rows from, so that there is one file, one lock, and one order however many there are.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::RegenOptions;
 use super::answer_file::{AnswerFile, beside};
 use super::cut_file::CutFile;
 use super::prompts::{Prompt, Prompts};
@@ -23,9 +22,25 @@ pub(super) enum Outcome {
     /// It is left out, because an answer was cut off.
     Cut { row: usize, turn: usize },
     /// It cannot be answered.
-    Failed { row: usize, turn: usize, error: String },
+    Failed {
+        row: usize,
+        turn: usize,
+        error: String,
+        /// Who was asked, and how often, where it was a server.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        asked: Option<Asked>,
+    },
     /// What one process counted.
     Counted(Tally),
+}
+
+/// A server that did not answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Asked {
+    /// How often the question was asked.
+    pub(super) attempts: u32,
+    /// Who was asked last.
+    pub(super) server: String,
 }
 
 impl Outcome {
@@ -79,10 +94,15 @@ pub(super) struct Books<'a> {
 
 impl<'a> Books<'a> {
     /// Opens the files and learns what earlier runs did. The second value is the rows that are left, in their order.
-    pub(super) fn open(options: &RegenOptions, prompts: &'a Prompts, record: &RunRecord) -> Result<(Self, Vec<usize>)> {
-        let answers = AnswerFile::open(&options.out, prompts, record, options.restart)?;
-        let errors = ErrorFile::begin(beside(&options.out, ".errors.jsonl"), prompts)?;
-        let cut = CutFile::open(beside(&options.out, ".cut.jsonl"), prompts)?;
+    pub(super) fn open(
+        out: &Path,
+        restart: bool,
+        prompts: &'a Prompts,
+        record: &RunRecord,
+    ) -> Result<(Self, Vec<usize>)> {
+        let answers = AnswerFile::open(out, prompts, record, restart)?;
+        let errors = ErrorFile::begin(beside(out, ".errors.jsonl"), prompts)?;
+        let cut = CutFile::open(beside(out, ".cut.jsonl"), prompts)?;
         let mut done = vec![false; prompts.rows.len()];
         answers.rows().for_each(|row| done[row] = true);
         let answered_before = done.iter().filter(|&&done| done).count();
@@ -99,9 +119,14 @@ impl<'a> Books<'a> {
     }
 
     /// Enters an outcome that came as text.
-    pub(super) fn enter(&mut self, text: &[u8]) -> Result<()> {
+    pub(super) fn enter_text(&mut self, text: &[u8]) -> Result<()> {
+        let foreign = |error: serde_json::Error| Error::Failed(format!("an outcome of a row: {error}"));
+        self.enter(serde_json::from_slice(text).map_err(foreign)?)
+    }
+
+    /// Enters an outcome.
+    pub(super) fn enter(&mut self, outcome: Outcome) -> Result<()> {
         let foreign = |problem: String| Error::Failed(format!("an outcome of a row: {problem}"));
-        let outcome = serde_json::from_slice(text).map_err(|error| foreign(error.to_string()))?;
         let prompt = |row: usize| {
             self.prompts.rows.get(row).ok_or_else(|| foreign(format!("row {row} of {}", self.prompts.rows.len())))
         };
@@ -116,10 +141,15 @@ impl<'a> Books<'a> {
                 self.dropped += 1;
                 self.cut.append(id, *line, turn)?;
             }
-            Outcome::Failed { row, turn, error } => {
+            Outcome::Failed { row, turn, error, asked } => {
                 let Prompt { id, line, .. } = prompt(row)?;
                 self.failed += 1;
-                self.errors.append(&json!({"id": id, "line": line, "turn": turn, "error": error}))?;
+                let mut entry = json!({"id": id, "line": line, "turn": turn, "error": error});
+                if let Some(Asked { attempts, server }) = asked {
+                    entry["attempts"] = attempts.into();
+                    entry["server"] = server.into();
+                }
+                self.errors.append(&entry)?;
             }
             Outcome::Counted(tally) => self.tally.add(tally),
         }

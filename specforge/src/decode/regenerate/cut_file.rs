@@ -2,7 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
@@ -20,27 +20,33 @@ pub(super) struct CutFile {
 impl CutFile {
     /// Learns which rows an earlier run left out. A torn last line is a row that is tried again.
     pub(super) fn open(path: PathBuf, prompts: &Prompts) -> Result<Self> {
-        let mut rows = Vec::new();
-        if path.exists() {
-            let text = std::fs::read(&path).map_err(Error::io("read", &path))?;
-            let whole = text.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
-            for (number, line) in
-                text[..whole].split(|&byte| byte == b'\n').enumerate().filter(|(_, line)| !line.is_empty())
-            {
-                let line: Value = serde_json::from_slice(line).map_err(|error| Error::BadLine {
-                    path: path.clone(),
-                    line: number + 1,
-                    problem: format!("is not JSON: {error}; remove the file to have its rows answered again"),
-                })?;
-                // A row that is no longer asked was not answered either.
-                rows.extend(line.get("id").and_then(Value::as_str).and_then(|id| prompts.find(id)));
-            }
-            if whole < text.len() {
-                let file = OpenOptions::new().write(true).open(&path).map_err(Error::io("open", &path))?;
-                file.set_len(whole as u64).map_err(Error::io("cut the torn last line of", &path))?;
-            }
+        let (rows, whole, length) = Self::read(&path, prompts)?;
+        if whole < length {
+            let file = OpenOptions::new().write(true).open(&path).map_err(Error::io("open", &path))?;
+            file.set_len(whole as u64).map_err(Error::io("cut the torn last line of", &path))?;
         }
         Ok(Self { path, file: None, rows })
+    }
+
+    /// Rows of a file, the bytes of its whole lines, and all of its bytes. Changes nothing.
+    pub(super) fn read(path: &Path, prompts: &Prompts) -> Result<(Vec<usize>, usize, usize)> {
+        let mut rows = Vec::new();
+        if !path.exists() {
+            return Ok((rows, 0, 0));
+        }
+        let text = std::fs::read(path).map_err(Error::io("read", path))?;
+        let whole = text.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
+        let lines = text[..whole].split(|&byte| byte == b'\n').enumerate();
+        for (number, line) in lines.filter(|(_, line)| !line.is_empty()) {
+            let line: Value = serde_json::from_slice(line).map_err(|error| Error::BadLine {
+                path: path.to_path_buf(),
+                line: number + 1,
+                problem: format!("is not JSON: {error}; remove the file to have its rows answered again"),
+            })?;
+            // A row that is no longer asked was not answered either.
+            rows.extend(line.get("id").and_then(Value::as_str).and_then(|id| prompts.find(id)));
+        }
+        Ok((rows, whole, text.len()))
     }
 
     /// Rows that earlier runs left out.

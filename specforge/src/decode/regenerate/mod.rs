@@ -22,7 +22,7 @@
 //! interrupted. The rounding of float32 and bfloat16 depends on the batch's shape: where two tokens are equally likely
 //! to within that error, the choice between them may differ from run to run.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -46,11 +46,16 @@ use crate::nn::Processors;
 mod answer_file;
 mod books;
 mod cut_file;
+mod dialogue;
+mod estimate;
 pub mod generation_config;
 pub mod prompts;
 mod run_record;
+pub mod served;
 
 use books::{Books, Outcome, Tally};
+use dialogue::Dialogue;
+pub use estimate::{Estimate, Look, Measure, Measured};
 pub use generation_config::GenerationConfig;
 use prompts::{Prompt, Prompts};
 use run_record::RunRecord;
@@ -126,15 +131,7 @@ impl RegenOptions {
                 return Err(Error::config(key, "expected at least 1, got 0"));
             }
         }
-        let temperature = self.processors.temperature;
-        if !temperature.is_finite() || temperature < 0.0 {
-            let problem = format!("expected 0 (greedy) or a positive number, got {temperature}");
-            return Err(Error::config("temperature", problem));
-        }
-        self.processors.check().map_err(|problem| match problem.split_once(": ") {
-            Some((key, problem)) => Error::config(key, problem),
-            None => Error::config("processors", problem),
-        })?;
+        check_processors(&self.processors)?;
         if !(0.0..=1.0).contains(&self.max_bad_share) {
             let problem = format!("expected a share from 0 to 1, got {}", self.max_bad_share);
             return Err(Error::config("max_bad_share", problem));
@@ -156,6 +153,19 @@ impl RegenOptions {
     fn engine(&self, stop_tokens: Vec<u32>) -> EngineOptions {
         EngineOptions { processors: self.processors, policy: self.policy(), stop_tokens, max_rows: self.max_rows }
     }
+}
+
+/// Refuses ways to choose tokens that cannot be meant.
+fn check_processors(processors: &Processors) -> Result<()> {
+    let temperature = processors.temperature;
+    if !temperature.is_finite() || temperature < 0.0 {
+        let problem = format!("expected 0 (greedy) or a positive number, got {temperature}");
+        return Err(Error::config("temperature", problem));
+    }
+    processors.check().map_err(|problem| match problem.split_once(": ") {
+        Some((key, problem)) => Error::config(key, problem),
+        None => Error::config("processors", problem),
+    })
 }
 
 /// Where a run stands.
@@ -285,10 +295,10 @@ fn run_chat(
     let start = Instant::now();
     options.check()?;
     let prompts = Prompts::read(&options.prompts, options.max_bad_share)?;
-    let record = RunRecord::new(options, target.kind(), chat.fingerprint())?;
+    let record = RunRecord::new(options, target.kind(), &chat.fingerprint())?;
     let mut books = None;
     let start_of_all = work.from_first("the answers that are there", || {
-        let (opened, open) = Books::open(options, &prompts, &record)?;
+        let (opened, open) = Books::open(&options.out, options.restart, &prompts, &record)?;
         books = Some(opened);
         Start { record: record.clone(), prompts: prompts.digest(), open }.to_text()
     })?;
@@ -316,7 +326,7 @@ fn run_chat(
         counted = throughput.new_tokens;
         let received = work.received()?;
         if let Some(books) = &mut books {
-            received.iter().try_for_each(|outcome| books.enter(outcome))?;
+            received.iter().try_for_each(|outcome| books.enter_text(outcome))?;
             let tokens_per_second = together(work, tokens, &throughput, began);
             progress(Progress { done: books.done(), failed: books.failed, total, tokens, tokens_per_second });
         }
@@ -327,7 +337,7 @@ fn run_chat(
     work.finish(&mut |outcome| match &mut books {
         None => Ok(()),
         Some(books) => {
-            books.enter(&outcome)?;
+            books.enter_text(&outcome)?;
             if work.world_size() > 1 {
                 let tokens = work.count(0)?;
                 let tokens_per_second = together(work, tokens, &throughput, began);
@@ -390,37 +400,6 @@ impl Start {
 
     fn from_text(text: &[u8]) -> Result<Self> {
         serde_json::from_slice(text).map_err(|error| Error::Failed(format!("the rows to answer: {error}")))
-    }
-}
-
-/// A row whose turns are being answered.
-struct Dialogue {
-    /// Said so far.
-    messages: Vec<Message>,
-    /// Not yet asked.
-    rest: VecDeque<Message>,
-    /// Hash of the prompt that is being answered.
-    prompt_hash: String,
-    /// Answers so far.
-    turns: usize,
-}
-
-impl Dialogue {
-    fn new(prompt: &Prompt) -> Self {
-        let rest = prompt.messages.iter().cloned().collect();
-        Self { messages: Vec::new(), rest, prompt_hash: String::new(), turns: 0 }
-    }
-
-    /// Says everything up to the next user message, it included. False where no user message is left.
-    fn ask(&mut self) -> bool {
-        while let Some(message) = self.rest.pop_front() {
-            let question = message.role == "user";
-            self.messages.push(message);
-            if question {
-                return true;
-            }
-        }
-        false
     }
 }
 
@@ -537,7 +516,7 @@ impl<'a> Job<'a> {
     }
 
     fn fail(&mut self, row: usize, turn: usize, error: &Error) -> Result<()> {
-        Outcome::Failed { row, turn: turn + 1, error: error.to_string() }.hand_in(self.work)
+        Outcome::Failed { row, turn: turn + 1, error: error.to_string(), asked: None }.hand_in(self.work)
     }
 }
 

@@ -1,11 +1,12 @@
 //! What a file of answers was made with: written beside it, and compared before a run goes on.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use super::{OnLength, RegenOptions};
@@ -24,60 +25,74 @@ pub(super) struct RunRecord {
     format: u32,
     /// Version of this program when the file was begun. Another version may go on.
     specforge: String,
-    target: PathBuf,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    target: Option<PathBuf>,
+    /// Who answered when the file was begun, where servers did.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    servers: Vec<String>,
     prompts: PathBuf,
-    max_rows: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    max_rows: Option<usize>,
     /// Who guessed when the file was begun. It changes no answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     draft: Option<String>,
     /// Must be the same for a run that goes on.
-    same: Same,
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct Same {
-    target_fingerprint: String,
-    tokenizer_fingerprint: String,
-    element_type: String,
-    max_new_tokens: usize,
-    max_prompt_tokens: Option<usize>,
-    temperature: f64,
-    top_k: usize,
-    top_p: f64,
-    repetition_penalty: f64,
-    on_length: OnLength,
-    /// `None` where nothing is sampled.
-    seed: Option<u64>,
+    same: Map<String, Value>,
 }
 
 impl RunRecord {
-    pub(super) fn new(options: &RegenOptions, kind: tch::Kind, tokenizer_fingerprint: String) -> Result<Self> {
+    /// That of a run whose target runs in this program.
+    pub(super) fn new(options: &RegenOptions, kind: tch::Kind, tokenizer_fingerprint: &str) -> Result<Self> {
         let Processors { temperature, top_k, top_p, repetition_penalty } = options.processors;
-        Ok(Self {
-            format: FORMAT,
-            specforge: env!("CARGO_PKG_VERSION").to_owned(),
-            target: options.target.clone(),
-            prompts: options.prompts.clone(),
-            max_rows: options.max_rows,
+        let same = json!({
+            "target_fingerprint": target_fingerprint(&options.target)?,
+            "tokenizer_fingerprint": tokenizer_fingerprint,
+            "element_type": element_type(kind),
+            "max_new_tokens": options.max_new_tokens,
+            "max_prompt_tokens": options.max_prompt_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "repetition_penalty": repetition_penalty,
+            "on_length": options.on_length,
+            // Where nothing is sampled it decides nothing.
+            "seed": (temperature > 0.0).then_some(options.seed),
+        });
+        let begun = Self {
+            target: Some(options.target.clone()),
+            max_rows: Some(options.max_rows),
             draft: options.draft.clone(),
-            same: Same {
-                target_fingerprint: target_fingerprint(&options.target)?,
-                tokenizer_fingerprint,
-                element_type: element_type(kind),
-                max_new_tokens: options.max_new_tokens,
-                max_prompt_tokens: options.max_prompt_tokens,
-                temperature,
-                top_k,
-                top_p,
-                repetition_penalty,
-                on_length: options.on_length,
-                seed: (temperature > 0.0).then_some(options.seed),
-            },
-        })
+            ..Self::of(&options.prompts, same)
+        };
+        Ok(begun)
     }
 
-    pub(super) fn on_length(&self) -> OnLength {
-        self.same.on_length
+    /// That of a run whose answers come from `servers`, with what must be the same.
+    pub(super) fn served(servers: Vec<String>, target: Option<PathBuf>, prompts: &Path, same: Value) -> Self {
+        Self { servers, target, ..Self::of(prompts, same) }
+    }
+
+    fn of(prompts: &Path, same: Value) -> Self {
+        let same = match same {
+            Value::Object(same) => same,
+            _ => Map::new(),
+        };
+        Self {
+            format: FORMAT,
+            specforge: env!("CARGO_PKG_VERSION").to_owned(),
+            target: None,
+            servers: Vec::new(),
+            prompts: prompts.to_path_buf(),
+            max_rows: None,
+            draft: None,
+            same,
+        }
+    }
+
+    /// What becomes of a row with an answer that was cut off.
+    pub(super) fn on_length(&self) -> Result<OnLength> {
+        let rule = self.same.get("on_length").cloned().unwrap_or(Value::Null);
+        serde_json::from_value(rule).map_err(|error| Error::Failed(format!("on_length: {error}")))
     }
 
     pub(super) fn write(&self, path: &Path) -> Result<()> {
@@ -95,16 +110,11 @@ impl RunRecord {
 
     /// What must be the same and is not: key, this one's value, the other's.
     fn changes(&self, other: &Self) -> Vec<(String, Value, Value)> {
-        let fields = |same: &Same| match serde_json::to_value(same) {
-            Ok(Value::Object(fields)) => fields,
-            _ => serde_json::Map::new(),
-        };
-        let (own, other) = (fields(&self.same), fields(&other.same));
-        let of_other = |key: &String| other.get(key).cloned().unwrap_or(Value::Null);
-        own.into_iter()
-            .map(|(key, value)| (of_other(&key), key, value))
-            .filter(|(other, _, value)| other != value)
-            .map(|(other, key, value)| (key, value, other))
+        let keys: BTreeSet<&String> = self.same.keys().chain(other.same.keys()).collect();
+        let of = |record: &Self, key: &String| record.same.get(key).cloned().unwrap_or(Value::Null);
+        keys.into_iter()
+            .map(|key| (key.clone(), of(self, key), of(other, key)))
+            .filter(|(_, own, other)| own != other)
             .collect()
     }
 

@@ -248,7 +248,7 @@ fn a_file_cut_at_any_byte_keeps_its_whole_lines_and_is_completed_to_the_same_fil
     lines.rotate_left(1);
     let unsorted = lines.concat();
     let prompts = Prompts::read(&bench.options.prompts, 0.0).unwrap();
-    let record = RunRecord::new(&bench.options, bench.target.kind(), Letters.fingerprint()).unwrap();
+    let record = RunRecord::new(&bench.options, bench.target.kind(), &Letters.fingerprint()).unwrap();
     let mut whole_lines = 0;
     for cut in 0..=unsorted.len() {
         fs::write(&bench.options.out, &unsorted[..cut]).unwrap();

@@ -1,8 +1,8 @@
 //! Hidden states of a target that serving engines run: every model that vLLM or SGLang can run becomes a target.
 //!
-//! Engines are asked as they are, without a patch, over HTTP: `http` carries a request, `vllm` and `sglang` say what is asked
-//! and read the answer, `pool` shares documents among servers, keeps a bounded number of them on their way and asks again
-//! where something went wrong. What comes back goes through [`Recognition`], and from there on is what this program would
+//! Engines are asked as they are, without a patch, over HTTP: `vllm` and `sglang` say what is asked and read the answer,
+//! `documents` asks for every part that a document needs, through [`crate::serving`], which shares the questions among
+//! servers and asks again where something went wrong. What comes back goes through [`Recognition`], and from there on is what this program would
 //! have computed, up to the last bits.
 
 use std::cell::RefCell;
@@ -13,13 +13,13 @@ use std::time::Duration;
 
 use tch::Tensor;
 
-use self::pool::{Answer, Pool};
+use self::documents::{Answer, Documents};
 use super::{FeatureBatch, FeatureSource, Pending, Recognition};
 use crate::data::PackedBatch;
 use crate::error::{Error, Result};
+use crate::serving::{self, Retries};
 
-mod http;
-mod pool;
+mod documents;
 mod server;
 mod sglang;
 mod vllm;
@@ -71,18 +71,7 @@ impl FromStr for ServerAddress {
             Some(("sglang", url)) => (Engine::Sglang, url),
             _ => return Err(format!("{expected}, got `{text}`")),
         };
-        let url = url.trim_end_matches('/');
-        if url.starts_with("https://") {
-            return Err(
-                "https is not spoken: name the server inside its network, or forward it to this machine".to_owned()
-            );
-        }
-        let host = url.strip_prefix("http://").filter(|host| !host.is_empty());
-        let host = host.ok_or_else(|| format!("{expected}, got `{text}`"))?;
-        if host.contains('@') {
-            return Err("keys and passwords belong into the environment, not into the address".to_owned());
-        }
-        Ok(Self { engine, url: url.to_owned() })
+        Ok(Self { engine, url: serving::url(url, expected)? })
     }
 }
 
@@ -123,9 +112,16 @@ impl Default for Asking {
     }
 }
 
+impl Asking {
+    fn retries(&self) -> Retries {
+        let Self { attempts, first_pause, longest_pause, .. } = *self;
+        Retries { attempts, first_pause, longest_pause }
+    }
+}
+
 /// A feature source that asks servers.
 pub struct ServedFeatures {
-    pool: Pool,
+    documents: Documents,
     recognition: RefCell<Recognition>,
 }
 
@@ -139,8 +135,8 @@ impl ServedFeatures {
         recognition: Recognition,
     ) -> Result<Self> {
         let shape = Shape { width: recognition.info().hidden_size, layers: recognition.wanted().len() };
-        let pool = Pool::start(servers, asking, key, shape)?;
-        Ok(Self { pool, recognition: RefCell::new(recognition) })
+        let documents = Documents::begin(servers, asking, key, shape)?;
+        Ok(Self { documents, recognition: RefCell::new(recognition) })
     }
 
     /// Rows on which the target's head agreed.
@@ -170,7 +166,7 @@ impl ServedFeatures {
 impl FeatureSource for ServedFeatures {
     fn begin(&self, batch: Arc<PackedBatch>, capture: &[usize]) -> Pending<'_> {
         let ask = |document: PackedBatch| {
-            let answer = self.pool.ask(&document);
+            let answer = self.documents.ask(&document);
             (document, answer)
         };
         let answers: Vec<(PackedBatch, Answer)> = batch.each().map(ask).collect();
@@ -179,7 +175,7 @@ impl FeatureSource for ServedFeatures {
     }
 
     fn ahead(&self) -> usize {
-        self.pool.in_flight()
+        self.documents.in_flight()
     }
 }
 
@@ -203,28 +199,6 @@ enum Part {
     Final,
 }
 
-/// Why a server gave no states.
-#[derive(Debug)]
-enum Trouble {
-    /// The next attempt may go well.
-    Passing {
-        problem: String,
-        /// How long the server asks to be left alone.
-        pause: Option<Duration>,
-        /// Whether the server is in trouble, and not this one request.
-        of_server: bool,
-    },
-    /// It is the request that is wrong.
-    Final(String),
-}
-
-impl Trouble {
-    /// An answer that is not what it should be. Asked again it may be: some engines leave out what they have in their cache.
-    fn answer(problem: impl Into<String>) -> Self {
-        Trouble::Passing { problem: problem.into(), pause: None, of_server: false }
-    }
-}
-
 /// An error that names its server.
 fn failed(server: &ServerAddress, problem: &str) -> Error {
     Error::Failed(format!("{server}: {problem}"))
@@ -246,7 +220,6 @@ mod tests {
             ("vllm:http://", "expected vllm:URL"),
             ("tgi:http://a", "expected vllm:URL"),
             ("vllm:https://a", "https is not spoken"),
-            ("vllm:http://me:secret@a", "belong into the environment"),
         ] {
             let problem = read(wrong).unwrap_err();
             assert!(problem.contains(word), "{wrong}: {problem}");

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::http::Http;
 use super::{Part, ServerAddress};
+use crate::serving::Http;
 
 /// What a server is asked with.
 pub(super) struct Server {

@@ -14,9 +14,9 @@ use serde::de::{Deserializer, SeqAccess, Visitor};
 use serde_json::json;
 use tch::{Kind, Tensor};
 
-use super::http::Http;
 use super::server::Server;
-use super::{Part, Shape, Trouble};
+use super::{Part, Shape};
+use crate::serving::{Http, Trouble};
 
 const PATH: &str = "/generate";
 /// Digits of a number, its point, sign, exponent and comma.

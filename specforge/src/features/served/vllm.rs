@@ -14,10 +14,9 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tch::Tensor;
 
-use super::Trouble;
-use super::http;
 use super::server::Server;
 use crate::features::states_file::{self, StatesFile};
+use crate::serving::{self, Trouble};
 
 /// Longest answer: it repeats the prompt's ids.
 const BYTES_A_TOKEN: u64 = 32;
@@ -34,7 +33,7 @@ pub(super) fn states(server: &Server, ids: &[i64]) -> Result<Vec<Tensor>, Troubl
     });
     let deadline = Instant::now() + server.timeout;
     let bytes = server.http.post(PATH, &question, MOST_BYTES + BYTES_A_TOKEN * ids.len() as u64)?;
-    let answer = http::json(PATH, &bytes)?;
+    let answer = serving::json(PATH, &bytes)?;
     if let Some(read) = answer.pointer("/choices/0/prompt_token_ids").and_then(Value::as_array)
         && !read.iter().map(Value::as_i64).eq(ids.iter().copied().map(Some))
     {

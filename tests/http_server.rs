@@ -9,7 +9,7 @@ use std::thread;
 use serde_json::Value;
 
 /// What becomes of a request.
-pub(super) enum Reply {
+pub(crate) enum Reply {
     /// An answer: status, further headers, body.
     Answer(u16, Vec<(String, String)>, String),
     /// The connection ends.
@@ -21,11 +21,11 @@ pub(super) enum Reply {
 }
 
 impl Reply {
-    pub(super) fn json(value: &Value) -> Self {
+    pub(crate) fn json(value: &Value) -> Self {
         Self::status(200, &[], &value.to_string())
     }
 
-    pub(super) fn status(status: u16, headers: &[(&str, &str)], body: &str) -> Self {
+    pub(crate) fn status(status: u16, headers: &[(&str, &str)], body: &str) -> Self {
         let headers = headers.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
         Reply::Answer(status, headers, body.to_owned())
     }
@@ -41,7 +41,7 @@ struct Counts {
 }
 
 /// The server. It ends with the value.
-pub(super) struct Server {
+pub(crate) struct Server {
     address: SocketAddr,
     requests: Requests,
     counts: Arc<Counts>,
@@ -50,7 +50,7 @@ pub(super) struct Server {
 
 impl Server {
     /// Answers with what `reply` makes of path and question.
-    pub(super) fn start(reply: impl Fn(&str, &Value) -> Reply + Send + Sync + 'static) -> Self {
+    pub(crate) fn start(reply: impl Fn(&str, &Value) -> Reply + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let server = Self {
             address: listener.local_addr().unwrap(),
@@ -72,16 +72,20 @@ impl Server {
         server
     }
 
-    pub(super) fn address(&self, engine: &str) -> String {
-        format!("{engine}:http://{}", self.address)
+    pub(crate) fn address(&self, engine: &str) -> String {
+        format!("{engine}:{}", self.url())
     }
 
-    pub(super) fn requests(&self) -> Vec<(String, Option<String>)> {
+    pub(crate) fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    pub(crate) fn requests(&self) -> Vec<(String, Option<String>)> {
         self.requests.lock().unwrap().clone()
     }
 
     /// Questions (not about the server) that were here at once, at most.
-    pub(super) fn most_at_once(&self) -> usize {
+    pub(crate) fn most_at_once(&self) -> usize {
         self.counts.most.load(Ordering::SeqCst)
     }
 }
