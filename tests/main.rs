@@ -26,6 +26,7 @@ mod gpu_check;
 mod http_server;
 mod launch;
 mod layers;
+mod looking;
 mod medusa;
 mod narrow_gradients;
 mod parallel;

@@ -8,7 +8,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use specforge::data::loss_mask::{Method, render_supervised, token_mask};
-use specforge::data::{ChatTokenizer, Conversation, Message, Supervise, mask_runs};
+use specforge::data::{ChatTokenizer, Conversation, Mask, Message, Supervise, mask_runs};
 
 #[derive(Deserialize)]
 struct Golden {
@@ -154,13 +154,14 @@ fn check_spans(
     real: bool,
     compared: &mut Compared,
 ) -> Result<(), String> {
-    let found = render_supervised(tokenizer, conversation, Supervise::Assistant);
+    let found = render_supervised(tokenizer, conversation, Supervise::Assistant, &Mask::default());
     // Thoughts that a template leaves out are refused. Without them it writes the same text.
-    let found =
-        found.or_else(|error| match render_supervised(tokenizer, &unthinking(conversation), Supervise::Assistant) {
+    let found = found.or_else(|error| {
+        match render_supervised(tokenizer, &unthinking(conversation), Supervise::Assistant, &Mask::default()) {
             Ok(found) if error.to_string().contains("leaves out a part") => Ok(found),
             _ => Err(error),
-        });
+        }
+    });
     let (documents, method) = match found {
         Ok(found) => found,
         // A conversation whose turns cannot be told from its text is refused.

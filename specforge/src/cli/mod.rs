@@ -24,6 +24,7 @@ mod import;
 mod inspect;
 mod launch;
 mod machine;
+mod mask;
 mod numbers;
 mod program;
 mod ranks;
@@ -33,6 +34,7 @@ mod signals;
 mod template;
 mod train;
 mod tree;
+mod validate;
 mod vocab;
 
 pub use program::main;
@@ -60,6 +62,8 @@ enum Command {
     Capture(capture::CaptureArgs),
     /// Show conversations as the trainer sees them, and the statistics of a data set.
     Inspect(inspect::InspectArgs),
+    /// Check data files, every record of them, and say what is wrong by kind.
+    Validate(validate::ValidateArgs),
     /// Choose the tokens of a draft's own, smaller vocabulary by how often they are trained.
     Vocab(vocab::VocabArgs),
     /// Choose the static draft tree of Medusa heads by how often each of its paths is right.
@@ -95,6 +99,7 @@ impl Cli {
             Command::Regen(args) => regen::run(&args, &stop, &output),
             Command::Capture(args) => capture::run(&args, &stop, &output),
             Command::Inspect(args) => inspect::run(&args, &output),
+            Command::Validate(args) => validate::run(&args, &output),
             Command::Vocab(args) => vocab::run(&args, &output),
             Command::Tree(args) => tree::run(&args, &output),
             Command::Export(args) => export::run(&args, &output),

@@ -36,6 +36,11 @@ impl TemplateArgs {
         self.chat_template.is_some()
     }
 
+    /// Whether anything is given.
+    pub(super) fn is_given(&self) -> bool {
+        self.chat_template.is_some() || self.template_arguments.is_some()
+    }
+
     /// The tokenizer of a model folder with this template.
     pub(super) fn tokenizer(&self, folder: &Path) -> Result<ChatTokenizer> {
         let arguments = self.arguments()?;

@@ -11,6 +11,8 @@ use super::cache::{CacheWriter, TokenCache, VERSION};
 use super::conversation::{self, Conversation, Parsed, Rejections, Sample, parse_record, record_name};
 use super::loss_mask::{Method, Rendered, Span, SpanEnd, render_supervised, token_mask};
 use super::marks::{Finish, PassedOver, PassedOverCounts};
+use super::mask::{Mask, Role};
+use super::parts;
 use super::reader::{Record, SourceFile};
 use super::recorded::{self, Ids, Recorded, Vocabulary};
 use super::report::BuildReport;
@@ -26,19 +28,21 @@ const REASONS_KEPT: usize = 100;
 
 /// What became of one record.
 #[derive(Debug, Default)]
-struct Outcome {
-    documents: Vec<Tokenised>,
+pub(super) struct Outcome {
+    pub(super) documents: Vec<Tokenised>,
     method: Option<Method>,
-    ids: Option<Ids>,
+    pub(super) ids: Option<Ids>,
     cut_answers: usize,
-    passed_over: PassedOver,
-    without_supervision: usize,
-    truncated: usize,
-    too_long: usize,
+    pub(super) passed_over: PassedOver,
+    /// Which roles of [`Role::ALL`] speak in it.
+    roles: [bool; Role::ALL.len()],
+    pub(super) without_supervision: usize,
+    pub(super) truncated: usize,
+    pub(super) too_long: usize,
 }
 
 #[derive(Debug)]
-struct Tokenised {
+pub(super) struct Tokenised {
     id: String,
     conversation: u64,
     tokens: Vec<u32>,
@@ -46,6 +50,17 @@ struct Tokenised {
 }
 
 impl Outcome {
+    /// Notes who speaks, and a wish of the file that the configuration does not share.
+    fn note_role(&mut self, message: &super::Message, mask: &Mask) {
+        if let Some(role) = Role::ALL.iter().position(|role| role.name() == message.role) {
+            self.roles[role] = true;
+        }
+        let role = &message.role;
+        if message.marks.train == Some(true) && !message.is_assistant() && !mask.trains(role) {
+            self.passed_over.push(format!("the wish to train a message of role {role} (data.mask.roles)"));
+        }
+    }
+
     /// Adds a document, cut to the longest length, if something of it is trained.
     fn add(&mut self, config: &DataConfig, mut document: Tokenised) {
         let trains = |document: &Tokenised| document.supervised.contains(&1);
@@ -157,7 +172,7 @@ fn cache_key(inputs: &[Input<'_>], tokenizer: &ChatTokenizer, config: &DataConfi
     hash.update(tokenizer.fingerprint());
     hash.update((tokenizer.id_limit() as u64).to_le_bytes());
     hash.update((config.max_length as u64).to_le_bytes());
-    hash.update(format!("{:?} {:?}", config.supervise, config.too_long));
+    hash.update(format!("{:?} {:?} {:?}", config.supervise, config.mask, config.too_long));
     for input in inputs {
         hash.update(&input.digest);
         // Records without a name are called after their file.
@@ -186,6 +201,7 @@ fn tokenise(
     let mut report = BuildReport { conversations: total, ..BuildReport::default() };
     let mut rejections = Rejections { total, ..Rejections::default() };
     let mut passed_over = PassedOverCounts::default();
+    let mut roles = [false; Role::ALL.len()];
     let vocabulary = Vocabulary::default();
     for (done, chunk) in records.chunks(CHUNK).enumerate() {
         progress((done * CHUNK) as u64, total as u64);
@@ -204,6 +220,7 @@ fn tokenise(
             match outcome {
                 Ok(mut outcome) => {
                     passed_over.add(source.path(), std::mem::take(&mut outcome.passed_over));
+                    roles.iter_mut().zip(outcome.roles).for_each(|(seen, here)| *seen |= here);
                     take(outcome, writer, &mut report)?;
                 }
                 Err(Error::Failed(problem)) => rejections.push(source.path(), record.line, problem),
@@ -213,6 +230,12 @@ fn tokenise(
     }
     progress(total as u64, total as u64);
     report.warnings = passed_over.warnings();
+    let unseen = Role::ALL.iter().zip(roles).filter(|(role, seen)| config.mask.roles.contains(role) && !seen);
+    if !config.mask.is_default() {
+        report.warnings.extend(unseen.map(|(role, _)| {
+            format!("data.mask.roles names {}, and no conversation that can be used has a message of it", role.name())
+        }));
+    }
     if report.foreign_token_ids > 0 {
         report.warnings.push(format!(
             "{} conversations have token ids of another tokenizer: their text is trained, as any other's. What this target \
@@ -258,25 +281,38 @@ fn take(outcome: Outcome, writer: &mut CacheWriter<'_>, report: &mut BuildReport
 fn tokenise_record(
     source: &SourceFile,
     record: &Record,
-    (tokenizer, vocabulary): (&ChatTokenizer, &Vocabulary),
+    asked: (&ChatTokenizer, &Vocabulary),
     config: &DataConfig,
 ) -> Result<Outcome> {
     let name = || record_name(source.path(), record.line);
-    let Parsed { sample, train, passed_over } = parse_record(source.record(record), name).map_err(Error::Failed)?;
+    let parsed = parse_record(source.record(record), name).map_err(Error::Failed)?;
+    tokenise_parsed(parsed, asked, config)
+}
+
+/// The same for a record that was read.
+pub(super) fn tokenise_parsed(
+    Parsed { sample, train, passed_over }: Parsed,
+    (tokenizer, vocabulary): (&ChatTokenizer, &Vocabulary),
+    config: &DataConfig,
+) -> Result<Outcome> {
     let mut outcome = Outcome { passed_over, ..Outcome::default() };
     if !train {
         outcome.without_supervision = 1;
         return Ok(outcome);
     }
     let conversation = sample.content_key();
+    refuse_choice(&sample, &config.mask).map_err(Error::Failed)?;
     if let Sample::Conversation(conversation) = &sample {
+        for message in &conversation.messages {
+            outcome.note_role(message, &config.mask);
+        }
         let cut = |message: &&super::Message| message.marks.finish == Some(Finish::Length);
         outcome.cut_answers = conversation.messages.iter().filter(cut).count();
         outcome.ids = Some(vocabulary.ids_of(tokenizer, conversation));
     }
     let (rendered, method) = match &sample {
         Sample::Conversation(talk) if outcome.ids == Some(Ids::Own) => {
-            let documents = recorded::documents(tokenizer, talk, config.supervise)?;
+            let documents = recorded::documents(tokenizer, talk, config.supervise, &config.mask)?;
             outcome.without_supervision = usize::from(documents.is_empty());
             let several = documents.len() > 1;
             for Recorded { tokens, supervised, turn } in documents {
@@ -287,7 +323,7 @@ fn tokenise_record(
         }
         Sample::Conversation(conversation) => {
             refuse_marks(conversation, config.supervise).map_err(Error::Failed)?;
-            let (rendered, method) = render_supervised(tokenizer, conversation, config.supervise)?;
+            let (rendered, method) = render_supervised(tokenizer, conversation, config.supervise, &config.mask)?;
             (rendered, Some(method))
         }
         Sample::Tokens { id, tokens, supervised, vocabulary_hash } => {
@@ -304,11 +340,16 @@ fn tokenise_record(
             return Ok(outcome);
         }
         Sample::Text { text, .. } => (vec![whole_text(text.clone(), 0)], None),
-        Sample::Completion { prompt, completion, finish: Some(Finish::Length), .. } => {
-            outcome.cut_answers = 1;
-            (vec![whole_text(format!("{prompt}{completion}"), prompt.len())], None)
+        Sample::Completion { prompt, completion, finish, .. } => {
+            let cut = *finish == Some(Finish::Length);
+            outcome.cut_answers = usize::from(cut);
+            let whole = match cut {
+                true => whole_text(format!("{prompt}{completion}"), prompt.len()),
+                false => completed(tokenizer, prompt, completion)?,
+            };
+            let kept = kept_of_completion(whole, (prompt, completion), cut, &config.mask);
+            (vec![kept.map_err(Error::Failed)?], None)
         }
-        Sample::Completion { prompt, completion, .. } => (vec![completed(tokenizer, prompt, completion)?], None),
     };
     outcome.method = method;
     if rendered.is_empty() {
@@ -339,7 +380,8 @@ fn supervised_tokens(marked: &[u8], supervise: Supervise) -> Vec<u8> {
 
 /// Where every token is trained, nothing of a message can be left out.
 fn refuse_marks(conversation: &Conversation, supervise: Supervise) -> Result<(), String> {
-    let Some(index) = conversation.messages.iter().position(|message| message.marks.leave_something_out()) else {
+    let leaves_out = |message: &super::Message| message.is_assistant() && message.marks.leave_something_out();
+    let Some(index) = conversation.messages.iter().position(leaves_out) else {
         return Ok(());
     };
     match (supervise, conversation.messages[index].marks.train) {
@@ -352,6 +394,39 @@ fn refuse_marks(conversation: &Conversation, supervise: Supervise) -> Result<(),
         )),
         _ => Ok(()),
     }
+}
+
+/// Refuses what a choice of roles or parts says nothing about.
+fn refuse_choice(sample: &Sample, mask: &Mask) -> Result<(), String> {
+    let what = match sample {
+        _ if mask.is_default() => return Ok(()),
+        Sample::Conversation(_) => return Ok(()),
+        Sample::Completion { .. } if mask.trains_assistant() => return Ok(()),
+        Sample::Completion { .. } => "a prompt with its completion is what the assistant says",
+        Sample::Text { .. } => "preformatted text has no roles and no parts",
+        Sample::Tokens { .. } => "`input_ids` have no roles and no parts",
+    };
+    Err(format!("{what}, but data.mask chooses {}; write it as `messages`, or leave data.mask out", mask.words()))
+}
+
+/// The completion without the parts that are not trained.
+fn kept_of_completion(
+    whole: Rendered,
+    (prompt, completion): (&str, &str),
+    cut: bool,
+    mask: &Mask,
+) -> Result<Rendered, String> {
+    if mask.takes_whole_turns() {
+        return Ok(whole);
+    }
+    let mut message = super::Message::new("assistant", completion);
+    message.marks.finish = cut.then_some(Finish::Length);
+    let found = parts::of_answer(&message, completion, prompt.len(), 0, mask)?;
+    let mut spans = Vec::new();
+    for span in &whole.spans {
+        spans.extend(parts::keep(&whole.text, span, &found, mask)?);
+    }
+    Ok(Rendered { spans, ..whole })
 }
 
 fn whole_text(text: String, supervised_from: usize) -> Rendered {

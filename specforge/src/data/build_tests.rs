@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::super::conversation::{Conversation, parse_sample};
 use super::super::stats::{Statistics, document_text};
-use super::super::{Document, DocumentRef, Message, Supervise, assemble, pack, split};
+use super::super::{Document, DocumentRef, Mask, Message, Supervise, assemble, pack, split};
 use super::*;
 
 /// Made by scripts/golden/chat_templates.py.
@@ -58,7 +58,8 @@ fn check_golden(path: &Path) -> usize {
             tools: tools.clone(),
             template_arguments: Default::default(),
         };
-        let (documents, _) = render_supervised(&tokenizer, &conversation, Supervise::Assistant).unwrap();
+        let (documents, _) =
+            render_supervised(&tokenizer, &conversation, Supervise::Assistant, &Mask::default()).unwrap();
         let want = case["documents"].as_array().unwrap();
         assert_eq!(documents.len(), want.len(), "{place}");
         for (document, want) in documents.iter().zip(want) {
@@ -111,7 +112,7 @@ fn a_real_model_folder() {
         tools: None,
         template_arguments: Default::default(),
     };
-    let (documents, _) = render_supervised(&tokenizer, &conversation, Supervise::Assistant).unwrap();
+    let (documents, _) = render_supervised(&tokenizer, &conversation, Supervise::Assistant, &Mask::default()).unwrap();
     let encoded = tokenizer.encode_with_offsets(text).unwrap();
     let mask = token_mask(&tokenizer, text, &encoded, &documents[0].spans);
     let trained: Vec<u32> = encoded.ids.iter().zip(mask).filter(|(_, flag)| *flag == 1).map(|(id, _)| *id).collect();
@@ -152,6 +153,60 @@ fn trained_text(workshop: &Workshop, cache: &TokenCache, index: usize) -> String
     let document = cache.document(index);
     let marked = document_text(&workshop.tokenizer, &document, false).unwrap();
     marked.split_once('⟦').unwrap().1.split_once('⟧').unwrap().0.to_owned()
+}
+
+#[test]
+fn another_mask_is_another_cache_and_a_role_that_nobody_has_is_named() {
+    let mut workshop = Workshop::new();
+    let lines = [
+        line("a", "<think>\nhm\n</think>\n\nho"),
+        json!({"id": "b", "prompt": "p ", "completion": "<think>hm</think>ho"}).to_string() + "\n",
+        json!({"id": "t", "text": "ho"}).to_string() + "\n",
+        json!({"id": "i", "input_ids": [5, 6], "loss_mask": [0, 1]}).to_string() + "\n",
+    ];
+    let paths = [workshop.write("a.jsonl", &lines.concat())];
+    workshop.config.max_bad_share = 0.9;
+    let (whole, report) = workshop.build(&paths).unwrap();
+    assert_eq!((whole.len(), report.warnings.len()), (4, 0));
+    assert_eq!(trained_text(&workshop, &whole, 0), "<think>\nhm\n</think>\n\nho<|im_end|>");
+    assert_eq!(trained_text(&workshop, &whole, 1), "<think>hm</think>ho<|im_end|>");
+    workshop.config.mask = Mask { reasoning: false, ..Mask::default() };
+    let (words, report) = workshop.build(&paths).unwrap();
+    assert!(!report.from_cache);
+    assert_eq!([0, 1].map(|index| trained_text(&workshop, &words, index)), ["ho<|im_end|>", "ho<|im_end|>"]);
+    assert_eq!((words.len(), report.rejected_count), (2, 2));
+    assert!(report.rejected[0].contains("preformatted text has no roles and no parts, but data.mask chooses"));
+    assert!(report.rejected[1].contains("`input_ids` have no roles"));
+    assert!(workshop.build(&paths).unwrap().1.from_cache);
+    workshop.config.mask.roles = vec![Role::Assistant, Role::Tool];
+    let (_, report) = workshop.build(&paths).unwrap();
+    assert_eq!(
+        report.warnings,
+        ["data.mask.roles names tool, and no conversation that can be used has a message of it"]
+    );
+    // What every token is trained of leaves nothing to choose.
+    workshop.config.supervise = Supervise::All;
+    let message = workshop.build(&paths).unwrap_err().to_string();
+    assert!(
+        message.contains("`data.mask`: chooses assistant, tool, without reasoning, but data.supervise = all"),
+        "{message}"
+    );
+}
+
+#[test]
+fn a_wish_to_train_somebody_else_is_heard_or_named() {
+    let mut workshop = Workshop::new();
+    let messages = json!([{"role": "user", "content": "hi", "train": true}, {"role": "assistant", "content": "ho"},
+        {"role": "user", "content": "hu", "weight": 0}, {"role": "assistant", "content": "ha"}]);
+    let paths = [workshop.write("a.jsonl", &json!({"messages": messages}).to_string())];
+    let (cache, report) = workshop.build(&paths).unwrap();
+    assert_eq!(trained_text(&workshop, &cache, 0), "ho<|im_end|>");
+    assert!(report.warnings[0].contains("the wish to train a message of role user (data.mask.roles) (1 records)"));
+    workshop.config.mask.roles = vec![Role::User];
+    let (cache, report) = workshop.build(&paths).unwrap();
+    let marked = document_text(&workshop.tokenizer, &cache.document(0), false).unwrap();
+    assert_eq!((marked.matches('⟦').count(), report.warnings.len()), (1, 0));
+    assert!(marked.contains("user\n⟦hi⟧<|im_end|>"), "{marked}");
 }
 
 #[test]

@@ -12,7 +12,8 @@
 
 use serde_json::{Map, Value, json};
 
-use super::marks::{self, Marks, PassedOver};
+pub use super::fault::{Fault, FaultKind};
+use super::marks::{self, Marks, PassedOver, Speech};
 pub use super::sample::{Conversation, Message, Rejections, Sample, check_share, record_name};
 
 /// A record, and what the file says about training it.
@@ -39,13 +40,26 @@ const MESSAGE_KEYS: [&str; 3] = ["messages", "conversations", "conversation"];
 
 /// The same, with what the record says about training.
 pub fn parse_record(bytes: &[u8], fallback_id: impl FnOnce() -> String) -> Result<Parsed, String> {
-    let text = std::str::from_utf8(bytes)
-        .map_err(|error| format!("is not UTF-8 from byte {} of the record on", error.valid_up_to() + 1))?;
-    let value: Value = serde_json::from_str(text).map_err(|error| format!("is not JSON: {error}"))?;
+    let first = |faults: Vec<Fault>| faults.into_iter().next().map(|fault| fault.problem);
+    parse_checked(bytes, fallback_id).map_err(|faults| first(faults).unwrap_or_default())
+}
+
+/// The same, or everything that is wrong with it: at least one fault.
+pub fn parse_checked(bytes: &[u8], fallback_id: impl FnOnce() -> String) -> Result<Parsed, Vec<Fault>> {
+    let training = Fault::of(FaultKind::Training);
+    let text = std::str::from_utf8(bytes).map_err(|error| {
+        let from = error.valid_up_to() + 1;
+        Fault::new(FaultKind::Encoding, format!("is not UTF-8 from byte {from} of the record on"))
+    })?;
+    let value: Value =
+        serde_json::from_str(text).map_err(|error| Fault::new(FaultKind::Json, format!("is not JSON: {error}")))?;
     let mut object = match value {
         Value::Object(object) => object,
         Value::Array(messages) => Map::from_iter([("messages".to_owned(), Value::Array(messages))]),
-        other => return Err(format!("expected an object, got {}", kind_of(&other))),
+        other => {
+            let problem = format!("expected an object, got {}", kind_of(&other));
+            return Err(Fault::new(FaultKind::Format, problem).into());
+        }
     };
     object.retain(|_, value| !value.is_null());
     let id = ["id", "conversation_id", "question_id"].iter().find_map(|key| match object.get(*key) {
@@ -56,47 +70,58 @@ pub fn parse_record(bytes: &[u8], fallback_id: impl FnOnce() -> String) -> Resul
     let id = id.unwrap_or_else(fallback_id);
     let mut passed_over: PassedOver = marks::passed_over_in_record(&object).collect();
     if is_tokens(&object) {
-        let sample = parse_tokens(id, &object)?;
+        let sample = parse_tokens(id, &object).map_err(Fault::of(FaultKind::Tokens))?;
         // The mask is for the tokens; everything else that is said about training counts as ever.
         object.remove("loss_mask");
         passed_over.retain(|key| key != "`input_ids`");
         let mut answer = Marks::default();
-        let train = marks::of_record(&object, &mut [Some(&mut answer)])? && answer.train != Some(false);
+        let speech = Speech { assistant: true, marks: &mut answer };
+        let train = marks::of_record(&object, &mut [speech]).map_err(training)? && answer.train != Some(false);
         return Ok(Parsed { sample, train, passed_over });
     }
-    if let Some(messages) = find_messages(&object, &mut passed_over)? {
+    let found = match find_messages(&object, &mut passed_over) {
+        Ok(found) => found,
+        Err(mut faults) => {
+            faults.extend(tools_of(&object).err());
+            faults.extend(arguments_of(&object).err());
+            return Err(faults);
+        }
+    };
+    if let Some(messages) = found {
         let mut conversation = parse_conversation(id, messages, &object)?;
-        let answers = conversation.messages.iter_mut();
-        let mut answers: Vec<Option<&mut Marks>> =
-            answers.map(|message| message.is_assistant().then_some(&mut message.marks)).collect();
-        let train = marks::of_record(&object, &mut answers)?;
+        let messages = conversation.messages.iter_mut();
+        let mut speeches: Vec<Speech<'_>> =
+            messages.map(|message| Speech { assistant: message.is_assistant(), marks: &mut message.marks }).collect();
+        let train = marks::of_record(&object, &mut speeches).map_err(training)?;
         return Ok(Parsed { sample: Sample::Conversation(conversation), train, passed_over });
     }
     let string = |key: &str| match object.get(key) {
         None => Ok(None),
         Some(Value::String(text)) => Ok(Some(text.clone())),
-        Some(other) => Err(format!("`{key}`: expected a string, got {}", kind_of(other))),
+        Some(other) => {
+            Err(Fault::new(FaultKind::Content, format!("`{key}`: expected a string, got {}", kind_of(other))))
+        }
     };
     let mut answer = Marks::default();
-    let train = marks::of_record(&object, &mut [Some(&mut answer)])?;
+    let speech = Speech { assistant: true, marks: &mut answer };
+    let train = marks::of_record(&object, &mut [speech]).map_err(training)?;
     let train = train && answer.train != Some(false);
     if object.contains_key("chosen") {
-        return Err(
-            "holds answers to choose from (`chosen`, `rejected`), and one is trained here: write the wanted one \
-                    as `completion`, or everything as `messages`"
-                .to_owned(),
-        );
+        let problem = "holds answers to choose from (`chosen`, `rejected`), and one is trained here: write the wanted one \
+                       as `completion`, or everything as `messages`";
+        return Err(Fault::new(FaultKind::Format, problem).into());
     }
     if let Some(text) = string("text")? {
         return Ok(Parsed { sample: Sample::Text { id, text }, train, passed_over });
     }
     if let Some(prompt) = string("prompt")? {
-        let completion = string("completion")?.ok_or("`prompt` is there, `completion` is not")?;
+        let missing = || Fault::new(FaultKind::Format, "`prompt` is there, `completion` is not");
+        let completion = string("completion")?.ok_or_else(missing)?;
         refuse_unwanted(&object, &mut passed_over)?;
         let sample = Sample::Completion { id, prompt, completion, finish: answer.finish };
         return Ok(Parsed { sample, train, passed_over });
     }
-    Err(what_it_is_instead(&object))
+    Err(Fault::new(FaultKind::Format, what_it_is_instead(&object)).into())
 }
 
 /// Whether a record is a document in tokens: ids beside a mask of the same length, and nothing that is said.
@@ -136,14 +161,18 @@ fn parse_tokens(id: String, object: &Map<String, Value>) -> Result<Sample, Strin
 }
 
 /// The messages of a record, whatever their key is called.
-fn find_messages(object: &Map<String, Value>, passed_over: &mut PassedOver) -> Result<Option<Vec<Message>>, String> {
+fn find_messages(
+    object: &Map<String, Value>,
+    passed_over: &mut PassedOver,
+) -> Result<Option<Vec<Message>>, Vec<Fault>> {
     let mut found: Option<(&str, Vec<Message>)> = None;
     for key in MESSAGE_KEYS {
         let Some(list) = object.get(key) else { continue };
         let messages = parse_messages(list, key, passed_over)?;
         match &found {
             Some((first, known)) if *known != messages => {
-                return Err(format!("`{first}` and `{key}` say different things; keep one"));
+                let problem = format!("`{first}` and `{key}` say different things; keep one");
+                return Err(Fault::new(FaultKind::Messages, problem).into());
             }
             Some(_) => {}
             None => found = Some((key, messages)),
@@ -157,9 +186,9 @@ fn find_messages(object: &Map<String, Value>, passed_over: &mut PassedOver) -> R
     if let Some(Value::Array(turns)) = object.get("turns") {
         let messages = turns.iter().map(|turn| match turn {
             Value::String(text) => Ok(Message::new("user", text)),
-            other => Err(format!("`turns`: expected strings, got {}", kind_of(other))),
+            other => Err(Fault::new(FaultKind::Messages, format!("`turns`: expected strings, got {}", kind_of(other)))),
         });
-        return messages.collect::<Result<_, String>>().map(Some);
+        return Ok(Some(messages.collect::<Result<_, Fault>>()?));
     }
     let Some(prompt @ Value::Array(_)) = object.get("prompt") else {
         return Ok(None);
@@ -180,9 +209,10 @@ fn find_messages(object: &Map<String, Value>, passed_over: &mut PassedOver) -> R
 }
 
 /// TRL's unpaired preferences say of a completion whether it is wanted.
-fn refuse_unwanted(object: &Map<String, Value>, passed_over: &mut PassedOver) -> Result<(), String> {
+fn refuse_unwanted(object: &Map<String, Value>, passed_over: &mut PassedOver) -> Result<(), Fault> {
     if object.get("label") == Some(&Value::Bool(false)) {
-        return Err("`label`: false marks an answer that is not wanted; leave such records out".to_owned());
+        let problem = "`label`: false marks an answer that is not wanted; leave such records out";
+        return Err(Fault::new(FaultKind::Training, problem));
     }
     passed_over.retain(|key| key != "`label`");
     Ok(())
@@ -211,7 +241,16 @@ fn parse_conversation(
     id: String,
     mut messages: Vec<Message>,
     object: &Map<String, Value>,
-) -> Result<Conversation, String> {
+) -> Result<Conversation, Vec<Fault>> {
+    let system = put_system_first(&mut messages, object);
+    match (tools_of(object), system, arguments_of(object)) {
+        (Ok(tools), Ok(()), Ok(template_arguments)) => Ok(Conversation { id, messages, tools, template_arguments }),
+        (tools, system, arguments) => Err([tools.err(), system.err(), arguments.err()].into_iter().flatten().collect()),
+    }
+}
+
+fn tools_of(object: &Map<String, Value>) -> Result<Option<Value>, Fault> {
+    let wrong = |found: &str| Fault::new(FaultKind::Tools, format!("`tools`: expected a list, got {found}"));
     let tools = match object.get("tools") {
         None => None,
         Some(Value::Array(tools)) => Some(Value::Array(tools.clone())),
@@ -219,23 +258,33 @@ fn parse_conversation(
         Some(Value::String(text)) if text.trim().is_empty() => None,
         Some(Value::String(text)) => match serde_json::from_str(text) {
             Ok(Value::Array(tools)) => Some(Value::Array(tools)),
-            _ => return Err("`tools`: expected a list, got a string that spells none".to_owned()),
+            _ => return Err(wrong("a string that spells none")),
         },
-        Some(other) => return Err(format!("`tools`: expected a list, got {}", kind_of(other))),
+        Some(other) => return Err(wrong(kind_of(other))),
     };
-    let tools = tools.filter(|tools| tools.as_array().is_some_and(|list| !list.is_empty()));
+    Ok(tools.filter(|tools| tools.as_array().is_some_and(|list| !list.is_empty())))
+}
+
+fn put_system_first(messages: &mut Vec<Message>, object: &Map<String, Value>) -> Result<(), Fault> {
     match (object.get("system"), messages.first().filter(|first| first.role == "system")) {
         (None, _) => {}
         (Some(Value::String(system)), None) if system.is_empty() => {}
         (Some(Value::String(system)), None) => messages.insert(0, Message::new("system", system)),
         (Some(Value::String(system)), Some(first)) if system.is_empty() || first.content.as_ref() == Some(system) => {}
         (Some(Value::String(_)), Some(_)) => {
-            return Err("`system` and the first message say different things; keep one".to_owned());
+            let problem = "`system` and the first message say different things; keep one";
+            return Err(Fault::new(FaultKind::Messages, problem));
         }
-        (Some(other), _) => return Err(format!("`system`: expected a string, got {}", kind_of(other))),
+        (Some(other), _) => {
+            let problem = format!("`system`: expected a string, got {}", kind_of(other));
+            return Err(Fault::new(FaultKind::Messages, problem));
+        }
     }
-    let template_arguments = template_arguments(object.get("chat_template_kwargs"))?;
-    Ok(Conversation { id, messages, tools, template_arguments })
+    Ok(())
+}
+
+fn arguments_of(object: &Map<String, Value>) -> Result<Map<String, Value>, Fault> {
+    template_arguments(object.get("chat_template_kwargs")).map_err(Fault::of(FaultKind::TemplateArguments))
 }
 
 /// What a record wants its template to know, in Hugging Face's and the serving engines' spelling.
@@ -265,7 +314,10 @@ pub(crate) fn template_arguments(value: Option<&Value>) -> Result<Map<String, Va
     }
 }
 
-fn parse_messages(list: &Value, key: &str, passed_over: &mut PassedOver) -> Result<Vec<Message>, String> {
+/// The messages of a list, or what is wrong with each that is none.
+fn parse_messages(list: &Value, key: &str, passed_over: &mut PassedOver) -> Result<Vec<Message>, Vec<Fault>> {
+    let wrong =
+        |found: &str| Fault::new(FaultKind::Messages, format!("`{key}`: expected a list of messages, got {found}"));
     let spelled;
     let list = match list {
         Value::Array(list) => list,
@@ -275,48 +327,54 @@ fn parse_messages(list: &Value, key: &str, passed_over: &mut PassedOver) -> Resu
                 spelled = list;
                 &spelled
             }
-            _ => return Err(format!("`{key}`: expected a list of messages, got a string that spells none")),
+            _ => return Err(wrong("a string that spells none").into()),
         },
-        other => return Err(format!("`{key}`: expected a list of messages, got {}", kind_of(other))),
+        other => return Err(wrong(kind_of(other)).into()),
     };
-    let mut messages = Vec::with_capacity(list.len());
+    let (mut messages, mut faults) = (Vec::with_capacity(list.len()), Vec::new());
     for (index, message) in list.iter().enumerate() {
-        let message = parse_message(message, passed_over);
-        messages.push(message.map_err(|problem| format!("message {}: {problem}", index + 1))?);
+        match parse_message(message, passed_over) {
+            Ok(message) => messages.push(message),
+            Err(fault) => faults.push(fault.at(&format!("message {}", index + 1))),
+        }
     }
-    Ok(messages)
+    if faults.is_empty() { Ok(messages) } else { Err(faults) }
 }
 
-fn parse_message(message: &Value, passed_over: &mut PassedOver) -> Result<Message, String> {
+fn parse_message(message: &Value, passed_over: &mut PassedOver) -> Result<Message, Fault> {
     let Value::Object(object) = message else {
-        return Err(format!("expected an object, got {}", kind_of(message)));
+        return Err(Fault::new(FaultKind::Messages, format!("expected an object, got {}", kind_of(message))));
     };
+    let role_fault = Fault::of(FaultKind::Role);
+    let content_fault = Fault::of(FaultKind::Content);
     let mut extra = object.clone();
     // Tables fill absent columns with null; templates ask whether a key is there.
     extra.retain(|_, value| !value.is_null());
-    let named = one_of(&mut extra, "role", "from", |name| name.as_str().and_then(|name| role_of(name).ok()))?;
-    let (role, calls) = match named {
+    let named = one_of(&mut extra, "role", "from", |name| name.as_str().and_then(|name| role_of(name).ok()));
+    let (role, calls) = match named.map_err(&role_fault)? {
         // LLaMA-Factory's name of an assistant that calls a tool.
         Some(Value::String(name)) if name.trim().eq_ignore_ascii_case("function_call") => ("assistant", true),
-        Some(Value::String(name)) => (role_of(&name)?, false),
-        Some(other) => return Err(format!("`role`: expected a string, got {}", kind_of(&other))),
-        None => return Err("neither `role` nor `from` is there".to_owned()),
+        Some(Value::String(name)) => (role_of(&name).map_err(role_fault)?, false),
+        Some(other) => return Err(role_fault(format!("`role`: expected a string, got {}", kind_of(&other)))),
+        None => return Err(role_fault("neither `role` nor `from` is there".to_owned())),
     };
-    let mut content = match one_of(&mut extra, "content", "value", |said| Some(said.clone()))? {
+    let said = one_of(&mut extra, "content", "value", |said| Some(said.clone()));
+    let mut content = match said.map_err(&content_fault)? {
         Some(Value::String(text)) => Some(text),
-        Some(Value::Array(parts)) => Some(join_parts(&parts)?),
-        Some(other) => return Err(format!("`content`: expected a string, got {}", kind_of(&other))),
+        Some(Value::Array(parts)) => Some(join_parts(&parts).map_err(content_fault)?),
+        Some(other) => return Err(content_fault(format!("`content`: expected a string, got {}", kind_of(&other)))),
         None if extra.contains_key("tool_calls") || extra.contains_key("reasoning_content") => None,
-        None => return Err("neither `content` nor `value` is there".to_owned()),
+        None => return Err(content_fault("neither `content` nor `value` is there".to_owned())),
     };
     if calls {
-        extra.insert("tool_calls".to_owned(), spelled_calls(&content.take().unwrap_or_default())?);
+        let spelled = spelled_calls(&content.take().unwrap_or_default());
+        extra.insert("tool_calls".to_owned(), spelled.map_err(Fault::of(FaultKind::Tools))?);
     }
     let written_arguments = match extra.get_mut("tool_calls") {
-        Some(calls) => spell_out_tool_calls(calls)?,
+        Some(calls) => spell_out_tool_calls(calls).map_err(Fault::of(FaultKind::Tools))?,
         None => Vec::new(),
     };
-    let marks = marks::of_message(role, &mut extra, passed_over)?;
+    let marks = marks::of_message(role, &mut extra, passed_over).map_err(Fault::of(FaultKind::Training))?;
     Ok(Message { role: role.to_owned(), content, extra, marks, written_arguments })
 }
 

@@ -14,6 +14,8 @@
 //! conversation becomes one document per turn, each as the model would see it when it speaks. What fits neither is
 //! refused with the turn that does not fit.
 //!
+//! Where a part of a turn is not trained, or somebody else is, [`super::parts`] finds the places.
+//!
 //! From text to tokens: the whole text is encoded once, and a token is trained if it starts inside a span. The
 //! tokenizer is asked for byte offsets without its post-processor, so they are exact: they cover every byte in order.
 //! A token that straddles the start of a span is not trained: when decoding, it would be part of the prompt.
@@ -25,47 +27,12 @@ use super::chat_template::Prepared;
 use super::conversation::{Conversation, Message};
 use super::jinja::Beginning;
 use super::marks::Finish;
+use super::mask::Mask;
+use super::parts;
 use super::said;
+pub use super::spans::{Rendered, Span, SpanEnd};
 use super::tokenizer::{ChatTokenizer, Encoded};
 use crate::error::{Error, Result};
-
-/// A trained part of a text.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Span {
-    /// Bytes of the text.
-    pub range: Range<usize>,
-    /// Where it may end earlier.
-    pub end: SpanEnd,
-}
-
-/// Where the trained part of a span ends.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SpanEnd {
-    /// Where the span ends.
-    Exact,
-    /// At the first token behind this byte that ends a sequence: there the model stops, whatever the template writes
-    /// after it. Without one at the last special token behind this byte, without that where the span ends.
-    EndOfTurn {
-        /// One past the last byte of the message's content.
-        after: usize,
-    },
-    /// At the first token that ends a sequence and that only special tokens and white space follow, else at the last
-    /// special token that only white space follows, else where the span ends.
-    BeforeWhiteSpace,
-    /// Where the span ends, without a token that reaches beyond: the answer was cut off, and what follows was not said.
-    Cut,
-}
-
-/// A text with its trained parts.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Rendered {
-    /// What is encoded.
-    pub text: String,
-    /// Trained parts, in order, without overlap.
-    pub spans: Vec<Span>,
-    /// Which of several documents of one conversation this is: the assistant's turn, counted from 1.
-    pub turn: Option<usize>,
-}
 
 /// How the trained parts of a conversation were found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,6 +51,7 @@ pub fn render_supervised(
     tokenizer: &ChatTokenizer,
     conversation: &Conversation,
     supervise: Supervise,
+    mask: &Mask,
 ) -> Result<(Vec<Rendered>, Method)> {
     let messages = &conversation.messages;
     let prepared = tokenizer.prepare_conversation(conversation)?;
@@ -92,10 +60,13 @@ pub fn render_supervised(
         let spans = vec![Span { range: 0..text.len(), end: SpanEnd::Exact }];
         return Ok((vec![Rendered { text, spans, turn: None }], Method::RenderBoundaries));
     }
-    let turns = trained_turns(messages, supervise);
-    let Some(&last) = turns.last() else {
+    let trained = trained_messages(messages, supervise, mask);
+    let Some(&last) = trained.last() else {
         return Ok((Vec::new(), Method::RenderBoundaries));
     };
+    let (turns, others): (Vec<usize>, Vec<usize>) =
+        trained.iter().copied().partition(|&index| messages[index].is_assistant());
+    let chosen = Chosen { tokenizer, conversation, mask };
     // What follows the last trained message adds nothing to train, and can make a template rewrite what precedes.
     let count = last + 1;
     let (text, spans) = boundaries(&prepared, messages, &turns, count)?;
@@ -103,11 +74,12 @@ pub fn render_supervised(
         for (&index, span) in turns.iter().zip(&spans) {
             complete(messages, index, said::missing(&messages[index], &text[span.range.clone()]))?;
         }
+        let spans = chosen.spans(&text, spans, (&turns, &others), count)?;
         return Ok((vec![Rendered { text, spans, turn: None }], Method::RenderBoundaries));
     }
     // Blocks do not say which message they are of: marks of single messages need a document for each turn.
-    let marks = messages[..count].iter().any(|message| message.marks.leave_something_out());
-    let marked = if marks { None } else { prepared.render_marked(count)? };
+    let marks = |message: &Message| message.is_assistant() && message.marks.leave_something_out();
+    let marked = if messages[..count].iter().any(marks) { None } else { prepared.render_marked(count)? };
     if let Some((text, mut ranges)) = marked.filter(|(_, ranges)| !ranges.is_empty()) {
         for &index in &turns {
             complete(messages, index, said::missing_content(&messages[index], &text))?;
@@ -116,16 +88,88 @@ pub fn render_supervised(
             ranges.drain(..ranges.len() - 1);
         }
         let spans = ranges.into_iter().map(|range| Span { range, end: SpanEnd::BeforeWhiteSpace }).collect();
+        let speakers: Vec<usize> = (0..count).filter(|&index| messages[index].is_assistant()).collect();
+        let spans = chosen.spans(&text, spans, (&speakers, &others), count)?;
         return Ok((vec![Rendered { text, spans, turn: None }], Method::GenerationBlocks));
     }
-    let documents =
-        turns.iter().map(|&index| one_turn(tokenizer, &prepared, messages, index)).collect::<Result<_>>()?;
+    let mut documents = Vec::with_capacity(turns.len() + 1);
+    let mut from = 0;
+    for &index in &turns {
+        // What others say is trained once: where it is the newest.
+        let heard = within(&others, from..index);
+        documents.push(one_turn(&chosen, &prepared, index, heard)?);
+        from = index;
+    }
+    let unheard = within(&others, from..count);
+    if let Some(&newest) = unheard.last() {
+        let text = prepared.render(newest + 1, false)?;
+        let spans = chosen.spans(&text, Vec::new(), (&[], unheard), newest + 1)?;
+        documents.push(Rendered { text, spans, turn: Some(speeches(messages, newest) + 1) });
+    }
     Ok((documents, Method::FanOut))
 }
 
-/// Indices of the messages that are trained.
-pub(super) fn trained_turns(messages: &[Message], supervise: Supervise) -> Vec<usize> {
-    let mut turns = replies(messages);
+/// A conversation, and what of it is trained.
+struct Chosen<'a> {
+    tokenizer: &'a ChatTokenizer,
+    conversation: &'a Conversation,
+    mask: &'a Mask,
+}
+
+impl Chosen<'_> {
+    /// The spans of turns without the parts that are not trained, and what others say; `text` is the rendering of the
+    /// first `count` messages, and holds all of them.
+    fn spans(
+        &self,
+        text: &str,
+        turns: Vec<Span>,
+        (speakers, others): (&[usize], &[usize]),
+        count: usize,
+    ) -> Result<Vec<Span>> {
+        let cut = !self.mask.takes_whole_turns();
+        let mut wanted: Vec<usize> = if cut { speakers.to_vec() } else { Vec::new() };
+        wanted.extend(others);
+        wanted.sort_unstable();
+        let found = parts::find(self.tokenizer, self.conversation, &wanted, self.mask, (count, false, text))?;
+        self.chosen(text, turns, found)
+    }
+
+    fn chosen(&self, text: &str, turns: Vec<Span>, found: Vec<parts::Part>) -> Result<Vec<Span>> {
+        let messages = &self.conversation.messages;
+        let mut spans = parts::words_of_others(&found, messages);
+        if self.mask.takes_whole_turns() {
+            spans.extend(turns);
+        } else {
+            for span in &turns {
+                let kept = parts::keep(text, span, &found, self.mask);
+                spans.extend(kept.map_err(|problem| self.place(&found, span, &problem))?);
+            }
+        }
+        spans.sort_by_key(|span| span.range.start);
+        Ok(spans)
+    }
+
+    fn place(&self, found: &[parts::Part], span: &Span, problem: &str) -> Error {
+        match found.iter().find(|part| span.range.contains(&part.range.start)) {
+            Some(part) => at_turn(&self.conversation.messages, part.message, problem),
+            None => Error::Failed(problem.to_owned()),
+        }
+    }
+}
+
+/// Those of some ascending indices that lie in a range.
+fn within(indices: &[usize], range: Range<usize>) -> &[usize] {
+    let at = |bound: usize| indices.partition_point(|&index| index < bound);
+    &indices[at(range.start)..at(range.end)]
+}
+
+/// Indices of the messages that are trained: of the assistant those that answer somebody, of others all.
+pub(super) fn trained_messages(messages: &[Message], supervise: Supervise, mask: &Mask) -> Vec<usize> {
+    let mut turns = if mask.trains_assistant() { replies(messages) } else { Vec::new() };
+    let others =
+        messages.iter().enumerate().filter(|(_, message)| !message.is_assistant() && mask.trains(&message.role));
+    turns.extend(others.map(|(index, _)| index));
+    turns.sort_unstable();
     if supervise == Supervise::LastTurn {
         turns.drain(..turns.len().saturating_sub(1));
     }
@@ -154,7 +198,7 @@ fn boundaries(
     let wanted = turns.iter().flat_map(pair).filter(|&(end, _)| end < count).collect();
     let (text, beginnings) = prepared.render_with_beginnings(count, wanted)?;
     let Some(beginnings) = beginnings else {
-        let spans = boundary_spans(prepared, messages, turns, &text);
+        let spans = boundary_spans(prepared, messages, turns, (count, &text));
         return Ok((text, spans));
     };
     // Lengths of the renderings, where they begin the whole.
@@ -175,13 +219,18 @@ fn boundaries(
 }
 
 /// The same with two renderings for each turn, for templates that look ahead.
-fn boundary_spans(prepared: &Prepared<'_>, messages: &[Message], turns: &[usize], full: &str) -> Option<Vec<Span>> {
+fn boundary_spans(
+    prepared: &Prepared<'_>,
+    messages: &[Message],
+    turns: &[usize],
+    (count, full): (usize, &str),
+) -> Option<Vec<Span>> {
     let mut spans: Vec<Span> = Vec::with_capacity(turns.len());
     for &index in turns {
         // A template may refuse a part of a conversation that it accepts as a whole.
         let before = prepared.render(index, true).ok()?;
         let shorter;
-        let through = if Some(&index) == turns.last() {
+        let through = if index + 1 == count {
             full
         } else {
             shorter = prepared.render(index + 1, false).ok()?;
@@ -216,19 +265,20 @@ const REMEDY: &str = "template arguments (--template-arguments, data.template_ar
                       (--chat-template, data.chat_template) can make them agree";
 
 fn at_turn(messages: &[Message], index: usize, problem: &str) -> Error {
-    let turn = messages[..=index].iter().filter(|message| message.is_assistant()).count();
+    let turn = speeches(messages, index);
     Error::Failed(format!("assistant turn {turn} (message {}): {problem}", index + 1))
 }
 
-/// A document that ends with one turn and trains only it.
-fn one_turn(
-    tokenizer: &ChatTokenizer,
-    prepared: &Prepared<'_>,
-    messages: &[Message],
-    index: usize,
-) -> Result<Rendered> {
+/// How often the assistant speaks up to a message.
+fn speeches(messages: &[Message], index: usize) -> usize {
+    messages[..=index].iter().filter(|message| message.is_assistant()).count()
+}
+
+/// A document that ends with one turn and trains only it, and of `others` what they say.
+fn one_turn(chosen: &Chosen<'_>, prepared: &Prepared<'_>, index: usize, others: &[usize]) -> Result<Rendered> {
+    let messages = &chosen.conversation.messages;
     let message = &messages[index];
-    let turn = messages[..=index].iter().filter(|message| message.is_assistant()).count();
+    let turn = speeches(messages, index);
     let place = |error: Error| match error {
         Error::Failed(problem) => at_turn(messages, index, &problem),
         fatal => fatal,
@@ -238,10 +288,16 @@ fn one_turn(
     let missing = text.strip_prefix(before.as_str()).map(|said| said::missing(message, said));
     if missing == Some(None) {
         let span = turn_span(message, &text, before.len()..text.len());
-        return Ok(Rendered { text, spans: vec![span], turn: Some(turn) });
+        let spans = chosen.spans(&text, vec![span], (&[index], others), index + 1)?;
+        return Ok(Rendered { text, spans, turn: Some(turn) });
     }
-    if let Some(spoken) = spoken_turn(tokenizer, prepared, message, (index, &before, &text)) {
-        return Ok(Rendered { turn: Some(turn), ..spoken });
+    if let Some((text, span, after)) = spoken_turn(chosen.tokenizer, prepared, message, (index, &before, &text)) {
+        let Chosen { tokenizer, conversation, mask } = chosen;
+        let mut found = parts::find(tokenizer, conversation, others, mask, (index, true, &before))?;
+        let own = parts::of_answer(message, &text[before.len()..after], before.len(), index, mask);
+        found.extend(own.map_err(|problem| at_turn(messages, index, &problem))?);
+        let spans = chosen.chosen(&text, vec![span], found)?;
+        return Ok(Rendered { text, spans, turn: Some(turn) });
     }
     complete(messages, index, missing.flatten())?;
     Err(at_turn(
@@ -256,13 +312,14 @@ fn one_turn(
 }
 
 /// A turn as the target says it: its prompt, which opens a thought, and behind it what was said, to the end of turn. The
-/// templates of R1's distillations drop that thought from finished turns, so no rendering holds the two together.
+/// templates of R1's distillations drop that thought from finished turns, so no rendering holds the two together. With the
+/// text its span, and where what was said ends.
 fn spoken_turn(
     tokenizer: &ChatTokenizer,
     prepared: &Prepared<'_>,
     message: &Message,
     (index, before, finished): (usize, &str, &str),
-) -> Option<Rendered> {
+) -> Option<(String, Span, usize)> {
     let history = prepared.render(index, false).ok()?;
     let spoken = said::behind_an_open_thought(message, before.strip_prefix(history.as_str())?)?;
     let ending = match said::ending(message, finished) {
@@ -272,7 +329,7 @@ fn spoken_turn(
     let text = format!("{before}{}{ending}", spoken.trim_end());
     let span = turn_span(message, &text, before.len()..text.len());
     let after = before.len() + spoken.trim_end().len();
-    Some(Rendered { text, spans: vec![Span { end: SpanEnd::EndOfTurn { after }, ..span }], turn: None })
+    Some((text, Span { end: SpanEnd::EndOfTurn { after }, ..span }, after))
 }
 
 fn turn_span(message: &Message, text: &str, range: Range<usize>) -> Span {

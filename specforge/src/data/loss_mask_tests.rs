@@ -22,7 +22,7 @@ fn talk(messages: &[(&str, &str)]) -> Conversation {
 /// Trained runs of every document, as text.
 fn trained(template: &str, conversation: &Conversation, supervise: Supervise) -> Result<(Vec<Vec<String>>, Method)> {
     let tokenizer = tiny_tokenizer(template);
-    let (documents, method) = render_supervised(&tokenizer, conversation, supervise)?;
+    let (documents, method) = render_supervised(&tokenizer, conversation, supervise, &Mask::default())?;
     let mut all = Vec::new();
     for Rendered { text, spans, .. } in documents {
         let encoded = tokenizer.encode_with_offsets(&text)?;
@@ -186,7 +186,7 @@ fn one_pass_finds_what_many_renderings_find() {
                 assert_eq!(text, prepared.render(count, false).unwrap(), "{text}");
                 in_one_pass += usize::from(prepared.renderings() == 2);
                 all += 1;
-                assert_eq!(spans, boundary_spans(&prepared, &conversation.messages, &turns, &text), "{text}");
+                assert_eq!(spans, boundary_spans(&prepared, &conversation.messages, &turns, (count, &text)), "{text}");
             }
         }
     }

@@ -36,7 +36,7 @@ pub struct Marks {
 }
 
 impl Marks {
-    /// Whether something of the message is not to be trained.
+    /// Whether something of the answer is not to be trained.
     pub fn leave_something_out(&self) -> bool {
         self.train == Some(false) || self.finish == Some(Finish::Length)
     }
@@ -160,10 +160,7 @@ pub(super) fn of_message(
         }
     }
     if !assistant {
-        if train == Some(true) {
-            passed_over.push(format!("the wish to train a message of role {role}"));
-        }
-        return Ok(Marks::default());
+        return Ok(Marks { train, ..Marks::default() });
     }
     let mut finish = None;
     for key in FINISH_KEYS {
@@ -181,9 +178,14 @@ pub(super) fn of_message(
     Ok(Marks { train, finish, token_ids, prompt_hash, vocabulary_hash })
 }
 
-/// Whether a record is to be trained, and what it says about its messages in a list of its own. `messages` has the marks
-/// of every message of the assistant, and `None` for what others say.
-pub(super) fn of_record(object: &Map<String, Value>, messages: &mut [Option<&mut Marks>]) -> Result<bool, String> {
+/// The marks of a message, and whether the assistant says it.
+pub(super) struct Speech<'a> {
+    pub(super) assistant: bool,
+    pub(super) marks: &'a mut Marks,
+}
+
+/// Whether a record is to be trained, and what it says about its messages in a list of its own.
+pub(super) fn of_record(object: &Map<String, Value>, messages: &mut [Speech<'_>]) -> Result<bool, String> {
     let mut object = object.clone();
     for key in RECORD_TRAIN_KEYS {
         let Some(Value::Array(list)) = object.get(key) else { continue };
@@ -192,15 +194,13 @@ pub(super) fn of_record(object: &Map<String, Value>, messages: &mut [Option<&mut
             return Err(format!("`{key}`: expected one value, or one for each of {count} messages, got {got}"));
         }
         let list = list.iter().map(|value| zero_or_one(key, value)).collect::<Result<Vec<_>, _>>()?;
-        for (marks, train) in messages.iter_mut().zip(list) {
-            if let Some(marks) = marks {
-                agree(&mut marks.train, train, key)?;
-            }
+        for (Speech { marks, .. }, train) in messages.iter_mut().zip(list) {
+            agree(&mut marks.train, train, key)?;
         }
         object.shift_remove(key);
     }
     for key in FINISH_KEYS {
-        let answers: Vec<&mut &mut Marks> = messages.iter_mut().flatten().collect();
+        let answers: Vec<&mut Speech<'_>> = messages.iter_mut().filter(|speech| speech.assistant).collect();
         let ends = match object.get(key) {
             None => continue,
             Some(Value::Array(list)) => {
@@ -215,7 +215,7 @@ pub(super) fn of_record(object: &Map<String, Value>, messages: &mut [Option<&mut
                 .chain(std::iter::once(one.clone()))
                 .collect(),
         };
-        for (marks, end) in answers.into_iter().zip(ends).filter(|(_, end)| !end.is_null()) {
+        for (Speech { marks, .. }, end) in answers.into_iter().zip(ends).filter(|(_, end)| !end.is_null()) {
             let end = finish_of(&end).map_err(|problem| format!("`{key}`: {problem}"))?;
             agree(&mut marks.finish, end, key)?;
         }
@@ -370,9 +370,8 @@ mod tests {
         let (marks, passed_over, extra) = marks("assistant", message).unwrap();
         assert_eq!(passed_over, ["`loss_multiplier` in messages"]);
         assert_eq!((marks.finish, extra.len()), (Some(Finish::Length), 4));
-        let (marks, passed_over, _) = super::tests::marks("user", json!({"train": true})).unwrap();
-        assert_eq!((marks, passed_over.len()), (Marks::default(), 1));
-        assert!(super::tests::marks("user", json!({"weight": 0})).unwrap().1.is_empty());
+        let (marks, passed_over, _) = super::tests::marks("user", json!({"train": true, "finish": "stop"})).unwrap();
+        assert_eq!((marks, passed_over.len()), (Marks { train: Some(true), ..Marks::default() }, 0));
         let record = json!({"id": 1, "source": "x", "quality_weight": 0.3, "label": "math", "chat_template": "y",
                             "weight": 1, "labels": [1, 2], "images": [], "ignore": false, "strain": 1});
         let named: Vec<String> = passed_over_in_record(record.as_object().unwrap()).collect();
@@ -384,8 +383,11 @@ mod tests {
     #[test]
     fn a_record_speaks_for_its_messages() {
         let read = |record: Value| {
-            let (mut first, mut last) = (Marks::default(), Marks::default());
-            let train = of_record(record.as_object().unwrap(), &mut [None, Some(&mut first), Some(&mut last)])?;
+            let (mut asked, mut first, mut last) = (Marks::default(), Marks::default(), Marks::default());
+            let speech = |assistant, marks| Speech { assistant, marks };
+            let mut messages = [speech(false, &mut asked), speech(true, &mut first), speech(true, &mut last)];
+            let train = of_record(record.as_object().unwrap(), &mut messages)?;
+            assert_eq!(asked, Marks { train: asked.train, ..Marks::default() });
             Ok::<_, String>((train, first, last))
         };
         let (train, first, last) = read(json!({"finish": ["length", "stop"], "loss_mask": [0, 0, 1]})).unwrap();

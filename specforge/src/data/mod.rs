@@ -1,10 +1,10 @@
 //! From files of conversations to rows of token ids with a loss mask.
 //!
 //! `reader` finds the records of a file, `conversation` gives them meaning (a `sample`), `chat_template` renders
-//! them with the tokenizer's own template, `loss_mask` says which tokens are trained, `build` does that in parallel and
+//! them with the tokenizer's own template, `loss_mask` says which tokens are trained, by choice (`mask`, `parts`), `build` does that in parallel and
 //! `cache` keeps the result in one memory-mapped file. `marks` are what a record says about being trained, and `recorded`
 //! makes documents of answers whose token ids are known. `pack` fills batches, `stats` describes what came out, `counts`
-//! says how often each token is trained.
+//! says how often each token is trained. `validate` finds every `fault` of a file, and `look` shows all of that on a page.
 //!
 //! This room ends at token ids and masks: it knows no model, no tensor and no hidden state.
 
@@ -21,30 +21,39 @@ pub mod cache;
 pub mod chat_template;
 pub mod conversation;
 pub mod counts;
+mod fault;
 pub mod held_out;
 mod jinja;
+pub mod look;
 pub mod loss_mask;
 pub mod marks;
+mod mask;
 pub mod pack;
+mod parts;
 pub mod reader;
 pub mod recorded;
 pub mod report;
 mod said;
 pub mod sample;
+mod spans;
 pub mod stats;
 pub mod text_stream;
 pub mod tokenizer;
+mod validate;
 
 pub use cache::{Document, TokenCache, split};
 pub use conversation::{Conversation, Message, Rejections, Sample};
 pub use counts::{all_supervised_counts, supervised_counts};
+pub use fault::{Fault, FaultKind};
 pub use held_out::{by_content, first_tokens};
 pub use marks::{Finish, Marks};
+pub use mask::{Mask, Role};
 pub use pack::{DocumentRef, PackedBatch, assemble, pack};
 pub use report::BuildReport;
 pub use stats::{Statistics, document_for_terminal, document_runs, document_text, mask_runs};
 pub use text_stream::TextStream;
 pub use tokenizer::{ChatTokenizer, TokenizerParts};
+pub use validate::{Finding, Group, Validation, validate};
 
 /// Where training text comes from and how it becomes tokens.
 #[derive(Serialize, Deserialize, Clone, Debug)]
@@ -60,6 +69,8 @@ pub struct DataConfig {
     pub max_length: usize,
     /// Which messages are trained on.
     pub supervise: Supervise,
+    /// Whose messages are trained, and which parts of what the assistant says.
+    pub mask: Mask,
     /// Largest share of conversations that may be unusable before the run is refused.
     pub max_bad_share: f64,
     /// Folder for tokenised data.
@@ -80,6 +91,7 @@ impl Default for DataConfig {
             eval_fraction: 0.05,
             max_length: 2048,
             supervise: Supervise::Assistant,
+            mask: Mask::default(),
             max_bad_share: 0.01,
             cache_dir: PathBuf::from(".cache/tokens"),
             chat_template: None,
@@ -104,6 +116,11 @@ impl DataConfig {
             let problem = format!("expected at least 2 tokens, got {}", self.max_length);
             return Err(Error::config("data.max_length", problem));
         }
+        self.mask.check()?;
+        if self.supervise == Supervise::All && !self.mask.is_default() {
+            let problem = format!("chooses {}, but data.supervise = all trains every token", self.mask.words());
+            return Err(Error::config("data.mask", problem).with_hint("leave one of them out"));
+        }
         Ok(())
     }
 
@@ -119,8 +136,9 @@ impl DataConfig {
 #[serde(rename_all = "snake_case")]
 pub enum Supervise {
     /// What the assistant says, with its end of turn. An assistant message that no other speaker precedes is context.
+    /// Of other roles that the mask names, what they say.
     Assistant,
-    /// The assistant's last message.
+    /// The last message of those.
     LastTurn,
     /// Every token.
     All,

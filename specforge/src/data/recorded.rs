@@ -17,8 +17,11 @@ use sha2::{Digest, Sha256};
 
 use super::Supervise;
 use super::conversation::{Conversation, Message};
-use super::loss_mask::{render_supervised, trained_turns};
+use super::loss_mask::{render_supervised, trained_messages};
 use super::marks::Finish;
+use super::mask::Mask;
+use super::parts;
+use super::spans::{Span, SpanEnd};
 use super::tokenizer::{ChatTokenizer, hex};
 use crate::error::{Error, Result};
 
@@ -80,8 +83,10 @@ pub fn prompt_hash(tokens: &[u32]) -> String {
 /// otherwise here, and where there are no ids, answers that the template does not show whole.
 pub fn check(tokenizer: &ChatTokenizer, conversation: &Conversation) -> Result<()> {
     match Vocabulary::default().ids_of(tokenizer, conversation) {
-        Ids::Own => documents(tokenizer, conversation, Supervise::Assistant).map(drop),
-        Ids::None | Ids::Foreign => render_supervised(tokenizer, conversation, Supervise::Assistant).map(drop),
+        Ids::Own => documents(tokenizer, conversation, Supervise::Assistant, &Mask::default()).map(drop),
+        Ids::None | Ids::Foreign => {
+            render_supervised(tokenizer, conversation, Supervise::Assistant, &Mask::default()).map(drop)
+        }
     }
 }
 
@@ -90,15 +95,25 @@ pub(super) fn documents(
     tokenizer: &ChatTokenizer,
     conversation: &Conversation,
     supervise: Supervise,
+    mask: &Mask,
 ) -> Result<Vec<Recorded>> {
     let messages = &conversation.messages;
+    let trained = trained_messages(messages, supervise, mask);
+    if let Some(&other) = trained.iter().find(|&&index| !messages[index].is_assistant()) {
+        let role = &messages[other].role;
+        return Err(Error::Failed(format!(
+            "message {} ({role}) is to be trained, but beside answers that are known as `token_ids` only the assistant \
+             is: take {role} out of data.mask.roles, or remove `token_ids` to train the text",
+            other + 1
+        )));
+    }
     let prepared = tokenizer.prepare_conversation(conversation)?;
     let mut documents: Vec<Recorded> = Vec::new();
-    for index in trained_turns(messages, supervise) {
+    for index in trained {
         let place = |problem: String| Error::Failed(format!("message {}: {problem}", index + 1));
         let ids = answer(tokenizer, &messages[index]).map_err(place)?;
-        let prompt = prepared.render(index, true).map_err(|error| place(error.to_string()))?;
-        let prompt = tokenizer.encode(&prompt)?;
+        let text = prepared.render(index, true).map_err(|error| place(error.to_string()))?;
+        let prompt = tokenizer.encode(&text)?;
         if messages[index].marks.prompt_hash.as_ref().is_some_and(|hash| *hash != prompt_hash(&prompt)) {
             return Err(place(
                 "the prompt is not the one that `token_ids` were generated from: template, template arguments or an \
@@ -119,10 +134,60 @@ pub(super) fn documents(
         }
         if let Some(document) = documents.last_mut() {
             document.tokens.extend(ids);
-            document.supervised.resize(document.tokens.len(), 1);
+            match mask.takes_whole_turns() || supervise == Supervise::All {
+                true => document.supervised.resize(document.tokens.len(), 1),
+                false => {
+                    let kept = kept_tokens(tokenizer, (&messages[index], ids), (index, &text), mask);
+                    document.supervised.extend(kept.map_err(place)?);
+                }
+            }
         }
     }
     Ok(documents)
+}
+
+/// Which tokens of an answer are trained, where a part of it is not. `prompt` is the text before it.
+fn kept_tokens(
+    tokenizer: &ChatTokenizer,
+    (message, ids): (&Message, &[u32]),
+    (index, prompt): (usize, &str),
+    mask: &Mask,
+) -> Result<Vec<u8>, String> {
+    // What a serving engine took out of the content, the ids still say.
+    let said = match ids.split_last() {
+        Some((last, said)) if tokenizer.eos_token_ids().contains(last) => said,
+        _ => ids,
+    };
+    let answer = &tokenizer.decode(said, false).map_err(|error| error.to_string())?;
+    let found = parts::of_answer(message, answer, prompt.len(), index, mask)?;
+    parts::all_found(message, &found, mask)?;
+    // The token that ends the turn spells nothing here: one more byte stands for it.
+    let text = format!("{prompt}{answer}\n");
+    let whole = Span { range: prompt.len()..text.len(), end: SpanEnd::Exact };
+    // Where a token begins in the answer. Bytes that are no character yet count when they are.
+    let begins = |token: usize| -> Result<usize, String> {
+        let before = tokenizer.decode(&ids[..token], false).map_err(|error| error.to_string())?;
+        Ok(prompt.len() + before.trim_end_matches('\u{FFFD}').len().min(answer.len()))
+    };
+    // The first token for which `past` holds of where it begins.
+    let first = |past: &dyn Fn(usize) -> bool| -> Result<usize, String> {
+        let (mut low, mut high) = (0, ids.len());
+        while low < high {
+            let middle = low.midpoint(high);
+            if past(begins(middle)?) { high = middle } else { low = middle + 1 }
+        }
+        Ok(low)
+    };
+    let mut kept = vec![0; ids.len()];
+    for Span { range, .. } in parts::keep(&text, &whole, &found, mask)? {
+        let from = first(&|begin| begin >= range.start)?;
+        // The last token that does not reach beyond is the one before the last that begins at the end or before.
+        let to = if range.end == text.len() { ids.len() } else { first(&|begin| begin > range.end)?.saturating_sub(1) };
+        if from < to {
+            kept[from..to].fill(1);
+        }
+    }
+    Ok(kept)
 }
 
 /// The tokens of an answer, if they are what the message says.
@@ -235,8 +300,13 @@ mod tests {
             (said("see <|im_start|> here<|im_end|>"), "see <|im_start|> here<|im_end|>"),
             (said("and then the"), "and then the"),
         ] {
-            let documents =
-                documents(&tokenizer, &talk(&tokenizer, &[("hi", ids.clone())]), Supervise::Assistant).unwrap();
+            let documents = documents(
+                &tokenizer,
+                &talk(&tokenizer, &[("hi", ids.clone())]),
+                Supervise::Assistant,
+                &Mask::default(),
+            )
+            .unwrap();
             assert_eq!(documents.len(), 1);
             let trained = &documents[0].tokens[documents[0].tokens.len() - ids.len()..];
             assert_eq!(trained, ids);
@@ -246,7 +316,7 @@ mod tests {
         }
         // The text of the first answer splits otherwise than it was said: what comes next was said behind the text.
         let two = talk(&tokenizer, &[("hi", spelled), ("hu", said("ha<|im_end|>"))]);
-        let found = documents(&tokenizer, &two, Supervise::Assistant).unwrap();
+        let found = documents(&tokenizer, &two, Supervise::Assistant, &Mask::default()).unwrap();
         assert_eq!(found.iter().map(|document| document.turn).collect::<Vec<_>>(), [1, 2]);
         assert!(runs(&tokenizer, &found[1])[0].1.contains("ho ho<|im_end|>"));
     }
@@ -257,18 +327,21 @@ mod tests {
         let said = |text: &str| tokenizer.encode(text).unwrap();
         let turns = [("hi", said("ho<|im_end|>")), ("hu", said("cut")), ("he", said("ha<|im_end|>"))];
         let talk = talk(&tokenizer, &turns);
-        let found = documents(&tokenizer, &talk, Supervise::Assistant).unwrap();
+        let found = documents(&tokenizer, &talk, Supervise::Assistant, &Mask::default()).unwrap();
         assert_eq!(found.len(), 1);
         let trained = |document: &Recorded| -> Vec<String> {
             runs(&tokenizer, document).into_iter().filter(|(flag, _)| *flag).map(|(_, text)| text).collect()
         };
         assert_eq!(trained(&found[0]), ["ho<|im_end|>", "cut", "ha<|im_end|>"]);
-        let last = documents(&tokenizer, &talk, Supervise::LastTurn).unwrap();
+        let last = documents(&tokenizer, &talk, Supervise::LastTurn, &Mask::default()).unwrap();
         assert_eq!((last.len(), trained(&last[0])), (1, vec!["ha<|im_end|>".to_owned()]));
         let mut marked = talk.clone();
         marked.messages[1].marks.train = Some(false);
-        assert_eq!(trained(&documents(&tokenizer, &marked, Supervise::Assistant).unwrap()[0]), ["cut", "ha<|im_end|>"]);
-        let all = documents(&tokenizer, &talk, Supervise::All).unwrap();
+        assert_eq!(
+            trained(&documents(&tokenizer, &marked, Supervise::Assistant, &Mask::default()).unwrap()[0]),
+            ["cut", "ha<|im_end|>"]
+        );
+        let all = documents(&tokenizer, &talk, Supervise::All, &Mask::default()).unwrap();
         assert!(all[0].supervised.iter().all(|&flag| flag == 1));
     }
 
@@ -277,11 +350,45 @@ mod tests {
         let tokenizer = tiny_tokenizer(DISTILLED);
         let said = |text: &str| tokenizer.encode(text).unwrap();
         let turns = [("hi", said("hm</think>ho<|im_end|>")), ("hu", said("hm, well</think>ha<|im_end|>"))];
-        let found = documents(&tokenizer, &talk(&tokenizer, &turns), Supervise::Assistant).unwrap();
+        let found = documents(&tokenizer, &talk(&tokenizer, &turns), Supervise::Assistant, &Mask::default()).unwrap();
         let texts: Vec<_> = found.iter().map(|document| runs(&tokenizer, document)).collect();
         assert_eq!(texts[0][1].1, "hm</think>ho<|im_end|>");
         assert!(texts[0][0].1.ends_with("<think>\n") && texts[1][0].1.contains("assistant\nho<|im_end|>"), "{texts:?}");
         assert_eq!((texts[1].len(), texts[1][1].1.as_str()), (2, "hm, well</think>ha<|im_end|>"));
+    }
+
+    #[test]
+    fn parts_of_an_answer_in_ids_are_left_out_to_the_token() {
+        let tokenizer = tiny_tokenizer(CHATML);
+        // Letter by letter, the four bytes of a smiling face among them.
+        let spelled = |text: &str| -> Vec<u32> {
+            let letters = text.split_inclusive(|_: char| true).flat_map(|letter| tokenizer.encode(letter).unwrap());
+            letters.chain(tokenizer.encode("<|im_end|>").unwrap()).collect()
+        };
+        let choice = |reasoning, tool_calls| Mask { reasoning, tool_calls, ..Mask::default() };
+        let trained = |text: &str, mask: &Mask| -> Vec<String> {
+            let talk = talk(&tokenizer, &[("hi", spelled(text))]);
+            let documents = documents(&tokenizer, &talk, Supervise::Assistant, mask).unwrap();
+            let runs = runs(&tokenizer, &documents[0]).into_iter();
+            runs.filter(|(flag, _)| *flag).map(|(_, text)| text).collect()
+        };
+        let said = "<think>\nhm 😀\n</think>\n\n😀 ho\n<tool_call>{}</tool_call>";
+        assert_eq!(trained(said, &choice(true, true)), [format!("{said}<|im_end|>")]);
+        assert_eq!(trained(said, &choice(false, true)), ["😀 ho\n<tool_call>{}</tool_call><|im_end|>"]);
+        assert_eq!(trained(said, &choice(true, false)), ["<think>\nhm 😀\n</think>\n\n😀 ho"]);
+        assert_eq!(trained(said, &choice(false, false)), ["😀 ho"]);
+        assert_eq!(trained("ho", &choice(false, false)), ["ho<|im_end|>"]);
+        // A prompt that opens the thought.
+        let tokenizer = tiny_tokenizer(DISTILLED);
+        let said = tokenizer.encode("hm</think>ho<|im_end|>").unwrap();
+        let found =
+            documents(&tokenizer, &talk(&tokenizer, &[("hi", said)]), Supervise::Assistant, &choice(false, true));
+        assert_eq!(runs(&tokenizer, &found.unwrap()[0]).last().unwrap(), &(true, "ho<|im_end|>".to_owned()));
+        // Others cannot be trained beside ids.
+        let talk = talk(&tokenizer, &[("hi", tokenizer.encode("a</think>ho<|im_end|>").unwrap())]);
+        let users = Mask { roles: vec![super::super::Role::Assistant, super::super::Role::User], ..Mask::default() };
+        let message = documents(&tokenizer, &talk, Supervise::Assistant, &users).unwrap_err().to_string();
+        assert!(message.contains("message 1 (user)") && message.contains("data.mask.roles"), "{message}");
     }
 
     #[test]
@@ -292,7 +399,8 @@ mod tests {
         let refused = |spoil: &dyn Fn(&mut Conversation), reason: &str| {
             let mut spoilt = good.clone();
             spoil(&mut spoilt);
-            let message = documents(&tokenizer, &spoilt, Supervise::Assistant).unwrap_err().to_string();
+            let message =
+                documents(&tokenizer, &spoilt, Supervise::Assistant, &Mask::default()).unwrap_err().to_string();
             assert!(message.contains(reason), "{message}");
         };
         refused(&|talk| talk.messages[1].content = Some("hoho".to_owned()), "message 2: `content` is not what");
@@ -302,7 +410,7 @@ mod tests {
             parts.messages[1].extra.insert("reasoning_content".to_owned(), thoughts.into());
             // The template of this test shows no thoughts: the prompts behind are other ones.
             parts.messages.truncate(2);
-            documents(&tokenizer, &parts, Supervise::Assistant).map_err(|error| error.to_string())
+            documents(&tokenizer, &parts, Supervise::Assistant, &Mask::default()).map_err(|error| error.to_string())
         };
         assert!(of_server("h", "o").is_ok() && of_server("ho", "").is_ok());
         for (thoughts, content) in [("o", "h"), ("h", "a"), ("x", "o"), ("", "h")] {
@@ -314,13 +422,13 @@ mod tests {
         refused(&|talk| talk.messages[3].marks.token_ids = Some(vec![1 << 30]), "names token 1073741824");
         refused(&|talk| talk.messages[3].marks.token_ids = Some(said("ha")), "`finish` says stop, but");
         let other = tiny_tokenizer(&CHATML.replace("<|im_start|>{{ m.role }}", "{{ m.role }}:"));
-        let message = documents(&other, &good, Supervise::Assistant).unwrap_err().to_string();
+        let message = documents(&other, &good, Supervise::Assistant, &Mask::default()).unwrap_err().to_string();
         assert!(message.contains("the prompt is not the one that `token_ids` were generated from"), "{message}");
         // A record of somebody else's engine: no prompt hash, no finish.
         let record = json!({"messages": [{"role": "user", "content": "hi"},
             {"role": "assistant", "content": "ho", "token_ids": said("ho<|im_end|>")}]});
         let sample = super::super::conversation::parse_sample(record.to_string().as_bytes(), String::new).unwrap();
         let super::super::Sample::Conversation(foreign) = sample else { panic!("a conversation") };
-        assert_eq!(documents(&tokenizer, &foreign, Supervise::Assistant).unwrap().len(), 1);
+        assert_eq!(documents(&tokenizer, &foreign, Supervise::Assistant, &Mask::default()).unwrap().len(), 1);
     }
 }
