@@ -24,6 +24,8 @@ mod gguf_targets;
 mod goldens;
 mod gpu_check;
 mod http_server;
+#[cfg(feature = "hub")]
+mod hub;
 mod launch;
 mod layers;
 mod looking;

@@ -14,6 +14,7 @@ use crate::draft::vocabulary::VocabularyKeys;
 use crate::error::{Error, Result};
 use crate::eval::acceptance::in_training::{self, EvalConfig};
 use crate::gguf::packed;
+use crate::hub;
 use crate::models;
 use crate::optim::OptimConfig;
 use crate::strict;
@@ -200,10 +201,19 @@ impl RunConfig {
             return Ok(self.clone());
         }
         let device = device()?;
-        match &self.target.config {
-            Some(named) if device.is_cuda() && !packed::has_file(&self.target.path, "config.json") => {
+        let path = &self.target.path;
+        let named = match &self.target.config {
+            Some(named) if !packed::has_file(path, "config.json") => Some(named.clone()),
+            // Of a model on a hub, a plan has no weights.
+            _ if hub::named(path).is_some() => {
+                packed::read_file(path, "config.json")?.and_then(|text| serde_json::from_slice(&text).ok())
+            }
+            _ => None,
+        };
+        match named {
+            Some(named) if device.is_cuda() => {
                 let mut config = self.clone();
-                config.target.dtype = Dtype::named(named);
+                config.target.dtype = Dtype::named(&named);
                 Ok(config)
             }
             _ => self.on(device),

@@ -95,6 +95,16 @@ pub enum Error {
         /// What libtorch said.
         problem: String,
     },
+    /// Something that lies on a hub could not be had.
+    #[error("{}: {}", foreign::name(name), foreign::message(.problem))]
+    Hub {
+        /// Name of the repository, as the user wrote it.
+        name: String,
+        /// What was wrong.
+        problem: String,
+        /// What to do.
+        hint: Option<String>,
+    },
     /// A process that this one started failed, and the run with it.
     #[error("{} failed: {}", foreign::name(who), foreign::message(.message))]
     Launched {
@@ -188,9 +198,14 @@ impl Error {
         Error::Config { key: key.into(), problem: problem.into(), hint: None }
     }
 
+    /// Something on a hub that could not be had.
+    pub fn hub(name: impl std::fmt::Display, problem: impl Into<String>) -> Error {
+        Error::Hub { name: name.to_string(), problem: problem.into(), hint: None }
+    }
+
     /// The same error with a line that says what to do. Errors without room for a hint are left as they are.
     pub fn with_hint(mut self, text: impl Into<String>) -> Error {
-        if let Error::BadFile { hint, .. } | Error::Config { hint, .. } = &mut self {
+        if let Error::BadFile { hint, .. } | Error::Config { hint, .. } | Error::Hub { hint, .. } = &mut self {
             *hint = Some(text.into());
         }
         self
@@ -208,7 +223,10 @@ impl Error {
 
     fn hint_text(&self) -> Option<String> {
         match self {
-            Error::BadFile { hint, .. } | Error::Config { hint, .. } | Error::Launched { hint, .. } => hint.clone(),
+            Error::BadFile { hint, .. }
+            | Error::Config { hint, .. }
+            | Error::Hub { hint, .. }
+            | Error::Launched { hint, .. } => hint.clone(),
             Error::Io { source, path, .. } => match source.kind() {
                 ErrorKind::StorageFull => Some("free some space or choose another folder".to_owned()),
                 ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {

@@ -17,9 +17,10 @@ pub mod streams;
 pub mod strict;
 pub mod table;
 pub mod threads;
-// L1: mathematics, files and data, processes; no model names
+// L1: mathematics, files and data, files of a hub, processes; no model names
 pub mod data;
 pub mod dist;
+pub mod hub;
 pub mod nn;
 pub mod serving;
 pub mod tree;

@@ -5,14 +5,16 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::devices::DeviceArgs;
+use super::hub::{self, Place};
 use super::{Output, numbers};
 use crate::config::Dtype;
 use crate::error::Result;
 use crate::eval::bench::{self, BenchOptions, BenchReport, DecodeShape, PrefillShape, VerifyShape};
+use crate::hub::Wanted;
 
 #[derive(Debug, Args)]
 pub(super) struct BenchArgs {
-    /// Model folder, or a GGUF file of one.
+    /// Model folder, a GGUF file of one, or a name on a hub: ORG/NAME[@REVISION].
     #[arg(long)]
     target: PathBuf,
     /// Time a prefill of ROWSxTOKENS. May be given several times.
@@ -41,14 +43,17 @@ pub(super) struct BenchArgs {
 
 pub(super) fn run(args: &BenchArgs, output: &Output) -> Result<()> {
     let devices = args.devices.alone()?;
+    let mut target = args.target.clone();
+    hub::fetch(vec![Place::Model(&mut target, Wanted::Target)], None)?;
+    let kind = Dtype::of_target(args.dtype, &target, devices.home)?.kind();
     let report = bench::run(&BenchOptions {
-        target: args.target.clone(),
+        target,
         prefill: args.prefill.clone(),
         decode: args.decode.clone(),
         verify: args.verify.clone(),
         repeat: args.repeat,
         threads: args.threads,
-        kind: Dtype::of_target(args.dtype, &args.target, devices.home)?.kind(),
+        kind,
         device: devices.home,
         layers: devices.layers,
     })?;

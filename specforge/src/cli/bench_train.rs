@@ -4,11 +4,13 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::hub::{self, Reads};
 use super::{Output, numbers};
 use crate::config::RunConfig;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::eval::bench_train::{self, BatchShape, BenchTrainOptions, BenchTrainReport};
+use crate::hub::Wanted;
 use crate::plan;
 
 #[derive(Debug, Args)]
@@ -41,7 +43,11 @@ pub(super) fn run(args: &BenchTrainArgs, output: &Output) -> Result<()> {
         return Err(Error::Usage(format!("--supervised: expected a share from 0 to below 1, got {}", args.supervised)));
     }
     let device = device::choose(&args.device)?;
-    let config = RunConfig::load(&args.config, &args.set)?.on(device)?;
+    let mut config = RunConfig::load(&args.config, &args.set)?;
+    // On CUDA, the files say which element type is the target's.
+    let target = if config.target.dtype.is_none() && device.is_cuda() { Wanted::Target } else { Wanted::Description };
+    hub::fetch_for(&mut config, Reads { target, data: false, start: None }, None)?;
+    let config = config.on(device)?;
     let report = bench_train::run(&BenchTrainOptions {
         target: plan::target_info(&config)?,
         batch: args.batch,

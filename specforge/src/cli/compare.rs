@@ -6,10 +6,12 @@ use clap::Args;
 use tch::Kind;
 
 use super::devices::DeviceArgs;
+use super::hub::{self, Place};
 use super::{Output, note};
 use crate::data::ChatTokenizer;
 use crate::decode::drafter::{self, DraftSampling};
 use crate::error::{Error, Result};
+use crate::hub::Wanted;
 use crate::trace::judge::NewDrafter;
 use crate::trace::{self, Judge, ModelName, Trace};
 
@@ -17,7 +19,7 @@ use crate::trace::{self, Judge, ModelName, Trace};
 ///
 /// Traces come from `--trace FILE` of generate and eval. Exit code 0: equal, or different only at near ties; 1: they
 /// differ, or one is wrong; 2: a trace that cannot be read.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(super) struct CompareArgs {
     /// First trace.
     #[arg(value_name = "A.trace")]
@@ -25,7 +27,7 @@ pub(super) struct CompareArgs {
     /// Second trace.
     #[arg(value_name = "B.trace")]
     b: PathBuf,
-    /// Model folder, or GGUF file, of the target of both: it says who is wrong, by passes without a cache.
+    /// Model folder, GGUF file or name on a hub of the target of both: it says who is wrong, by passes without a cache.
     #[arg(long, value_name = "DIR")]
     target: Option<PathBuf>,
     #[command(flatten)]
@@ -33,6 +35,9 @@ pub(super) struct CompareArgs {
 }
 
 pub(super) fn run(args: &CompareArgs, output: &Output) -> Result<()> {
+    let args = &mut args.clone();
+    hub::fetch(args.target.iter_mut().map(|target| Place::Model(target, Wanted::Target)).collect(), None)?;
+    let args = &*args;
     let (a, b) = (Trace::read(&args.a)?, Trace::read(&args.b)?);
     let target = match &args.target {
         None => None,

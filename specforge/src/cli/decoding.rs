@@ -1,11 +1,12 @@
 //! What `generate` and `eval` share: the models, the tree, and how tokens are chosen.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::{Value, json};
 
 use super::devices::{self, DeviceArgs, Devices};
+use super::hub::Place;
 use super::numbers;
 use super::template::TemplateArgs;
 use crate::config::Dtype;
@@ -14,19 +15,20 @@ use crate::decode::drafter::{DraftSampling, Opened, open};
 use crate::decode::{EngineOptions, Policy};
 use crate::dist::Placement;
 use crate::error::{Error, Result};
+use crate::hub::{self, Wanted};
 use crate::models::TargetModel;
 use crate::nn::Processors;
 use crate::trace::{Header, ModelName, Settings};
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(super) struct DecodingArgs {
-    /// Model folder, or a GGUF file of one.
+    /// Model folder, a GGUF file of one, or a name on a hub: ORG/NAME[@REVISION].
     #[arg(long)]
     pub(super) target: PathBuf,
     #[command(flatten)]
     template: TemplateArgs,
     /// Who guesses: an exported draft, a run's output folder or checkpoint, a smaller model with the same tokenizer, a
-    /// GGUF file of either, or `prompt-lookup`.
+    /// GGUF file or the name on a hub of either, or `prompt-lookup`.
     #[arg(long, value_name = "DIR")]
     pub(super) draft: Option<String>,
     /// Which guesses are tried: chain:N, dynamic:depth=D,top_k=K,nodes=N[,min_probability=P], a shipped Medusa tree by
@@ -71,6 +73,11 @@ pub(super) struct Models {
 }
 
 impl DecodingArgs {
+    /// Where names of a hub may stand.
+    pub(super) fn places(&mut self) -> [Place<'_>; 2] {
+        [Place::Model(&mut self.target, Wanted::Target), Place::Drafter(&mut self.draft)]
+    }
+
     /// Loads target and tokenizer.
     pub(super) fn models(&self) -> Result<Models> {
         self.models_on(&self.devices.alone()?)
@@ -168,8 +175,8 @@ impl DecodingArgs {
     /// What decides the output, as it was parsed.
     pub(super) fn settings(&self, models: &Models, opened: &Opened<'_>, max_rows: usize) -> Result<Value> {
         Ok(json!({
-            "target": self.target,
-            "draft": self.draft.as_deref().unwrap_or("none"),
+            "target": hub::recorded(&self.target),
+            "draft": hub::recorded(Path::new(self.draft.as_deref().unwrap_or("none"))),
             "method": opened.method,
             "tree": opened.tree,
             "policy": self.policy()?.to_string(),

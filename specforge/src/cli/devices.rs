@@ -11,7 +11,7 @@ use crate::dist::Placement;
 use crate::error::{Error, Result};
 use crate::models::{self, Loading, Spread, TargetModel};
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(super) struct DeviceArgs {
     /// auto, cpu, cuda or cuda:N.
     #[arg(long, default_value = "auto")]

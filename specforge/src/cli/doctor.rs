@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 
 use super::devices::DeviceArgs;
+use super::hub::{self, Place};
 use super::{Output, machine, note, numbers};
 use crate::config::Dtype;
 use crate::data::Message;
@@ -12,14 +13,15 @@ use crate::doctor::{self, Case, Decoding, Prices, acceptance, report};
 use crate::error::{Error, Result};
 use crate::eval::acceptance::questions;
 use crate::export::Engine;
+use crate::hub::Wanted;
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(super) struct DoctorArgs {
-    /// Model folder. With --draft: say what is wrong with the draft beside it, what its guesses are worth, and how engines
+    /// Model folder, or name on a hub. With --draft: say what is wrong with the draft beside it, what its guesses are worth, and how engines
     /// are started with it.
     #[arg(long, value_name = "DIR", requires = "draft")]
     target: Option<PathBuf>,
-    /// Folder of an exported or published draft.
+    /// Folder of an exported or published draft, or its name on a hub.
     #[arg(long, value_name = "DIR", requires = "target")]
     draft: Option<PathBuf>,
     /// The engine that shall serve it, as `export --engine` takes it: what it cannot serve is a fault. Without it, what none
@@ -53,6 +55,11 @@ pub(super) struct DoctorArgs {
 }
 
 pub(super) fn run(args: &DoctorArgs, output: &Output) -> Result<()> {
+    let args = &mut args.clone();
+    let models = [(&mut args.target, Wanted::Target), (&mut args.draft, Wanted::Draft)];
+    let models = models.into_iter().filter_map(|(path, wanted)| Some(Place::Model(path.as_mut()?, wanted)));
+    hub::fetch(models.chain(args.data.iter_mut().map(Place::Data)).collect(), None)?;
+    let args = &*args;
     match (&args.target, &args.draft) {
         (Some(target), Some(draft)) => examine(args, (target, draft), output),
         _ => machine::run(output),

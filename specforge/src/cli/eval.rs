@@ -6,6 +6,7 @@ use clap::Args;
 use serde_json::Value;
 
 use super::decoding::DecodingArgs;
+use super::hub::{self, Place};
 use super::{LazyProgress, Output, note, numbers, ranks};
 use crate::decode::Policy;
 use crate::decode::event::{Listener, Silent};
@@ -16,7 +17,7 @@ use crate::eval::acceptance::{html, questions, report};
 use crate::files;
 use crate::trace::Recorder;
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(super) struct EvalArgs {
     #[command(flatten)]
     decoding: DecodingArgs,
@@ -46,6 +47,9 @@ pub(super) fn run(args: &EvalArgs, output: &Output) -> Result<()> {
 
 /// Measures as one of the processes that share the questions, or alone.
 fn evaluate(args: &EvalArgs, meeting: Option<&Meeting>, output: &Output) -> Result<()> {
+    let args = &mut args.clone();
+    hub::fetch(args.data.iter_mut().map(Place::Data).chain(args.decoding.places()).collect(), meeting)?;
+    let args = &*args;
     let work = SharedWork::of(meeting, "eval");
     if args.trace.is_some() && work.world_size() > 1 {
         return Err(Error::Usage("--trace: one process records a decode; this run has several".to_owned()));

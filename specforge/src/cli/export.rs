@@ -8,7 +8,7 @@ use clap::builder::NonEmptyStringValueParser;
 use serde_json::json;
 use tch::Kind;
 
-use super::{Output, note, record};
+use super::{Output, hub, note, record};
 use crate::checkpoint;
 use crate::config::Dtype;
 use crate::error::{Error, Result, foreign};
@@ -77,11 +77,12 @@ pub(super) fn run(args: &ExportArgs, output: &Output) -> Result<()> {
             let checkpoint = checkpoint::find(checkpoint)?;
             let manifest = &checkpoint.manifest;
             let target = manifest.configuration["target"]["path"].as_str().unwrap_or_default();
+            let (target, on_the_hub) = hub::recorded_target(target);
             let source = Source {
                 description: manifest.draft.clone(),
                 tensors: checkpoint.tensors()?,
-                target: PathBuf::from(target),
-                target_name: args.target_name.clone(),
+                target,
+                target_name: args.target_name.clone().or(on_the_hub),
                 kind: args.dtype.and_then(ExportDtype::kind),
                 q8_0: args.dtype == Some(ExportDtype::Q8_0),
             };

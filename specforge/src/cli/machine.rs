@@ -8,6 +8,7 @@ use crate::checkpoint::Versions;
 use crate::device::{self, CudaState};
 use crate::dist::nccl;
 use crate::error::Result;
+use crate::hub;
 use crate::shim;
 use crate::threads;
 
@@ -23,6 +24,7 @@ struct Report {
     nccl: String,
     nccl_process_group: String,
     build: String,
+    hub: String,
 }
 
 pub(super) fn run(output: &Output) -> Result<()> {
@@ -52,6 +54,7 @@ pub(super) fn run(output: &Output) -> Result<()> {
             Err(reason) => format!("not usable: {reason}"),
         },
         build,
+        hub: hub::describe(),
     };
     output.result(&report, || {
         let versions = json!(report.versions);
@@ -65,6 +68,7 @@ pub(super) fn run(output: &Output) -> Result<()> {
             ("cuda", report.cuda.clone()),
             ("nccl", report.nccl.clone()),
             ("nccl group", report.nccl_process_group.clone()),
+            ("hub", report.hub.clone()),
         ];
         rows.map(|(name, value)| format!("{name:<10} {value}")).join("\n")
     });

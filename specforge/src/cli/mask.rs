@@ -4,7 +4,7 @@ use clap::{ArgAction, Args, ValueEnum};
 
 use crate::data::{DataConfig, Mask, Role, Supervise};
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(super) struct MaskArgs {
     /// Which turns are trained; `data.supervise` of a configuration.
     #[arg(long, value_enum, default_value_t = Turns::Assistant, value_name = "TURNS")]

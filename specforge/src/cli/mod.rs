@@ -20,6 +20,7 @@ mod eval;
 mod export;
 mod generate;
 mod gpu_check;
+mod hub;
 mod import;
 mod inspect;
 mod launch;

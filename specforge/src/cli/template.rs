@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 use crate::data::{ChatTokenizer, DataConfig};
 use crate::error::{Error, Result};
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(super) struct TemplateArgs {
     /// Jinja file to use instead of the target's own chat template; `data.chat_template` of a configuration. Answers,
     /// training and evaluation must go by the same one.

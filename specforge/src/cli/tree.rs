@@ -7,6 +7,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::devices::DeviceArgs;
+use super::hub::{self, Place};
 use super::template::TemplateArgs;
 use super::{LazyProgress, Output, note, numbers};
 use crate::config::Dtype;
@@ -17,14 +18,15 @@ use crate::decode::policy::Policy;
 use crate::decode::regenerate::prompts::{Prompt, Prompts};
 use crate::error::{Error, Result, foreign};
 use crate::files;
+use crate::hub::{Wanted, recorded};
 use crate::nn::Processors;
 
 /// Sizes that are reported beside the one asked for.
 const SIZES: [usize; 5] = [4, 8, 16, 32, 64];
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(super) struct TreeArgs {
-    /// Model folder, or a GGUF file of one.
+    /// Model folder, a GGUF file of one, or a name on a hub: ORG/NAME[@REVISION].
     #[arg(long)]
     target: PathBuf,
     #[command(flatten)]
@@ -97,6 +99,11 @@ struct Report {
 }
 
 pub(super) fn run(args: &TreeArgs, output: &Output) -> Result<()> {
+    let args = &mut args.clone();
+    let target = Place::Model(&mut args.target, Wanted::Target);
+    let draft = Place::Model(&mut args.draft, Wanted::Draft);
+    hub::fetch(args.data.iter_mut().map(Place::Data).chain([target, draft]).collect(), None)?;
+    let args = &*args;
     let processors = Processors::at_temperature(args.temperature);
     processors.check().map_err(|problem| Error::Usage(format!("--{problem}")))?;
     let devices = args.devices.alone()?;
@@ -170,9 +177,9 @@ fn report(args: &TreeArgs, rates: &PathRates, failed: usize) -> Report {
     let choices = rates.choose(args.nodes);
     Report {
         path: args.out.clone(),
-        target: args.target.clone(),
-        draft: args.draft.clone(),
-        data: args.data.clone(),
+        target: recorded(&args.target),
+        draft: recorded(&args.draft),
+        data: args.data.iter().map(|path| recorded(path)).collect(),
         temperature: args.temperature,
         seed: args.seed,
         max_new_tokens: args.max_new_tokens,

@@ -5,18 +5,20 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::hub::{self, Place};
 use super::mask::MaskArgs;
 use super::template::TemplateArgs;
 use super::{LazyProgress, Output, numbers};
 use crate::data::{self, DataConfig, Group, Supervise, Validation};
 use crate::error::{Error, Result, foreign};
+use crate::hub::Wanted;
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(super) struct ValidateArgs {
-    /// Files of conversations.
+    /// Files of conversations: JSONL, JSON, Parquet; hf://datasets/ORG/NAME/FILE is one on a hub.
     #[arg(required = true, num_args = 1.., value_name = "FILE")]
     files: Vec<PathBuf>,
-    /// Model folder, or GGUF file: records are also rendered with its chat template, masked and tokenised.
+    /// Model folder, GGUF file, or name on a hub (ORG/NAME[@REVISION]): records are also rendered with its chat template, masked and tokenised.
     #[arg(long)]
     target: Option<PathBuf>,
     #[command(flatten)]
@@ -32,6 +34,9 @@ pub(super) struct ValidateArgs {
 }
 
 pub(super) fn run(args: &ValidateArgs, output: &Output) -> Result<()> {
+    let mut args = args.clone();
+    let target = args.target.iter_mut().map(|target| Place::Model(target, Wanted::Description));
+    hub::fetch(args.files.iter_mut().map(Place::Data).chain(target).collect(), None)?;
     let mut config = DataConfig::default();
     config.max_length = args.max_length.unwrap_or(config.max_length);
     args.mask.apply(&mut config);

@@ -6,12 +6,14 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 
+use super::hub::{self, Reads};
 use super::template::TemplateArgs;
 use super::{Output, note, numbers, train};
 use crate::config::RunConfig;
 use crate::data;
 use crate::draft::vocabulary::{Corpus, Made};
 use crate::error::{Error, Result, foreign};
+use crate::hub::Wanted;
 use crate::plan;
 use crate::vocab::Coverage;
 
@@ -56,6 +58,7 @@ pub(super) fn run(args: &VocabArgs, output: &Output) -> Result<()> {
     let mut config = RunConfig::load(&args.config, &args.set)?;
     args.template.apply(&mut config.data)?;
     config.data.check()?;
+    hub::fetch_for(&mut config, Reads { target: Wanted::Description, data: true, start: None }, None)?;
     let target_size = plan::target_info(&config)?.vocab_size;
     let tokenizer = config.data.tokenizer(&config.target.path)?;
     train::fits_vocabulary(&tokenizer, target_size, &config.target.path)?;

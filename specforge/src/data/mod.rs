@@ -1,7 +1,8 @@
 //! From files of conversations to rows of token ids with a loss mask.
 //!
-//! `reader` finds the records of a file, `conversation` gives them meaning (a `sample`), `chat_template` renders
-//! them with the tokenizer's own template, `loss_mask` says which tokens are trained, by choice (`mask`, `parts`), `build` does that in parallel and
+//! `reader` finds the records of a file (`compressed` unpacks it, `parquet` makes lines of rows, `content` holds the bytes),
+//! `conversation` gives them meaning (a `sample`), `chat_template` renders them with the tokenizer's own template, `loss_mask`
+//! says which tokens are trained, by choice (`mask`, `parts`), `build` does that in parallel and
 //! `cache` keeps the result in one memory-mapped file. `marks` are what a record says about being trained, and `recorded`
 //! makes documents of answers whose token ids are known. `pack` fills batches, `stats` describes what came out, `counts`
 //! says how often each token is trained. `validate` finds every `fault` of a file, and `look` shows all of that on a page.
@@ -19,6 +20,8 @@ mod added_tokens;
 pub mod build;
 pub mod cache;
 pub mod chat_template;
+mod compressed;
+mod content;
 pub mod conversation;
 pub mod counts;
 mod fault;
@@ -29,6 +32,7 @@ pub mod loss_mask;
 pub mod marks;
 mod mask;
 pub mod pack;
+mod parquet;
 mod parts;
 pub mod reader;
 pub mod recorded;
@@ -59,7 +63,7 @@ pub use validate::{Finding, Group, Validation, validate};
 #[derive(Serialize, Deserialize, Clone, Debug)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataConfig {
-    /// JSONL or JSON files to train on.
+    /// Files to train on: JSONL, JSON or Parquet, plain or compressed with gzip or zstd.
     pub train: Vec<PathBuf>,
     /// Files to evaluate on. Empty: a part of the training files is set aside.
     pub eval: Vec<PathBuf>,

@@ -1,25 +1,26 @@
-//! Finds the records of a file, whatever its name ends in: JSON Lines, JSON lists, or JSON objects around a list.
+//! Finds the records of a file, whatever its name ends in: JSON Lines, JSON lists, or JSON objects around a list, each of
+//! them as it is or compressed with gzip or zstd; and Parquet, whose rows are records.
+//!
 //! Files that were joined hold several of these in a row. All of them are read; whatever else follows one is an error.
 //!
 //! Lists are cut at their commas without being parsed as a whole, so that a broken element is one broken record with a
 //! line number, and a large file needs no memory of its own.
 
-use std::fs::File;
-use std::io::Read;
-use std::ops::{Deref, Range};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
 use serde::de::IgnoredAny;
 
+use super::content::Content;
+use super::{compressed, parquet};
 use crate::error::{Error, Result};
 
 /// One record: where it lies and on which line it starts, counted from 1.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
-    /// Bytes of the file.
+    /// Bytes of [`SourceFile::bytes`].
     pub range: Range<usize>,
-    /// First line.
+    /// First line, of what was compressed; the row of a Parquet file.
     pub line: usize,
 }
 
@@ -27,31 +28,18 @@ pub struct Record {
 #[derive(Debug)]
 pub struct SourceFile {
     path: PathBuf,
-    bytes: Bytes,
+    bytes: Content,
     records: Vec<Record>,
-}
-
-#[derive(Debug)]
-enum Bytes {
-    Mapped(Mmap),
-    Owned(Vec<u8>),
-}
-
-impl Deref for Bytes {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        match self {
-            Bytes::Mapped(map) => map,
-            Bytes::Owned(bytes) => bytes,
-        }
-    }
 }
 
 impl SourceFile {
     /// Opens a file and finds its records. Records themselves are not looked into.
     pub fn open(path: &Path) -> Result<Self> {
-        let bytes = read(path)?;
+        let bytes = compressed::unpack(path, Content::read(path)?)?;
+        if parquet::is_parquet(&bytes) {
+            let (bytes, lengths) = parquet::rows(path, bytes)?;
+            return Ok(Self { path: path.to_path_buf(), bytes, records: rows(&lengths) });
+        }
         refuse_other_formats(path, &bytes)?;
         let records = find_records(&bytes).map_err(|(line, problem)| Error::BadLine {
             path: path.to_path_buf(),
@@ -66,7 +54,7 @@ impl SourceFile {
         &self.path
     }
 
-    /// The whole content.
+    /// The whole content, unpacked; rows of Parquet as lines of JSON.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
@@ -82,27 +70,26 @@ impl SourceFile {
     }
 }
 
-fn read(path: &Path) -> Result<Bytes> {
-    let mut file = File::open(path).map_err(Error::io("open", path))?;
-    let metadata = file.metadata().map_err(Error::io("read", path))?;
-    if metadata.is_dir() {
-        return Err(Error::bad_file(path, "is a folder, expected a file").with_hint("name its files one by one"));
-    }
-    if metadata.is_file() && metadata.len() > 0 {
-        // SAFETY: inputs are read-only; changing a file under a running program is not supported.
-        return Ok(Bytes::Mapped(unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))?));
-    }
-    // Pipes and the like have no size and cannot be mapped.
-    let mut bytes = Vec::new();
-    file.read_to_end(&mut bytes).map_err(Error::io("read", path))?;
-    Ok(Bytes::Owned(bytes))
+/// Rows that stand one on a line.
+fn rows(lengths: &[usize]) -> Vec<Record> {
+    let mut at = 0;
+    let row = |(line, &length): (usize, &usize)| {
+        let range = at..at + length;
+        at = range.end + 1;
+        Record { range, line }
+    };
+    (1..).zip(lengths).map(row).collect()
 }
 
 fn refuse_other_formats(path: &Path, bytes: &[u8]) -> Result<()> {
     const SIGNATURES: &[(&[u8], &str, &str)] = &[
-        (b"\x1f\x8b", "is compressed with gzip", "unpack it with gunzip"),
-        (b"\x28\xb5\x2f\xfd", "is compressed with zstd", "unpack it with unzstd"),
-        (b"PAR1", "is a Parquet file", "convert it to JSON Lines"),
+        (b"\x1f\x8b", "is compressed with gzip more than once", "unpack it with gunzip"),
+        (b"\x28\xb5\x2f\xfd", "is compressed with zstd more than once", "unpack it with unzstd"),
+        (b"BZh", "is compressed with bzip2", "unpack it with bunzip2"),
+        (b"\xfd7zXZ\0", "is compressed with xz", "unpack it with unxz"),
+        (b"\x04\x22\x4d\x18", "is compressed with lz4", "unpack it with unlz4"),
+        (b"PK\x03\x04", "is a zip archive", "unpack it with unzip, and name its files"),
+        (b"ARROW1", "is an Arrow file", "write it as Parquet or JSON Lines"),
         (b"\xff\xfe", "is UTF-16", "convert it to UTF-8"),
         (b"\xfe\xff", "is UTF-16", "convert it to UTF-8"),
     ];
@@ -470,8 +457,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("a.jsonl");
         assert!(SourceFile::open(&path).unwrap_err().to_string().contains("cannot open"));
-        std::fs::write(&path, b"\x1f\x8b\x08").unwrap();
-        assert!(SourceFile::open(&path).unwrap_err().hint().unwrap().contains("gunzip"));
+        std::fs::write(&path, b"BZh91AY").unwrap();
+        assert!(SourceFile::open(&path).unwrap_err().hint().unwrap().contains("bunzip2"));
         assert!(SourceFile::open(folder.path()).unwrap_err().to_string().contains("is a folder"));
     }
 }

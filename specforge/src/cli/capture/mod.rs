@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use self::elsewhere::ElsewhereArgs;
 use super::devices::DeviceArgs;
+use super::hub::{self, Reads};
 use super::template::TemplateArgs;
 use super::{LazyProgress, Output, note, numbers, ranks, signals, train};
 use crate::config::RunConfig;
@@ -17,6 +18,7 @@ use crate::features::OnlineFeatures;
 use crate::features::store::{Capture, CaptureReport, Element, Going, LAYER_CONVENTION, Overview, StoreManifest};
 use crate::features::store::{StreamPlan, Windows, capture, manifest};
 use crate::files::{self, Digests};
+use crate::hub::Wanted;
 use crate::memory;
 use crate::models::{self, LayerWise, SharedTarget, TargetIdentity, TargetInfo};
 use crate::stop::{Answer, Stop};
@@ -106,6 +108,7 @@ fn capture_with(
     if !devices.layers.is_empty() && (args.stream_layers || args.elsewhere.origin()?.is_some()) {
         note("warning: target.devices is of no use here: this capture never loads all layers of the target");
     }
+    hub::fetch_for(&mut config, Reads { target: Wanted::Target, data: true, start: None }, meeting)?;
     let mut config = config.on(devices.home)?;
 
     let files = args.elsewhere.files()?;

@@ -6,6 +6,7 @@ use clap::{Args, ValueEnum};
 
 use self::served::ServedArgs;
 use super::devices::DeviceArgs;
+use super::hub::{self, Place};
 use super::template::TemplateArgs;
 use super::{LazyProgress, Output, note, numbers, ranks};
 use crate::config::Dtype;
@@ -17,14 +18,15 @@ use crate::decode::regenerate::{
 };
 use crate::dist::{Meeting, SharedWork};
 use crate::error::{Error, Result, foreign};
+use crate::hub::Wanted;
 use crate::nn::Processors;
 use crate::stop::{Answer, Stop};
 
 mod served;
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(super) struct RegenArgs {
-    /// Model folder, or a GGUF file of one. With --from it runs nothing: its tokenizer and template hold every row to what
+    /// Model folder, a GGUF file of one, or a name on a hub: ORG/NAME[@REVISION]. With --from it runs nothing: its tokenizer and template hold every row to what
     /// training will read, and its generation_config.json says how to sample.
     #[arg(long, required_unless_present = "from")]
     target: Option<PathBuf>,
@@ -128,12 +130,21 @@ impl RegenArgs {
 }
 
 pub(super) fn run(args: &RegenArgs, stop: &Stop, output: &Output) -> Result<()> {
-    ranks::together(ranks::default_timeout(), |meeting| match (args.served.is_given(), &args.target) {
-        (false, Some(target)) => regenerate(args, target, meeting, stop, output),
-        _ if meeting.is_some_and(|meeting| meeting.placement().world_size > 1) => Err(Error::Usage(
-            "--from: one process asks all servers; --concurrency says how many turns are on their way".to_owned(),
-        )),
-        _ => served::run(args, stop, output),
+    ranks::together(ranks::default_timeout(), |meeting| {
+        let args = &mut args.clone();
+        // Where servers answer, the target's tokenizer and template are enough.
+        let wanted = if args.served.is_given() { Wanted::Description } else { Wanted::Target };
+        let mut places = vec![Place::Drafter(&mut args.draft), Place::Data(&mut args.prompts)];
+        places.extend(args.target.iter_mut().map(|target| Place::Model(target, wanted)));
+        hub::fetch(places, meeting)?;
+        let args = &*args;
+        match (args.served.is_given(), &args.target) {
+            (false, Some(target)) => regenerate(args, target, meeting, stop, output),
+            _ if meeting.is_some_and(|meeting| meeting.placement().world_size > 1) => Err(Error::Usage(
+                "--from: one process asks all servers; --concurrency says how many turns are on their way".to_owned(),
+            )),
+            _ => served::run(args, stop, output),
+        }
     })
 }
 

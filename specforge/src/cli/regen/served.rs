@@ -13,7 +13,7 @@ use crate::error::{Error, Result, foreign};
 use crate::serving::Retries;
 use crate::stop::{Answer, Stop};
 
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 pub(super) struct ServedArgs {
     /// Ask servers that speak OpenAI's protocol instead of running the target: vllm:URL, sglang:URL, or openai:URL for any
     /// other, such as vllm:http://127.0.0.1:8000. Several, separated by commas, or given several times, share the rows.

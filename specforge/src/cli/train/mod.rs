@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use serde_json::{Value, json};
+use serde_json::Value;
 use tch::Tensor;
 
 use super::devices::{DeviceArgs, Devices};
+use super::hub::{self, Reads};
 use super::{Output, note, record, signals};
 use crate::checkpoint::manifest::MANIFEST_FILE;
 use crate::checkpoint::{self, Choice, Manifest, Versions};
@@ -21,6 +22,7 @@ use crate::eval::acceptance::in_training::{self, InTraining};
 use crate::export;
 use crate::features::store::Share;
 use crate::files;
+use crate::hub::{Wanted, recorded as name_of};
 use crate::models::{self, TargetModel};
 use crate::plan::Plan;
 use crate::progress;
@@ -62,6 +64,7 @@ pub(super) fn run(args: &TrainArgs, stop: &Stop, output: &Output) -> Result<()> 
     config.target.devices = args.devices.list(&config.target.devices);
     let placement = Placement::from_environment()?;
     if args.plan {
+        hub::fetch_for(&mut config, Reads { target: Wanted::Description, data: true, start: None }, None)?;
         let devices = || args.devices.named(&config.target.devices, placement.as_ref());
         let config = config.planned(|| Ok(devices()?.home))?;
         let mut plan = Plan::new(&config, placement.as_ref().map_or(1, |placement| placement.world_size))?;
@@ -78,28 +81,37 @@ pub(super) fn run(args: &TrainArgs, stop: &Stop, output: &Output) -> Result<()> 
         device::prepare_determinism();
     }
     let Some(placement) = placement else {
-        return train(args, &config, None, stop, output);
+        return train(args, config, None, stop, output);
     };
     if placement.rank > 0 {
         progress::silence(); // rank 0 speaks for all
     }
     let meeting = Meeting::join(placement, config.parallel.timeout(), &|line| note(line))?;
-    train(args, &config, Some(&meeting), stop, output).map_err(|error| meeting.report(error))
+    train(args, config, Some(&meeting), stop, output).map_err(|error| meeting.report(error))
 }
 
 /// Trains as one of the ranks that meet, or alone.
-fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: &Stop, output: &Output) -> Result<()> {
+fn train(
+    args: &TrainArgs,
+    mut config: RunConfig,
+    meeting: Option<&Meeting>,
+    stop: &Stop,
+    output: &Output,
+) -> Result<()> {
     let placement = meeting.map(Meeting::placement);
     let is_first = placement.is_none_or(|placement| placement.rank == 0);
     let devices = args.devices.choose(&config.target.devices, placement)?;
     let device = devices.home;
+    // A run that goes on has its draft.
+    let goes_on = args.resume.is_some() || placement.is_some_and(|placement| placement.attempt > 0);
+    hub::fetch_for(&mut config, Reads { target: Wanted::Target, data: true, start: Some(goes_on) }, meeting)?;
     let config = &config.on(device)?;
     if config.train.deterministic {
         device::check_determinism(device)?;
         shim::deterministic(true)?;
     }
     let algorithm = draft::algorithm(&config.draft)?;
-    let resolved = json!(config);
+    let resolved = hub::recorded(config);
     // One rank reads and writes the run's folder; what the others need of it comes from there.
     let folder = match is_first {
         true => Some(RunFolder::open(config, &resolved, algorithm, Resume::wanted(args.resume, placement))?),
@@ -160,7 +172,7 @@ fn train(args: &TrainArgs, config: &RunConfig, meeting: Option<&Meeting>, stop: 
         let Placement { local_rank: rank, local_world_size: of, .. } = *placement;
         Share { rank, of }
     });
-    note(format!("loading {} on {}", config.target.path.display(), device::name(device)));
+    note(format!("loading {} on {}", name_of(&config.target.path).display(), device::name(device)));
     let identity = content.target()?;
     let Target { tables, source, model } = inputs::target(config, &devices, local, &tokenizer, &identity)?;
     let dimensions = &tables.info;

@@ -14,6 +14,7 @@ use crate::data::tokenizer::hex;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::gguf::packed;
+use crate::hub;
 use crate::nn::Processors;
 
 /// Version of the record's own layout.
@@ -59,9 +60,9 @@ impl RunRecord {
             "seed": (temperature > 0.0).then_some(options.seed),
         });
         let begun = Self {
-            target: Some(options.target.clone()),
+            target: Some(hub::recorded(&options.target)),
             max_rows: Some(options.max_rows),
-            draft: options.draft.clone(),
+            draft: options.draft.as_ref().map(|draft| hub::recorded(Path::new(draft)).to_string_lossy().into_owned()),
             ..Self::of(&options.prompts, same)
         };
         Ok(begun)
@@ -82,7 +83,7 @@ impl RunRecord {
             specforge: env!("CARGO_PKG_VERSION").to_owned(),
             target: None,
             servers: Vec::new(),
-            prompts: prompts.to_path_buf(),
+            prompts: hub::recorded(prompts),
             max_rows: None,
             draft: None,
             same,

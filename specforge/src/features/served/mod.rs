@@ -214,12 +214,14 @@ mod tests {
         let vllm = read("vllm:http://127.0.0.1:8000/").unwrap();
         assert_eq!((vllm.engine, vllm.url.as_str()), (Engine::Vllm, "http://127.0.0.1:8000"));
         assert_eq!(read("sglang:http://gpu-1:30000").unwrap().to_string(), "sglang:http://gpu-1:30000");
+        assert_eq!(read("vllm:https://gpu-1").is_ok(), cfg!(feature = "hub"));
         for (wrong, word) in [
             ("http://127.0.0.1:8000", "expected vllm:URL"),
             ("vllm:127.0.0.1:8000", "expected vllm:URL"),
             ("vllm:http://", "expected vllm:URL"),
             ("tgi:http://a", "expected vllm:URL"),
-            ("vllm:https://a", "https is not spoken"),
+            ("vllm:https://", "expected vllm:URL"),
+            ("vllm:https://me:secret@a", "belong into the environment"),
         ] {
             let problem = read(wrong).unwrap_err();
             assert!(problem.contains(word), "{wrong}: {problem}");
