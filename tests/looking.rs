@@ -34,7 +34,7 @@ fn validate_says_what_is_wrong_and_exits_with_one() {
     let model = workspace.path("model");
     let output = output_of(&mut validate(&workspace, &["--target", model.to_str().unwrap()]));
     assert_eq!(output.status.code(), Some(1), "{}", stderr_of(&output));
-    let said = String::from_utf8(output.stdout).unwrap();
+    let said = String::from_utf8(output.stdout.clone()).unwrap();
     assert!(said.contains("fault: not JSON: 1") && said.contains("conversations.jsonl:2: is not JSON"), "{said}");
     assert!(said.contains("fault: roles: 1") && said.contains(":3: message 1: unknown role `martian`"), "{said}");
     assert!(stderr_of(&output).contains("2 faults in 2 records or files"), "{}", stderr_of(&output));

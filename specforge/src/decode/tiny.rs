@@ -1,6 +1,6 @@
 //! A small random Llama for the tests of this room.
 
-use tch::{Device, Tensor};
+use tch::Tensor;
 
 use crate::models::llama::{LlamaConfig, LlamaTarget};
 use crate::nn::noise;

@@ -43,6 +43,7 @@ impl Name {
             None => (false, text),
         };
         let name = parse(rest, Kind::Model, address)
+            .filter(|name| !name.repo.starts_with("datasets/") && !name.repo.starts_with("spaces/"))
             .filter(|name| name.file.as_ref().is_none_or(|file| file.to_ascii_lowercase().ends_with(".gguf")));
         match name {
             None if address => Err(Error::Usage(format!(
@@ -209,7 +210,7 @@ mod tests {
         ] {
             assert_eq!(model(path), None, "{path}");
         }
-        for address in ["hf://a", "hf://", "hf://datasets/a/b", "hf://a/b/c.json"] {
+        for address in ["hf://a", "hf://", "hf://datasets/a", "hf://datasets/a/b", "hf://a/b/c.json"] {
             assert!(Name::model(address).unwrap_err().to_string().contains("names no model"), "{address}");
         }
     }
