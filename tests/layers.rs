@@ -202,9 +202,8 @@ fn lines_with_a_family(folder: &Path) -> Vec<String> {
             // So are an engine and its server.
             let line = line.replace("llama.cpp", "").replace("llama-server", "").replace("llamacpp", "");
             // Letters before a name make it another word, such as "graphic".
-            let names = |name: &str| {
-                line.match_indices(name).any(|(start, _)| !line[..start].ends_with(char::is_alphabetic))
-            };
+            let names =
+                |name: &str| line.match_indices(name).any(|(start, _)| !line[..start].ends_with(char::is_alphabetic));
             // A line of the table, and of the list of what it uses.
             let is_name = |word: &str| word.chars().all(|letter| letter.is_alphanumeric() || letter == '_');
             let is_list = line.split(',').all(|word| is_name(word.trim()));

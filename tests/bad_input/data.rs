@@ -130,10 +130,19 @@ fn data() {
             expected: &["conversations.jsonl:1: message 2: `weight`: expected 0 or 1, got 0.5"],
         },
         Case {
-            name: "compressed data",
+            name: "damaged compressed data",
             spoil: |workspace| with_data(workspace, b"\x1f\x8b\x08\x00rest"),
             exit_code: 2,
-            expected: &["{}/conversations.jsonl: is compressed with gzip", "hint: unpack it"],
+            expected: &[
+                "{}/conversations.jsonl: is compressed with gzip and damaged",
+                "hint: fetch or make the file again",
+            ],
+        },
+        Case {
+            name: "data compressed in another way",
+            spoil: |workspace| with_data(workspace, b"BZh91AY&SY"),
+            exit_code: 2,
+            expected: &["{}/conversations.jsonl: is compressed with bzip2", "hint: unpack it with bunzip2"],
         },
         Case {
             name: "documents longer than a micro-batch",

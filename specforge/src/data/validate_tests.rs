@@ -73,7 +73,9 @@ fn every_fault_of_every_record_is_found_by_kind_and_line() {
     assert!(line("role").1.starts_with("message 1: unknown role `martian`"));
     assert_eq!(line("tokens").0, Some(7));
     assert!(line("duplicate").0 == Some(9) && line("duplicate").1.ends_with("a.jsonl:1"));
-    assert!(line("file").0.is_none() && line("file").1.starts_with("is compressed with gzip and damaged behind 0 bytes"));
+    assert!(
+        line("file").0.is_none() && line("file").1.starts_with("is compressed with gzip and damaged behind 0 bytes")
+    );
     // No more examples than asked for; all are counted.
     assert_eq!(found.faults[0].examples.len(), 2);
     assert_eq!((found.faults[0].examples[1].line, found.faults[0].count), (Some(3), 3));
