@@ -12,6 +12,8 @@ use crate::decoding;
 use crate::fixture::{Workspace, output_of, specforge, stderr_of};
 
 const TWO: &str = "cuda:0,cuda:1";
+/// Of the targets below the one that everything is done with.
+const WHOLE: usize = 1;
 
 /// Targets of which each has something that others lack: a plain one, windows with two rotary embeddings and a tied head,
 /// experts with sinks, frequencies that follow from the length.
@@ -49,10 +51,12 @@ fn files(folder: &Path) -> Vec<(String, Vec<u8>)> {
     files
 }
 
-/// Training of both methods with real acceptance on the way, capture, and batches of trees.
+/// Training with real acceptance on the way for every target; of one that has most to move, both methods, capture, and batches of
+/// trees.
 #[test]
 fn two_devices_give_the_bits_of_one() {
-    for target in targets() {
+    for (place, target) in targets().into_iter().enumerate() {
+        let is_whole = place == WHOLE;
         let mut workspace = Workspace::with_model(&target);
         workspace.configuration["eval"] = json!({"every": 3, "prompts": 3, "max_new_tokens": 6});
         workspace.set("train.max_steps", 3);
@@ -60,6 +64,9 @@ fn two_devices_give_the_bits_of_one() {
             json!({"algorithm": "medusa", "num_heads": 2}),
             json!({"algorithm": "eagle3", "draft_vocab_size": 200, "ttt_steps": 2, "capture": [0, 1, 2]}),
         ] {
+            if draft["algorithm"] == "medusa" && !is_whole {
+                continue;
+            }
             workspace.configuration["draft"] = draft.clone();
             let name = draft["algorithm"].as_str().unwrap();
             let out = |devices: &str| format!("{name}-{devices}");
@@ -81,6 +88,9 @@ fn two_devices_give_the_bits_of_one() {
             assert_eq!(waits(&alone), waits(&spread), "{:?} {:?}", alone.waits, spread.waits);
         }
 
+        if !is_whole {
+            continue;
+        }
         let capture = |devices: &str| {
             let mut command = specforge(&["capture", "--json", "--dtype", "float32", "--target-devices", devices]);
             command

@@ -57,8 +57,10 @@ fn make_libraries() -> Result<PathBuf, String> {
 fn compile(source: &str, library: &Path, more: impl Fn(&mut Command)) -> Result<(), String> {
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/rehearsal").join(source);
-    let mut command = Command::new(&compiler);
-    command.args(["-O1", "-std=c++17", "-fPIC", "-shared", "-w"]).arg(&source);
+    // It may be two words, such as `ccache g++`.
+    let mut words = compiler.split_whitespace();
+    let mut command = Command::new(words.next().unwrap_or("c++"));
+    command.args(words).args(["-O1", "-std=c++17", "-fPIC", "-shared", "-w"]).arg(&source);
     more(&mut command);
     let output = command.arg("-o").arg(library).output().map_err(|error| format!("{compiler}: {error}"))?;
     // A compiler that is there and refuses is a fault of the source.
