@@ -77,7 +77,8 @@ class LlamaCpp:
 
     def variables(self) -> dict:
         library = {"PYTHONPATH": str(self.unpacked)} if self.is_portable else {"LD_LIBRARY_PATH": str(self.binary.parent)}
-        return {**os.environ, **library}
+        # Waiting threads sleep: beside other work, spinning ones take most of the time.
+        return {**os.environ, **library, "OMP_WAIT_POLICY": "passive"}
 
     def gguf(self, folder: Path, work: Path, target: Path | None) -> Path:
         """A model or draft as llama.cpp's converter writes it."""

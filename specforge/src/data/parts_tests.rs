@@ -83,7 +83,7 @@ fn thoughts_and_calls_are_left_out_with_the_signs_around_them() {
         format!("<think>\nParis, then.\n</think>\n\nLet me look.{call}"),
         "<think>\n18 it is.\n</think>\n\nIt is 18 degrees.<|im_end|>".to_owned(),
     ];
-    assert_eq!(parts(&tokenizer, weather(), (true, true)), [whole.clone()]);
+    assert_eq!(parts(&tokenizer, weather(), (true, true)), std::slice::from_ref(&whole));
     let unthinking = [format!("Let me look.{call}"), "It is 18 degrees.<|im_end|>".to_owned()];
     assert_eq!(parts(&tokenizer, weather(), WITHOUT_THOUGHTS), [unthinking]);
     let thought = "<think>\nParis, then.\n</think>\n\nLet me look.".to_owned();

@@ -232,8 +232,8 @@ fn is_served(message: &Message, text: &str) -> bool {
     // What is left of the text behind a part, where it holds the part.
     let behind = |text: &str, part: &str| text.find(part).map(|at| text[at + part.len()..].to_owned());
     let Some(rest) = behind(text, thoughts).and_then(|rest| behind(&rest, content)) else { return false };
-    let names = calls.into_iter().flatten().filter_map(|call| call.pointer("/function/name")?.as_str());
-    let all_named = names.fold(true, |all, name| all && text.contains(name));
+    let mut names = calls.into_iter().flatten().filter_map(|call| call.pointer("/function/name")?.as_str());
+    let all_named = names.all(|name| text.contains(name));
     // Without calls nothing stands behind what is said; behind thoughts alone the sign that ends them may.
     let rest = rest.trim();
     let is_sign = rest.starts_with('<') && rest.ends_with('>') && !rest.contains(char::is_whitespace);
