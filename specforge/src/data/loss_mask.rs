@@ -14,7 +14,7 @@
 //! conversation becomes one document per turn, each as the model would see it when it speaks. What fits neither is
 //! refused with the turn that does not fit.
 //!
-//! Where a part of a turn is not trained, or somebody else is, [`super::parts`] finds the places.
+//! Where a part of a turn is not trained, or somebody else is, `parts` finds the places.
 //!
 //! From text to tokens: the whole text is encoded once, and a token is trained if it starts inside a span. The
 //! tokenizer is asked for byte offsets without its post-processor, so they are exact: they cover every byte in order.
