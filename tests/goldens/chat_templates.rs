@@ -56,6 +56,16 @@ struct Compared {
 }
 
 pub(super) fn check(path: &Path) -> Result<String, String> {
+    let (_, Compared { texts, refusals, ids, spans, masks, fanned_out }) = compare(path)?;
+    let ids = match masks + ids {
+        0 => "token ids skipped: set SPECFORGE_TOKENIZERS".to_owned(),
+        _ => format!("{ids} lists of token ids, {masks} masks"),
+    };
+    Ok(format!("{texts} texts, {refusals} refusals, {spans} conversations' spans, {fanned_out} turn by turn, {ids}"))
+}
+
+/// Everything that a file holds against what this program makes of it.
+fn compare(path: &Path) -> Result<(Golden, Compared), String> {
     let bytes = std::fs::read(path).map_err(|error| error.to_string())?;
     let golden: Golden = serde_json::from_slice(&bytes).map_err(|error| error.to_string())?;
     let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
@@ -71,12 +81,52 @@ pub(super) fn check(path: &Path) -> Result<String, String> {
     if !problems.is_empty() {
         return Err(problems.join("\n    "));
     }
-    let Compared { texts, refusals, ids, spans, masks, fanned_out } = compared;
-    let ids = match real {
-        Some(_) => format!("{ids} lists of token ids, {masks} masks"),
-        None => "token ids skipped: set SPECFORGE_TOKENIZERS".to_owned(),
-    };
-    Ok(format!("{texts} texts, {refusals} refusals, {spans} conversations' spans, {fanned_out} turn by turn, {ids}"))
+    Ok((golden, compared))
+}
+
+/// The table of docs/data.md: what was compared of each template, all of it equal.
+fn table(folder: &Path) -> String {
+    let mut rows = vec![
+        "| template | texts | refusals | spans of the assistant | how they are found | documents |".to_owned(),
+        "| --- | --- | --- | --- | --- | --- |".to_owned(),
+    ];
+    let mut paths: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    paths.retain(|path| path.extension().is_some_and(|extension| extension == "json"));
+    paths.sort();
+    for path in paths {
+        let (golden, compared) = compare(&path).unwrap();
+        let is_marked = ["generation %}", "generation -%}"].iter().any(|mark| golden.chat_template.contains(mark));
+        let how = if is_marked { "its own marks" } else { "where rendering goes on" };
+        let documents = match compared.fanned_out {
+            0 => "one a conversation".to_owned(),
+            count => format!("one a turn in {count}, whose earlier turns it changes"),
+        };
+        let Compared { texts, refusals, spans, .. } = compared;
+        rows.push(format!("| `{}` | {texts} | {refusals} | {spans} | {how} | {documents} |", golden.name));
+    }
+    rows.join("\n") + "\n"
+}
+
+/// `INSTA_UPDATE=always` writes the table anew, as it does snapshots.
+#[test]
+fn the_documentation_has_the_table_of_templates() {
+    const MARKS: [&str; 2] = ["<!-- templates: written by a test -->\n", "<!-- end of templates -->\n"];
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let shared = root.join("../shared/goldens/templates");
+    if !shared.is_dir() {
+        eprintln!("SKIPPED the table of templates: the reference renderings are not here");
+        return;
+    }
+    let path = root.join("docs/data.md");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let (before, rest) = text.split_once(MARKS[0]).unwrap();
+    let (got, after) = rest.split_once(MARKS[1]).unwrap();
+    let want = table(&shared);
+    if std::env::var("INSTA_UPDATE").is_ok_and(|update| update == "always") {
+        std::fs::write(&path, [before, MARKS[0], &want, MARKS[1], after].concat()).unwrap();
+        return;
+    }
+    assert!(got == want, "docs/data.md: expected\n{want}");
 }
 
 /// A model folder with the template, and with the real tokenizer or one that only knows its special tokens.

@@ -2,7 +2,7 @@
 
     python3 llama_server.py '{"model": "target.gguf", "draft": "draft.gguf", "type": "draft-eagle3", "guesses": 3, ...}'
 
-Prints its address as `listening on http://...`, and its log. Runs until it is ended.
+Its log says where it listens. Runs until it is ended.
 """
 
 import json
@@ -36,8 +36,7 @@ def main() -> None:
     if asked["draft"]:
         draft.mparams.path = asked["draft"]
         draft.n_max, draft.p_min, draft.n_gpu_layers = asked["guesses"], 0.0, 0
-    server = llama.Server(parameters)
-    print(f"listening on {server.listening_address}", flush=True)
+    _server = llama.Server(parameters)
     threading.Event().wait()
 
 
