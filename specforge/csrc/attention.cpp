@@ -19,6 +19,7 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/logaddexp.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -207,10 +208,10 @@ Attended merge(const Attended &left, const Attended &right) {
 
 class MergedAttention : public torch::autograd::Function<MergedAttention> {
  public:
-  // query [R, N, D]; key, value [S, G, D]; own_key, own_value [R / b, I, G, D], each set shared by b consecutive queries.
-  // Returns [R, N, D].
+  // query [R, N, D]; key, value [S, G, D]; own_key, own_value [R / b, I, G, D], each set shared by b consecutive queries;
+  // `causal`: I is b, and query i of a set sees its own keys 0 ..= i. Returns [R, N, D].
   static at::Tensor forward(AutogradContext *context, const at::Tensor &query, const at::Tensor &key,
-                            const at::Tensor &value, const at::Tensor &own_key, const at::Tensor &own_value,
+                            const at::Tensor &value, const at::Tensor &own_key, const at::Tensor &own_value, bool causal,
                             std::vector<std::int64_t> numbers, const Packed &packed, double scale) {
     const auto groups = key.size(1), own = own_key.size(1);
     at::Tensor output, log_sum;  // [R, N, D], [R, N, 1]
@@ -232,7 +233,7 @@ class MergedAttention : public torch::autograd::Function<MergedAttention> {
     }
     if (own > 0) {
       const auto wide = log_sum.scalar_type();
-      const auto scores = own_scores(query, own_key, scale, wide);  // [R, N, I]
+      const auto scores = own_scores(query, own_key, causal, scale, wide);  // [R, N, I]
       // One softmax over the shared keys, as if they were one, and the own ones.
       const auto shares = at::cat({log_sum, scores}, -1).log_softmax(-1);  // [R, N, 1 + I]
       log_sum = scores.narrow(-1, 0, 1) - shares.narrow(-1, 1, 1);         // [R, N, 1]
@@ -244,6 +245,7 @@ class MergedAttention : public torch::autograd::Function<MergedAttention> {
     context->save_for_backward({query, key, value, own_key, own_value, output, log_sum});
     context->saved_data["numbers"] = numbers;
     context->saved_data["scale"] = scale;
+    context->saved_data["causal"] = causal;
     return output;
   }
 
@@ -266,8 +268,9 @@ class MergedAttention : public torch::autograd::Function<MergedAttention> {
     at::Tensor own_key_slope, own_value_slope;
     if (own > 0) {
       const auto wide = log_sum.scalar_type(), kind = query.scalar_type();
+      const auto causal = context->saved_data["causal"].toBool();
       const auto wide_slope = slope.to(wide);
-      const auto weights = (own_scores(query, own_key, scale, wide) - log_sum).exp_();  // [R, N, I]
+      const auto weights = (own_scores(query, own_key, causal, scale, wide) - log_sum).exp_();  // [R, N, I]
       const auto common = (wide_slope * output).sum(-1, /*keepdim=*/true);              // [R, N, 1]
       const auto split = [&](const at::Tensor &tensor) { return apart(tensor, own_key); };
       const auto of_weights =
@@ -281,8 +284,8 @@ class MergedAttention : public torch::autograd::Function<MergedAttention> {
       own_key_slope = own_slope(of_scores, query.to(wide));
       own_value_slope = own_slope(weights, wide_slope);
     }
-    return {query_slope,  key_slope,    value_slope, own_key_slope, own_value_slope,
-            at::Tensor(), at::Tensor(), at::Tensor()};
+    return {query_slope,  key_slope,    value_slope,  own_key_slope, own_value_slope,
+            at::Tensor(), at::Tensor(), at::Tensor(), at::Tensor()};
   }
 
  private:
@@ -403,9 +406,16 @@ class MergedAttention : public torch::autograd::Function<MergedAttention> {
   // Scores of each query with its own keys, [R, N, I], in float32 at least, as the kernels keep those of shared keys and
   // decoding keeps all: at a score of 40, one rounding to bfloat16 moves a weight by a tenth. What follows stays wide up to
   // the one rounding of each result; own keys are few, so that costs next to nothing.
-  static at::Tensor own_scores(const at::Tensor &query, const at::Tensor &own_key, double scale, at::ScalarType kind) {
+  static at::Tensor own_scores(const at::Tensor &query, const at::Tensor &own_key, bool causal, double scale,
+                               at::ScalarType kind) {
     const auto products = at::matmul(apart(query.to(kind), own_key), own_key.to(kind).permute({0, 2, 3, 1}));
-    return together(products, query) * scale;
+    const auto scores = together(products, query) * scale;
+    if (!causal) return scores;
+    const auto own = own_key.size(1);
+    const auto later = at::ones({own, own}, scores.options().dtype(at::kBool)).triu_(1).unsqueeze(1);  // [b, 1, I]
+    return scores.view({-1, own, scores.size(1), own})
+        .masked_fill(later, -std::numeric_limits<double>::infinity())
+        .view(scores.sizes());
   }
 };
 
@@ -415,8 +425,8 @@ extern "C" {
 
 // `runs` holds five numbers a run; `places` is null, or the four tensors of `Packed` with `sizes` of three numbers.
 int specforge_merged_attention(const at::Tensor *query, const at::Tensor *key, const at::Tensor *value,
-                               const at::Tensor *own_key, const at::Tensor *own_value, const std::int64_t *runs,
-                               std::int64_t run_count, const at::Tensor *const *places, const std::int64_t *sizes,
+                               const at::Tensor *own_key, const at::Tensor *own_value, int causal,
+                               const std::int64_t *runs, std::int64_t run_count, const at::Tensor *const *places, const std::int64_t *sizes,
                                double scale, at::Tensor **output, char *error, std::size_t error_size) {
   return guarded(
       [&] {
@@ -425,7 +435,8 @@ int specforge_merged_attention(const at::Tensor *query, const at::Tensor *key, c
         if (places != nullptr)
           packed = {*places[0], *places[1], *places[2], *places[3], sizes[0], sizes[1], sizes[2]};
         *output = new at::Tensor(
-            MergedAttention::apply(*query, *key, *value, *own_key, *own_value, std::move(numbers), packed, scale));
+            MergedAttention::apply(*query, *key, *value, *own_key, *own_value, causal != 0, std::move(numbers), packed,
+                                   scale));
       },
       error, error_size);
 }

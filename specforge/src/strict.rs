@@ -23,7 +23,9 @@ pub fn from_value<T: DeserializeOwned>(value: &Value, root: &str) -> Result<T> {
         let message = error.inner().to_string();
         match unknown_field(&message) {
             Some((field, known)) => {
-                // serde names the unknown field as the last part of the path.
+                // serde names the unknown field as the last part of the path, but not within an enumeration with a tag.
+                let named = key == field || key.ends_with(&format!(".{field}"));
+                let key = if named { key.clone() } else { format!("{key}.{field}") };
                 let problem = match nearest(field, &known) {
                     Some(near) => format!("unknown key; did you mean `{near}`?"),
                     None => "unknown key".to_owned(),

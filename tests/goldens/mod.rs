@@ -11,6 +11,8 @@ use safetensors::SafeTensors;
 use specforge::weights::WeightsFolder;
 use tch::{Device, Kind, Tensor};
 
+mod block_training;
+mod block_losses;
 mod chat_templates;
 mod eagle3;
 mod eagle_trees;
@@ -38,6 +40,11 @@ const PREFIXES: &[(&str, Check)] = &[
     ("eagle_tree_", eagle_trees::check),
     ("medusa_choices", medusa_trees::check_choices),
     ("medusa", medusa::check),
+    ("sp_dflash_", block_training::check_speculators_dflash),
+    ("dflash", block_training::check_specforge_dflash),
+    ("dpace", block_training::check_specforge_dflash),
+    // block drafts
+    ("losses", block_losses::check),
 ];
 
 /// How the names of folders begin that are one golden each.

@@ -15,6 +15,7 @@ use crate::table::Table;
 use crate::vocab::VocabMap;
 use crate::weights::WeightsFolder;
 
+pub mod block;
 pub mod distillation;
 pub mod eagle3;
 pub mod gradients;
@@ -182,7 +183,7 @@ impl Algorithm {
 }
 
 /// The algorithms that this program is built with; see [`algorithms`].
-pub const ALGORITHMS: &[Algorithm] = &[medusa::ALGORITHM, eagle3::ALGORITHM];
+pub const ALGORITHMS: &[Algorithm] = &[medusa::ALGORITHM, eagle3::ALGORITHM, block::algorithm(&block::heads::plain::KIND)];
 
 static TABLE: Table<Algorithm> = Table::new("the algorithm", |row| row.name, ALGORITHMS);
 

@@ -153,6 +153,8 @@ pub struct Own<'a> {
     pub value: &'a Tensor,
     /// `b`: consecutive queries that share a set.
     pub queries_per_own: i64,
+    /// Query `i` of a set sees the own keys up to its own place, `0 ..= i`; `I` is `b` then.
+    pub causal: bool,
 }
 
 /// Attention of `query [R, N, D]` on `key, value [S, G, D]` and on own keys. Returns `[R, N, D]`, with gradients for all
@@ -176,6 +178,10 @@ pub fn merged_attention(query: &Tensor, [key, value]: [&Tensor; 2], own: Own<'_>
             runs.queries, runs.keys, own.queries_per_own
         )));
     }
+    if own.causal && count != own.queries_per_own {
+        let problem = format!("merged attention: {} queries share {count} own keys causally", own.queries_per_own);
+        return Err(Error::Failed(problem));
+    }
     if queries == 0 {
         return Ok(query.shallow_clone());
     }
@@ -187,7 +193,7 @@ pub fn merged_attention(query: &Tensor, [key, value]: [&Tensor; 2], own: Own<'_>
     // float64 has no kernel for documents; its checks go run by run.
     let packed = runs.packed.as_ref().filter(|_| query.kind() != Kind::Double);
     let packed = packed.map(|packed| (packed.places.each_ref(), &packed.sizes));
-    shim::merged_attention([query, key, value, own.key, own.value], &numbers, packed, (dim as f64).powf(-0.5))
+    shim::merged_attention([query, key, value, own.key, own.value], own.causal, &numbers, packed, (dim as f64).powf(-0.5))
 }
 
 /// No own keys: `[R, 0, G, D]` beside `key [S, G, D]`.
@@ -205,7 +211,8 @@ mod tests {
     }
 
     /// The same as one softmax over a masked matrix of all scores. Every query has own keys here.
-    fn written_out(query: &Tensor, shared: [&Tensor; 2], own: [&Tensor; 2], runs: &[Run]) -> Tensor {
+    /// With `causal`, query `i` of as many as there are own keys sees those up to `i`.
+    fn written_out(query: &Tensor, shared: [&Tensor; 2], own: [&Tensor; 2], runs: &[Run], causal: bool) -> Tensor {
         let (queries, heads, dim) = query.size3().unwrap();
         let (keys, groups, _) = shared[0].size3().unwrap();
         let times = heads / groups;
@@ -222,6 +229,11 @@ mod tests {
         let scores = query.transpose(0, 1).matmul(&key.permute([1, 2, 0])).transpose(0, 1); // [R, N, S]
         let scores = scores.masked_fill(&hidden, f64::NEG_INFINITY);
         let own_scores = (query.unsqueeze(1) * &own_key).sum_dim_intlist(-1, false, query.kind()).transpose(1, 2);
+        let count = own_scores.size()[2];
+        let place = |query: i64, own: i64| causal && own > query % count;
+        let later: Vec<bool> = (0..queries).flat_map(|query| (0..count).map(move |own| place(query, own))).collect();
+        let later = Tensor::from_slice(&later).view([queries, 1, count]);
+        let own_scores = own_scores.masked_fill(&later, f64::NEG_INFINITY);
         let all = Tensor::cat(&[scores, own_scores], 2) / (dim as f64).sqrt(); // [R, N, S + I]
         let weights = all.softmax(-1, query.kind());
         let from_shared = weights.narrow(2, 0, keys).transpose(0, 1).matmul(&value.transpose(0, 1)).transpose(0, 1);
@@ -242,13 +254,23 @@ mod tests {
 
     /// Outputs and gradients of all inputs equal those of the written-out softmax, whose own keys are given to each query.
     fn compare(inputs: &[Tensor; 5], queries_per_own: i64, runs: &[Run], tolerance: f64, label: &str) {
+        compare_with(inputs, (queries_per_own, false), runs, tolerance, label);
+    }
+
+    fn compare_with(
+        inputs: &[Tensor; 5],
+        (queries_per_own, causal): (i64, bool),
+        runs: &[Run],
+        tolerance: f64,
+        label: &str,
+    ) {
         let [query, key, value, own_key, own_value] = inputs;
         let kind = query.kind();
         let scaled = query * 3.0;
         let slope = Tensor::randn(query.size(), (kind, Device::Cpu));
         let each = [own_key, own_value].map(|own| own.repeat_interleave_self_int(queries_per_own, 0, None));
-        let want = written_out(&scaled, [key, value], each.each_ref(), runs);
-        let own = Own { key: own_key, value: own_value, queries_per_own };
+        let want = written_out(&scaled, [key, value], each.each_ref(), runs, causal);
+        let own = Own { key: own_key, value: own_value, queries_per_own, causal };
         let got = merged_attention(&scaled, [key, value], own, &checked(runs, key.size()[0])).unwrap();
         let near = |left: &Tensor, right: &Tensor| (left - right).abs().max().double_value(&[]) < tolerance;
         assert!(near(&got, &want), "{label}");
@@ -298,6 +320,7 @@ mod tests {
                 random(&[4, 16, 2, 8], kind),
             ];
             compare(&inputs, 16, &runs, tolerance, &format!("{kind:?}"));
+            compare_with(&inputs, (16, true), &runs, tolerance, &format!("{kind:?}, causal"));
             // Groups that are no runs: two sets to a block.
             let inputs = [0, 1, 2].map(|index: usize| inputs[index].shallow_clone());
             let own = || random(&[8, 3, 2, 8], kind);
@@ -366,10 +389,10 @@ mod tests {
                 };
                 let wide = inputs.each_ref().map(|input| input.detach().to_kind(Kind::Double).set_requires_grad(true));
                 let want = run(&wide, &|[query, key, value, own_key, own_value]| {
-                    written_out(query, [key, value], [own_key, own_value], &RUNS)
+                    written_out(query, [key, value], [own_key, own_value], &RUNS, false)
                 });
                 let got = run(&inputs, &|[query, key, value, own_key, own_value]| {
-                    let own = Own { key: own_key, value: own_value, queries_per_own: 1 };
+                    let own = Own { key: own_key, value: own_value, queries_per_own: 1, causal: false };
                     merged_attention(query, [key, value], own, &checked(&RUNS, 15)).unwrap()
                 });
                 // A few roundings of the inputs' own size.
@@ -390,7 +413,7 @@ mod tests {
     fn runs_that_do_not_fit_are_refused() {
         let (query, key) = (random(&[9, 6, 8], Kind::Float), random(&[14, 2, 8], Kind::Float));
         let none = no_own_keys(9, &key).unwrap();
-        let own = Own { key: &none, value: &none, queries_per_own: 1 };
+        let own = Own { key: &none, value: &none, queries_per_own: 1, causal: false };
         let attend = |runs: &[Run]| merged_attention(&query, [&key, &key], own, &checked(runs, 14));
         assert!(attend(&RUNS).is_ok());
         assert!(attend(&RUNS[..3]).is_err());

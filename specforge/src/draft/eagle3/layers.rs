@@ -257,7 +257,7 @@ impl Layer {
         runs: &Runs,
     ) -> Result<Tensor> {
         let query = rotate(&self.split(&shim::trained_linear(input, &self.query)?), rope); // [n, N, D]
-        let own = Own { key: own[0], value: own[1], queries_per_own: 1 };
+        let own = Own { key: own[0], value: own[1], queries_per_own: 1, causal: false };
         let attended = merged_attention::merged_attention(&query, [&shared[0], &shared[1]], own, runs)?; // [n, N, D]
         let hidden = residual + shim::trained_linear(&attended.flatten(1, 2), &self.output)?; // [n, H]
         let normed = self.post_attention_norm.forward(&hidden);
