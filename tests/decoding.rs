@@ -244,4 +244,26 @@ fn what_cannot_be_decoded_is_refused_in_words() {
     fs::write(&long, json!({"id": "long", "prompt": "river ".repeat(400)}).to_string()).unwrap();
     refused("eval", &["--data", long.to_str().unwrap()], "leaves no room");
     refused("eval", &["--data", data, "--draft", "nowhere"], "nowhere: is not a folder");
+
+    // Budgets are for drafts that say how sure they are.
+    let lookup = ["--data", data, "--draft", "prompt-lookup"];
+    let lookup = |arguments: &[&str], expected: &str| refused("eval", &[&lookup, arguments].concat(), expected);
+    lookup(
+        &["--calibrate", "budget"],
+        "`prompt-lookup` with the tree `depth=5,nodes=10,match=3`, which gives no confidence",
+    );
+    lookup(&["--calibrate", "budget", "--verify-budget", "budget"], "cannot be used with");
+    let budget = workspace.path("budget");
+    fs::create_dir(&budget).unwrap();
+    let budget = |arguments: &[&str], expected: &str| {
+        let folder = budget.to_str().unwrap();
+        lookup(&["--verify-budget", folder], expected);
+        generate(&[arguments, &["--verify-budget", folder]].concat(), expected);
+    };
+    budget(&[], "sts.json: No such file");
+    fs::write(workspace.path("budget/sts.json"), "{\"temperatures\": [1.5, 2]}").unwrap();
+    budget(&[], "sps.json: No such file");
+    let steps = json!({"sample_batch_tokens": [1, 4], "sample_steps_per_sec": [9, 5], "max_batch_tokens": 4});
+    fs::write(workspace.path("budget/sps.json"), steps.to_string()).unwrap();
+    budget(&["--draft", "prompt-lookup"], "this draft gives no confidence");
 }

@@ -5,6 +5,8 @@
 
 mod anchors;
 mod bad_input;
+mod block_exports;
+mod block_imports;
 mod cli;
 mod configuration;
 mod data_parallel;

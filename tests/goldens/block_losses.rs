@@ -72,7 +72,8 @@ impl<'a> Case<'a> {
         let [blocks, rows, vocabulary] = logits.size()[..] else {
             return Err(format!("in.logits: expected three axes, got {:?}", logits.size()));
         };
-        let config = BlockConfig { num_layers: 1, block_size: rows, ..BlockConfig::default() };
+        let whole = BlockConfig { mask_token_id: Some(0), head_dim: Some(2), ..BlockConfig::default() };
+        let config = BlockConfig { num_layers: 1, block_size: rows, ..whole };
         let shape = config.shape(&TargetInfo::of(vocabulary, vocabulary, 4, 64)).map_err(text)?;
         let mask = golden.integers("in.mask")?;
         let supervised: Vec<Vec<bool>> =

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use specforge::data::{DocumentRef, PackedBatch};
 use specforge::draft::block::blocks::{Block, BlockPlan, Windows};
 use specforge::draft::block::{BlockConfig, BlockDraft};
-use specforge::draft::{DraftContext, DraftModel, Gradients, Tally};
+use specforge::draft::{DraftContext, DraftModel, Gradients, StepKey, Tally};
 use specforge::features::FeatureBatch;
 use specforge::models::TargetInfo;
 use specforge::nn::{Embedding, Head, RmsNorm};
@@ -56,8 +56,13 @@ pub fn same_names(name: &str) -> String {
 impl Case {
     /// Objective, metrics and gradients.
     pub fn step(&self) -> Result<Step, String> {
+        self.step_at(STEP)
+    }
+
+    /// The same at another place of the run.
+    pub fn step_at(&self, key: StepKey) -> Result<Step, String> {
         let mut gradients = Gradients::zeros(self.draft.parameters()).map_err(text)?;
-        let plan = self.draft.plan_of(self.plan(), STEP);
+        let plan = self.draft.plan_of(self.plan(), key);
         let mut totals = Gradients::new(&mut gradients);
         let tally = self.draft.accumulate(&self.features, &plan, &plan.counts, &mut totals).map_err(text)?;
         let value = self.draft.evaluate(&self.features, &plan, &plan.counts).map_err(text)?;
@@ -152,7 +157,11 @@ fn batch(golden: &Golden) -> Result<PackedBatch, String> {
     let size = golden.tensor("in.input_ids")?.size();
     let (rows, tokens) = (size[0], size[1]);
     let lengths: Vec<i64> = match golden.has("in.document_ids") {
-        true => golden.integers("in.document_ids")?.chunk_by(|one, other| one == other).map(|run| run.len() as i64).collect(),
+        true => golden
+            .integers("in.document_ids")?
+            .chunk_by(|one, other| one == other)
+            .map(|run| run.len() as i64)
+            .collect(),
         false => vec![tokens; rows as usize],
     };
     Ok(PackedBatch {
@@ -187,7 +196,8 @@ fn block(batch: &PackedBatch, anchor: i64, size: i64, limit: i64, supervised: Ve
 
 /// speculators' packed batch: anchors index the buffer, and nothing stops at a document's end.
 pub fn speculators(golden: &Golden, algorithm: &str, more: Value, naming: Naming<'_>) -> Result<Case, String> {
-    let (layers, spec, call) = (json_of(golden, "transformer_layer_config")?, json_of(golden, "spec")?, json_of(golden, "call")?);
+    let (layers, spec, call) =
+        (json_of(golden, "transformer_layer_config")?, json_of(golden, "spec")?, json_of(golden, "call")?);
     let size = spec["block_size"].as_i64().ok_or("no block_size")?;
     let shift = spec["sample_from_anchor"].as_bool().unwrap_or(algorithm == "dspark");
     let loss = match &call["loss_fn"] {
@@ -259,8 +269,12 @@ pub fn specforge(golden: &Golden, algorithm: &str, more: Value) -> Result<Case, 
     let sliding = types.as_array().is_some_and(|types| types.iter().any(|kind| kind == "sliding_attention"));
     let weights = match (kw["loss_type"].as_str(), kw["loss_decay_gamma"].as_f64()) {
         (Some("dpace"), _) => json!({"name": "d_pace", "alpha": kw["dpace_alpha"].as_f64().unwrap_or(0.5)}),
-        (Some("dpace-cumulative-confidence-only"), _) => json!({"name": "d_pace", "alpha": kw["dpace_alpha"].as_f64().unwrap_or(0.5), "part": "confidence"}),
-        (Some("dpace-continuation-value-only"), _) => json!({"name": "d_pace", "alpha": kw["dpace_alpha"].as_f64().unwrap_or(0.5), "part": "continuation"}),
+        (Some("dpace-cumulative-confidence-only"), _) => {
+            json!({"name": "d_pace", "alpha": kw["dpace_alpha"].as_f64().unwrap_or(0.5), "part": "confidence"})
+        }
+        (Some("dpace-continuation-value-only"), _) => {
+            json!({"name": "d_pace", "alpha": kw["dpace_alpha"].as_f64().unwrap_or(0.5), "part": "continuation"})
+        }
         (_, Some(gamma)) => json!({"name": "fixed", "gamma": gamma}),
         _ => json!({"name": "even"}),
     };
@@ -315,6 +329,42 @@ pub fn specforge(golden: &Golden, algorithm: &str, more: Value) -> Result<Case, 
     Ok(Case { draft, features, blocks })
 }
 
+/// Rows of one document each, as ModelOpt and NeMo AutoModel train them: anchors that are not kept have no block, and slots
+/// are supervised as they are marked. What the target predicts is given as logits, and the states that give them are found.
+pub fn marked_rows(golden: &Golden, layers: &Value, section: Map<String, Value>, naming: Naming<'_>) -> Result<Case, String> {
+    let head = golden.tensor("w.target_head.weight")?;
+    let embedding = golden.tensor("w.target_embed.weight")?;
+    let last = match golden.has("in.target_logits") {
+        true => Some(states_of(&golden.tensor("in.target_logits")?.flatten(0, 1), &head)?),
+        false => None,
+    };
+    let draft = draft(golden, Setting { section, layers, embedding, head, map: None }, naming)?;
+    let batch = batch(golden)?;
+    let (size, slots, tokens) = (draft.shape().block_size, draft.shape().slots(), batch.lengths[0]);
+    let (anchors, keep) = (golden.integers("sample.anchors")?, golden.integers("sample.keep")?);
+    let of_row = anchors.len() / batch.lengths.len();
+    let mut blocks = BlockPlan::default();
+    for (index, (&anchor, _)) in anchors.iter().zip(&keep).enumerate().filter(|(_, (_, keep))| **keep != 0) {
+        let start = (index / of_row) as i64 * tokens;
+        let (row, end) = (start + anchor, start + tokens);
+        let marked = |slot: i64| row + slot < end && batch.supervised[(row + slot) as usize];
+        let supervised: Vec<bool> = (1..=slots).map(marked).collect();
+        if supervised.contains(&true) {
+            blocks.blocks.push(block(&batch, row, size, end, supervised));
+        }
+    }
+    let features = features(golden, batch, draft.shape().target_layer_ids.len() as i64, last)?;
+    Ok(Case { draft, features, blocks })
+}
+
+/// States `[T, H]` whose logits are `[T, V]` by a projection `[V, H]`, the shortest ones.
+fn states_of(logits: &Tensor, head: &Tensor) -> Result<Tensor, String> {
+    let (wide, projection) = (logits.to_kind(Kind::Double), head.to_kind(Kind::Double));
+    let states = wide.matmul(&projection.pinverse(1e-15).transpose(0, 1));
+    compare("logits of the states found for them", &states.matmul(&projection.transpose(0, 1)), &wide, TOLERANCE)?;
+    Ok(states.to_kind(Kind::Float))
+}
+
 /// Adds keys to a section.
 pub fn merge(section: &mut Value, more: Value) {
     if let (Some(section), Value::Object(more)) = (section.as_object_mut(), more) {
@@ -346,7 +396,8 @@ pub fn check_speculators_dflash(path: &Path) -> Result<String, String> {
     let step = case.step()?;
     step.check(&golden, &same_names)?;
     for slot in 1..=case.draft.shape().slots() {
-        let own = |what: &str| golden.tensor(&format!("out.position_{slot}_acc_{what}")).map(|sum| sum.double_value(&[]));
+        let own =
+            |what: &str| golden.tensor(&format!("out.position_{slot}_acc_{what}")).map(|sum| sum.double_value(&[]));
         let want = own("sum")? / own("total")?;
         let got = case.average(&step, &format!("slot{slot}/accuracy"))?;
         if (got - want).abs() > TOLERANCE {

@@ -11,8 +11,17 @@ use safetensors::SafeTensors;
 use specforge::weights::WeightsFolder;
 use tch::{Device, Kind, Tensor};
 
-mod block_training;
+mod block_batch;
+mod block_domino;
+mod block_dspark;
+mod block_heads;
+mod block_inference;
+mod block_lilicorr;
 mod block_losses;
+mod block_parts;
+mod block_selector;
+mod block_training;
+mod block_xpress;
 mod chat_templates;
 mod eagle3;
 mod eagle_trees;
@@ -21,11 +30,12 @@ mod medusa;
 mod medusa_trees;
 mod smollm2;
 mod tiny_llama;
+mod verify_budget;
 
 /// Checks one file. `Ok` says what was compared, `Err` what differs.
 type Check = fn(&Path) -> Result<String, String>;
 
-/// Which check a file belongs to, by the beginning of its name. Adding a golden is adding a line.
+/// Which check a file belongs to, by the beginning of its name: the longest that fits. Adding a golden is adding a line.
 const PREFIXES: &[(&str, Check)] = &[
     // targets
     ("smollm2", smollm2::check),
@@ -40,11 +50,28 @@ const PREFIXES: &[(&str, Check)] = &[
     ("eagle_tree_", eagle_trees::check),
     ("medusa_choices", medusa_trees::check_choices),
     ("medusa", medusa::check),
+    // block drafters
+    ("losses", block_losses::check),
+    ("infer_dflash2", |path| block_inference::behind_backbone(path, block_selector::check_inference)),
+    ("infer_dflash", block_inference::check_dflash),
+    ("loop_dflash", block_inference::check_loop),
     ("sp_dflash_", block_training::check_speculators_dflash),
     ("dflash", block_training::check_specforge_dflash),
     ("dpace", block_training::check_specforge_dflash),
-    // block drafts
-    ("losses", block_losses::check),
+    ("infer_dspark", |path| block_inference::behind_backbone(path, block_dspark::check_block)),
+    ("sp_dspark", block_dspark::check_speculators),
+    ("dspark_", block_dspark::check_specforge),
+    ("infer_domino", |path| block_inference::behind_backbone(path, block_domino::check_block)),
+    ("domino_", block_domino::check_specforge),
+    // what of them is verified
+    ("dspark_schedule", verify_budget::check),
+    ("infer_lilicorr", |path| block_inference::behind_backbone(path, block_lilicorr::check_inference)),
+    ("infer_xpress", |path| block_inference::behind_backbone(path, block_xpress::check_inference)),
+    ("sp_dflash2", block_selector::check_speculators),
+    ("mo_dflash2", block_selector::check_modelopt),
+    ("na_dflash2", block_selector::check_automodel),
+    ("mo_lilicorr", block_lilicorr::check_modelopt),
+    ("sp_xpress", block_xpress::check_speculators),
 ];
 
 /// How the names of folders begin that are one golden each.
@@ -70,7 +97,8 @@ pub fn run_folder(folder: &Path) -> Result<usize, String> {
     let mut problems = Vec::new();
     for file in &files {
         let name = file.file_name().unwrap_or_default().to_string_lossy();
-        let check = PREFIXES.iter().find(|(prefix, _)| name.starts_with(prefix));
+        let claims = PREFIXES.iter().filter(|(prefix, _)| name.starts_with(prefix));
+        let check = claims.max_by_key(|(prefix, _)| prefix.len());
         let known = || PREFIXES.iter().map(|(prefix, _)| *prefix).collect::<Vec<_>>().join(", ");
         match check.map_or_else(|| Err(format!("no golden test knows it; known: {}", known())), |(_, run)| run(file)) {
             Ok(summary) => println!("golden ok      {}: {summary}", file.display()),

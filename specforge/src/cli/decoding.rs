@@ -12,7 +12,7 @@ use super::template::TemplateArgs;
 use crate::config::Dtype;
 use crate::data::ChatTokenizer;
 use crate::decode::drafter::{DraftSampling, Opened, open};
-use crate::decode::{EngineOptions, Policy};
+use crate::decode::{EngineOptions, Policy, VerifyBudget};
 use crate::dist::Placement;
 use crate::error::{Error, Result};
 use crate::hub::{self, Wanted};
@@ -57,6 +57,10 @@ pub(super) struct DecodingArgs {
     /// in distribution), typical[:EPSILON,ALPHA] (Medusa's, lossy).
     #[arg(long, default_value = "keyed")]
     policy: String,
+    /// Verify only as many drafted tokens as are worth it, by the sts.json and sps.json of a folder that `specforge eval
+    /// --calibrate` or SGLang's own tools wrote. For drafts that say how sure they are.
+    #[arg(long, value_name = "DIR")]
+    verify_budget: Option<PathBuf>,
     /// Element type of target and draft: float32, bfloat16 or float16. Without it float32 on the CPU, and that of the target's files on
     /// CUDA.
     #[arg(long)]
@@ -140,6 +144,11 @@ impl DecodingArgs {
         }
     }
 
+    /// How many drafted tokens are verified, where that was asked for.
+    pub(super) fn budget(&self) -> Result<Option<VerifyBudget>> {
+        self.verify_budget.as_deref().map(VerifyBudget::read).transpose()
+    }
+
     /// How the engine decodes.
     pub(super) fn engine(&self, models: &Models, max_rows: usize) -> Result<EngineOptions> {
         Ok(EngineOptions {
@@ -174,7 +183,7 @@ impl DecodingArgs {
 
     /// What decides the output, as it was parsed.
     pub(super) fn settings(&self, models: &Models, opened: &Opened<'_>, max_rows: usize) -> Result<Value> {
-        Ok(json!({
+        let mut settings = json!({
             "target": hub::recorded(&self.target),
             "draft": hub::recorded(Path::new(self.draft.as_deref().unwrap_or("none"))),
             "method": opened.method,
@@ -187,6 +196,10 @@ impl DecodingArgs {
             "dtype": models.dtype,
             "device": devices::of_target(models.target.as_ref()),
             "threads": tch::get_num_threads(),
-        }))
+        });
+        if let Some(folder) = &self.verify_budget {
+            settings["verify_budget"] = json!(folder);
+        }
+        Ok(settings)
     }
 }

@@ -9,13 +9,19 @@ use super::decoding::DecodingArgs;
 use super::hub::{self, Place};
 use super::{LazyProgress, Output, note, numbers, ranks};
 use crate::decode::Policy;
+use crate::decode::drafter::Opened;
 use crate::decode::event::{Listener, Silent};
 use crate::dist::{Meeting, SharedWork};
 use crate::error::{Error, Result};
 use crate::eval::acceptance::{self, AcceptanceOptions, AcceptanceReport, Contestants, Question};
 use crate::eval::acceptance::{html, questions, report};
+use crate::eval::calibration::{self, ConfidenceLog};
 use crate::files;
+use crate::hub::recorded;
 use crate::trace::Recorder;
+
+/// Ten timed passes of each size for every one of these.
+const REPEAT: u32 = 2;
 
 #[derive(Debug, Clone, Args)]
 pub(super) struct EvalArgs {
@@ -36,6 +42,10 @@ pub(super) struct EvalArgs {
     /// Folder for report.json and report.html.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Fit temperatures to the confidences of the draft, time this machine's decoding steps, and write both into a folder:
+    /// sts.json and sps.json, for --verify-budget and SGLang.
+    #[arg(long, value_name = "DIR", conflicts_with = "verify_budget")]
+    calibrate: Option<PathBuf>,
     /// Record every committed position with the draft in a file for `specforge compare`.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
@@ -54,16 +64,24 @@ fn evaluate(args: &EvalArgs, meeting: Option<&Meeting>, output: &Output) -> Resu
     if args.trace.is_some() && work.world_size() > 1 {
         return Err(Error::Usage("--trace: one process records a decode; this run has several".to_owned()));
     }
+    if args.calibrate.is_some() && work.world_size() > 1 {
+        return Err(Error::Usage("--calibrate: one process measures a machine; this run has several".to_owned()));
+    }
     let placement = meeting.map(Meeting::placement);
     let questions = questions::read(&args.data, args.limit)?;
     let models = args.decoding.models_of(placement)?;
     let opened = args.decoding.draft(&models)?;
     opened.notes.iter().for_each(|line| note(format!("warning: {line}")));
     let settings = args.decoding.settings(&models, &opened, args.batch)?;
+    let slots = match &args.calibrate {
+        Some(_) => confident_drafts(&opened)?,
+        None => 0,
+    };
     let options = AcceptanceOptions {
         engine: args.decoding.engine(&models, args.batch)?,
         max_new_tokens: args.decoding.max_new_tokens,
         baseline: !args.no_baseline,
+        budget: args.decoding.budget()?,
     };
     let promise = match args.decoding.policy()? {
         _ if acceptance::exact(&options.engine) => "exact",
@@ -82,13 +100,25 @@ fn evaluate(args: &EvalArgs, meeting: Option<&Meeting>, output: &Output) -> Resu
     let contestants =
         Contestants { target: models.target.as_ref(), tokenizer: &models.tokenizer, drafter: opened.drafter };
     let report = |done: usize| progress.set(done as u64, questions.len() as u64);
-    let measured = acceptance::measure(contestants, &questions, &options, &work, listener.get(), &report)?;
+    let mut log = ConfidenceLog::new(listener.get(), slots);
+    let measured = acceptance::measure(contestants, &questions, &options, &work, &mut log, &report)?;
+    let heard = log.finish();
     let Some(measured) = measured else { return Ok(()) }; // the first process has it
     progress.finish("done");
     if let Traced::Recorded(recorder) = listener {
         recorder.finish()?;
     }
-    let report = AcceptanceReport::new(settings, promise, measured);
+    let clock = measured.clock();
+    let mut report = AcceptanceReport::new(settings, promise, measured);
+    if let Some(folder) = &args.calibrate {
+        note("calibrate: timing the target's passes");
+        let names: Vec<String> = args.data.iter().map(|path| recorded(path).display().to_string()).collect();
+        let target = models.target.as_ref();
+        let measured = calibration::measure(target, &heard, clock, args.batch, &names.join(" "), REPEAT)?;
+        measured.write(folder)?;
+        note(format!("calibration: {}", folder.display()));
+        report.calibration = Some(measured);
+    }
     if let Some(folder) = &args.out {
         files::create_dir_all(folder)?;
         files::write_json(&folder.join("report.json"), &report)?;
@@ -101,6 +131,18 @@ fn evaluate(args: &EvalArgs, meeting: Option<&Meeting>, output: &Output) -> Resu
         faults => Err(Error::Failed(format!(
             "{faults} answers with the draft are not those of the target; record both with --trace and run `specforge compare`"
         ))),
+    }
+}
+
+/// Drafted tokens of a request that the draft gives a confidence for.
+fn confident_drafts(opened: &Opened<'_>) -> Result<usize> {
+    match opened.drafter.confident_drafts() {
+        0 => Err(Error::Usage(format!(
+            "--calibrate: expected a draft that says how sure it is, one with a confidence head and a chain of guesses; got \
+             `{}` with the tree `{}`, which gives no confidence",
+            opened.method, opened.tree
+        ))),
+        slots => Ok(slots),
     }
 }
 

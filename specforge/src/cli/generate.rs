@@ -74,6 +74,9 @@ pub(super) fn run(args: &GenerateArgs, output: &Output) -> Result<()> {
         None => None,
     };
     let mut engine = Engine::new(models.target.as_ref(), opened.drafter, args.decoding.engine(&models, 1)?)?;
+    if let Some(budget) = args.decoding.budget()? {
+        engine = engine.with_budget(budget)?;
+    }
     let mut session = Session { models: &models, args, output, settings, lossless, turn: 0 };
     if let Some(prompt) = &args.prompt {
         let ids = match args.raw {

@@ -2,7 +2,8 @@
 //!
 //! Of `n` committed tokens the target's cache holds the first `n - 1`; the last one is the root of the next tree. A
 //! round is: the drafter proposes a tree for every row, the target runs over all trees at once, a pure walk over its
-//! rows (`policy`) decides what is committed, and both caches keep the walk's path and forget the rest.
+//! rows (`policy`) decides what is committed, and both caches keep the walk's path and forget the rest. Where the draft says
+//! how sure it is and a budget is given, chains are cut to what is worth verifying before the target sees them.
 //!
 //! Up to `max_rows` requests run together, of any lengths and acceptances. One that ends leaves at once: the last row of
 //! the batch takes its place, and the next request comes in behind, in room that is there already. Choices are keyed by
@@ -24,6 +25,7 @@ use super::drafter::Drafter;
 use super::event::Listener;
 use super::policy::{self, Limits, Policy, Proposal, Verdict};
 use super::prefill::Passes;
+use super::verify_budget::VerifyBudget;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::models::{ForwardInput, ForwardOutput, LogitRows, TargetModel};
@@ -32,6 +34,7 @@ use rows::Row;
 use target_rows::TargetRows;
 
 mod admission;
+mod budget;
 mod request;
 mod round;
 mod rows;
@@ -59,6 +62,7 @@ pub struct Engine<'a> {
     target: &'a dyn TargetModel,
     drafter: Box<dyn Drafter + 'a>,
     options: EngineOptions,
+    budget: Option<VerifyBudget>,
     passes: Passes,
     queue: VecDeque<Request>,
     /// Row `i` is row `i` of both caches.
@@ -74,7 +78,7 @@ impl<'a> Engine<'a> {
         options.processors.check().map_err(Error::Usage)?;
         let (queue, rows, cache) = (VecDeque::new(), Vec::new(), None);
         let (passes, clock, done) = (Passes::default(), Clock::default(), Throughput::default());
-        Ok(Self { target, drafter, options, passes, queue, rows, cache, clock, done })
+        Ok(Self { target, drafter, options, budget: None, passes, queue, rows, cache, clock, done })
     }
 
     /// Puts a request behind all others.
@@ -214,6 +218,8 @@ fn logits(output: &ForwardOutput) -> Result<&Tensor> {
 
 #[cfg(test)]
 mod batches;
+#[cfg(test)]
+mod budgets;
 #[cfg(test)]
 mod seeded;
 #[cfg(test)]

@@ -77,6 +77,8 @@ pub struct Round<'a> {
     pub tree: &'a TokenTree,
     /// The draft's score of each node.
     pub scores: &'a [f64],
+    /// Its raw confidence in each guess, where it has any.
+    pub confidence: Option<&'a [f32]>,
 }
 
 /// Hears of everything a decode does, in order for each request.

@@ -2,7 +2,7 @@
 //!
 //! - `engine` is the one loop: propose, verify, keep, with requests that come and go, with any draft and without one.
 //!   `drafter` has the drafts, `policy` the pure decision, `prefill` how prompts are cut into passes, `event` what a decode
-//!   tells.
+//!   tells. `verify_budget` says how many drafted tokens are worth a pass, where the draft knows how sure it is.
 //! - `regenerate` makes training data with it.
 
 pub mod drafter;
@@ -12,6 +12,7 @@ pub mod policy;
 mod prefill;
 pub mod regenerate;
 pub mod tolerance;
+pub mod verify_budget;
 
 pub use crate::data::Finish;
 pub use drafter::Drafter;
@@ -19,7 +20,10 @@ pub use engine::{Decoded, Engine, EngineOptions, Left, Request, Throughput};
 pub use policy::{Policy, Proposal};
 pub use regenerate::{Progress, RegenOptions, RegenReport};
 pub use tolerance::Tolerance;
+pub use verify_budget::VerifyBudget;
 
+#[cfg(test)]
+pub(crate) mod confident;
 #[cfg(test)]
 pub(crate) mod fault;
 #[cfg(test)]

@@ -78,13 +78,21 @@ pub struct Proposal {
     pub scores: Vec<f64>,
     /// For each node, what its children were drawn from; `None` where they were not drawn but picked.
     pub drawn_from: Vec<Option<DrawnFrom>>,
+    /// How sure the draft is that the target accepts each guess if it accepts those before it: raw logits, one for every
+    /// node but the root, in order. It may look at the guesses before its own, not at its own: see `verify_budget`.
+    pub confidence: Option<Vec<f32>>,
 }
 
 impl Proposal {
     /// Picked guesses.
     pub fn picked(tree: TokenTree, scores: Vec<f64>) -> Self {
         let drawn_from = vec![None; tree.len()];
-        Self { tree, scores, drawn_from }
+        Self { tree, scores, drawn_from, confidence: None }
+    }
+
+    /// The same with a raw confidence for every guess.
+    pub fn with_confidence(self, confidence: Vec<f32>) -> Self {
+        Self { confidence: Some(confidence), ..self }
     }
 
     /// Nothing guessed.
@@ -101,7 +109,9 @@ impl Proposal {
         let scores = kept.iter().map(|&node| self.scores[node]).collect();
         let mut drawn_from = self.drawn_from;
         let drawn_from = kept.iter().map(|&node| drawn_from[node].take()).collect();
-        Self { tree, scores, drawn_from }
+        let own =
+            |confidence: Vec<f32>| kept[1..].iter().filter_map(|&node| confidence.get(node - 1).copied()).collect();
+        Self { tree, scores, drawn_from, confidence: self.confidence.map(own) }
     }
 }
 

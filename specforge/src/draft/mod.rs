@@ -183,7 +183,16 @@ impl Algorithm {
 }
 
 /// The algorithms that this program is built with; see [`algorithms`].
-pub const ALGORITHMS: &[Algorithm] = &[medusa::ALGORITHM, eagle3::ALGORITHM, block::algorithm(&block::heads::plain::KIND)];
+pub const ALGORITHMS: &[Algorithm] = &[
+    medusa::ALGORITHM,
+    eagle3::ALGORITHM,
+    block::algorithm(&block::heads::plain::KIND),
+    block::algorithm(&block::heads::markov::KIND),
+    block::algorithm(&block::heads::domino::KIND),
+    block::algorithm(&block::heads::selector::KIND),
+    block::algorithm(&block::heads::lilicorr::KIND),
+    block::algorithm(&block::heads::xpress::KIND),
+];
 
 static TABLE: Table<Algorithm> = Table::new("the algorithm", |row| row.name, ALGORITHMS);
 

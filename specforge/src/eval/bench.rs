@@ -232,7 +232,7 @@ fn measure<Shape>(
     Ok(Timing { shape, seconds, tokens_per_second, chosen })
 }
 
-fn median(seconds: &[f64]) -> f64 {
+pub(super) fn median(seconds: &[f64]) -> f64 {
     let mut sorted = seconds.to_vec();
     sorted.sort_by(f64::total_cmp);
     sorted[sorted.len() / 2]
@@ -240,7 +240,7 @@ fn median(seconds: &[f64]) -> f64 {
 
 /// Times trees and single tokens in turns, `repeat` times ten each after one that is not timed. Trees are complete binary
 /// ones: what a pass costs depends on the number of nodes alone.
-fn verify(target: &dyn TargetModel, shape: VerifyShape, repeat: u32) -> Result<VerifyTiming> {
+pub(super) fn verify(target: &dyn TargetModel, shape: VerifyShape, repeat: u32) -> Result<VerifyTiming> {
     const PASSES: u32 = 10;
     let VerifyShape { rows, context, nodes } = shape;
     let Prefilled { mut cache, .. } = prefill(target, PrefillShape { rows, tokens: context })?;

@@ -3,4 +3,5 @@
 pub mod acceptance;
 pub mod bench;
 pub mod bench_train;
+pub mod calibration;
 pub mod gpu_check;

@@ -16,6 +16,7 @@ use crate::strict;
 use crate::table::Table;
 use crate::vocab::VocabMap;
 
+pub mod block;
 pub mod eagle3;
 pub mod medusa;
 
@@ -172,7 +173,8 @@ pub fn start_from(path: &Path, beginning: &Beginning<'_>) -> Result<Vec<String>>
 pub const START_KEY: &str = "draft.init_from";
 
 /// The formats that this program is built with; see [`formats`].
-pub const FORMATS: &[Format] = &[medusa::ORIGINAL, medusa::VLLM, eagle3::RAW, eagle3::SPECULATORS, eagle3::GGUF];
+pub const FORMATS: &[Format] =
+    &[medusa::ORIGINAL, medusa::VLLM, eagle3::RAW, eagle3::SPECULATORS, eagle3::GGUF, block::ZLAB, block::SPECULATORS];
 
 static TABLE: Table<Format> = Table::new("the format", |row| row.name, FORMATS);
 

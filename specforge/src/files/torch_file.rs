@@ -5,7 +5,8 @@
 //! the program, depth of its tuples, elements of a tensor. (candle-core's reader knows no booleans, copies a value
 //! whenever the program mentions it, and stops at no depth.)
 //!
-//! A list of tensors in the table stands for tensors called `NAME.0`, `NAME.1` and so on. A file that was compressed as a
+//! A list of tensors in the table stands for tensors called `NAME.0`, `NAME.1` and so on; a file of one tensor and no table
+//! stands for a table that has it under the empty name. Numbers and truths of the table are kept. A file that was compressed as a
 //! whole (`.gz`) is taken apart in memory.
 
 use std::collections::BTreeMap;
@@ -47,7 +48,11 @@ pub struct TorchFile {
     /// The folder inside the archive.
     prefix: String,
     tensors: BTreeMap<String, TensorInfo>,
+    numbers: BTreeMap<String, i64>,
 }
+
+/// What a program builds: tensors and numbers by name.
+type Table = (BTreeMap<String, TensorInfo>, BTreeMap<String, i64>);
 
 /// What a tensor of a file is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,8 +88,13 @@ impl TorchFile {
         };
         let archive = foreign::answer(|| ZipArchive::new(source));
         let mut archive = archive.map_err(|error| format!("is no whole torch file: {error}"))?;
-        let (prefix, tensors) = tensors(&mut archive)?;
-        Ok(Self { archive, prefix, tensors })
+        let (prefix, (tensors, numbers)) = table(&mut archive)?;
+        Ok(Self { archive, prefix, tensors, numbers })
+    }
+
+    /// An integer of the table, or a truth as 0 or 1.
+    pub fn number(&self, name: &str) -> Option<i64> {
+        self.numbers.get(name).copied()
     }
 
     /// Names of its tensors, sorted.
@@ -135,8 +145,8 @@ fn entry(archive: &mut Archive, name: &str, most: u64) -> Result<Vec<u8>, String
     Ok(bytes)
 }
 
-/// The folder inside the archive, and the tensors that its program describes.
-fn tensors(archive: &mut Archive) -> Result<(String, BTreeMap<String, TensorInfo>), String> {
+/// The folder inside the archive, and the table that its program describes.
+fn table(archive: &mut Archive) -> Result<(String, Table), String> {
     let names = archive.file_names().map(|name| name.map(|name| name.into_owned()));
     let names = names.collect::<Result<Vec<String>, ZipError>>().map_err(|error| broken(&error))?;
     let programs: Vec<&str> = names.iter().filter_map(|name| name.strip_suffix("data.pkl")).collect();
@@ -148,8 +158,8 @@ fn tensors(archive: &mut Archive) -> Result<(String, BTreeMap<String, TensorInfo
         return Err("was written on a big-endian machine, which is not supported".to_owned());
     }
     let program = entry(archive, &format!("{prefix}data.pkl"), MOST_PROGRAM_BYTES)?;
-    let tensors = Machine::new(&program).run().map_err(|problem| format!("`{prefix}data.pkl`: {problem}"))?;
-    Ok(((*prefix).to_owned(), tensors))
+    let table = Machine::new(&program).run().map_err(|problem| format!("`{prefix}data.pkl`: {problem}"))?;
+    Ok(((*prefix).to_owned(), table))
 }
 
 /// Where a tensor's elements lie, in elements.
@@ -179,7 +189,7 @@ impl TensorInfo {
 #[derive(Debug, Clone)]
 enum Value {
     None,
-    Bool,
+    Bool(bool),
     Integer(i64),
     Text(Rc<str>),
     /// The name of a Python object, never looked up.
@@ -217,17 +227,27 @@ impl<'a> Machine<'a> {
         Self { program, stack: Vec::new(), memo: HashMap::new(), tables: Vec::new(), lists: Vec::new() }
     }
 
-    /// The tensors of the table that the program builds, by name.
-    fn run(mut self) -> Result<BTreeMap<String, TensorInfo>, String> {
+    /// What is in the table that the program builds, by name.
+    fn run(mut self) -> Result<Table, String> {
         while self.step()? {}
-        let Value::Table(table) = self.pop()? else {
-            return Err("expected a table of tensors by name, got another value".to_owned());
+        let table = match self.pop()? {
+            Value::Table(table) => table,
+            Value::Tensor(info) => {
+                return Ok((BTreeMap::from([(String::new(), info.as_ref().clone())]), BTreeMap::new()));
+            }
+            _ => return Err("expected a table of tensors by name, got another value".to_owned()),
         };
-        let mut tensors = BTreeMap::new();
+        let (mut tensors, mut numbers) = (BTreeMap::new(), BTreeMap::new());
         for (key, value) in &self.tables[table] {
             match (key, value) {
                 (Value::Text(name), Value::Tensor(info)) => {
                     tensors.insert(name.to_string(), info.as_ref().clone());
+                }
+                (Value::Text(name), Value::Integer(number)) => {
+                    numbers.insert(name.to_string(), *number);
+                }
+                (Value::Text(name), Value::Bool(truth)) => {
+                    numbers.insert(name.to_string(), i64::from(*truth));
                 }
                 (Value::Text(name), Value::List(list)) => {
                     for (place, value) in self.lists[*list].iter().enumerate() {
@@ -239,7 +259,7 @@ impl<'a> Machine<'a> {
                 _ => {}
             }
         }
-        Ok(tensors)
+        Ok((tensors, numbers))
     }
 
     /// One instruction; false at the end of the program.
@@ -252,7 +272,7 @@ impl<'a> Machine<'a> {
             b'.' => return Ok(false),
             b'N' => self.stack.push(Value::None),
             // NEWTRUE, NEWFALSE
-            0x88 | 0x89 => self.stack.push(Value::Bool),
+            0x88 | 0x89 => self.stack.push(Value::Bool(code == 0x88)),
             // BININT1, BININT2, BININT, LONG1
             b'K' => self.integer(1, false)?,
             b'M' => self.integer(2, false)?,

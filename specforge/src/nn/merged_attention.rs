@@ -193,7 +193,13 @@ pub fn merged_attention(query: &Tensor, [key, value]: [&Tensor; 2], own: Own<'_>
     // float64 has no kernel for documents; its checks go run by run.
     let packed = runs.packed.as_ref().filter(|_| query.kind() != Kind::Double);
     let packed = packed.map(|packed| (packed.places.each_ref(), &packed.sizes));
-    shim::merged_attention([query, key, value, own.key, own.value], own.causal, &numbers, packed, (dim as f64).powf(-0.5))
+    shim::merged_attention(
+        [query, key, value, own.key, own.value],
+        own.causal,
+        &numbers,
+        packed,
+        (dim as f64).powf(-0.5),
+    )
 }
 
 /// No own keys: `[R, 0, G, D]` beside `key [S, G, D]`.

@@ -13,6 +13,7 @@ use super::policy::{Policy, Proposal};
 use crate::error::{Error, Result};
 use crate::table::Table;
 
+pub mod block;
 mod branches;
 pub mod choices;
 pub mod dynamic_tree;
@@ -35,7 +36,16 @@ pub use open::{Opened, of_training, open};
 pub use prompt_lookup::PromptLookup;
 
 /// The drafters that this program is built with; see [`drafters`].
-pub const DRAFTERS: &[DrafterKind] = &[medusa::KIND, eagle3::KIND];
+pub const DRAFTERS: &[DrafterKind] = &[
+    medusa::KIND,
+    eagle3::KIND,
+    block::kind("dflash"),
+    block::kind("dflash2"),
+    block::kind("dspark"),
+    block::kind("lilicorr"),
+    block::kind("domino"),
+    block::kind("xpress"),
+];
 
 static TABLE: Table<DrafterKind> = Table::new("the drafter of", |row| row.algorithm, DRAFTERS);
 
@@ -158,6 +168,12 @@ pub trait Drafter {
 
     /// Keeps the rows named, in that order.
     fn retain(&mut self, rows: &[usize]);
+
+    /// Drafted tokens of a row that it gives a confidence for, where it guesses chains and does so; else 0. Every proposal
+    /// then has them, a shorter one fewer.
+    fn confident_drafts(&self) -> usize {
+        0
+    }
 
     /// Tokens in its cache for each row; nothing where it has none.
     fn cache_lengths(&self) -> Vec<i64> {

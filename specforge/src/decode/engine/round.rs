@@ -26,6 +26,7 @@ impl Engine<'_> {
         // 1. Guess.
         let start = Instant::now();
         let proposals = self.propose()?;
+        let proposals = self.within_budget(proposals)?;
         let mut draft = start.elapsed();
         self.tell_of_trees(&proposals, listener)?;
         // 2. One pass of the target over all trees, and what it chooses.
@@ -95,6 +96,7 @@ impl Engine<'_> {
                 draft_cache: draft_lengths.get(index).copied().unwrap_or(0),
                 tree: &proposal.tree,
                 scores: &proposal.scores,
+                confidence: proposal.confidence.as_deref(),
             })?;
         }
         Ok(())

@@ -320,7 +320,8 @@ fn visible(lengths: &[i64], positions: &Tensor, layer: BlockLayer) -> Tensor {
     let size = positions.size()[1];
     let longest = lengths.iter().copied().max().unwrap_or(0);
     let slots = Tensor::arange(longest + size, (Kind::Int64, positions.device())).view([1, 1, -1]); // [1, 1, S]
-    let end = if layer.causal { positions.unsqueeze(-1) + 1 } else { positions.narrow(1, size - 1, 1).unsqueeze(-1) + 1 };
+    let end =
+        if layer.causal { positions.unsqueeze(-1) + 1 } else { positions.narrow(1, size - 1, 1).unsqueeze(-1) + 1 };
     let visible = slots.lt_tensor(&end); // [b, B or 1, S]
     let visible = match layer.window {
         None => visible,
@@ -363,7 +364,8 @@ impl<'a> Around<'a> {
             None => None,
             Some(conv) => {
                 let taps = conv.conv.kernel_size;
-                let own = shim::trained_linear(input, &conv.projection)?.view([-1, block_size, 2, taps, own_groups(conv)]);
+                let own =
+                    shim::trained_linear(input, &conv.projection)?.view([-1, block_size, 2, taps, own_groups(conv)]);
                 Some((conv, own)) // [n, B, 2, c, g]
             }
         };

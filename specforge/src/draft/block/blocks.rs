@@ -189,7 +189,17 @@ impl BlockPlan {
         let document_shares = device::send(&Tensor::from_slice(&shares), device);
         let runs = self.runs(shape, &seen, total, device)?;
         let rows = BlockRows { tokens: row_tokens, positions, runs };
-        Ok(Blocks { context, context_positions, rows, tokens, before, supervised, teachers, last_seen, document_shares })
+        Ok(Blocks {
+            context,
+            context_positions,
+            rows,
+            tokens,
+            before,
+            supervised,
+            teachers,
+            last_seen,
+            document_shares,
+        })
     }
 
     /// For each document that has blocks: the rows that they see, and where those begin among all context rows.
@@ -369,12 +379,10 @@ mod tests {
         let run = |queries, keys| Run { queries, keys, causal: false };
         // Anchor 5 with a window of 4: its row sees 2 3 4 before it, the next 3 4, ...
         let windowed = blocks.rows.runs[0].list();
-        assert_eq!(windowed[windowed.len() - 7..windowed.len() - 3], [
-            run(12..13, 2..5),
-            run(13..14, 3..5),
-            run(14..15, 4..5),
-            run(15..16, 5..5),
-        ]);
+        assert_eq!(
+            windowed[windowed.len() - 7..windowed.len() - 3],
+            [run(12..13, 2..5), run(13..14, 3..5), run(14..15, 4..5), run(15..16, 5..5),]
+        );
         assert_eq!(blocks.rows.runs[1].list()[3..], [run(12..16, 0..5), run(16..20, 5..5), run(20..24, 5..6)]);
         assert_eq!(numbers(&blocks.rows.tokens)[12..16], [109, 9, 9, 9]);
         assert_eq!(numbers(&blocks.rows.positions)[12..16], [5, 6, 7, 8]);

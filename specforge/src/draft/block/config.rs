@@ -230,7 +230,9 @@ impl BlockShape {
             let fits = conv.group_size >= 1 && self.hidden_size % conv.group_size == 0;
             if !fits || !(1..=self.block_size).contains(&conv.kernel_size) {
                 let hidden = self.hidden_size;
-                return Err(format!("convolution: expected taps within a block and groups that divide {hidden}: {conv:?}"));
+                return Err(format!(
+                    "convolution: expected taps within a block and groups that divide {hidden}: {conv:?}"
+                ));
             }
         }
         let last = self.num_target_layers as i64 - 1;
@@ -284,7 +286,9 @@ impl BlockConfig {
         let mut whole = (kind.defaults)();
         if let (Some(whole), Some(given)) = (whole.as_object_mut(), section.as_object()) {
             // A resolved section has every key; those that say nothing leave the head's own.
-            whole.extend(given.iter().filter(|(_, value)| !value.is_null()).map(|(key, value)| (key.clone(), value.clone())));
+            whole.extend(
+                given.iter().filter(|(_, value)| !value.is_null()).map(|(key, value)| (key.clone(), value.clone())),
+            );
         }
         let config: Self = strict::from_value(&whole, "draft")?;
         config.check()?;
@@ -375,7 +379,8 @@ impl BlockConfig {
             layer,
             conv: self.conv,
             mask_embedding: self.mask_embedding,
-            input_embedding_scale: 1.0,
+            // A key of some heads; they check it.
+            input_embedding_scale: self.head.get("input_embedding_scale").and_then(Value::as_f64).unwrap_or(1.0),
         };
         shape.check().map_err(|problem| Error::config("draft", problem))?;
         Ok(shape)

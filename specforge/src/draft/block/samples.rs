@@ -16,7 +16,8 @@ use crate::models::TargetInfo;
 pub(super) fn samples(size: SampleSize) -> Samples {
     let _ = Labels::Data;
     let whole = json!({"algorithm": "dflash", "num_layers": 2, "block_size": 4, "num_anchors": 64, "mask_token_id": 1});
-    let full = json!({"algorithm": "dflash", "num_layers": 5, "block_size": 16, "num_anchors": 512, "mask_token_id": 1});
+    let full =
+        json!({"algorithm": "dflash", "num_layers": 5, "block_size": 16, "num_anchors": 512, "mask_token_id": 1});
     let timed = match size {
         SampleSize::Small => whole.clone(),
         SampleSize::Full => full,

@@ -18,7 +18,7 @@ use crate::data::{ChatTokenizer, Message};
 use crate::decode::drafter::Plain;
 use crate::decode::engine::{Clock, Decoded, Engine, EngineOptions};
 use crate::decode::event::{Listener, Silent};
-use crate::decode::{Drafter, Finish, Policy, Request, Tolerance};
+use crate::decode::{Drafter, Finish, Policy, Request, Tolerance, VerifyBudget};
 use crate::dist::SharedWork;
 use crate::error::{Error, Result};
 use crate::models::{ForwardInput, LogitRows, TargetModel};
@@ -41,6 +41,8 @@ pub struct AcceptanceOptions {
     pub max_new_tokens: usize,
     /// Whether to answer without the draft too.
     pub baseline: bool,
+    /// What the side with the draft verifies, where that is not every guess.
+    pub budget: Option<VerifyBudget>,
 }
 
 /// Whom an evaluation asks.
@@ -117,6 +119,18 @@ pub struct Measured {
     pub seconds: f64,
 }
 
+impl Measured {
+    /// Time that the side with the draft took.
+    pub fn clock(&self) -> Clock {
+        self.groups.iter().map(|group| group.drafted.clock).fold(Clock::default(), |sum, one| Clock {
+            prefill: sum.prefill + one.prefill,
+            draft: sum.draft + one.draft,
+            verify: sum.verify + one.verify,
+            overhead: sum.overhead + one.overhead,
+        })
+    }
+}
+
 /// Answers all questions, together with the other processes of `work`; the first of them is given the result. `progress`
 /// hears how many questions are done by all; `listener` hears of the drafted side of this process.
 pub fn measure(
@@ -129,6 +143,9 @@ pub fn measure(
 ) -> Result<Option<Measured>> {
     let Contestants { target, tokenizer, drafter } = contestants;
     let mut drafted = Engine::new(target, drafter, options.engine.clone())?;
+    if let Some(budget) = &options.budget {
+        drafted = drafted.with_budget(budget.clone())?;
+    }
     let mut plain = Engine::new(target, Box::new(Plain), options.engine.clone())?;
     warm_up(&mut plain, tokenizer, questions, options)?;
     warm_up(&mut drafted, tokenizer, questions, options)?;

@@ -12,6 +12,7 @@ use serde_json::Value;
 use super::{Divergence, Group, Measured, Side};
 use crate::decode::engine::{Clock, RoundOutcome};
 use crate::error::foreign;
+use crate::eval::calibration;
 
 /// Contexts are grouped by these lower ends, in tokens.
 const CONTEXTS: [usize; 7] = [0, 128, 256, 512, 1024, 2048, 4096];
@@ -113,6 +114,9 @@ pub struct AcceptanceReport {
     pub processes: usize,
     /// Wall time of all questions on both sides; the slowest process decides.
     pub wall_seconds: f64,
+    /// Temperatures and step costs, where they were measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub calibration: Option<calibration::Measured>,
 }
 
 impl AcceptanceReport {
@@ -163,6 +167,7 @@ impl AcceptanceReport {
             lossless: Losslessness { promise, compared, divergences, faults },
             processes,
             wall_seconds,
+            calibration: None,
         }
     }
 }
@@ -240,6 +245,7 @@ pub fn text(report: &AcceptanceReport) -> String {
         lines.push(format!("{processes} processes took {seconds:.1} s; speeds are those of one of them"));
     }
     lines.push(lossless(&report.lossless));
+    lines.extend(report.calibration.as_ref().map(calibration::Measured::text));
     lines.join("\n")
 }
 

@@ -129,7 +129,7 @@ fn transformer(shape: &Eagle3Shape, target: &Path, dtype: &str) -> Map<String, V
 }
 
 /// The rotary variant as Hugging Face spells it.
-fn rope_parameters(rope: &RopeConfig) -> Map<String, Value> {
+pub(in crate::export) fn rope_parameters(rope: &RopeConfig) -> Map<String, Value> {
     let variant = match rope.scaling {
         RopeScaling::Default => json!({"rope_type": "default"}),
         RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
@@ -180,7 +180,7 @@ fn own_section(shape: &Eagle3Shape) -> Map<String, Value> {
     }))
 }
 
-fn object(value: Value) -> Map<String, Value> {
+pub(in crate::export) fn object(value: Value) -> Map<String, Value> {
     if let Value::Object(map) = value { map } else { Map::new() }
 }
 
@@ -307,7 +307,7 @@ pub(super) fn parse(path: &Path, layout: Layout, config: &Value, num_target_laye
 }
 
 /// Keys of an object; the problem names the key.
-fn named<T: DeserializeOwned>(value: &Value, section: &str) -> Result<T, String> {
+pub(in crate::export) fn named<T: DeserializeOwned>(value: &Value, section: &str) -> Result<T, String> {
     serde_path_to_error::deserialize(value).map_err(|error| format!("`{section}{}`: {}", error.path(), error.inner()))
 }
 
@@ -372,7 +372,7 @@ fn supported(keys: &Keys) -> Result<(), String> {
 }
 
 /// Older readers take `rope_theta` and `rope_scaling`, newer ones `rope_parameters`: they must say the same.
-fn one_rope(values: &Value) -> Result<(), String> {
+pub(in crate::export) fn one_rope(values: &Value) -> Result<(), String> {
     const OLDER: [&str; 2] = ["rope_theta", "rope_scaling"];
     let newer = values.get("rope_parameters").and_then(Value::as_object).filter(|keys| !keys.is_empty());
     let is_there = |key: &str| values.get(key).is_some_and(|value| !value.is_null());
@@ -442,16 +442,16 @@ pub fn default_capture(num_target_layers: usize) -> Option<Vec<usize>> {
 
 /// Sizes from a target's config.json, where the folder is there.
 #[derive(Debug, Clone, Deserialize)]
-pub(super) struct Target {
-    architectures: Option<Value>,
-    hidden_size: Option<i64>,
-    vocab_size: Option<i64>,
-    pub(super) num_hidden_layers: Option<usize>,
-    pub(super) max_position_embeddings: Option<i64>,
+pub(in crate::export) struct Target {
+    pub(in crate::export) architectures: Option<Value>,
+    pub(in crate::export) hidden_size: Option<i64>,
+    pub(in crate::export) vocab_size: Option<i64>,
+    pub(in crate::export) num_hidden_layers: Option<usize>,
+    pub(in crate::export) max_position_embeddings: Option<i64>,
 }
 
 impl Target {
-    pub(super) fn read(path: Option<&Path>) -> Option<Self> {
+    pub(in crate::export) fn read(path: Option<&Path>) -> Option<Self> {
         let named = path.filter(|path| !path.as_os_str().is_empty())?;
         let text = packed::read_file(named, CONFIG_FILE).ok()??;
         let values: Value = serde_json::from_slice(&text).ok()?;
@@ -461,7 +461,7 @@ impl Target {
     }
 
     /// Classes that engines build it by.
-    pub(super) fn architectures(&self) -> impl Iterator<Item = &str> {
+    pub(in crate::export) fn architectures(&self) -> impl Iterator<Item = &str> {
         self.architectures.iter().filter_map(Value::as_array).flatten().filter_map(Value::as_str)
     }
 

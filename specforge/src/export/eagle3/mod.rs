@@ -24,12 +24,12 @@ use crate::error::{Error, Result};
 use crate::files::{self, StagedDir};
 use crate::weights::writer;
 
-mod config;
+pub(super) mod config;
 mod engines;
 mod gguf;
 mod pickled;
 mod read;
-mod targets;
+pub(super) mod targets;
 mod warm_start;
 
 pub use config::{default_capture, inputs_of};

@@ -36,7 +36,7 @@ const TARGETS: &[(&str, &[Engine])] = &[
 ];
 
 /// Why an engine serves no EAGLE-3 draft of a target, whatever the draft; nothing where it does, and where neither is known.
-pub(super) fn refusal(engine: Engine, target: Option<&Target>) -> Option<String> {
+pub(in crate::export) fn refusal(engine: Engine, target: Option<&Target>) -> Option<String> {
     let class = target?.architectures().next()?;
     let (_, engines) = TARGETS.iter().find(|(name, _)| *name == class)?;
     let how = match engine {

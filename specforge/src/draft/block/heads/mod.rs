@@ -9,11 +9,26 @@ use super::chunk::{Chunk, ChunkLoss};
 use super::config::{BlockConfig, BlockShape, Layout};
 use crate::error::{Error, Result};
 
+pub mod domino;
+mod every_slot;
+pub mod grid;
+pub mod lattice;
+pub mod lilicorr;
+pub mod markov;
 pub mod metrics;
 pub mod plain;
+mod prefix;
+pub mod selector;
+pub mod sequential;
+#[cfg(test)]
+mod test_blocks;
+#[cfg(test)]
+mod tests;
+pub mod xpress;
 
 /// Every head.
-pub const HEADS: &[HeadKind] = &[plain::KIND];
+pub const HEADS: &[HeadKind] =
+    &[plain::KIND, selector::KIND, markov::KIND, lilicorr::KIND, domino::KIND, xpress::KIND];
 
 /// The head of this name.
 pub fn find(name: &str) -> Option<&'static HeadKind> {
@@ -104,6 +119,18 @@ fn no_own_keys(config: &BlockConfig) -> Result<()> {
         Some(key) => {
             let problem = format!("{} has no keys of a head", config.algorithm);
             Err(Error::config(format!("draft.head.{key}"), problem))
+        }
+    }
+}
+
+/// For heads that choose among tokens of the target's vocabulary: refuses one of the draft's own.
+fn whole_vocabulary(config: &BlockConfig) -> Result<()> {
+    let keys = [("vocab_map", config.vocab_map.is_some()), ("draft_vocab_size", config.draft_vocab_size.is_some())];
+    match keys.into_iter().find(|(_, given)| *given) {
+        None => Ok(()),
+        Some((key, _)) => {
+            let problem = format!("{} drafts from the target's whole vocabulary, as every engine has it", config.algorithm);
+            Err(Error::config(format!("draft.{key}"), problem))
         }
     }
 }

@@ -58,7 +58,13 @@ struct Blocks {
 impl Blocks {
     fn new(supervised: &[&[bool]]) -> Self {
         let slots = supervised[0].len() as i64;
-        let config = BlockConfig { num_layers: 1, block_size: slots + 1, ..BlockConfig::default() };
+        let config = BlockConfig {
+            num_layers: 1,
+            block_size: slots + 1,
+            mask_token_id: Some(0),
+            head_dim: Some(2),
+            ..BlockConfig::default()
+        };
         let shape = config.shape(&TargetInfo::of(VOCABULARY, VOCABULARY, 4, 64)).unwrap();
         let head = Head::plain(Tensor::eye(VOCABULARY, (Kind::Float, Device::Cpu)));
         Self { shape, head, supervised: supervised.iter().map(|block| block.to_vec()).collect() }
@@ -80,7 +86,11 @@ impl Blocks {
             teacher,
             head: &self.head,
             embedding: &self.head.weight,
+            vocabulary: None,
+            progress: 0.0,
             document_shares: Tensor::from_slice(&document_shares(&vec![0; blocks as usize], &self.supervised)),
+            progress: 0.0,
+            vocabulary: None,
         }
     }
 }
@@ -250,7 +260,8 @@ fn compounds_are_read_strictly() {
         assert_eq!((RowLoss::named(name), loss.name()), (Some(*loss), *name));
     }
 
-    let refused = |value: Value| BlockConfig::read(&json!({"loss": value})).unwrap_err().to_string();
+    let refused =
+        |value: Value| BlockConfig::read(&json!({"algorithm": "dflash", "loss": value})).unwrap_err().to_string();
     for (value, part) in [
         (json!("kll"), "expected one of ce, soft_ce, kl, reverse_kl"),
         (json!({"ce": -1}), "factor of `ce`: expected 0 or a positive number, got -1"),
@@ -269,7 +280,10 @@ fn compounds_are_read_strictly() {
 
 #[test]
 fn what_does_not_go_together_is_refused() {
-    let read = |section: Value| BlockConfig::read(&section).and_then(|config| Objective::of(&config));
+    let read = |mut section: Value| {
+        section["algorithm"] = json!("dflash");
+        BlockConfig::read(&section).and_then(|config| Objective::of(&config))
+    };
     let message = |section: Value| read(section).unwrap_err().to_string();
     let pard = message(json!({"weights": {"name": "d_pard"}, "loss": {"ce": 1, "lk_tv": 0.5}}));
     assert!(pard.contains("looks at one token alone") && pard.contains("ce + lk_tv"), "{pard}");
