@@ -209,7 +209,8 @@ Attended merge(const Attended &left, const Attended &right) {
 class MergedAttention : public torch::autograd::Function<MergedAttention> {
  public:
   // query [R, N, D]; key, value [S, G, D]; own_key, own_value [R / b, I, G, D], each set shared by b consecutive queries;
-  // `causal`: I is b, and query i of a set sees its own keys 0 ..= i. Returns [R, N, D].
+  // `causal`: I is b, and query i of a set sees its own keys 0 ..= i; or b is 1, and the heads of a group are I queries of
+  // as many heads each, one behind the other. Returns [R, N, D].
   static at::Tensor forward(AutogradContext *context, const at::Tensor &query, const at::Tensor &key,
                             const at::Tensor &value, const at::Tensor &own_key, const at::Tensor &own_value, bool causal,
                             std::vector<std::int64_t> numbers, const Packed &packed, double scale) {
@@ -411,11 +412,12 @@ class MergedAttention : public torch::autograd::Function<MergedAttention> {
     const auto products = at::matmul(apart(query.to(kind), own_key), own_key.to(kind).permute({0, 2, 3, 1}));
     const auto scores = together(products, query) * scale;
     if (!causal) return scores;
-    const auto own = own_key.size(1);
-    const auto later = at::ones({own, own}, scores.options().dtype(at::kBool)).triu_(1).unsqueeze(1);  // [b, 1, I]
-    return scores.view({-1, own, scores.size(1), own})
-        .masked_fill(later, -std::numeric_limits<double>::infinity())
-        .view(scores.sizes());
+    const auto own = own_key.size(1), groups = own_key.size(2);
+    const auto later = at::ones({own, own}, scores.options().dtype(at::kBool)).triu_(1);  // [query, key]
+    const auto none = -std::numeric_limits<double>::infinity();
+    if (own_key.size(0) * own == scores.size(0))
+      return scores.view({-1, own, scores.size(1), own}).masked_fill(later.unsqueeze(1), none).view(scores.sizes());
+    return scores.view({scores.size(0), groups, own, -1, own}).masked_fill(later.unsqueeze(1), none).view(scores.sizes());
   }
 };
 

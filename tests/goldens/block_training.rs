@@ -61,8 +61,18 @@ impl Case {
 
     /// The same at another place of the run.
     pub fn step_at(&self, key: StepKey) -> Result<Step, String> {
+        let step = self.step_folded(key, false)?;
+        // As a GPU takes them, rows of a block are heads of one row: the same numbers.
+        let folded = self.step_folded(key, true)?;
+        for ((name, own), (_, other)) in step.gradients.iter().zip(&folded.gradients) {
+            compare(&format!("{name}, rows as heads"), other, own, TOLERANCE)?;
+        }
+        Ok(step)
+    }
+
+    fn step_folded(&self, key: StepKey, fold: bool) -> Result<Step, String> {
         let mut gradients = Gradients::zeros(self.draft.parameters()).map_err(text)?;
-        let plan = self.draft.plan_of(self.plan(), key);
+        let plan = self.draft.plan_of(self.plan(fold), key);
         let mut totals = Gradients::new(&mut gradients);
         let tally = self.draft.accumulate(&self.features, &plan, &plan.counts, &mut totals).map_err(text)?;
         let value = self.draft.evaluate(&self.features, &plan, &plan.counts).map_err(text)?;
@@ -71,13 +81,13 @@ impl Case {
         Ok(Step { tally, gradients: names.zip(gradients).collect() })
     }
 
-    fn plan(&self) -> BlockPlan {
-        BlockPlan { blocks: self.blocks.blocks.clone(), windows: self.blocks.windows }
+    fn plan(&self, fold: bool) -> BlockPlan {
+        BlockPlan { blocks: self.blocks.blocks.clone(), windows: self.blocks.windows, fold }
     }
 
     /// Output of the backbone, `[n, B, H]`.
     pub fn hidden(&self) -> Result<Tensor, String> {
-        let plan = self.draft.plan_of(self.plan(), STEP);
+        let plan = self.draft.plan_of(self.plan(false), STEP);
         tch::no_grad(|| self.draft.hidden(&self.features, &plan)).map_err(text)
     }
 
@@ -243,7 +253,7 @@ pub fn speculators(golden: &Golden, algorithm: &str, more: Value, naming: Naming
     let marks = golden.integers("mid.loss_mask")?;
     let (anchors, valid) = (golden.integers("sample.anchors")?, golden.integers("sample.valid")?);
     let first = draft.shape().first_row();
-    let mut blocks = BlockPlan { blocks: Vec::new(), windows: Windows::ByBlock };
+    let mut blocks = BlockPlan { windows: Windows::ByBlock, ..BlockPlan::default() };
     for (index, (&anchor, &valid)) in anchors.iter().zip(&valid).enumerate() {
         let own = &marks[index * size as usize..][..size as usize];
         let supervised: Vec<bool> = own[first as usize..].iter().map(|&mark| mark != 0 && valid != 0).collect();

@@ -353,7 +353,7 @@ fn guesser<'a>(block: usize, tensors: &[(String, Tensor)], asked: Asked<'a, '_>)
         layer: asked.target.info().num_layers(),
         states: Vec::new(),
     };
-    Ok(Guesser { drafter: Box::new(drafter), tree: format!("block of {block}"), notes: Vec::new() })
+    Ok(Guesser { drafter: Box::new(drafter), tree: format!("block of {block}"), notes: Vec::new(), method: None })
 }
 
 /// The last of a row's features, a tensor of its own: `[H]`.

@@ -153,7 +153,8 @@ pub struct Own<'a> {
     pub value: &'a Tensor,
     /// `b`: consecutive queries that share a set.
     pub queries_per_own: i64,
-    /// Query `i` of a set sees the own keys up to its own place, `0 ..= i`; `I` is `b` then.
+    /// Query `i` of a set sees the own keys up to its own place, `0 ..= i`; `I` is `b` then. Or `b` is 1, and the heads of
+    /// a group are `I` queries one behind the other ([`fold`]).
     pub causal: bool,
 }
 
@@ -178,7 +179,8 @@ pub fn merged_attention(query: &Tensor, [key, value]: [&Tensor; 2], own: Own<'_>
             runs.queries, runs.keys, own.queries_per_own
         )));
     }
-    if own.causal && count != own.queries_per_own {
+    let folded = own.queries_per_own == 1 && count > 0 && heads / groups % count == 0;
+    if own.causal && count != own.queries_per_own && !folded {
         let problem = format!("merged attention: {} queries share {count} own keys causally", own.queries_per_own);
         return Err(Error::Failed(problem));
     }
@@ -200,6 +202,21 @@ pub fn merged_attention(query: &Tensor, [key, value]: [&Tensor; 2], own: Own<'_>
         packed,
         (dim as f64).powf(-0.5),
     )
+}
+
+/// Queries that see the same shared keys, `size` one behind the other, as one query of so many more heads: `[R, N, D]` to
+/// `[R / size, N * size, D]`. The heads of a group stay together. A GPU then takes them all in one call, as rows of documents.
+pub fn fold(query: &Tensor, groups: i64, size: i64) -> Result<Tensor> {
+    let (_, heads, dim) = query.size3()?;
+    let apart = query.view([-1, size, groups, heads / groups, dim]); // [R / size, size, G, r, D]
+    Ok(apart.transpose(1, 2).reshape([-1, heads * size, dim]))
+}
+
+/// The way back: `[R / size, N * size, D]` to `[R, N, D]`.
+pub fn unfold(folded: &Tensor, groups: i64, size: i64) -> Result<Tensor> {
+    let (_, heads, dim) = folded.size3()?;
+    let apart = folded.view([-1, groups, size, heads / groups / size, dim]); // [R / size, G, size, r, D]
+    Ok(apart.transpose(1, 2).reshape([-1, heads / size, dim]))
 }
 
 /// No own keys: `[R, 0, G, D]` beside `key [S, G, D]`.
@@ -327,6 +344,28 @@ mod tests {
             ];
             compare(&inputs, 16, &runs, tolerance, &format!("{kind:?}"));
             compare_with(&inputs, (16, true), &runs, tolerance, &format!("{kind:?}, causal"));
+            // The same with the queries of a block as heads of one.
+            for causal in [false, true] {
+                let [query, key, value, own_key, own_value] = &inputs;
+                let scaled = query * 3.0;
+                let want = {
+                    let own = Own { key: own_key, value: own_value, queries_per_own: 16, causal };
+                    merged_attention(&scaled, [key, value], own, &checked(&runs, 12)).unwrap()
+                };
+                let one = |run: &Run| Run { queries: run.queries.start / 16..run.queries.end / 16, ..run.clone() };
+                let folded: Vec<Run> = runs.iter().map(one).collect();
+                let own = Own { key: own_key, value: own_value, queries_per_own: 1, causal };
+                let got = merged_attention(&fold(&scaled, 2, 16).unwrap(), [key, value], own, &checked(&folded, 12));
+                let got = unfold(&got.unwrap(), 2, 16).unwrap();
+                assert!((&got - &want).abs().max().double_value(&[]) < tolerance, "{kind:?}, folded");
+                let slope = Tensor::randn(got.size(), (kind, Device::Cpu));
+                let gradients = |output: Tensor| {
+                    Tensor::run_backward(&[(output * &slope).sum(kind)], &inputs.each_ref(), true, false)
+                };
+                for (got, want) in gradients(got).iter().zip(gradients(want)) {
+                    assert!((got - want).abs().max().double_value(&[]) < tolerance, "{kind:?}, folded gradients");
+                }
+            }
             // Groups that are no runs: two sets to a block.
             let inputs = [0, 1, 2].map(|index: usize| inputs[index].shallow_clone());
             let own = || random(&[8, 3, 2, 8], kind);

@@ -53,7 +53,7 @@ pub const KIND: DrafterKind = DrafterKind {
 fn guesser<'a>(parts: Eagle3Parts, asked: Asked<'a, '_>, notes: Vec<String>) -> Result<Guesser<'a>> {
     let (tree, text) = tree_text::dynamic(asked.tree)?;
     let drafter = Eagle3Drafter::new(parts, asked.target, tree, asked.sampling)?;
-    Ok(Guesser { drafter: Box::new(drafter), tree: text, notes })
+    Ok(Guesser { drafter: Box::new(drafter), tree: text, notes, method: None })
 }
 
 /// What an EAGLE-3 draft is made of.

@@ -54,4 +54,6 @@ pub struct Guesser<'a> {
     pub tree: String,
     /// What the user should know.
     pub notes: Vec<String>,
+    /// Its algorithm, where a format holds drafts of several.
+    pub method: Option<&'static str>,
 }

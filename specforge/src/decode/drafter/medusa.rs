@@ -44,7 +44,7 @@ fn guesser<'a>(heads: MedusaHeads, asked: Asked<'a, '_>) -> Result<Guesser<'a>> 
     };
     let drafter = MedusaDrafter::new(heads, &choices::parse(&tree)?, asked.sampling);
     let notes = drafter.warning().map(str::to_owned).into_iter().collect();
-    Ok(Guesser { drafter: Box::new(drafter), tree, notes })
+    Ok(Guesser { drafter: Box::new(drafter), tree, notes, method: None })
 }
 
 /// Guesses with Medusa heads.

@@ -48,7 +48,7 @@ pub fn open<'a>(
     match draft {
         None => match tree {
             None => {
-                let plain = Guesser { drafter: Box::new(Plain), tree: "none".to_owned(), notes: Vec::new() };
+                let plain = Guesser { drafter: Box::new(Plain), tree: "none".to_owned(), notes: Vec::new(), method: None };
                 Ok(opened(plain, "none"))
             }
             Some(tree) => Err(Error::Usage(format!("--tree {tree}: there is no --draft to guess with"))),
@@ -57,7 +57,7 @@ pub fn open<'a>(
             let lookup = tree_text::lookup(tree.unwrap_or_default())?;
             let PromptLookup { longest_match, depth, nodes } = lookup;
             let tree = format!("depth={depth},nodes={nodes},match={longest_match}");
-            Ok(opened(Guesser { drafter: Box::new(lookup), tree, notes: Vec::new() }, PROMPT_LOOKUP))
+            Ok(opened(Guesser { drafter: Box::new(lookup), tree, notes: Vec::new(), method: None }, PROMPT_LOOKUP))
         }
         Some(folder) => {
             let folder = Path::new(folder);
@@ -148,7 +148,7 @@ fn from_model<'a>(
     ModelDrafter::check_tokenizers(&tokenizers[0], &tokenizers[1]).map_err(|error| of_folder(folder, error))?;
     let (tree, text) = tree_text::dynamic(tree.unwrap_or(tree_text::DEFAULT))?;
     let drafter = ModelDrafter::new(model, target.info(), tree, sampling).map_err(|error| of_folder(folder, error))?;
-    Ok(opened(Guesser { drafter: Box::new(drafter), tree: text, notes: Vec::new() }, "model"))
+    Ok(opened(Guesser { drafter: Box::new(drafter), tree: text, notes: Vec::new(), method: None }, "model"))
 }
 
 fn of_folder(folder: &Path, error: Error) -> Error {
@@ -170,8 +170,8 @@ fn of_checkpoint(folder: &Path, error: Error) -> Error {
 }
 
 fn opened<'a>(guesser: Guesser<'a>, method: &str) -> Opened<'a> {
-    let Guesser { drafter, tree, notes } = guesser;
-    Opened { drafter, method: method.to_owned(), tree, folder: None, notes }
+    let Guesser { drafter, tree, notes, method: own } = guesser;
+    Opened { drafter, method: own.unwrap_or(method).to_owned(), tree, folder: None, notes }
 }
 
 /// The drafter of a checkpoint's description and tensors.

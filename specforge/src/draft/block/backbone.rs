@@ -11,13 +11,15 @@
 //! Shape legend: `P` context rows, `R` block rows, `n` blocks of `B` rows each, `H` hidden size, `N` heads, `G` key/value
 //! heads, `D` head size, `L` layers, `F` captured layers, `c` taps, `g` groups of channels.
 
+use std::rc::Rc;
+
 use tch::{Device, Kind, Tensor};
 
 use super::config::{BlockLayer, BlockShape, Convolution};
 use super::heads::{Start, TensorSpec, Tensors};
 use crate::device;
 use crate::error::{Error, Result};
-use crate::nn::merged_attention::{Own, Runs, merged_attention};
+use crate::nn::merged_attention::{self, Own, Runs, merged_attention};
 use crate::nn::rope::RopeTables;
 use crate::nn::{AttentionMask, KvCache, LayerCache, Options, PreparedMask, RmsNorm, Rope, attention};
 use crate::shim;
@@ -27,6 +29,9 @@ const DEVIATION: f64 = 0.02;
 
 /// Name of the row that stands for what is to be drafted, where it is trained and not the target's.
 pub const MASK_EMBEDDING: &str = "mask_embedding";
+
+/// Name of the last norm.
+pub const NORM: &str = "norm.weight";
 
 /// Tensors of a backbone in creation order.
 pub fn tensors(shape: &BlockShape) -> Vec<TensorSpec> {
@@ -58,7 +63,7 @@ pub fn tensors(shape: &BlockShape) -> Vec<TensorSpec> {
             matrix(at("mlp.down_proj.weight"), hidden, layer.intermediate_size),
         ]);
     }
-    all.push(norm("norm.weight".to_owned(), hidden));
+    all.push(norm(NORM.to_owned(), hidden));
     if shape.mask_embedding {
         all.push(TensorSpec::new(MASK_EMBEDDING, &[hidden], Start::Normal(DEVIATION)));
     }
@@ -114,7 +119,16 @@ pub struct BlockRows {
     /// `[R]` places in their documents.
     pub positions: Tensor,
     /// For each layer of the backbone, which context each row sees.
-    pub runs: Vec<std::rc::Rc<Runs>>,
+    pub runs: Vec<Seen>,
+}
+
+/// The context that the rows of blocks see in a layer.
+#[derive(Debug, Clone)]
+pub enum Seen {
+    /// Row by row: runs of rows that see the same.
+    Rows(Rc<Runs>),
+    /// All rows of a block see the same: runs of blocks, for a GPU ([`merged_attention::fold`]).
+    Blocks(Rc<Runs>),
 }
 
 impl Backbone {
@@ -201,8 +215,16 @@ impl Backbone {
                 let [key, value] = [key, value].map(|own| own.unflatten(0, [-1, size])); // [n, B, G, D]
                 let causal = self.shape.layers[index].causal;
                 let own = Own { key: &key, value: &value, queries_per_own: size, causal };
-                let [seen_keys, seen_values] = &context[index];
-                merged_attention(&query, [seen_keys, seen_values], own, &blocks.runs[index]) // [R, N, D]
+                let seen = [&context[index][0], &context[index][1]];
+                match &blocks.runs[index] {
+                    Seen::Rows(runs) => merged_attention(&query, seen, own, runs), // [R, N, D]
+                    Seen::Blocks(runs) => {
+                        let groups = self.shape.layer.num_key_value_heads;
+                        let folded = merged_attention::fold(&query, groups, size)?; // [n, N * B, D]
+                        let own = Own { queries_per_own: 1, ..own };
+                        merged_attention::unfold(&merged_attention(&folded, seen, own, runs)?, groups, size)
+                    }
+                }
             };
             hidden = self.layer(layer, &hidden, &rope, attend)?;
         }

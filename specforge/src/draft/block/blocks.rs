@@ -22,7 +22,7 @@ use std::rc::Rc;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
-use super::backbone::BlockRows;
+use super::backbone::{BlockRows, Seen};
 use super::config::{BlockLayer, BlockShape};
 use super::losses;
 use crate::data::PackedBatch;
@@ -83,6 +83,8 @@ pub struct BlockPlan {
     pub blocks: Vec<Block>,
     /// How windows lie.
     pub windows: Windows,
+    /// Take the rows of a block as heads of one row wherever they can be, not on a GPU alone: for tests.
+    pub fold: bool,
 }
 
 /// The blocks of a batch on the device. All tensors are int64.
@@ -226,11 +228,11 @@ impl BlockPlan {
         seen: &[(Range<i64>, i64)],
         total: i64,
         device: Device,
-    ) -> Result<Vec<Rc<Runs>>> {
-        let mut made: Vec<(Option<i64>, Rc<Runs>)> = Vec::new();
+    ) -> Result<Vec<Seen>> {
+        let mut made: Vec<(Option<i64>, Seen)> = Vec::new();
         let of_layer = |BlockLayer { window, .. }: &BlockLayer| {
-            if let Some((_, runs)) = made.iter().find(|(other, _)| other == window) {
-                return Ok(Rc::clone(runs));
+            if let Some((_, seen)) = made.iter().find(|(other, _)| other == window) {
+                return Ok(seen.clone());
             }
             let mut runs: Vec<Run> = Vec::new();
             for (number, block) in self.blocks.iter().enumerate() {
@@ -252,9 +254,17 @@ impl BlockPlan {
                     }
                 }
             }
-            let runs = Rc::new(Runs::new(runs, total, device)?);
-            made.push((*window, Rc::clone(&runs)));
-            Ok(runs)
+            // On a GPU a run is a launch; runs of blocks go through one call for all of them. A row of theirs needs a key.
+            let even = runs.len() == self.blocks.len() && runs.iter().all(|run| !run.keys.is_empty());
+            let seen = if even && (device.is_cuda() || self.fold) {
+                let of_block = |(block, run): (i64, Run)| Run { queries: block..block + 1, causal: true, ..run };
+                let folded = (0..).zip(runs).map(of_block).collect();
+                Seen::Blocks(Rc::new(Runs::new(folded, total, device)?))
+            } else {
+                Seen::Rows(Rc::new(Runs::new(runs, total, device)?))
+            };
+            made.push((*window, seen.clone()));
+            Ok(seen)
         };
         shape.layers.iter().map(of_layer).collect()
     }
@@ -378,12 +388,15 @@ mod tests {
         assert_eq!(numbers(&blocks.last_seen), [1, 2, 3, 4, 6, 5]);
         let run = |queries, keys| Run { queries, keys, causal: false };
         // Anchor 5 with a window of 4: its row sees 2 3 4 before it, the next 3 4, ...
-        let windowed = blocks.rows.runs[0].list();
+        let runs = |layer: usize| match &blocks.rows.runs[layer] {
+            Seen::Rows(runs) | Seen::Blocks(runs) => runs.list().to_vec(),
+        };
+        let windowed = runs(0);
         assert_eq!(
             windowed[windowed.len() - 7..windowed.len() - 3],
             [run(12..13, 2..5), run(13..14, 3..5), run(14..15, 4..5), run(15..16, 5..5),]
         );
-        assert_eq!(blocks.rows.runs[1].list()[3..], [run(12..16, 0..5), run(16..20, 5..5), run(20..24, 5..6)]);
+        assert_eq!(runs(1)[3..], [run(12..16, 0..5), run(16..20, 5..5), run(20..24, 5..6)]);
         assert_eq!(numbers(&blocks.rows.tokens)[12..16], [109, 9, 9, 9]);
         assert_eq!(numbers(&blocks.rows.positions)[12..16], [5, 6, 7, 8]);
     }

@@ -36,7 +36,7 @@ mod samples;
 use backbone::Backbone;
 use blocks::{BlockPlan, Blocks};
 use chunk::{Chunk, Denominator};
-pub use config::{BlockConfig, BlockShape};
+pub use config::{BlockConfig, BlockShape, NormStart};
 use heads::{BlockHead, HeadKind, Start, TensorSpec};
 
 /// The row of the table of algorithms for a head.
@@ -59,6 +59,9 @@ pub const fn algorithm(kind: &HeadKind) -> Algorithm {
         build: |section, context| Ok(Box::new(BlockDraft::new(BlockConfig::read(section)?, context)?)),
     }
 }
+
+/// The target's own last norm, by the name that every family has for it.
+const TARGET_NORM: &str = "model.norm.weight";
 
 const SELECTION_METRIC: &str = "simulated_acceptance_length";
 
@@ -122,11 +125,13 @@ impl BlockDraft {
         let (kind, device) = (context.kind, context.device);
         let embedding = context.embedding.table.f_to_device(device)?.detach();
         let parameters = (0..).zip(tensors(&config, &shape)?).map(|(index, spec)| {
-            let mask_row = (spec.name == backbone::MASK_EMBEDDING).then(|| embedding.get(shape.mask_token_id));
-            let value = match mask_row {
+            let value = match spec.name.as_str() {
                 // It begins as the target's own row of the mask token.
-                Some(row) => row.copy(),
-                None => start(&spec, context.seed, index)?,
+                backbone::MASK_EMBEDDING => embedding.get(shape.mask_token_id).copy(),
+                backbone::NORM if config.norm_start == NormStart::Target => {
+                    context.target_parameter(TARGET_NORM, &spec.shape)?.value.detach()
+                }
+                _ => start(&spec, context.seed, index)?,
             };
             Ok(Parameter::new(spec.name, value.f_to_kind(kind)?.f_to_device(device)?))
         });

@@ -89,6 +89,7 @@ fn guesser<'a>(parts: BlockParts, asked: Asked<'a, '_>, mut notes: Vec<String>) 
         WHOLE_CHAIN => None,
         named => Some(tree_text::dynamic(named)?),
     };
+    let method = parts.config.kind().name;
     let mut drafter = BlockDrafter::new(parts, asked.target, DynamicTree::chain(1), asked.sampling)?;
     let most = drafter.most_drafts();
     let whole = (DynamicTree::chain(most), format!("chain:{most}"));
@@ -101,7 +102,7 @@ fn guesser<'a>(parts: BlockParts, asked: Asked<'a, '_>, mut notes: Vec<String>) 
         }
     };
     drafter.tree = tree;
-    Ok(Guesser { drafter: Box::new(drafter), tree: text, notes })
+    Ok(Guesser { drafter: Box::new(drafter), tree: text, notes, method: Some(method) })
 }
 
 /// What a block drafter is made of.

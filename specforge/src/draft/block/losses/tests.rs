@@ -89,8 +89,6 @@ impl Blocks {
             vocabulary: None,
             progress: 0.0,
             document_shares: Tensor::from_slice(&document_shares(&vec![0; blocks as usize], &self.supervised)),
-            progress: 0.0,
-            vocabulary: None,
         }
     }
 }
