@@ -15,7 +15,9 @@ use specforge::vocab::VocabMap;
 use tch::{Kind, Tensor};
 
 use crate::eagle3_exports::engine_of;
-use crate::fixture::{TOKENIZER_SIZE, contents, litter, tensors_of, write_model};
+use crate::fixture::{
+    TOKENIZER_SIZE, Workspace, contents, json_of, litter, output_of, specforge, stderr_of, tensors_of, write_model,
+};
 
 /// Layers of the target.
 pub const LAYERS: usize = 8;
@@ -695,6 +697,42 @@ fn a_checkpoint_with_other_tensors_is_refused() {
     strange.description["draft"]["algorithm"] = json!("eagle3");
     let error = export(&strange, "block", &out, None).unwrap_err().to_string();
     assert!(error.contains("expected a block drafter, got eagle3"), "{error}");
+}
+
+// -- the program -------------------------------------------------------------------------------------------------------
+
+/// Where one run ended another begins, through each layout.
+#[test]
+fn training_starts_from_an_export() {
+    let mut workspace = Workspace::with_model(&json!({"num_hidden_layers": LAYERS}));
+    workspace.configuration["draft"] =
+        json!({"algorithm": "dflash", "num_layers": 2, "block_size": 4, "num_anchors": 8, "mask_token_id": 7});
+    let first = workspace.train("first", &[]);
+    for format in ["block", "block-speculators"] {
+        let out = workspace.path(format);
+        let arguments =
+            ["export", "--json", "--format", format, "--dtype", "float32", "--engine", "vllm", "--checkpoint"];
+        let report = json_of(specforge(&arguments).arg(workspace.path("first")).arg("--out").arg(&out));
+        assert_eq!(report["engines"][1]["problems"], json!([]), "{report}");
+        let init = format!("draft.init_from={}", out.display());
+        let second = workspace.train(&format!("second-{format}"), &["--set", &init, "--set", "train.max_steps=1"]);
+        assert!(first["end"] != first["start"]);
+        assert_eq!(second["start"], first["end"], "{format}");
+        let mut command = workspace.train_command("other", &["--set", &init, "--set", "draft.block_size=5"]);
+        let output = output_of(&mut command);
+        let message = stderr_of(&output);
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        assert!(message.contains("block_size: 4 there, 5 here (draft.block_size)"), "{message}");
+    }
+    let out = workspace.path("block").display().to_string();
+    let output = output_of(&mut specforge(&["export", "--check", &out, "--engine", "sglang"]));
+    assert!(output.status.success(), "{}", stderr_of(&output));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    for part in
+        ["block layout", "sglang: serves it", "llama.cpp: serves it", "DFLASH", "captures what layers [1, 5] give"]
+    {
+        assert!(text.contains(part), "no `{part}` in {text}");
+    }
 }
 
 /// An engine's report by name, for other tests.

@@ -24,7 +24,7 @@ use specforge::train::{GradientSums, Provenance, Split, TrainReport, Trainer, Tr
 use specforge::weights::WeightsFolder;
 use tch::{Device, Kind, Tensor};
 
-use crate::draft_contract::drafts;
+use crate::draft_contract::{drafts, vocabulary};
 use crate::fixture::{STEP, Workspace, json_of, specforge};
 
 mod kept;
@@ -130,11 +130,12 @@ impl World {
             tch::set_num_threads(1);
             let (tables, source) = self.source(&config, kind);
             let weights = WeightsFolder::open(&config.target.path).unwrap();
+            let vocabulary = vocabulary(&config.draft);
             let context = DraftContext {
                 target: tables.info.clone(),
                 embedding: &tables.embedding,
                 head: &tables.head,
-                vocabulary: None,
+                vocabulary: vocabulary.as_ref(),
                 weights: Some(&weights),
                 kind,
                 device: Device::Cpu,

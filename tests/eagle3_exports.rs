@@ -56,6 +56,7 @@ pub fn shape() -> Eagle3Shape {
         norm_before_residual: false,
         norm_output: true,
         norm_feedback: false,
+        head_norms: false,
     }
 }
 

@@ -5,8 +5,10 @@
 
 mod anchors;
 mod bad_input;
+mod block_configuration;
 mod block_exports;
 mod block_imports;
+mod block_runs;
 mod cli;
 mod configuration;
 mod data_parallel;
@@ -34,6 +36,8 @@ mod looking;
 mod medusa;
 mod narrow_gradients;
 mod parallel;
+mod peagle_exports;
+mod peagle_runs;
 mod plugin_runs;
 mod plugins;
 mod processes;

@@ -150,6 +150,29 @@ fn medusa_keeps_its_gradients() {
     }
 }
 
+fn block(algorithm: &str, extra: &Value) -> Value {
+    let mut section = json!({"algorithm": algorithm, "num_layers": 2, "block_size": 6, "num_anchors": 40,
+        "target_layer_ids": [0, 2, 4], "mask_token_id": 7});
+    section.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+    section
+}
+
+#[test]
+fn dflash_keeps_its_gradients() {
+    check("dflash", &block("dflash", &json!({})));
+    let sliding = json!({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 20,
+        "weights": {"name": "d_pace"}, "conv": {"kernel_size": 2, "group_size": 8}});
+    check("dflash, a window, d_pace", &block("dflash", &sliding));
+}
+
+#[test]
+fn dspark_keeps_its_gradients() {
+    for kind in ["vanilla", "gated", "rnn"] {
+        let head = json!({"head": {"markov_rank": 16, "markov_head_type": kind}, "draft_vocab_size": 90});
+        check(&format!("dspark, {kind}"), &block("dspark", &head));
+    }
+}
+
 /// A weight that users may choose is not too large for float16 either.
 #[test]
 fn large_weights_and_few_rows_do_not_overflow() {

@@ -140,6 +140,51 @@ fn eagle3_makes_the_same_updates_at_any_world_size() {
     online_and_offline(eagle3());
 }
 
+fn dflash2() -> Value {
+    json!({"algorithm": "dflash2", "num_layers": 2, "block_size": 4, "num_anchors": 6, "target_layer_ids": [0, -1],
+        "mask_token_id": 1, "head": {"selector_rank": 6, "selector_top_k": 4}, "conv": {"kernel_size": 2, "group_size": 8}})
+}
+
+fn dspark() -> Value {
+    json!({"algorithm": "dspark", "num_layers": 2, "block_size": 4, "num_anchors": 6, "target_layer_ids": [0, -1],
+        "mask_token_id": 1, "draft_vocab_size": 300, "head": {"markov_rank": 6, "markov_head_type": "rnn"}})
+}
+
+/// One, two and four processes, online and from a store.
+#[test]
+fn block_drafters_make_the_same_updates_at_any_world_size() {
+    for (name, draft) in [("dflash2", dflash2()), ("dspark", dspark())] {
+        let workspace = workspace(draft);
+        workspace.train("alone", &[]);
+        let store = workspace.path("store");
+        let mut capture = specforge(&["capture", "--json", "--dtype", "float32", "--device", "cpu", "--config"]);
+        json_of(capture.arg(workspace.config()).arg("--out").arg(&store));
+        let from_store = format!("target.feature_store={}", store.display());
+        let sizes = [(1, 64, false), (2, 256, false), (4, 64, false), (1, 256, true), (2, 128, true), (4, 256, true)];
+        for (ranks, micro_batch, stored) in sizes {
+            let run = format!("{name}-{ranks}x{micro_batch}-{stored}");
+            let micro_batch = format!("train.micro_batch_tokens={micro_batch}");
+            let mut arguments = vec!["--set", &micro_batch];
+            if stored {
+                arguments.extend(["--set", &from_store]);
+            }
+            match ranks {
+                1 => workspace.train(&run, &arguments),
+                _ => json_of(&mut launch_command(&workspace, ranks, &run, &arguments)),
+            };
+            assert_same_run(&workspace, &run, "alone", 6);
+        }
+    }
+}
+
+#[test]
+fn peagle_makes_the_same_updates_at_any_world_size() {
+    online_and_offline(json!({
+        "algorithm": "peagle", "capture": [0, 1], "draft_vocab_size": 300, "num_layers": 1, "num_depths": 4,
+        "mask_token_id": 5,
+    }));
+}
+
 /// With and without the optimizer's state spread over the ranks; more ranks than a batch has documents.
 #[test]
 fn spreading_the_optimizer_and_idle_ranks_change_nothing() {
@@ -158,7 +203,7 @@ fn spreading_the_optimizer_and_idle_ranks_change_nothing() {
 /// Two ranks save, one rank or four go on; and back again.
 #[test]
 fn a_checkpoint_is_read_by_any_world_size() {
-    for draft in [medusa(), eagle3()] {
+    for draft in [medusa(), eagle3(), dspark()] {
         let mut workspace = workspace(draft);
         workspace.set("train.save_every", 3).set("optim.schedule", json!({"kind": "constant"}));
         workspace.train("alone", &[]);

@@ -71,6 +71,7 @@ fn every_draft_is_lossless_on_a_real_model() {
     // Untrained heads name the token that the target has just chosen, an untrained layer names anything.
     let medusa = build(serde_json::json!({"algorithm": "medusa", "projection": "shared"}));
     let eagle3 = build(serde_json::json!({"algorithm": "eagle3"}));
+    let peagle = build(serde_json::json!({"algorithm": "peagle", "num_layers": 1, "mask_token_id": 16}));
     let twin = DynamicTree { depth: 3, top_k: 2, nodes: 5, min_probability: 0.0 };
     for temperature in [0.0, 1.0] {
         let sampling = DraftSampling::for_policy(Policy::Keyed { seed: 11 }, temperature);
@@ -79,9 +80,10 @@ fn every_draft_is_lossless_on_a_real_model() {
         };
         let (plain, want) = decode(target, &tokenizer, Box::new(Plain), (temperature, 1));
         let model = load_target(&folder, Kind::Float, Device::Cpu).unwrap();
-        let drafters: [(&str, Box<dyn Drafter>); 4] = [
+        let drafters: [(&str, Box<dyn Drafter>); 5] = [
             ("medusa", trained(medusa.as_ref(), "mc_sim_7b_63")),
             ("eagle3", trained(eagle3.as_ref(), "dynamic:depth=3,top_k=4,nodes=16")),
+            ("peagle", trained(peagle.as_ref(), "chain")),
             ("the target itself", Box::new(ModelDrafter::new(model, target.info(), twin, sampling).unwrap())),
             ("prompt lookup", Box::new(PromptLookup { longest_match: 2, depth: 4, nodes: 8 })),
         ];

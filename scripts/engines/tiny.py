@@ -139,7 +139,19 @@ def training(model: Path, data: Path, out: Path, draft: dict) -> dict:
     }
 
 
+# Every block has four guesses. The mask is a token that is never said.
+BLOCK = {"num_layers": 2, "block_size": 5, "num_anchors": 64, "mask_token_id": 0, "target_layer_ids": [1, 3, 5]}
+LILICORR = {
+    "lilicorr_candidate_topk": 4, "lilicorr_hidden_size": 64, "lilicorr_num_heads": 2, "lilicorr_num_layers": 1,
+    "lilicorr_factor_dim": 32,
+}
 DRAFTS = {
     "eagle3": {"algorithm": "eagle3", "draft_vocab_size": 56, "ttt_steps": 4, "recompute": False},
     "medusa": {"algorithm": "medusa", "num_heads": 3, "num_layers": 1, "projection": "own"},
+    "dflash": BLOCK | {"algorithm": "dflash"},
+    "dflash2": BLOCK | {"algorithm": "dflash2", "head": {"selector_rank": 16, "selector_top_k": 4}},
+    "dspark": BLOCK | {"algorithm": "dspark", "block_size": 4, "head": {"markov_rank": 16}},
+    "lilicorr": BLOCK | {"algorithm": "lilicorr", "head": LILICORR},
+    "xpress": BLOCK | {"algorithm": "xpress", "head": {"xpress_rank": 16}},
+    "peagle": {"algorithm": "peagle", "num_layers": 1, "num_depths": 4, "mask_token_id": 0, "draft_vocab_size": 56},
 }

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 
 from .accounting import Counts, count, faults, rebuilt
-from .case import Case
+from .case import PARALLEL, Case
 from .program import Decode, Trace
 
 # Two logits of this program that are closer may change places in another engine's float32: its kernels add in another
@@ -12,7 +12,7 @@ NEAR_TIE = 1e-3
 # Tokens a verification, the engine against this program on the same tokens.
 TOLERANCE = 0.01
 # Methods whose drafts every engine must make as this program does. Prompt lookup is each engine's own.
-COMPARED = {"eagle3", "medusa", "model"}
+COMPARED = {"eagle3", "medusa", "model", *PARALLEL}
 
 
 @dataclass

@@ -13,6 +13,11 @@ from .environment import Environment, worker
 from .program import Decode
 
 INSIDE = Path(__file__).parent / "inside"
+# Methods of the V2 runner alone, which wants a Triton for CPUs.
+INTERPRETED = ("dflash2", "dspark", "lilicorr")
+NOTE = "on the V2 runner, whose kernels run in Triton's interpreter: no Triton for CPUs is published"
+# Layouts that name their target.
+NAMING = ("speculators", "block-speculators", "peagle")
 
 
 class Vllm:
@@ -23,10 +28,13 @@ class Vllm:
     counting = "counts guesses that the last verification accepts behind the end of an answer"
     layouts = {
         "eagle3": ("eagle3", "speculators"), "medusa": ("medusa-vllm", "medusa"), "model": ("",), "lookup": ("",),
+        "dflash": ("block", "block-speculators"), "dflash2": ("block", "block-speculators"),
+        "dspark": ("block", "block-speculators"), "lilicorr": ("block",), "xpress": ("block",), "peagle": ("peagle",),
     }
 
     def __init__(self, environments: Path):
         self.environment = Environment(environments / "vllm")
+        self.triton = Environment(environments / "vllm-triton")
 
     def prepare(self) -> None:
         self.environment.install("vllm.txt")
@@ -40,14 +48,19 @@ class Vllm:
             "model": str(asked.target), "draft": speculation(case), "new_tokens": asked.new_tokens,
             "prompts": asked.prompts, "stops": sorted(asked.stops), "result": str(result),
         }))
-        if case.layout == "speculators":
+        if case.layout in NAMING:
             # The folder names its target: vLLM needs nothing else.
             value = json.loads(options.read_text())
             options.write_text(json.dumps({**value, "model": str(case.folder), "draft": None}))
         omp = self.environment.folder / "lib/libiomp5.so"
+        path, variables = [INSIDE / "vllm_hook"], {}
+        if case.method in INTERPRETED:
+            self.triton.install("vllm-triton.txt")
+            path.append(self.triton.packages)
+            variables = {"SPECFORGE_TRITON": "1", "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
         worker(
-            [self.environment.python, INSIDE / "vllm_decode.py", options], work / "vllm.log", asked.seconds,
-            PYTHONPATH=str(INSIDE / "vllm_hook"), SPECFORGE_DRAFTS=str(drafts), VLLM_CPU_KVCACHE_SPACE="1",
+            [self.environment.python, INSIDE / "vllm_decode.py", options], work / "vllm.log", asked.seconds, **variables,
+            PYTHONPATH=":".join(map(str, path)), SPECFORGE_DRAFTS=str(drafts), VLLM_CPU_KVCACHE_SPACE="1",
             # Waiting threads sleep: beside other work, spinning ones take most of the time.
             KMP_BLOCKTIME="0", OMP_NUM_THREADS=str(asked.threads), LD_PRELOAD=str(omp) if omp.exists() else "",
             VLLM_NO_USAGE_STATS="1",
@@ -66,7 +79,7 @@ class Vllm:
             if case.method != "plain":
                 answer.rounds, answer.accepted = one["rounds"], one["accepted"]
             answers.append(answer)
-        return Decode(answers, found["tokens_per_second"])
+        return Decode(answers, found["tokens_per_second"], [NOTE] if case.method in INTERPRETED else [])
 
 
 def speculation(case: Case) -> dict | None:
@@ -79,5 +92,8 @@ def speculation(case: Case) -> dict | None:
             return {"method": "ngram", "num_speculative_tokens": case.guesses, **lengths}
         case "model":
             return {"method": "draft_model", "model": str(case.folder), "num_speculative_tokens": case.guesses}
+        case "dflash2" | "lilicorr" | "xpress":
+            # What the draft is it finds in config.json.
+            return {"method": "dflash", "model": str(case.folder), "num_speculative_tokens": case.guesses}
         case method:
             return {"method": method, "model": str(case.folder), "num_speculative_tokens": case.guesses}

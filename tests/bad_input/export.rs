@@ -24,7 +24,9 @@ fn exports() {
                 command
             },
             exit_code: 2,
-            expected: &["--format: expected one of medusa, medusa-vllm, eagle3, speculators, gguf, got `onnx`"],
+            expected: &[
+                "--format: expected one of medusa, medusa-vllm, eagle3, speculators, gguf, block, block-speculators, got `onnx`",
+            ],
         },
     ]);
 }

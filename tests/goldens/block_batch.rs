@@ -80,7 +80,10 @@ impl Blocks {
             hidden,
             tokens: Tensor::from_slice(&tokens).view([-1, shape.block_size + 1]),
             before: Tensor::from_slice(&before),
-            supervised: supervised.chunks(shape.slots() as usize).map(|row| row.iter().map(|&on| on != 0).collect()).collect(),
+            supervised: supervised
+                .chunks(shape.slots() as usize)
+                .map(|row| row.iter().map(|&on| on != 0).collect())
+                .collect(),
             teacher: Some(slots(rows("mid.target_logits")?)),
             projection: Head::plain(golden.tensor("w.lm_head.weight")?),
             embedding: golden.tensor("w.embed_tokens.weight")?,
@@ -101,7 +104,8 @@ impl Blocks {
         let each = |&(row, anchor): &(i64, i64)| (0..=shape.block_size).map(move |j| (row, anchor + j));
         let tokens: Vec<i64> = places.iter().flat_map(each).map(|(row, place)| token(row, place)).collect();
         let before: Vec<i64> = places.iter().map(|&(row, anchor)| token(row, (anchor - 1).max(0))).collect();
-        let slots = |(row, anchor): (i64, i64)| (1..=shape.slots()).map(move |slot| within(row, anchor + slot)).collect();
+        let slots =
+            |(row, anchor): (i64, i64)| (1..=shape.slots()).map(move |slot| within(row, anchor + slot)).collect();
         let real = Tensor::from_slice(&real);
         let hidden = golden.tensor("mid.hidden")?.unflatten(1, [-1, shape.block_size]).flatten(0, 1);
         let hidden = hidden.index_select(0, &real); // [n, B, H]
@@ -110,7 +114,9 @@ impl Blocks {
                 let logits = golden.tensor("in.target_logits")?.flatten(0, 1); // [R T, V]
                 let places: Vec<i64> = places
                     .iter()
-                    .flat_map(|&(row, anchor)| (0..shape.slots()).map(move |s| row * length + (anchor + s).min(length - 1)))
+                    .flat_map(|&(row, anchor)| {
+                        (0..shape.slots()).map(move |s| row * length + (anchor + s).min(length - 1))
+                    })
                     .collect();
                 Some(logits.index_select(0, &Tensor::from_slice(&places)).unflatten(0, [-1, shape.slots()]))
             }
@@ -120,8 +126,7 @@ impl Blocks {
         let features = golden.tensor("in.hidden_states")?.flatten(0, 1);
         let index: Vec<i64> = places.iter().map(|&(row, anchor)| row * length + (anchor - 1).max(0)).collect();
         let there: Vec<f32> = places.iter().map(|&(_, anchor)| f32::from(u8::from(anchor > 0))).collect();
-        let norm =
-            RmsNorm { weight: golden.tensor("w.hidden_norm.weight")?, epsilon: shape.layer.rms_norm_eps };
+        let norm = RmsNorm { weight: golden.tensor("w.hidden_norm.weight")?, epsilon: shape.layer.rms_norm_eps };
         let features = features.index_select(0, &Tensor::from_slice(&index));
         let context = norm.forward(&features.linear(&golden.tensor("w.fc.weight")?, None::<&Tensor>));
         Ok(Self {
@@ -182,18 +187,17 @@ impl Blocks {
                 false => metrics.into_iter().zip(loss.metrics).map(|(sum, more)| sum + more).collect(),
             };
         }
-        let loss = sums.iter().fold(Tensor::from(0.0), |loss, (factor, sum, count)| {
-            loss + sum / count.clamp_min(1e-12) * *factor
-        });
+        let loss = sums
+            .iter()
+            .fold(Tensor::from(0.0), |loss, (factor, sum, count)| loss + sum / count.clamp_min(1e-12) * *factor);
         let tensors: Vec<&Tensor> = leaves.iter().map(|(_, leaf)| leaf).collect();
         let gradients = Tensor::run_backward(&[&loss], &tensors, false, false);
         let number = |tensor: &Tensor| tensor.double_value(&[]);
         let of_metrics = head.metric_counts(&self.supervised);
         // Every slot's loss, accuracy and chain come first.
         let accurate = (0..shape.slots() as usize).map(|slot| 3 * slot + 1);
-        let (right, all) = accurate.fold((0.0, 0.0), |(right, all), place| {
-            (right + number(&metrics[place]), all + of_metrics[place])
-        });
+        let (right, all) =
+            accurate.fold((0.0, 0.0), |(right, all), place| (right + number(&metrics[place]), all + of_metrics[place]));
         let averages = metrics.iter().zip(&of_metrics).map(|(sum, count)| number(sum) / count.max(1.0));
         Ok(Trained {
             loss: number(&loss),
@@ -235,7 +239,8 @@ impl Trained {
         let mut largest = self.near(golden, "out.loss", self.loss)?;
         for (name, gradient) in &self.gradients {
             let name = format!("grad.{}", stored_name(golden, names, name));
-            largest = largest.max(near(&format!("{name} in chunks of {}", self.piece), gradient, &golden.tensor(&name)?)?);
+            largest =
+                largest.max(near(&format!("{name} in chunks of {}", self.piece), gradient, &golden.tensor(&name)?)?);
         }
         Ok(largest)
     }
@@ -268,7 +273,8 @@ pub fn speculators(call: &Value) -> Map<String, Value> {
         _ => json!({"name": "fixed", "gamma": number("gamma", 4.0)}),
     };
     let labels = if call.get("ce_from_data") == Some(&json!(true)) { "data" } else { "teacher" };
-    let Value::Object(section) = json!({"loss": loss, "labels": labels, "weights": weights, "denominators": "rows"}) else {
+    let Value::Object(section) = json!({"loss": loss, "labels": labels, "weights": weights, "denominators": "rows"})
+    else {
         unreachable!("an object")
     };
     section

@@ -56,7 +56,6 @@ pub fn folder(golden: &Golden, layers: usize) -> Result<tempfile::TempDir, Strin
 
 /// The backbone of a file, and what it drafts in two steps.
 pub struct Inference {
-    pub imported: export::block::Imported,
     /// Of each step: rows behind the last norm, `[B, H]`.
     pub hidden: Vec<Tensor>,
     /// Of each step: what the backbone reads of the token before the anchor, `[H]`.
@@ -73,7 +72,8 @@ pub struct Inference {
 pub fn backbone(golden: &Golden) -> Result<Inference, String> {
     let _guard = tch::no_grad_guard();
     let ids = json_of(golden, "config")?;
-    let ids = [&ids["dflash_config"]["target_layer_ids"], &ids["target_layer_ids"]].into_iter().find_map(Value::as_array);
+    let ids =
+        [&ids["dflash_config"]["target_layer_ids"], &ids["target_layer_ids"]].into_iter().find_map(Value::as_array);
     let last = ids.ok_or("no target_layer_ids")?.iter().filter_map(Value::as_u64).max().ok_or("no layers")?;
     let folder = folder(golden, last as usize + 3)?;
     let imported = export::block::read(folder.path(), None).map_err(text)?;
@@ -92,7 +92,7 @@ pub fn backbone(golden: &Golden) -> Result<Inference, String> {
     let mut cache = backbone.new_cache(1, 4);
     let mut tokens = golden.integers("in.tokens")?;
     let mut inference =
-        Inference { hidden: Vec::new(), last_seen: Vec::new(), tokens: Vec::new(), embedding, head, imported };
+        Inference { hidden: Vec::new(), last_seen: Vec::new(), tokens: Vec::new(), embedding, head };
     for (step, features) in [(1, "in.features"), (2, "in.features_step2")] {
         if step == 2 {
             tokens.extend(golden.integers("in.tokens_step2")?);
@@ -152,7 +152,9 @@ pub fn check_loop(path: &Path) -> Result<String, String> {
     let target = load_target(target_folder.path(), Kind::Float, Device::Cpu).map_err(text)?;
 
     let draft = folder(&golden, target.info().num_layers())?;
-    let format = export::format_of(&serde_json::from_slice(&std::fs::read(draft.path().join("config.json")).map_err(text)?).map_err(text)?);
+    let format = export::format_of(
+        &serde_json::from_slice(&std::fs::read(draft.path().join("config.json")).map_err(text)?).map_err(text)?,
+    );
     let format = format.ok_or("the folder has no known format")?;
     let kind = drafters().into_iter().find(|kind| kind.formats.contains(&format.name)).ok_or("no drafter")?;
     let asked = Asked { tree: kind.default_tree, target: target.as_ref(), sampling: DraftSampling::Greedy };

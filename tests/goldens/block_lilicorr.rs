@@ -11,8 +11,10 @@ use tch::Tensor;
 
 use super::Golden;
 use super::block_batch::{Blocks, modelopt, modelopt_sizes, pieces};
+use super::block_parts::{
+    context_at, draft, finder, head_keys, json_of, near, setting, steps, stored_name, text, with_head,
+};
 use super::block_training;
-use super::block_parts::{context_at, draft, finder, head_keys, json_of, near, setting, steps, stored_name, text, with_head};
 
 /// Keys of `draft.head` that files have under the same names.
 pub const KEYS: &[&str] = &[
@@ -144,7 +146,10 @@ pub fn check_modelopt(path: &Path) -> Result<String, String> {
     }
     let count = blocks.supervised.len();
     let gradients = step.gradients.len();
-    Ok(format!("{count} blocks: loss, {} terms, prefixes, {gradients} gradients; head within {largest:.1e}", terms.len() + 1))
+    Ok(format!(
+        "{count} blocks: loss, {} terms, prefixes, {gradients} gradients; head within {largest:.1e}",
+        terms.len() + 1
+    ))
 }
 
 /// Checks the drafted block of a training file.

@@ -59,10 +59,7 @@ pub fn stored_name(golden: &Golden, names: &[(&str, &str)], name: &str) -> Strin
 }
 
 /// The same as a heads' finder of tensors.
-pub fn finder<'a>(
-    golden: &'a Golden,
-    names: &'a [(&'a str, &'a str)],
-) -> impl Fn(&str) -> Result<Tensor, Error> + 'a {
+pub fn finder<'a>(golden: &'a Golden, names: &'a [(&'a str, &'a str)]) -> impl Fn(&str) -> Result<Tensor, Error> + 'a {
     move |name| weight(golden, names, name).map_err(Error::Failed)
 }
 

@@ -10,17 +10,14 @@ use specforge::nn::Head;
 
 use super::Golden;
 use super::block_batch::{Blocks, Trained, modelopt, modelopt_sizes, pieces, speculators};
+use super::block_parts::{
+    draft, finder, head_keys, json_of, near, setting, steps, stored_name, text, with_conv, with_head,
+};
 use super::block_training::{self, Case};
-use super::block_parts::{draft, finder, head_keys, json_of, near, setting, steps, stored_name, text, with_conv, with_head};
 
 /// Keys of `draft.head` that files have under the same names.
-pub const KEYS: &[&str] = &[
-    "selector_rank",
-    "selector_top_k",
-    "input_embedding_scale",
-    "output_multiplier",
-    "final_logit_softcapping",
-];
+pub const KEYS: &[&str] =
+    &["selector_rank", "selector_top_k", "input_embedding_scale", "output_multiplier", "final_logit_softcapping"];
 
 /// Checks the heads of an inference file.
 pub fn check_inference(path: &Path) -> Result<String, String> {
@@ -74,7 +71,9 @@ pub fn check_speculators(path: &Path) -> Result<String, String> {
         trained.near(&golden, "out.unary_loss_sum", trained.part(0))?;
         trained.near(&golden, "out.selector_loss_sum", trained.part(1))?;
         let recall = format!("out.unary_candidate_recall_at_{top_k}");
-        let quotient = |name: &str| Ok::<_, String>(number(&golden, &format!("{name}_sum"))? / number(&golden, &format!("{name}_total"))?);
+        let quotient = |name: &str| {
+            Ok::<_, String>(number(&golden, &format!("{name}_sum"))? / number(&golden, &format!("{name}_total"))?)
+        };
         let (got, want) = (trained.metrics[&format!("recall_at_{top_k}")], quotient(&recall)?);
         if (got - want).abs() > 1e-6 {
             return Err(format!("{recall}: expected {want}, got {got}"));
@@ -209,12 +208,7 @@ fn check_drafted(golden: &Golden) -> Result<(), String> {
     Ok(())
 }
 
-fn selector(
-    golden: &Golden,
-    config: &Value,
-    section: &str,
-    mut head: Map<String, Value>,
-) -> Result<Selector, String> {
+fn selector(golden: &Golden, config: &Value, section: &str, mut head: Map<String, Value>) -> Result<Selector, String> {
     // z-lab's module takes a cap of 0 for none.
     if head.get("final_logit_softcapping").and_then(Value::as_f64) <= Some(0.0) {
         head.remove("final_logit_softcapping");
@@ -229,4 +223,3 @@ fn selector(
     let own = SelectorConfig::of(&config, &shape).map_err(text)?;
     Selector::new(&own, &finder(golden, &[])).map_err(text)
 }
-

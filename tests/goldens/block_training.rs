@@ -85,12 +85,6 @@ impl Case {
         BlockPlan { blocks: self.blocks.blocks.clone(), windows: self.blocks.windows, fold }
     }
 
-    /// Output of the backbone, `[n, B, H]`.
-    pub fn hidden(&self) -> Result<Tensor, String> {
-        let plan = self.draft.plan_of(self.plan(false), STEP);
-        tch::no_grad(|| self.draft.hidden(&self.features, &plan)).map_err(text)
-    }
-
     /// The average of a metric.
     pub fn average(&self, step: &Step, metric: &str) -> Result<f64, String> {
         let place = self.draft.metrics().iter().position(|name| name == metric);
@@ -341,7 +335,12 @@ pub fn specforge(golden: &Golden, algorithm: &str, more: Value) -> Result<Case, 
 
 /// Rows of one document each, as ModelOpt and NeMo AutoModel train them: anchors that are not kept have no block, and slots
 /// are supervised as they are marked. What the target predicts is given as logits, and the states that give them are found.
-pub fn marked_rows(golden: &Golden, layers: &Value, section: Map<String, Value>, naming: Naming<'_>) -> Result<Case, String> {
+pub fn marked_rows(
+    golden: &Golden,
+    layers: &Value,
+    section: Map<String, Value>,
+    naming: Naming<'_>,
+) -> Result<Case, String> {
     let head = golden.tensor("w.target_head.weight")?;
     let embedding = golden.tensor("w.target_embed.weight")?;
     let last = match golden.has("in.target_logits") {

@@ -10,8 +10,8 @@ use tch::{Kind, Tensor};
 
 use super::Golden;
 use super::block_batch::{Blocks, pieces, speculators};
-use super::block_training;
 use super::block_parts::{draft, finder, head_keys, json_of, near, setting, steps, stored_name, text, with_head};
+use super::block_training;
 
 /// Keys of `draft.head` that files have under the same names.
 const KEYS: &[&str] = &["xpress_rank", "xpress_num_passes", "xpress_topc", "xpress_mlp_ratio"];

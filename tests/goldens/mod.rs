@@ -28,6 +28,7 @@ mod eagle_trees;
 mod families;
 mod medusa;
 mod medusa_trees;
+mod peagle;
 mod smollm2;
 mod tiny_llama;
 mod verify_budget;
@@ -55,6 +56,9 @@ const PREFIXES: &[(&str, Check)] = &[
     ("infer_dflash2", |path| block_inference::behind_backbone(path, block_selector::check_inference)),
     ("infer_dflash", block_inference::check_dflash),
     ("loop_dflash", block_inference::check_loop),
+    ("sp_peagle", peagle::check_speculators),
+    ("infer_peagle", peagle::check_inference),
+    ("peagle_", peagle::check_specforge),
     ("sp_dflash_", block_training::check_speculators_dflash),
     ("dflash", block_training::check_specforge_dflash),
     ("dpace", block_training::check_specforge_dflash),

@@ -128,6 +128,20 @@ fn eagle3(workspace: &mut Workspace) {
         json!({"algorithm": "eagle3", "draft_vocab_size": 200, "ttt_steps": 3, "capture": [0, 1]});
 }
 
+/// A block drafter with everything that the family may have: windows, convolutions, a head.
+fn block(workspace: &mut Workspace, algorithm: &str) {
+    let mut section = json!({"algorithm": algorithm, "num_layers": 2, "block_size": 4, "num_anchors": 8,
+        "target_layer_ids": [0, -1], "mask_token_id": 1});
+    let more = match algorithm {
+        "dflash" => json!({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}),
+        "dflash2" => json!({"head": {"selector_rank": 6, "selector_top_k": 4},
+            "conv": {"kernel_size": 2, "group_size": 8}}),
+        _ => json!({"head": {"markov_rank": 6, "markov_head_type": "rnn"}, "draft_vocab_size": 200}),
+    };
+    section.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    workspace.configuration["draft"] = section;
+}
+
 /// Asks this process, started with the stand-in, to do what a GPU refuses.
 const REFUSED: &str = "SPECFORGE_TEST_REHEARSAL";
 
@@ -207,10 +221,12 @@ fn the_check_of_a_gpu_passes() {
 /// The same numbers as on the CPU, online and from a store that the device filled; few waits in a step.
 #[test]
 fn training_is_that_of_the_cpu() {
-    for algorithm in ["medusa", "eagle3"] {
+    for algorithm in ["medusa", "eagle3", "dflash", "dflash2", "dspark"] {
         let mut workspace = Workspace::new();
-        if algorithm == "eagle3" {
-            eagle3(&mut workspace);
+        match algorithm {
+            "medusa" => {}
+            "eagle3" => eagle3(&mut workspace),
+            _ => block(&mut workspace, algorithm),
         }
         workspace.set("train.log_every", 1000);
         let train = |workspace: &Workspace, out: &str, more: &[&str]| {
@@ -272,6 +288,28 @@ fn launches_of_a_step_do_not_grow_with_its_documents() {
         assert_eq!(few.launches(), many.launches(), "{:?}\n{:?}", few.kernels, many.kernels);
         // Three steps, forward and again for the backward pass, three times.
         assert_eq!(many.kernels.get(kernel), Some(&18), "{:?}", many.kernels);
+    }
+}
+
+/// Nor do those of a block drafter with its documents, its blocks or the context that they see.
+#[test]
+fn launches_of_a_block_drafters_step_do_not_grow_with_its_blocks() {
+    for algorithm in ["dflash", "dflash2", "dspark"] {
+        let mut workspace = Workspace::new();
+        block(&mut workspace, algorithm);
+        // One chunk of logits: there are more of them with more rows.
+        workspace.set("train.chunk_mib", 64).set("target.dtype", "bfloat16").set("draft.num_anchors", 64);
+        let launches = |batch: &str| {
+            let mut command =
+                specforge(&["bench-train", "--json", "--device", "cuda", "--repeat", "1", "--batch", batch]);
+            command.arg("--config").arg(workspace.config());
+            on_device(&mut command, &workspace).map(|(_, counts)| counts)
+        };
+        let Some(few) = launches("2x24") else { return };
+        let many = launches("8x48").unwrap();
+        println!("{algorithm}: {} and {} launches", few.launches(), many.launches());
+        assert_eq!(few.launches(), many.launches(), "{algorithm}: {:?}\n{:?}", few.kernels, many.kernels);
+        assert_eq!(few.waits(), many.waits(), "{algorithm}: {:?}\n{:?}", few.waits, many.waits);
     }
 }
 

@@ -13,6 +13,8 @@ import xllamacpp as llama
 
 TYPES = {
     "draft-eagle3": llama.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_EAGLE3,
+    "draft-dflash": llama.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_DFLASH,
+    "draft-dspark": llama.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_DSPARK,
     "draft-simple": llama.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE,
     "ngram-simple": llama.common_speculative_type.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE,
 }

@@ -25,7 +25,7 @@ pub(super) struct ExportArgs {
     #[arg(long, required_unless_present = "check", conflicts_with = "check")]
     out: Option<PathBuf>,
     /// Element type to write: float32, bfloat16 or float16; for the layout gguf also q8_0, 8 bits a number. The checkpoint's
-    /// own where none is given.
+    /// own where none is given; bfloat16 for block drafters, as engines run them.
     #[arg(long)]
     dtype: Option<ExportDtype>,
     /// What the files call the target, such as its name on a hub: vLLM loads a speculators folder's target by it. The

@@ -24,6 +24,7 @@ pub mod loss;
 pub mod medusa;
 mod objective;
 mod parameter;
+pub mod peagle;
 mod plan;
 mod row_losses;
 pub mod samples;
@@ -186,6 +187,7 @@ impl Algorithm {
 pub const ALGORITHMS: &[Algorithm] = &[
     medusa::ALGORITHM,
     eagle3::ALGORITHM,
+    peagle::ALGORITHM,
     block::algorithm(&block::heads::plain::KIND),
     block::algorithm(&block::heads::markov::KIND),
     block::algorithm(&block::heads::domino::KIND),

@@ -19,6 +19,7 @@ use crate::vocab::VocabMap;
 pub mod block;
 pub mod eagle3;
 pub mod medusa;
+pub mod peagle;
 
 /// A serving engine whose rules are known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -173,8 +174,16 @@ pub fn start_from(path: &Path, beginning: &Beginning<'_>) -> Result<Vec<String>>
 pub const START_KEY: &str = "draft.init_from";
 
 /// The formats that this program is built with; see [`formats`].
-pub const FORMATS: &[Format] =
-    &[medusa::ORIGINAL, medusa::VLLM, eagle3::RAW, eagle3::SPECULATORS, eagle3::GGUF, block::ZLAB, block::SPECULATORS];
+pub const FORMATS: &[Format] = &[
+    medusa::ORIGINAL,
+    medusa::VLLM,
+    eagle3::RAW,
+    eagle3::SPECULATORS,
+    eagle3::GGUF,
+    peagle::FORMAT,
+    block::ZLAB,
+    block::SPECULATORS,
+];
 
 static TABLE: Table<Format> = Table::new("the format", |row| row.name, FORMATS);
 

@@ -11,6 +11,7 @@ use super::name::{Kind, Name, is_commit};
 use super::settings::Settings;
 use crate::error::{Error, Result, foreign};
 use crate::progress;
+use crate::serving::retry_after;
 
 /// How often something is tried that brings nothing.
 pub(super) const ATTEMPTS: u32 = 5;
@@ -342,12 +343,12 @@ fn redirect(url: &str, response: &Response<Body>) -> Option<String> {
 
 /// How long a server asks to be left alone: `Retry-After: 5`, or `RateLimit: "api";r=0;t=5`.
 fn pause_of(headers: &HeaderMap) -> Option<Duration> {
-    let retry = || text_of(headers, "retry-after")?.trim().parse().ok();
+    let retry = || retry_after::pause(&text_of(headers, "retry-after")?, text_of(headers, "date").as_deref());
     let limit = || {
         let text = text_of(headers, "ratelimit")?;
-        text.split(';').find_map(|part| part.trim().strip_prefix("t=")?.parse().ok())
+        text.split(';').find_map(|part| part.trim().strip_prefix("t=")?.parse().ok()).map(Duration::from_secs)
     };
-    retry().or_else(limit).map(Duration::from_secs)
+    retry().or_else(limit)
 }
 
 /// An ETag without what says that it is one.

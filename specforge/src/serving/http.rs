@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::Value;
 use ureq::Agent;
 
-use super::{Trouble, Whose};
+use super::{Trouble, Whose, retry_after};
 use crate::error::foreign;
 
 /// How long a connection may take to come about.
@@ -91,7 +91,8 @@ impl Http {
         };
         let mut response = response.map_err(broken)?;
         let status = response.status().as_u16();
-        let pause = response.headers().get("retry-after").and_then(|value| value.to_str().ok()?.trim().parse().ok());
+        let header = |name: &str| response.headers().get(name).and_then(|value| value.to_str().ok());
+        let pause = header("retry-after").and_then(|text| retry_after::pause(text, header("date")));
         let limit = if status == 200 { most } else { MOST_WORDS };
         let body = response.body_mut().with_config().limit(limit).read_to_vec();
         if status == 200 {
@@ -99,8 +100,7 @@ impl Http {
         }
         let words = self.said(&body.unwrap_or_default());
         let problem = format!("{path}: HTTP {status}{words}");
-        let passing =
-            |whose| Trouble::Passing { problem: problem.clone(), pause: pause.map(Duration::from_secs), whose };
+        let passing = |whose| Trouble::Passing { problem: problem.clone(), pause, whose };
         Err(match status {
             429 => passing(Whose::Nobody),
             408 | 425 | 500..=599 => passing(Whose::Server),

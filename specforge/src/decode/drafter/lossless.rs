@@ -10,12 +10,14 @@ use super::super::prefill::Passes;
 use super::super::{Request, tiny};
 use super::*;
 use crate::draft::eagle3::{Eagle3Shape, HeadStart};
+use crate::draft::peagle::PeagleShape;
 use crate::models::llama::{LlamaConfig, LlamaTarget};
 use crate::models::{ForwardInput, LogitRows, TargetModel};
 use crate::nn::{AttentionMask, KvCache, Processors, noise};
 use crate::vocab::VocabMap;
 
 mod arrivals;
+mod blocks;
 
 const SEED: u64 = 3;
 
@@ -34,6 +36,10 @@ fn eagle3(
     tree: DynamicTree,
     sampling: DraftSampling,
 ) -> Eagle3Drafter {
+    Eagle3Drafter::new(eagle3_parts(target, layers, mapped), target, tree, sampling).unwrap()
+}
+
+fn eagle3_parts(target: &LlamaTarget, layers: usize, mapped: bool) -> Eagle3Parts {
     let dimensions = target.info();
     let vocabulary =
         mapped.then(|| VocabMap::new((0..64).filter(|token| token % 3 != 1).collect(), dimensions.vocab_size).unwrap());
@@ -52,20 +58,46 @@ fn eagle3(
         norm_before_residual: false,
         norm_output: true,
         norm_feedback: layers > 1,
+        head_norms: false,
     };
     let tensor = |(stream, (name, size)): (u64, (String, Vec<i64>))| {
         let value = match name.as_str() {
-            // The target's own head makes a few guesses right.
-            "lm_head.weight" => match &vocabulary {
-                Some(map) => target.head().weight.index_select(0, &Tensor::from_slice(map.target_ids())),
-                None => target.head().weight.shallow_clone(),
-            },
+            "lm_head.weight" => head_rows(target, vocabulary.as_ref()),
             _ => noise::normal(&size, 0.2, 21, stream) + if size.len() == 1 { 1.0 } else { 0.0 },
         };
         (name, value)
     };
     let tensors = (0..).zip(shape.tensors()).map(tensor).collect();
-    Eagle3Drafter::new(Eagle3Parts { shape, tensors, vocabulary, embedding: None }, target, tree, sampling).unwrap()
+    Eagle3Parts { shape, tensors, vocabulary, embedding: None }
+}
+
+/// A random P-EAGLE draft of a tiny target: with a vocabulary of its own where it has two layers, of which one has a window.
+fn peagle(target: &LlamaTarget, layers: usize, tree: DynamicTree, sampling: DraftSampling) -> PeagleDrafter {
+    let dimensions = target.info();
+    let vocabulary = (layers > 1)
+        .then(|| VocabMap::new((0..64).filter(|token| token % 3 != 1).collect(), dimensions.vocab_size).unwrap());
+    let Eagle3Parts { shape: network, .. } = eagle3_parts(target, layers, vocabulary.is_some());
+    let network = Eagle3Shape { norm_before_residual: true, norm_feedback: false, head_norms: layers > 1, ..network };
+    let windows = (0..layers).map(|layer| (layer > 0).then_some(6)).collect();
+    let shape = PeagleShape { network, mask_token_id: 63, num_depths: 4, windows };
+    let tensor = |(stream, (name, size)): (u64, (String, Vec<i64>))| {
+        let value = match name.as_str() {
+            "lm_head.weight" => head_rows(target, vocabulary.as_ref()),
+            "embed_tokens.weight" => target.embedding().table.shallow_clone(),
+            _ => noise::normal(&size, 0.2, 22, stream) + if size.len() == 1 { 1.0 } else { 0.0 },
+        };
+        (name, value)
+    };
+    let tensors = (0..).zip(shape.tensors()).map(tensor).collect();
+    PeagleDrafter::new(PeagleParts { shape, tensors, vocabulary }, target, tree, sampling).unwrap()
+}
+
+/// The target's own head, which makes a few guesses right.
+fn head_rows(target: &LlamaTarget, vocabulary: Option<&VocabMap>) -> Tensor {
+    match vocabulary {
+        Some(map) => target.head().weight.index_select(0, &Tensor::from_slice(map.target_ids())),
+        None => target.head().weight.shallow_clone(),
+    }
 }
 
 fn model<'a>(draft: LlamaTarget, target: &LlamaTarget, tree: DynamicTree, sampling: DraftSampling) -> ModelDrafter<'a> {
@@ -135,9 +167,11 @@ fn every_tree(kind: Kind, trees: &[DynamicTree]) {
             for (index, &tree) in trees.iter().enumerate().filter(|(index, _)| index % 2 == turn) {
                 let rows = if index % 4 < 2 { 4 } else { 1 };
                 let sampling = sampling(temperature);
-                let drafters: [(&str, Box<dyn Drafter + '_>); 3] = [
+                let drafters: [(&str, Box<dyn Drafter + '_>); 5] = [
                     ("eagle3", Box::new(eagle3(&target, 1, false, tree, sampling))),
                     ("eagle3, 2 layers, own vocabulary", Box::new(eagle3(&target, 2, true, tree, sampling))),
+                    ("peagle", Box::new(peagle(&target, 1, tree, sampling))),
+                    ("peagle, 2 layers, own vocabulary", Box::new(peagle(&target, 2, tree, sampling))),
                     ("model", Box::new(model(other(), &target, tree, sampling))),
                 ];
                 for (name, drafter) in drafters {
@@ -325,6 +359,33 @@ fn an_eagle3_cache_is_that_of_a_fresh_prefill() {
 }
 
 #[test]
+fn a_peagle_cache_is_that_of_a_fresh_prefill() {
+    let target = target(2, 1.0, Kind::Double);
+    for layers in [1, 2] {
+        let mut drafter = peagle(&target, layers, SMALL, sampling(1.0));
+        let capture = drafter.capture();
+        let mut rounds = 0;
+        let poison = |drafter: &mut PeagleDrafter| drafter.rows.as_mut().unwrap().cache.poison();
+        follow(&target, &mut drafter, &poison, &mut |drafter, texts| {
+            for (row, text) in texts.iter().enumerate() {
+                let mut fresh = peagle(&target, layers, SMALL, sampling(1.0));
+                let (_, features) = prefilled(&target, &text[..text.len() - 1], &capture);
+                fresh.join(&[Joining { tokens: text, features }]).unwrap();
+                let fresh = fresh.rows.take().unwrap();
+                let running = drafter.rows.as_ref().unwrap();
+                assert_eq!(running.cache.lengths()[row], text.len() as i64 - 1);
+                let [got, want] = [running.outputs.get(row as i64), fresh.outputs.get(0)];
+                assert_eq!(got.size(), [SMALL.depth as i64, 32]);
+                assert!((got - want).abs().max().double_value(&[]) < 1e-11);
+                equals_fresh(&running.cache, row, fresh.cache, &format!("row {row}"));
+                rounds += 1;
+            }
+        });
+        assert!(rounds > 20);
+    }
+}
+
+#[test]
 fn a_model_drafts_cache_is_that_of_a_fresh_prefill() {
     let (target, other) = (target(2, 1.0, Kind::Double), tiny::target(3));
     for tree in [SMALL, DynamicTree::chain(5)] {
@@ -365,6 +426,16 @@ fn prompts_may_run_in_pieces() {
     let (whole, pieces) = (whole.rows.unwrap(), pieces.rows.unwrap());
     assert!((&whole.last - &pieces.last).abs().max().double_value(&[]) < 1e-11);
     equals_fresh(&pieces.cache, 0, whole.cache, "eagle3");
+    let [mut whole, mut pieces] = [0, 1].map(|_| peagle(&target, 2, SMALL, sampling(1.0)));
+    pieces.passes = Passes::of(10, 4);
+    let (_, features) = prefilled(&target, &tokens[..22], &whole.capture());
+    for drafter in [&mut whole, &mut pieces] {
+        let features = features.iter().map(Tensor::shallow_clone).collect();
+        drafter.join(&[Joining { tokens: &tokens, features }]).unwrap();
+    }
+    let (whole, pieces) = (whole.rows.unwrap(), pieces.rows.unwrap());
+    assert!((&whole.outputs - &pieces.outputs).abs().max().double_value(&[]) < 1e-11);
+    equals_fresh(&pieces.cache, 0, whole.cache, "peagle");
     let mut pieces = model(tiny::target(3), &target, SMALL, sampling(1.0));
     pieces.passes = Passes::of(10, 4);
     pieces.join(&[Joining { tokens: &tokens, features: Vec::new() }]).unwrap();

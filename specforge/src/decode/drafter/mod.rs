@@ -23,6 +23,7 @@ pub mod medusa;
 pub mod model;
 pub mod open;
 pub mod path_rates;
+pub mod peagle;
 pub mod prompt_lookup;
 pub mod tree_text;
 
@@ -33,12 +34,14 @@ pub use kind::{Asked, DrafterKind, Guesser, Trained};
 pub use medusa::{MedusaDrafter, MedusaHeads};
 pub use model::ModelDrafter;
 pub use open::{Opened, of_training, open};
+pub use peagle::{PeagleDrafter, PeagleParts};
 pub use prompt_lookup::PromptLookup;
 
 /// The drafters that this program is built with; see [`drafters`].
 pub const DRAFTERS: &[DrafterKind] = &[
     medusa::KIND,
     eagle3::KIND,
+    peagle::KIND,
     block::kind("dflash"),
     block::kind("dflash2"),
     block::kind("dspark"),

@@ -48,7 +48,8 @@ pub fn open<'a>(
     match draft {
         None => match tree {
             None => {
-                let plain = Guesser { drafter: Box::new(Plain), tree: "none".to_owned(), notes: Vec::new(), method: None };
+                let plain =
+                    Guesser { drafter: Box::new(Plain), tree: "none".to_owned(), notes: Vec::new(), method: None };
                 Ok(opened(plain, "none"))
             }
             Some(tree) => Err(Error::Usage(format!("--tree {tree}: there is no --draft to guess with"))),

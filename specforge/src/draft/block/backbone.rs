@@ -30,9 +30,6 @@ const DEVIATION: f64 = 0.02;
 /// Name of the row that stands for what is to be drafted, where it is trained and not the target's.
 pub const MASK_EMBEDDING: &str = "mask_embedding";
 
-/// Name of the last norm.
-pub const NORM: &str = "norm.weight";
-
 /// Tensors of a backbone in creation order.
 pub fn tensors(shape: &BlockShape) -> Vec<TensorSpec> {
     let (hidden, layer) = (shape.hidden_size, &shape.layer);
@@ -63,7 +60,7 @@ pub fn tensors(shape: &BlockShape) -> Vec<TensorSpec> {
             matrix(at("mlp.down_proj.weight"), hidden, layer.intermediate_size),
         ]);
     }
-    all.push(norm(NORM.to_owned(), hidden));
+    all.push(norm("norm.weight".to_owned(), hidden));
     if shape.mask_embedding {
         all.push(TensorSpec::new(MASK_EMBEDDING, &[hidden], Start::Normal(DEVIATION)));
     }

@@ -222,13 +222,7 @@ impl BlockPlan {
     }
 
     /// For each layer, the context that each row sees, in places among the context rows.
-    fn runs(
-        &self,
-        shape: &BlockShape,
-        seen: &[(Range<i64>, i64)],
-        total: i64,
-        device: Device,
-    ) -> Result<Vec<Seen>> {
+    fn runs(&self, shape: &BlockShape, seen: &[(Range<i64>, i64)], total: i64, device: Device) -> Result<Vec<Seen>> {
         let mut made: Vec<(Option<i64>, Seen)> = Vec::new();
         let of_layer = |BlockLayer { window, .. }: &BlockLayer| {
             if let Some((_, seen)) = made.iter().find(|(other, _)| other == window) {

@@ -52,8 +52,6 @@ pub struct BlockConfig {
     pub head_dim: Option<i64>,
     /// Epsilon of the norms; the target's where this is not given.
     pub rms_norm_eps: Option<f64>,
-    /// What the last norm begins as.
-    pub norm_start: NormStart,
     /// Taps and channels of a group of the convolutions around attention and MLP; none where this is not given.
     pub conv: Option<Convolution>,
     /// `DV`, size of the draft's vocabulary; the target's where neither this key nor a map is given.
@@ -76,17 +74,6 @@ pub struct BlockConfig {
     pub head: Map<String, Value>,
     /// Folder of a published draft of the same kind to start from.
     pub init_from: Option<PathBuf>,
-}
-
-/// What the backbone's last norm begins as: the target's projection reads what it gives.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum NormStart {
-    /// Ones, as every reference does it.
-    #[default]
-    Ones,
-    /// The weights of the target's own last norm: logits then have the target's size from the first step on.
-    Target,
 }
 
 /// Which token a row of a block predicts.
@@ -138,7 +125,6 @@ impl Default for BlockConfig {
             num_key_value_heads: None,
             head_dim: None,
             rms_norm_eps: None,
-            norm_start: NormStart::Ones,
             conv: None,
             draft_vocab_size: None,
             vocab_map: None,

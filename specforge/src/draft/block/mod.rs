@@ -36,7 +36,7 @@ mod samples;
 use backbone::Backbone;
 use blocks::{BlockPlan, Blocks};
 use chunk::{Chunk, Denominator};
-pub use config::{BlockConfig, BlockShape, NormStart};
+pub use config::{BlockConfig, BlockShape};
 use heads::{BlockHead, HeadKind, Start, TensorSpec};
 
 /// The row of the table of algorithms for a head.
@@ -59,9 +59,6 @@ pub const fn algorithm(kind: &HeadKind) -> Algorithm {
         build: |section, context| Ok(Box::new(BlockDraft::new(BlockConfig::read(section)?, context)?)),
     }
 }
-
-/// The target's own last norm, by the name that every family has for it.
-const TARGET_NORM: &str = "model.norm.weight";
 
 const SELECTION_METRIC: &str = "simulated_acceptance_length";
 
@@ -128,9 +125,6 @@ impl BlockDraft {
             let value = match spec.name.as_str() {
                 // It begins as the target's own row of the mask token.
                 backbone::MASK_EMBEDDING => embedding.get(shape.mask_token_id).copy(),
-                backbone::NORM if config.norm_start == NormStart::Target => {
-                    context.target_parameter(TARGET_NORM, &spec.shape)?.value.detach()
-                }
                 _ => start(&spec, context.seed, index)?,
             };
             Ok(Parameter::new(spec.name, value.f_to_kind(kind)?.f_to_device(device)?))
@@ -181,14 +175,6 @@ impl BlockDraft {
     pub fn plan_of(&self, plan: BlockPlan, key: StepKey) -> RowPlan {
         let counts = self.head.counts(&plan.supervised());
         RowPlan::new(counts, Planned { blocks: plan, progress: key.progress() })
-    }
-
-    /// Output of the backbone for the blocks of a plan, `[n, B, H]`, for looking at.
-    pub fn hidden(&self, features: &FeatureBatch, plan: &RowPlan) -> Result<Tensor> {
-        let planned = plan.own::<Planned>()?;
-        let blocks = planned.blocks.upload(&self.shape, features.hidden[0].device())?;
-        let (_, rows) = self.rows(features, &blocks)?;
-        Ok(rows.view([-1, self.shape.block_size, self.shape.hidden_size]))
     }
 
     /// Context rows `[P, H]` and block rows `[R, H]` of a batch.

@@ -165,7 +165,7 @@ impl Eagle3Config {
 }
 
 /// A draft configuration: the value itself, or the file it names.
-fn inline(value: &Value) -> Result<Value> {
+pub(in crate::draft) fn inline(value: &Value) -> Result<Value> {
     let Some(path) = value.as_str() else {
         return Ok(value.clone());
     };
@@ -266,6 +266,9 @@ pub struct Eagle3Shape {
     pub norm_output: bool,
     /// The next step's feature is the normed output (the engines' `norm_output`).
     pub norm_feedback: bool,
+    /// Heads of queries and keys are normed each by itself, as Qwen3's are.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub head_norms: bool,
 }
 
 impl Eagle3Shape {
@@ -315,6 +318,7 @@ impl Eagle3Shape {
             norm_before_residual: keys.norm_before_residual,
             norm_output: keys.norm_output.unwrap_or(true),
             norm_feedback: keys.norm_feedback,
+            head_norms: false,
         };
         shape.check().map_err(|problem| Error::config("draft.config", problem))?;
         Ok(shape)
@@ -393,6 +397,10 @@ impl Eagle3Shape {
             push("self_attn.q_proj", &[query, input]);
             push("self_attn.k_proj", &[group, input]);
             push("self_attn.v_proj", &[group, input]);
+            if self.head_norms {
+                push("self_attn.q_norm", &[head_dim]);
+                push("self_attn.k_norm", &[head_dim]);
+            }
             push("self_attn.o_proj", &[hidden, query]);
             push("post_attention_layernorm", &[hidden]);
             push("mlp.gate_proj", &[width, hidden]);
@@ -431,7 +439,7 @@ pub(super) fn contract(config: &Eagle3Config, shape: &Eagle3Shape, target: &Targ
 
 /// The rotary embedding in words, and the target's where it is another: a draft may have one of its own, but who wants
 /// the target's should see that.
-fn rotary(rope: &RopeConfig, target: &TargetInfo) -> String {
+pub(in crate::draft) fn rotary(rope: &RopeConfig, target: &TargetInfo) -> String {
     let words = |rope: &RopeConfig| format!("base {}, {:?}", rope.theta, rope.scaling).to_lowercase();
     let theirs = target.draft_template().rope;
     match rope.theta == theirs.theta && rope.scaling == theirs.scaling {

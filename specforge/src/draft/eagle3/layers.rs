@@ -26,20 +26,22 @@ pub struct Network {
     input_norm: Option<RmsNorm>,
     fc_norms: Vec<RmsNorm>,
     fc: Tensor,
-    pub(super) layers: Vec<Layer>,
+    pub(in crate::draft) layers: Vec<Layer>,
     norm: Option<RmsNorm>,
     head: Head,
     rope: Rope,
-    pub(super) shape: Eagle3Shape,
+    pub(in crate::draft) shape: Eagle3Shape,
 }
 
 #[derive(Debug)]
-pub(super) struct Layer {
+pub(in crate::draft) struct Layer {
     /// Of the feature; the first layer's alone.
     hidden_norm: Option<RmsNorm>,
     input_norm: RmsNorm,
     query: Tensor,
     key: Tensor,
+    /// Of each head of queries and of keys.
+    head_norms: Option<[RmsNorm; 2]>,
     value: Tensor,
     output: Tensor,
     post_attention_norm: RmsNorm,
@@ -76,6 +78,10 @@ impl Network {
                 input_norm: norm(at("input_layernorm"))?,
                 query: find(at("self_attn.q_proj"))?,
                 key: find(at("self_attn.k_proj"))?,
+                head_norms: match shape.head_norms {
+                    true => Some([norm(at("self_attn.q_norm"))?, norm(at("self_attn.k_norm"))?]),
+                    false => None,
+                },
                 value: find(at("self_attn.v_proj"))?,
                 output: find(at("self_attn.o_proj"))?,
                 post_attention_norm: norm(at("post_attention_layernorm"))?,
@@ -224,14 +230,14 @@ impl Network {
     }
 
     /// cos and sin for `positions [n]`, a row of one token each.
-    pub(super) fn tables(&self, positions: &Tensor) -> RopeTables {
+    pub(in crate::draft) fn tables(&self, positions: &Tensor) -> RopeTables {
         self.rope.tables(&positions.unsqueeze(1), self.fc.kind())
     }
 }
 
 impl Layer {
     /// What the projections read, `[n, 2H]` in the first layer and `[n, H]` above it, and the residual, `[n, H]`.
-    pub(super) fn read(&self, embedded: &Tensor, hidden: &Tensor) -> (Tensor, Tensor) {
+    pub(in crate::draft) fn read(&self, embedded: &Tensor, hidden: &Tensor) -> (Tensor, Tensor) {
         let Some(norm) = &self.hidden_norm else {
             return (self.input_norm.forward(hidden), hidden.shallow_clone());
         };
@@ -240,14 +246,22 @@ impl Layer {
         (input, if self.norm_before_residual { normed } else { hidden.shallow_clone() })
     }
 
-    /// Rotated keys, and values: `[n, G, D]` each.
-    fn keys(&self, input: &Tensor, rope: &RopeTables) -> Result<[Tensor; 2]> {
-        let key = rotate(&self.split(&shim::trained_linear(input, &self.key)?), rope);
-        Ok([key, self.split(&shim::trained_linear(input, &self.value)?)])
+    /// Rotated keys, and values: `[n, G, D]` each. One row of input may stand for all that `rope` has places of.
+    pub(in crate::draft) fn keys(&self, input: &Tensor, rope: &RopeTables) -> Result<[Tensor; 2]> {
+        let key = self.normed_head(1, self.split(&shim::trained_linear(input, &self.key)?));
+        let key = rotate(&key, rope); // [n, G, D]
+        let value = self.split(&shim::trained_linear(input, &self.value)?).f_expand(key.size(), false)?;
+        Ok([key, value])
+    }
+
+    /// Rotated queries: `[n, N, D]`; see [`Layer::keys`].
+    pub(in crate::draft) fn query(&self, input: &Tensor, rope: &RopeTables) -> Result<Tensor> {
+        let query = self.normed_head(0, self.split(&shim::trained_linear(input, &self.query)?));
+        Ok(rotate(&query, rope))
     }
 
     /// Attention and MLP of rows: `[n, H]`.
-    fn mix(
+    pub(in crate::draft) fn mix(
         &self,
         input: &Tensor,
         residual: &Tensor,
@@ -256,9 +270,15 @@ impl Layer {
         own: [&Tensor; 2],
         runs: &Runs,
     ) -> Result<Tensor> {
-        let query = rotate(&self.split(&shim::trained_linear(input, &self.query)?), rope); // [n, N, D]
+        let query = self.query(input, rope)?; // [n, N, D]
         let own = Own { key: own[0], value: own[1], queries_per_own: 1, causal: false };
         let attended = merged_attention::merged_attention(&query, [&shared[0], &shared[1]], own, runs)?; // [n, N, D]
+        self.finish(residual, &attended)
+    }
+
+    /// What follows attention: its projection and the MLP, from `attended [n, N, D]` and the residual, `[n, H]` or one row
+    /// for all.
+    pub(in crate::draft) fn finish(&self, residual: &Tensor, attended: &Tensor) -> Result<Tensor> {
         let hidden = residual + shim::trained_linear(&attended.flatten(1, 2), &self.output)?; // [n, H]
         let normed = self.post_attention_norm.forward(&hidden);
         let gated = shim::trained_linear(&normed, &self.gate)?.silu() * shim::trained_linear(&normed, &self.up)?;
@@ -267,7 +287,7 @@ impl Layer {
 
     /// The same of `[B * T]` rows without gradients, on keys that a cache keeps: row `b * T + t` sees what query `t` of
     /// row `b` may see. Writes the new keys behind those of layer `index`.
-    pub(super) fn mix_cached(
+    pub(in crate::draft) fn mix_cached(
         &self,
         (input, residual): (&Tensor, &Tensor),
         rope: &RopeTables,
@@ -276,8 +296,10 @@ impl Layer {
     ) -> Tensor {
         // [B * T, heads, D] to [B, heads, T, D]
         let batch = |heads: &Tensor| heads.unflatten(0, [cache.rows(), -1]).transpose(1, 2).contiguous();
-        let query = batch(&rotate(&self.split(&linear(input, &self.query, None)), rope)); // [B, N, T, D]
-        let key = batch(&rotate(&self.split(&linear(input, &self.key, None)), rope)); // [B, G, T, D]
+        let turned = |place: usize, weight: &Tensor| {
+            batch(&rotate(&self.normed_head(place, self.split(&linear(input, weight, None))), rope))
+        };
+        let (query, key) = (turned(0, &self.query), turned(1, &self.key)); // [B, N, T, D], [B, G, T, D]
         let value = batch(&self.split(&linear(input, &self.value, None)));
         let (keys, values) = cache.write(index, &key, &value); // [B, G, S, D]
         let attended =
@@ -288,9 +310,14 @@ impl Layer {
         hidden + linear(&gated, &self.down, None) // [B * T, H]
     }
 
+    /// Heads `[n, heads, D]` of queries (0) or keys (1) behind their norm, where there is one.
+    fn normed_head(&self, place: usize, heads: Tensor) -> Tensor {
+        self.head_norms.as_ref().map_or_else(|| heads.shallow_clone(), |norms| norms[place].forward(&heads))
+    }
+
     /// `[n, heads * D]` to `[n, heads, D]`
     fn split(&self, projected: &Tensor) -> Tensor {
-        projected.view([projected.size()[0], -1, self.head_dim])
+        projected.view([projected.size()[0], projected.size()[1] / self.head_dim, self.head_dim])
     }
 }
 

@@ -145,13 +145,13 @@ impl StepPlan {
 
 /// Numbers that travel to the device together.
 #[derive(Debug, Default)]
-struct Pool {
-    numbers: Vec<i64>,
+pub(in crate::draft) struct Pool {
+    pub(in crate::draft) numbers: Vec<i64>,
 }
 
 impl Pool {
     /// Adds a list and returns its start and length.
-    fn add(&mut self, numbers: impl Iterator<Item = i64>) -> (i64, i64) {
+    pub(in crate::draft) fn add(&mut self, numbers: impl Iterator<Item = i64>) -> (i64, i64) {
         let start = self.numbers.len();
         self.numbers.extend(numbers);
         (start as i64, (self.numbers.len() - start) as i64)
@@ -159,7 +159,7 @@ impl Pool {
 }
 
 /// For each row, where its document ends.
-fn document_ends(batch: &PackedBatch) -> Vec<i64> {
+pub(in crate::draft) fn document_ends(batch: &PackedBatch) -> Vec<i64> {
     let mut ends = Vec::with_capacity(batch.ids.len());
     for &length in &batch.lengths {
         let end = ends.len() as i64 + length;
@@ -200,7 +200,7 @@ fn union(left: &[i64], right: &[i64]) -> Vec<i64> {
 }
 
 /// Where each of `rows` stands in `among`; both ascend.
-fn places(rows: &[i64], among: &[i64]) -> Vec<i64> {
+pub(in crate::draft) fn places(rows: &[i64], among: &[i64]) -> Vec<i64> {
     let mut place = 0;
     rows.iter()
         .map(|row| {
@@ -213,7 +213,7 @@ fn places(rows: &[i64], among: &[i64]) -> Vec<i64> {
 }
 
 /// Consecutive rows of one document.
-fn runs(rows: &[i64], batch: &PackedBatch) -> Vec<Run> {
+pub(in crate::draft) fn runs(rows: &[i64], batch: &PackedBatch) -> Vec<Run> {
     let mut runs: Vec<Run> = Vec::new();
     let mut documents = batch.lengths.iter();
     let (mut start, mut end) = (0, 0);

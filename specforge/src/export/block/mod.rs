@@ -9,7 +9,7 @@
 //! The engines' rules were read in vLLM 0.32.0 and 0.33.0 (`model_executor/models/qwen3_dflash.py`, `qwen3_dflash2.py`,
 //! `qwen3_dspark.py`, `qwen3_xpress.py`, `lilicorr.py`, `transformers_utils/configs/speculators/algos.py`), SGLang 0.5.23
 //! (`srt/models/dflash.py`, `dspark.py`, `lilicorr.py`, `srt/speculative/dflash_utils.py`) and llama.cpp b11434
-//! (`conversion/qwen.py`, `src/models/dflash.cpp`); [`engines`] holds them.
+//! (`conversion/qwen.py`, `src/models/dflash.cpp`); `engines` holds them.
 
 use std::path::Path;
 

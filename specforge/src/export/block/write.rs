@@ -165,8 +165,11 @@ fn expressible_there(drafter: &Drafter) -> Result<(), String> {
     Ok(())
 }
 
+/// Tensors by the names that engines load, and the mask's own row.
+type Stored = (Vec<(String, Tensor)>, Option<Tensor>);
+
 /// A drafter's tensors by the engines' names, and the row of the mask where it has a file of its own.
-fn stored(source: &Source, drafter: &Drafter, kind: Kind) -> Result<(Vec<(String, Tensor)>, Option<Tensor>)> {
+fn stored(source: &Source, drafter: &Drafter, kind: Kind) -> Result<Stored> {
     let shape = &drafter.shape;
     let find = |name: &str| source.tensors.iter().find(|(other, _)| other == name).map(|(_, tensor)| tensor);
     let failed = |problem: String| Error::Failed(format!("the checkpoint: {problem}"));

@@ -27,7 +27,7 @@ const SPECULATIVE_TOKENS: u32 = 3;
 // -- writing ---------------------------------------------------------------------------------------------------------
 
 /// config.json of the raw layout.
-pub(super) fn raw(shape: &Eagle3Shape, source: &Source, dtype: &str) -> Value {
+pub(in crate::export) fn raw(shape: &Eagle3Shape, source: &Source, dtype: &str) -> Value {
     let outputs: Vec<i64> = shape.capture.iter().map(|&index| index as i64 - 1).collect();
     let mut values = object(json!({"architectures": [ARCHITECTURE]}));
     values.append(&mut transformer(shape, &source.target, dtype));
@@ -53,7 +53,7 @@ pub(super) fn raw(shape: &Eagle3Shape, source: &Source, dtype: &str) -> Value {
 }
 
 /// config.json of the speculators layout.
-pub(super) fn speculators(shape: &Eagle3Shape, source: &Source, dtype: &str) -> Value {
+pub(in crate::export) fn speculators(shape: &Eagle3Shape, source: &Source, dtype: &str) -> Value {
     let target = &source.target;
     let architectures = Target::read(Some(target)).and_then(|target| target.architectures);
     let other_width = (shape.target_hidden_size != shape.hidden_size).then_some(shape.target_hidden_size);
@@ -189,36 +189,36 @@ pub(in crate::export) fn object(value: Value) -> Map<String, Value> {
 /// Keys beside those of any Llama. Trainers write null for what they do not set.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct Keys {
-    pub(super) model_type: Option<String>,
-    pub(super) draft_vocab_size: Option<i64>,
-    pub(super) target_hidden_size: Option<i64>,
-    pub(super) num_aux_hidden_states: Option<usize>,
-    pub(super) fc_norm: Option<bool>,
+pub(in crate::export) struct Keys {
+    pub(in crate::export) model_type: Option<String>,
+    pub(in crate::export) draft_vocab_size: Option<i64>,
+    pub(in crate::export) target_hidden_size: Option<i64>,
+    pub(in crate::export) num_aux_hidden_states: Option<usize>,
+    pub(in crate::export) fc_norm: Option<bool>,
     /// SGLang's older name for `fc_norm`.
-    pub(super) use_aux_norm: Option<bool>,
-    pub(super) norm_before_fc: Option<bool>,
-    pub(super) norm_before_residual: Option<bool>,
-    pub(super) norm_output: Option<bool>,
+    pub(in crate::export) use_aux_norm: Option<bool>,
+    pub(in crate::export) norm_before_fc: Option<bool>,
+    pub(in crate::export) norm_before_residual: Option<bool>,
+    pub(in crate::export) norm_output: Option<bool>,
     norm_feedback: Option<bool>,
     attention_bias: Option<bool>,
     mlp_bias: Option<bool>,
     bias: Option<bool>,
-    pub(super) tie_word_embeddings: Option<bool>,
+    pub(in crate::export) tie_word_embeddings: Option<bool>,
     parallel_drafting: Option<bool>,
     logit_scale: Option<f64>,
     layer_types: Option<Vec<String>>,
-    pub(super) eagle_aux_hidden_state_layer_ids: Option<Vec<usize>>,
-    pub(super) eagle_config: Option<EagleKeys>,
+    pub(in crate::export) eagle_aux_hidden_state_layer_ids: Option<Vec<usize>>,
+    pub(in crate::export) eagle_config: Option<EagleKeys>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-pub(super) struct EagleKeys {
+pub(in crate::export) struct EagleKeys {
     use_aux_hidden_state: Option<bool>,
     norm_before_fc: Option<bool>,
     /// -1 stands for the embeddings.
-    pub(super) eagle_aux_hidden_state_layer_ids: Option<Vec<i64>>,
+    pub(in crate::export) eagle_aux_hidden_state_layer_ids: Option<Vec<i64>>,
 }
 
 /// What this program writes for itself.
@@ -230,18 +230,23 @@ struct OwnKeys {
 }
 
 /// A config.json and what it says.
-pub(super) struct Parsed {
+pub(in crate::export) struct Parsed {
     /// The values as engines see them: of the speculators layout, flattened as vLLM does it.
-    pub(super) values: Value,
-    pub(super) keys: Keys,
-    pub(super) shape: Eagle3Shape,
+    pub(in crate::export) values: Value,
+    pub(in crate::export) keys: Keys,
+    pub(in crate::export) shape: Eagle3Shape,
     /// The other meaning of `norm_output`, where the file has it and does not say which is meant.
-    pub(super) alternative: Option<Eagle3Shape>,
-    pub(super) target: Option<PathBuf>,
+    pub(in crate::export) alternative: Option<Eagle3Shape>,
+    pub(in crate::export) target: Option<PathBuf>,
 }
 
 /// Reads a config.json. `num_target_layers` is needed where the file names no captured layers.
-pub(super) fn parse(path: &Path, layout: Layout, config: &Value, num_target_layers: Option<usize>) -> Result<Parsed> {
+pub(in crate::export) fn parse(
+    path: &Path,
+    layout: Layout,
+    config: &Value,
+    num_target_layers: Option<usize>,
+) -> Result<Parsed> {
     let refuse = |problem: String| Error::bad_file(path, problem);
     let values = match layout {
         Layout::Raw | Layout::Gguf => config.clone(),
@@ -289,6 +294,7 @@ pub(super) fn parse(path: &Path, layout: Layout, config: &Value, num_target_laye
         norm_before_residual: keys.norm_before_residual.unwrap_or(false),
         norm_output,
         norm_feedback,
+        head_norms: false,
     };
     shape.layer.rope.max_position_embeddings = shape.max_position_embeddings;
     shape.check().map_err(refuse)?;
@@ -466,7 +472,7 @@ impl Target {
     }
 
     /// Whether a draft of this shape is one for this target.
-    pub(super) fn fits(&self, path: &Path, shape: &Eagle3Shape) -> Result<()> {
+    pub(in crate::export) fn fits(&self, path: &Path, shape: &Eagle3Shape) -> Result<()> {
         let layers = |layers: usize| i64::try_from(layers).unwrap_or(i64::MAX);
         let pairs = [
             ("hidden size", self.hidden_size, Some(shape.target_hidden_size)),
@@ -490,7 +496,7 @@ impl Target {
 }
 
 /// A draft in words.
-pub(super) fn lines(shape: &Eagle3Shape) -> Vec<String> {
+pub(in crate::export) fn lines(shape: &Eagle3Shape) -> Vec<String> {
     let layer = &shape.layer;
     let flags = [
         ("fc_norm", shape.fc_norm),

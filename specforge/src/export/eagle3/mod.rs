@@ -24,13 +24,13 @@ use crate::error::{Error, Result};
 use crate::files::{self, StagedDir};
 use crate::weights::writer;
 
-pub(super) mod config;
+pub(in crate::export) mod config;
 mod engines;
 mod gguf;
 mod pickled;
-mod read;
-pub(super) mod targets;
-mod warm_start;
+pub(in crate::export) mod read;
+pub(in crate::export) mod targets;
+pub(in crate::export) mod warm_start;
 
 pub use config::{default_capture, inputs_of};
 pub use read::{Imported, is_other_embedding, read, read_shape};
@@ -39,15 +39,15 @@ pub use warm_start::start_from;
 /// What engines call a draft of the raw layout.
 pub const ARCHITECTURE: &str = "LlamaForCausalLMEagle3";
 
-const CONFIG_FILE: &str = "config.json";
-const WEIGHTS_FILE: &str = "model.safetensors";
+pub(in crate::export) const CONFIG_FILE: &str = "config.json";
+pub(in crate::export) const WEIGHTS_FILE: &str = "model.safetensors";
 
 /// An embedding of the draft's own.
 const EMBEDDING: &str = "embed_tokens.weight";
 /// Draft id to what must be added to get the target's, `[DV]` int64.
-const D2T: &str = "d2t";
+pub(in crate::export) const D2T: &str = "d2t";
 /// Whether a token of the target is in the draft's vocabulary, `[V]` bool.
-const T2D: &str = "t2d";
+pub(in crate::export) const T2D: &str = "t2d";
 
 /// SGLang's and vLLM's layout.
 pub const RAW: Format = Format {
@@ -87,7 +87,7 @@ pub const GGUF: Format = Format {
 
 /// How tensors are named and where configuration stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Layout {
+pub(in crate::export) enum Layout {
     Raw,
     Speculators,
     Gguf,
@@ -103,7 +103,7 @@ impl Layout {
     }
 
     /// The name in the file of a tensor of training.
-    fn stored(self, name: &str) -> String {
+    pub(in crate::export) fn stored(self, name: &str) -> String {
         match (self, name.strip_prefix("midlayer.")) {
             (Layout::Speculators, Some(rest)) => format!("layers.0.{rest}"),
             (Layout::Gguf, _) => gguf::stored_name(name).to_owned(),
@@ -169,7 +169,7 @@ fn write(source: &Source, out: &Path, layout: Layout) -> Result<()> {
 }
 
 /// A tensor of a source by its name in training.
-fn trained_tensor<'a>(source: &'a Source, name: &str, want: &[i64]) -> Result<&'a Tensor> {
+pub(in crate::export) fn trained_tensor<'a>(source: &'a Source, name: &str, want: &[i64]) -> Result<&'a Tensor> {
     let found = source.tensors.iter().find(|(other, _)| other == name).map(|(_, tensor)| tensor);
     match found {
         Some(tensor) if tensor.size() == want => Ok(tensor),

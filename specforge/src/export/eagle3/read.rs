@@ -147,7 +147,7 @@ impl Folder {
 }
 
 /// The file of weights, its tensors by the names of training, and their names in the file.
-fn weights(path: &Path) -> Result<(PathBuf, BTreeMap<String, Tensor>, Vec<String>)> {
+pub(in crate::export) fn weights(path: &Path) -> Result<(PathBuf, BTreeMap<String, Tensor>, Vec<String>)> {
     let (weights_path, older) = (path.join(WEIGHTS_FILE), path.join(pickled::FILE));
     if !weights_path.is_file() && older.is_file() {
         let tensors = pickled::tensors(&older)?;
@@ -177,15 +177,27 @@ fn fit(path: &Path, tensors: &BTreeMap<String, Tensor>, shape: &Eagle3Shape, lay
         false => allowed.extend(tables),
     }
     allowed.extend((1..shape.num_layers).map(|layer| (twin_norm(layer).1, vec![hidden])));
+    fit_names(path, tensors, &needed, &allowed, &|name| layout.stored(name))
+}
+
+/// Every tensor that is needed is there, and no other but those that may be. `stored` gives the name in the file of one of
+/// training.
+pub(in crate::export) fn fit_names(
+    path: &Path,
+    tensors: &BTreeMap<String, Tensor>,
+    needed: &[(String, Vec<i64>)],
+    allowed: &[(String, Vec<i64>)],
+    stored: &dyn Fn(&str) -> String,
+) -> Result<()> {
     let mut mismatch = TensorMismatch::default();
-    for (name, want) in &needed {
+    for (name, want) in needed {
         if !tensors.contains_key(name) {
-            mismatch.missing.push(format!("{} {want:?}", layout.stored(name)));
+            mismatch.missing.push(format!("{} {want:?}", stored(name)));
         }
     }
     for (name, tensor) in tensors {
-        let want = needed.iter().chain(&allowed).find(|(known, _)| known == name).map(|(_, want)| want);
-        let (name, got) = (layout.stored(name), tensor.size());
+        let want = needed.iter().chain(allowed).find(|(known, _)| known == name).map(|(_, want)| want);
+        let (name, got) = (stored(name), tensor.size());
         match want {
             None => mismatch.surplus.push(format!("{name} {got:?}")),
             Some(want) if *want != got => mismatch.misshaped.push((name, want.clone(), got)),
@@ -196,7 +208,7 @@ fn fit(path: &Path, tensors: &BTreeMap<String, Tensor>, shape: &Eagle3Shape, lay
 }
 
 /// The element type that all tensors share, the vocabulary's tables aside.
-fn one_kind(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<Kind> {
+pub(in crate::export) fn one_kind(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<Kind> {
     let mut found: Option<(&str, Kind)> = None;
     for (name, tensor) in tensors {
         let kind = tensor.kind();
@@ -223,7 +235,11 @@ fn one_kind(path: &Path, tensors: &BTreeMap<String, Tensor>) -> Result<Kind> {
 }
 
 /// The draft's vocabulary from its two tables, which must agree.
-fn vocabulary(path: &Path, tensors: &BTreeMap<String, Tensor>, shape: &Eagle3Shape) -> Result<Option<VocabMap>> {
+pub(in crate::export) fn vocabulary(
+    path: &Path,
+    tensors: &BTreeMap<String, Tensor>,
+    shape: &Eagle3Shape,
+) -> Result<Option<VocabMap>> {
     let (Some(d2t), Some(t2d)) = (tensors.get(D2T), tensors.get(T2D)) else {
         return match tensors.keys().find(|name| [D2T, T2D].contains(&name.as_str())) {
             Some(name) => Err(Error::bad_file(path, format!("holds `{name}` without the other of `{D2T}`, `{T2D}`"))),

@@ -66,7 +66,7 @@ pub fn start_from(path: &Path, beginning: &Beginning<'_>) -> Result<Vec<String>>
 }
 
 /// What two shapes do not share, with the keys that set it. Lengths aside: they do not change what a tensor means.
-fn differences(theirs: &Eagle3Shape, ours: &Eagle3Shape) -> Vec<String> {
+pub(in crate::export) fn differences(theirs: &Eagle3Shape, ours: &Eagle3Shape) -> Vec<String> {
     let mut found = Vec::new();
     let mut compare = |what: &str, key: &str, theirs: String, ours: String| {
         if theirs != ours {
@@ -98,6 +98,7 @@ fn differences(theirs: &Eagle3Shape, ours: &Eagle3Shape) -> Vec<String> {
         ("norm_before_residual", theirs.norm_before_residual, ours.norm_before_residual),
         ("norm_output", theirs.norm_output, ours.norm_output),
         ("norm_feedback", theirs.norm_feedback, ours.norm_feedback),
+        ("norms of heads", theirs.head_norms, ours.head_norms),
     ];
     for (what, theirs, ours) in flags {
         compare(what, "draft.config", theirs.to_string(), ours.to_string());

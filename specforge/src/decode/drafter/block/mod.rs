@@ -17,7 +17,9 @@ use serde_json::json;
 use tch::{Kind, Tensor};
 
 use super::dynamic_tree::{DynamicTree, Expand, Names, grow};
-use super::{Asked, Branch, Context, DraftSampling, Drafter, DrafterKind, Guesser, Joining, Progress, Trained, tree_text};
+use super::{
+    Asked, Branch, Context, DraftSampling, Drafter, DrafterKind, Guesser, Joining, Progress, Trained, tree_text,
+};
 use crate::decode::policy::Proposal;
 use crate::decode::prefill::Passes;
 use crate::device;
@@ -71,7 +73,9 @@ fn from_export<'a>(folder: &Path, asked: Asked<'a, '_>) -> Result<Guesser<'a>> {
         && (vocabulary.is_some() || export::eagle3::is_other_embedding(&own, &asked.target.head().weight)?)
     {
         if vocabulary.is_none() {
-            notes.push("the draft has a vocabulary projection that is not the target's: the draft's own is used".to_owned());
+            notes.push(
+                "the draft has a vocabulary projection that is not the target's: the draft's own is used".to_owned(),
+            );
         }
         own_tables.head = Some(own);
     }
@@ -97,7 +101,10 @@ fn guesser<'a>(parts: BlockParts, asked: Asked<'a, '_>, mut notes: Vec<String>) 
         None => whole,
         Some((tree, text)) if tree.depth <= most => (tree, text),
         Some((tree, text)) => {
-            notes.push(format!("the tree is {} deep and a block gives {most} tokens: deeper guesses are left out", tree.depth));
+            notes.push(format!(
+                "the tree is {} deep and a block gives {most} tokens: deeper guesses are left out",
+                tree.depth
+            ));
             if tree.top_k == 1 { whole } else { (DynamicTree { depth: most, ..tree }, text) }
         }
     };
@@ -223,6 +230,30 @@ impl BlockDrafter {
     /// Context keys of the running texts.
     pub fn cache(&self) -> Option<&KvCache> {
         self.rows.as_ref().map(|rows| &rows.cache)
+    }
+
+    /// `[b, H]` what the backbone reads of the tokens before the anchors.
+    #[cfg(test)]
+    pub(crate) fn last_seen(&self) -> Option<&Tensor> {
+        self.rows.as_ref().map(|rows| &rows.last_seen)
+    }
+
+    /// The cache, and nothing else of it.
+    #[cfg(test)]
+    pub(crate) fn into_cache(self) -> Option<KvCache> {
+        self.rows.map(|rows| rows.cache)
+    }
+
+    /// Spoils what the cache has beyond its texts.
+    #[cfg(test)]
+    pub(crate) fn poison(&mut self) {
+        self.rows.iter_mut().for_each(|rows| rows.cache.poison());
+    }
+
+    /// The same with prompts cut otherwise.
+    #[cfg(test)]
+    pub(crate) fn with_passes(self, passes: Passes) -> Self {
+        Self { passes, ..self }
     }
 
     /// Writes the keys of new context, of different lengths, and returns what the backbone reads of each text's last token,
@@ -407,7 +438,8 @@ impl Expand for Pass<'_> {
     fn expand(&mut self, frontier: &[Vec<Branch>]) -> Result<Tensor> {
         let width = frontier.iter().map(Vec::len).max().unwrap_or(0) as i64;
         let mut numbers: Vec<i64> = Vec::new();
-        let place = |place: i64, row: &Vec<Branch>| row.get(place as usize).copied().unwrap_or(Branch { token: 0, parent: 0 });
+        let place =
+            |place: i64, row: &Vec<Branch>| row.get(place as usize).copied().unwrap_or(Branch { token: 0, parent: 0 });
         let each = || (0..).zip(frontier).flat_map(|(text, row)| (0..width).map(move |at| (text, place(at, row))));
         numbers.extend(each().map(|(text, _)| text));
         numbers.extend(each().map(|(text, branch)| text * self.width + branch.parent as i64));

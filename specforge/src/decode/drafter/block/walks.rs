@@ -9,8 +9,8 @@
 
 use tch::{Kind, Tensor};
 
-use crate::draft::block::heads::lattice::{Candidates, Lattice};
 use crate::draft::block::heads::domino::{Domino, DominoConfig};
+use crate::draft::block::heads::lattice::{Candidates, Lattice};
 use crate::draft::block::heads::lilicorr::{Lilicorr, LilicorrConfig};
 use crate::draft::block::heads::markov::{Markov, MarkovConfig};
 use crate::draft::block::heads::selector::{Selector, SelectorConfig};
@@ -237,7 +237,8 @@ impl Walk for LatticeWalk {
                 pairs.gather(1, &row, false).squeeze_dim(1) // [m, K]
             }
         };
-        let nothing = Tensor::full([ids.size()[0], self.vocabulary], f64::NEG_INFINITY, (scores.kind(), scores.device()));
+        let nothing =
+            Tensor::full([ids.size()[0], self.vocabulary], f64::NEG_INFINITY, (scores.kind(), scores.device()));
         Ok(nothing.f_scatter(1, &ids, &scores)?) // [m, DV]
     }
 }

@@ -59,7 +59,7 @@ fn schedules() -> [Vec<(usize, usize)>; 4] {
 }
 
 /// Looks at a drafter, a row and its tokens.
-type Look<'a, D> = &'a dyn Fn(&D, usize, &[u32]);
+pub(super) type Look<'a, D> = &'a dyn Fn(&D, usize, &[u32]);
 
 /// Decodes with a drafter, and looks at all caches after every step where that is asked for.
 fn decode<D: Drafter>(
@@ -96,7 +96,11 @@ fn decode<D: Drafter>(
 }
 
 /// Every schedule, every number of rows, both ways to choose, against each request alone and without a draft.
-fn everywhere<D: Drafter>(target: &LlamaTarget, new: &dyn Fn(DraftSampling) -> D, look: Option<Look<'_, D>>) {
+pub(super) fn everywhere<D: Drafter>(
+    target: &LlamaTarget,
+    new: &dyn Fn(DraftSampling) -> D,
+    look: Option<Look<'_, D>>,
+) {
     let mut guessed = 0;
     for temperature in [0.0, 1.0] {
         let keyed = |rows| options(Policy::Keyed { seed: SEED }, temperature, rows);
@@ -131,6 +135,22 @@ fn with_an_eagle3_draft() {
         equals_fresh(&running.cache, row, fresh.cache, &format!("draft, row {row}"));
     };
     everywhere(&target, &|sampling| eagle3(&target, 1, true, SMALL, sampling), Some(&look));
+}
+
+#[test]
+fn with_a_peagle_draft() {
+    let target = target(4, 6.0, Kind::Double);
+    let capture = vec![0, 1, 2];
+    let look = |drafter: &PeagleDrafter, row: usize, tokens: &[u32]| {
+        let mut fresh = peagle(&target, 2, SMALL, sampling(1.0));
+        let (_, features) = prefilled(&target, &tokens[..tokens.len() - 1], &capture);
+        fresh.join(&[Joining { tokens, features }]).unwrap();
+        let (running, fresh) = (drafter.rows.as_ref().unwrap(), fresh.rows.unwrap());
+        let [got, want] = [running.outputs.get(row as i64), fresh.outputs.get(0)];
+        near([got.shallow_clone(), got], [want.shallow_clone(), want], "outputs");
+        equals_fresh(&running.cache, row, fresh.cache, &format!("draft, row {row}"));
+    };
+    everywhere(&target, &|sampling| peagle(&target, 2, SMALL, sampling), Some(&look));
 }
 
 #[test]

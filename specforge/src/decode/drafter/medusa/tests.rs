@@ -1,6 +1,8 @@
 use tch::{Device, Kind};
 
-use super::heads_for_tests::{VOCABULARY, blocks, good, good_tensors, random_shared, target};
+use super::heads_for_tests::{
+    VOCABULARY, assert_follow_the_target, blocks, forgetful, good, good_tensors, random_shared, target,
+};
 use super::*;
 use crate::decode::drafter::{Plain, choices};
 use crate::decode::engine::{Decoded, Engine, EngineOptions};
@@ -102,15 +104,6 @@ fn a_peaky_target_is_followed_to_the_depth_of_the_tree() {
     assert!(whole.clone().filter(|round| round.accepted == 4).count() * 10 > whole.count() * 8);
 }
 
-/// A target that says the same of every place, whatever stands before it.
-fn forgetful() -> LlamaTarget {
-    tiny::target_with(6, &|name, tensor| match name {
-        "model.embed_tokens.weight" => tensor.get(0).expand([VOCABULARY, 32], false).contiguous(),
-        name if name.contains("o_proj") || name.contains("down_proj") => tensor * 0.0,
-        _ => tensor,
-    })
-}
-
 /// Heads that know what it says, up to some noise.
 fn knowing(target: &LlamaTarget, noise: f64) -> MedusaHeads {
     let mut tensors = blocks(2, 1, 0.0);
@@ -124,7 +117,7 @@ fn knowing(target: &LlamaTarget, noise: f64) -> MedusaHeads {
 
 #[test]
 fn the_targets_noise_finds_what_the_target_will_choose() {
-    let target = forgetful();
+    let target = forgetful::target();
     let share_with = |sampling, rows| {
         let drafter = MedusaDrafter::new(knowing(&target, 0.0), &ChoiceTree::chain(2), sampling);
         let decoded = decode(&target, Box::new(drafter), options(1.3, KEYED, rows));
@@ -142,7 +135,7 @@ fn the_targets_noise_finds_what_the_target_will_choose() {
 
 #[test]
 fn drawn_guesses_keep_the_targets_distribution() {
-    let target = forgetful();
+    let target = forgetful::target();
     let policy = Policy::Maximal { seed: 11 };
     let tree = ChoiceTree::from_choices(&[vec![0], vec![1], vec![0, 0]]).unwrap();
     let options = EngineOptions { stop_tokens: Vec::new(), ..options(1.0, policy, 64) };
@@ -155,31 +148,7 @@ fn drawn_guesses_keep_the_targets_distribution() {
     let left = engine.run(&mut Silent).unwrap();
     let decoded: Vec<Decoded> = left.into_iter().map(|left| left.decoded.unwrap()).collect();
     assert!(tau(&decoded) > 1.4, "{} tokens a round", tau(&decoded));
-    // Every token of every answer is one draw from one distribution: its frequencies against the target's own.
-    let (ids, positions) = (Tensor::from_slice(&[5i64]).unsqueeze(0), Tensor::from_slice(&[0i64]).unsqueeze(0));
-    let (mask, logits) = (&crate::nn::AttentionMask::Causal, crate::models::LogitRows::All);
-    let input = crate::models::ForwardInput { ids: &ids, positions: &positions, mask, capture: &[], logits };
-    let logits = target.forward(&input, None).unwrap().logits.unwrap();
-    let shares = Vec::<f64>::try_from(logits.get(0).softmax(-1, Kind::Double)).unwrap();
-    let mut counts = vec![0.0; VOCABULARY as usize];
-    decoded.iter().flat_map(|one| &one.tokens).for_each(|&token| counts[token as usize] += 1.0);
-    let total: f64 = counts.iter().sum();
-    assert_eq!(total, 4000.0);
-    // Rare tokens are one class.
-    let (mut square, mut classes) = (0.0, 0);
-    let mut rare = (0.0, 0.0);
-    for (want, got) in shares.iter().map(|share| share * total).zip(counts) {
-        if want < 8.0 {
-            rare = (rare.0 + want, rare.1 + got);
-        } else {
-            square += (got - want) * (got - want) / want;
-            classes += 1;
-        }
-    }
-    square += (rare.1 - rare.0) * (rare.1 - rare.0) / rare.0;
-    // Four deviations of a chi-square with as many degrees of freedom as there are classes before the last.
-    let limit = f64::from(classes) + 4.0 * (2.0 * f64::from(classes)).sqrt();
-    assert!(square < limit && classes > 10, "chi-square {square} with {classes} degrees of freedom");
+    assert_follow_the_target(&target, &decoded, "medusa");
 }
 
 #[test]

@@ -175,7 +175,8 @@ impl LilicorrConfig {
             }
         }
         if weights.iter().all(|(_, weight)| *weight == 0.0) {
-            let problem = "is 0, and so are margin_weight, penalty_weight and calibration_weight: the head would not learn";
+            let problem =
+                "is 0, and so are margin_weight, penalty_weight and calibration_weight: the head would not learn";
             return Err(("ce_weight", problem.to_owned()));
         }
         Ok(())

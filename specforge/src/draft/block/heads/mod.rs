@@ -27,8 +27,7 @@ mod tests;
 pub mod xpress;
 
 /// Every head.
-pub const HEADS: &[HeadKind] =
-    &[plain::KIND, selector::KIND, markov::KIND, lilicorr::KIND, domino::KIND, xpress::KIND];
+pub const HEADS: &[HeadKind] = &[plain::KIND, selector::KIND, markov::KIND, lilicorr::KIND, domino::KIND, xpress::KIND];
 
 /// The head of this name.
 pub fn find(name: &str) -> Option<&'static HeadKind> {
@@ -129,7 +128,8 @@ fn whole_vocabulary(config: &BlockConfig) -> Result<()> {
     match keys.into_iter().find(|(_, given)| *given) {
         None => Ok(()),
         Some((key, _)) => {
-            let problem = format!("{} drafts from the target's whole vocabulary, as every engine has it", config.algorithm);
+            let problem =
+                format!("{} drafts from the target's whole vocabulary, as every engine has it", config.algorithm);
             Err(Error::config(format!("draft.{key}"), problem))
         }
     }

@@ -27,18 +27,14 @@ pub const KIND: HeadKind = HeadKind {
     name: "dflash2",
     summary: "DFlash with convolutions in the block, and a selector among the likeliest tokens of each slot",
     layout: Layout::FillIn,
-    defaults: || {
-        json!({"conv": {"kernel_size": 2, "group_size": 16}, "weights": {"name": "fixed", "gamma": 7.0}})
-    },
+    defaults: || json!({"conv": {"kernel_size": 2, "group_size": 16}, "weights": {"name": "fixed", "gamma": 7.0}}),
     check: |config| SelectorConfig::read(config).and_then(|_| super::whole_vocabulary(config)),
     metrics: |config| {
         let recall = format!("recall_at_{}", SelectorConfig::read(config)?.selector_top_k);
         let own = ["base_accuracy", "selector_loss", &recall, "base_prefix", "oracle_prefix"].map(str::to_owned);
         Ok([metrics::names(config.layout(), config.block_size), own.into()].concat())
     },
-    wants_teacher: |config| {
-        SelectorConfig::read(config).is_ok_and(|own| own.objective.labels() == Labels::Teacher)
-    },
+    wants_teacher: |config| SelectorConfig::read(config).is_ok_and(|own| own.objective.labels() == Labels::Teacher),
     follows_length: false,
     tensors,
     build,
@@ -245,7 +241,8 @@ mod tests {
             ("top_k", json!(4)),
         ] {
             let head = [(key.to_owned(), value)].into_iter().collect();
-            let whole = BlockConfig { mask_token_id: Some(1), target_layer_ids: Some(vec![1]), ..BlockConfig::default() };
+            let whole =
+                BlockConfig { mask_token_id: Some(1), target_layer_ids: Some(vec![1]), ..BlockConfig::default() };
             let config = BlockConfig { head, ..whole };
             let shape = config.shape(&TargetInfo::of(6, 40, 4, 64)).unwrap();
             let error = SelectorConfig::of(&config, &shape).unwrap_err();

@@ -35,6 +35,9 @@ pub(super) fn look(folder: &Folder, lines: &mut Lines) {
     if parsed.method != Method::Dspark && parsed.places.only_at_top("mask_token_id") {
         lines.fails("looks for `mask_token_id` in `dflash_config`, not at the top of config.json");
     }
+    if shape.mask_embedding && folder.mask_token.is_none() {
+        lines.fails("takes a mask_embedding.pt only as a table with `mask_token_id` and `embedding`");
+    }
     if shape.draft_vocab_size < shape.vocab_size && parsed.method != Method::Dspark {
         lines.fails("converts a smaller vocabulary of DSpark only");
     }

@@ -39,14 +39,11 @@ pub(super) fn look(folder: &Folder, target: Option<&Target>, lines: &mut Lines) 
     if slides > 0 && slides < shape.layers.len() {
         lines.says("needs its V2 model runner for sliding beside full layers");
     }
-    if folder.spellings.contains(&Spelling::Prefixed) {
+    if folder.spellings.contains(&Spelling::Prefixed) && parsed.method != Method::Lilicorr {
         lines.fails("puts `model.` before every name and does not know names that have it");
     }
     if folder.spellings.contains(&Spelling::Codebook) {
         lines.fails("does not know codebooks with `.weight` behind their names");
-    }
-    if folder.spellings.contains(&Spelling::Encoder) && parsed.method != Method::Dflash {
-        lines.fails("knows the names encoder.* with plain DFlash only");
     }
     let row_is_read = matches!(parsed.method, Method::Dflash | Method::Dflash2 | Method::Lilicorr);
     if shape.mask_embedding && !row_is_read {

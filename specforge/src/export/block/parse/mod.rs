@@ -20,7 +20,7 @@ use super::method::{Layout, Method};
 use crate::draft::block::config::BlockShape;
 use crate::error::{Error, Result};
 use crate::export::eagle3::config::{named, one_rope};
-use crate::models::plain_model;
+use crate::models::{limits, plain_model};
 use crate::weights::quantised;
 
 mod block;
@@ -29,7 +29,7 @@ mod head;
 /// Qwen3's size of a head where none is given.
 const HEAD_DIM: i64 = 128;
 /// Largest block.
-const MOST_ROWS: i64 = 4096;
+const MOST_ROWS: i64 = 256;
 
 /// A config.json and what it says.
 pub(super) struct Parsed {
@@ -149,6 +149,7 @@ fn parsed(
     if !(shape.input_embedding_scale.is_finite() && shape.input_embedding_scale != 0.0) {
         return Err(format!("`input_embedding_scale`: expected a number, got {}", shape.input_embedding_scale));
     }
+    sound(&shape)?;
     let head = head::head((layout, method), &values, &keys, shapes, &mut notes)?;
     head.check(&shape)?;
     let target = match layout {
@@ -162,6 +163,13 @@ fn parsed(
     let max_position_embeddings = sizes.max_position_embeddings;
     let places = all.places;
     Ok(Parsed { layout, method, shape, head, keys, places, target, max_position_embeddings, notes })
+}
+
+/// Refuses sizes that no backbone has. Which of the target's layers are read is looked at elsewhere: a folder may leave their
+/// number open, and what its trainer made of the last one is its own business.
+fn sound(shape: &BlockShape) -> Result<(), String> {
+    let (layers, ids) = (limits::MOST_LAYERS as usize, vec![0]);
+    BlockShape { num_target_layers: layers, target_layer_ids: ids, ..shape.clone() }.check()
 }
 
 /// The sizes of any Qwen3.

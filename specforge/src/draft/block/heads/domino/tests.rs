@@ -111,8 +111,7 @@ fn keys_are_checked_and_named() {
         (json!({"base_weight_until": 0.0}), "base_weight_until"),
         (json!({"gru_hidden": 4}), "did you mean `gru_hidden_dim`"),
     ] {
-        let mut config = BlockConfig::default();
-        config.head = head.as_object().unwrap().clone();
+        let config = BlockConfig { head: head.as_object().unwrap().clone(), ..BlockConfig::default() };
         let error = DominoConfig::read(&config).unwrap_err().to_string();
         assert!(error.contains(word) && error.contains("draft.head"), "{error}");
     }

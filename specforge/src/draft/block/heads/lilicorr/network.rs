@@ -69,7 +69,8 @@ pub fn tensors(config: &LilicorrConfig, shape: &BlockShape) -> Vec<TensorSpec> {
     let (wide, h, factor) = (shape.hidden_size, config.width(shape), config.lilicorr_factor_dim);
     let (heads, block) = (config.lilicorr_num_heads, shape.block_size);
     let mut specs = Vec::new();
-    let mut add = |name: &str, shape: &[i64], start| specs.push(TensorSpec::new(format!("lilicorr.{name}"), shape, start));
+    let mut add =
+        |name: &str, shape: &[i64], start| specs.push(TensorSpec::new(format!("lilicorr.{name}"), shape, start));
     let linear = |add: &mut dyn FnMut(&str, &[i64], Start), name: &str, out: i64, width: i64| {
         add(&format!("{name}.weight"), &[out, width], Start::Normal(START));
         add(&format!("{name}.bias"), &[out], Start::Zeros);
@@ -308,7 +309,9 @@ mod tests {
     fn scores_are_scaled_cosines() {
         let lattice = lattice(&scorer(0.0), 4, 3, 1.0);
         assert_eq!((lattice.start.size(), lattice.pairs.size()), (vec![2, 3], vec![2, 3, 3, 3]));
-        assert!(lattice.pairs.abs().max().double_value(&[]) <= 8.0 && lattice.start.abs().max().double_value(&[]) <= 8.0);
+        assert!(
+            lattice.pairs.abs().max().double_value(&[]) <= 8.0 && lattice.start.abs().max().double_value(&[]) <= 8.0
+        );
     }
 
     #[test]

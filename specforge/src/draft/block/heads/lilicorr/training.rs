@@ -68,10 +68,8 @@ impl LilicorrHead {
             let teacher = teacher.detach().gather(1, &own.ids, false).to_kind(logits.kind());
             every.join(&teacher, &others.logits.zeros_like())
         });
-        let candidates = Candidates {
-            ids: every.join(&own.ids, &others.ids),
-            logits: every.join(&own.logits, &others.logits),
-        }; // [n, S, K]
+        let candidates =
+            Candidates { ids: every.join(&own.ids, &others.ids), logits: every.join(&own.logits, &others.logits) }; // [n, S, K]
         let log_q = every.join(&own_log_q, &others_log_q);
         let lattice = self.scorer.lattice(&candidates, &log_q, &chunk.slots(), context, chunk.embedding);
         let (places, found) = candidates.find(&chunk.labels());

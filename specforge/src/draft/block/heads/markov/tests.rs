@@ -180,8 +180,7 @@ fn keys_are_checked_and_named() {
         (json!({"anchor_row_writes_state": true}), "anchor_row_writes_state"),
         (json!({"markov_ranks": 4}), "did you mean `markov_rank`"),
     ] {
-        let mut config = BlockConfig::default();
-        config.head = head.as_object().unwrap().clone();
+        let config = BlockConfig { head: head.as_object().unwrap().clone(), ..BlockConfig::default() };
         let error = MarkovConfig::read(&config).unwrap_err().to_string();
         assert!(error.contains(word) && error.contains("draft.head"), "{error}");
     }

@@ -143,7 +143,10 @@ mod tests {
         // Teacher forcing on the walk's own tokens gives its scores.
         let previous = Tensor::cat(&[anchor.unsqueeze(1), walk.tokens.narrow(1, 0, 2)], 1);
         assert!(selector.scores(&candidates, &projected, &previous).allclose(&walk.scores, 1e-12, 1e-12, false));
-        assert!(!walk.tokens.equal(&logits.argmax(-1, false)), "the walk should differ from the plain argmax somewhere");
+        assert!(
+            !walk.tokens.equal(&logits.argmax(-1, false)),
+            "the walk should differ from the plain argmax somewhere"
+        );
     }
 
     #[test]
