@@ -8,14 +8,15 @@ import json
 from pathlib import Path
 
 from .accounting import Answer
-from .case import Asked, Case
+from .case import BLOCKS, Asked, Case
 from .environment import Environment, worker
 from .program import Decode
 
 INSIDE = Path(__file__).parent / "inside"
 # Methods of the V2 runner alone, which wants a Triton for CPUs.
 INTERPRETED = ("dflash2", "dspark", "lilicorr")
-NOTE = "on the V2 runner, whose kernels run in Triton's interpreter: no Triton for CPUs is published"
+V2 = "on the V2 runner, whose kernels run in Triton's interpreter: no Triton for CPUs is published"
+NORM = "keys of the context normed by a plain formula: vLLM's kernel for CPUs takes the first layer's weights for all layers"
 # Layouts that name their target.
 NAMING = ("speculators", "block-speculators", "peagle")
 
@@ -29,7 +30,7 @@ class Vllm:
     layouts = {
         "eagle3": ("eagle3", "speculators"), "medusa": ("medusa-vllm", "medusa"), "model": ("",), "lookup": ("",),
         "dflash": ("block", "block-speculators"), "dflash2": ("block", "block-speculators"),
-        "dspark": ("block", "block-speculators"), "lilicorr": ("block",), "xpress": ("block",), "peagle": ("peagle",),
+        "dspark": ("block", "block-speculators"), "lilicorr": ("block",), "peagle": ("peagle",),
     }
 
     def __init__(self, environments: Path):
@@ -54,10 +55,15 @@ class Vllm:
             options.write_text(json.dumps({**value, "model": str(case.folder), "draft": None}))
         omp = self.environment.folder / "lib/libiomp5.so"
         path, variables = [INSIDE / "vllm_hook"], {}
+        notes = []
+        if case.method in BLOCKS:
+            variables["SPECFORGE_NORM"] = "1"
+            notes.append(NORM)
         if case.method in INTERPRETED:
+            notes.append(V2)
             self.triton.install("vllm-triton.txt")
             path.append(self.triton.packages)
-            variables = {"SPECFORGE_TRITON": "1", "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
+            variables |= {"SPECFORGE_TRITON": "1", "TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
         worker(
             [self.environment.python, INSIDE / "vllm_decode.py", options], work / "vllm.log", asked.seconds, **variables,
             PYTHONPATH=":".join(map(str, path)), SPECFORGE_DRAFTS=str(drafts), VLLM_CPU_KVCACHE_SPACE="1",
@@ -79,7 +85,7 @@ class Vllm:
             if case.method != "plain":
                 answer.rounds, answer.accepted = one["rounds"], one["accepted"]
             answers.append(answer)
-        return Decode(answers, found["tokens_per_second"], [NOTE] if case.method in INTERPRETED else [])
+        return Decode(answers, found["tokens_per_second"], notes)
 
 
 def speculation(case: Case) -> dict | None:
@@ -92,7 +98,7 @@ def speculation(case: Case) -> dict | None:
             return {"method": "ngram", "num_speculative_tokens": case.guesses, **lengths}
         case "model":
             return {"method": "draft_model", "model": str(case.folder), "num_speculative_tokens": case.guesses}
-        case "dflash2" | "lilicorr" | "xpress":
+        case "dflash2" | "lilicorr":
             # What the draft is it finds in config.json.
             return {"method": "dflash", "model": str(case.folder), "num_speculative_tokens": case.guesses}
         case method:

@@ -19,7 +19,6 @@
 #include <ATen/ops/cat.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/logaddexp.h>
-#include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -209,10 +208,11 @@ Attended merge(const Attended &left, const Attended &right) {
 class MergedAttention : public torch::autograd::Function<MergedAttention> {
  public:
   // query [R, N, D]; key, value [S, G, D]; own_key, own_value [R / b, I, G, D], each set shared by b consecutive queries;
-  // `causal`: I is b, and query i of a set sees its own keys 0 ..= i; or b is 1, and the heads of a group are I queries of
-  // as many heads each, one behind the other. Returns [R, N, D].
+  // `hidden [I, I]`, booleans where there is one: which own keys query i of a set does not see, where I is b; or b is 1, and the
+  // heads of a group are I queries of as many heads each, one behind the other. Returns [R, N, D].
   static at::Tensor forward(AutogradContext *context, const at::Tensor &query, const at::Tensor &key,
-                            const at::Tensor &value, const at::Tensor &own_key, const at::Tensor &own_value, bool causal,
+                            const at::Tensor &value, const at::Tensor &own_key, const at::Tensor &own_value,
+                            const std::optional<at::Tensor> &hidden,
                             std::vector<std::int64_t> numbers, const Packed &packed, double scale) {
     const auto groups = key.size(1), own = own_key.size(1);
     at::Tensor output, log_sum;  // [R, N, D], [R, N, 1]
@@ -234,7 +234,7 @@ class MergedAttention : public torch::autograd::Function<MergedAttention> {
     }
     if (own > 0) {
       const auto wide = log_sum.scalar_type();
-      const auto scores = own_scores(query, own_key, causal, scale, wide);  // [R, N, I]
+      const auto scores = own_scores(query, own_key, hidden, scale, wide);  // [R, N, I]
       // One softmax over the shared keys, as if they were one, and the own ones.
       const auto shares = at::cat({log_sum, scores}, -1).log_softmax(-1);  // [R, N, 1 + I]
       log_sum = scores.narrow(-1, 0, 1) - shares.narrow(-1, 1, 1);         // [R, N, 1]
@@ -246,7 +246,7 @@ class MergedAttention : public torch::autograd::Function<MergedAttention> {
     context->save_for_backward({query, key, value, own_key, own_value, output, log_sum});
     context->saved_data["numbers"] = numbers;
     context->saved_data["scale"] = scale;
-    context->saved_data["causal"] = causal;
+    if (hidden) context->saved_data["hidden"] = *hidden;
     return output;
   }
 
@@ -269,9 +269,10 @@ class MergedAttention : public torch::autograd::Function<MergedAttention> {
     at::Tensor own_key_slope, own_value_slope;
     if (own > 0) {
       const auto wide = log_sum.scalar_type(), kind = query.scalar_type();
-      const auto causal = context->saved_data["causal"].toBool();
+      std::optional<at::Tensor> hidden;
+      if (context->saved_data.count("hidden") > 0) hidden = context->saved_data["hidden"].toTensor();
       const auto wide_slope = slope.to(wide);
-      const auto weights = (own_scores(query, own_key, causal, scale, wide) - log_sum).exp_();  // [R, N, I]
+      const auto weights = (own_scores(query, own_key, hidden, scale, wide) - log_sum).exp_();  // [R, N, I]
       const auto common = (wide_slope * output).sum(-1, /*keepdim=*/true);              // [R, N, 1]
       const auto split = [&](const at::Tensor &tensor) { return apart(tensor, own_key); };
       const auto of_weights =
@@ -407,17 +408,17 @@ class MergedAttention : public torch::autograd::Function<MergedAttention> {
   // Scores of each query with its own keys, [R, N, I], in float32 at least, as the kernels keep those of shared keys and
   // decoding keeps all: at a score of 40, one rounding to bfloat16 moves a weight by a tenth. What follows stays wide up to
   // the one rounding of each result; own keys are few, so that costs next to nothing.
-  static at::Tensor own_scores(const at::Tensor &query, const at::Tensor &own_key, bool causal, double scale,
+  static at::Tensor own_scores(const at::Tensor &query, const at::Tensor &own_key,
+                               const std::optional<at::Tensor> &hidden, double scale,
                                at::ScalarType kind) {
     const auto products = at::matmul(apart(query.to(kind), own_key), own_key.to(kind).permute({0, 2, 3, 1}));
     const auto scores = together(products, query) * scale;
-    if (!causal) return scores;
+    if (!hidden) return scores;
     const auto own = own_key.size(1), groups = own_key.size(2);
-    const auto later = at::ones({own, own}, scores.options().dtype(at::kBool)).triu_(1);  // [query, key]
     const auto none = -std::numeric_limits<double>::infinity();
     if (own_key.size(0) * own == scores.size(0))
-      return scores.view({-1, own, scores.size(1), own}).masked_fill(later.unsqueeze(1), none).view(scores.sizes());
-    return scores.view({scores.size(0), groups, own, -1, own}).masked_fill(later.unsqueeze(1), none).view(scores.sizes());
+      return scores.view({-1, own, scores.size(1), own}).masked_fill(hidden->unsqueeze(1), none).view(scores.sizes());
+    return scores.view({scores.size(0), groups, own, -1, own}).masked_fill(hidden->unsqueeze(1), none).view(scores.sizes());
   }
 };
 
@@ -427,7 +428,7 @@ extern "C" {
 
 // `runs` holds five numbers a run; `places` is null, or the four tensors of `Packed` with `sizes` of three numbers.
 int specforge_merged_attention(const at::Tensor *query, const at::Tensor *key, const at::Tensor *value,
-                               const at::Tensor *own_key, const at::Tensor *own_value, int causal,
+                               const at::Tensor *own_key, const at::Tensor *own_value, const at::Tensor *hidden,
                                const std::int64_t *runs, std::int64_t run_count, const at::Tensor *const *places, const std::int64_t *sizes,
                                double scale, at::Tensor **output, char *error, std::size_t error_size) {
   return guarded(
@@ -437,7 +438,9 @@ int specforge_merged_attention(const at::Tensor *query, const at::Tensor *key, c
         if (places != nullptr)
           packed = {*places[0], *places[1], *places[2], *places[3], sizes[0], sizes[1], sizes[2]};
         *output = new at::Tensor(
-            MergedAttention::apply(*query, *key, *value, *own_key, *own_value, causal != 0, std::move(numbers), packed,
+            MergedAttention::apply(*query, *key, *value, *own_key, *own_value,
+                                                        hidden == nullptr ? std::nullopt : std::make_optional(*hidden),
+                                                        std::move(numbers), packed,
                                    scale));
       },
       error, error_size);

@@ -10,7 +10,7 @@ use tch::Device;
 use crate::config::{Dtype, RunConfig};
 use crate::data::{self, TokenCache};
 use crate::device;
-use crate::draft::{self, vocabulary};
+use crate::draft::{self, Documents, Footprint, vocabulary};
 use crate::error::{Error, Result};
 use crate::features::store::{MANIFEST_FILE, StoreManifest};
 use crate::gguf::packed;
@@ -38,6 +38,8 @@ pub struct Plan {
     pub trainable_parameters: u64,
     /// Peak memory of a process by what needs it, in bytes.
     pub memory: Memory,
+    /// What the draft takes for a micro-batch.
+    pub footprint: Footprint,
     /// Devices that a process spreads the target's layers over; empty where all of them are in one place.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<DevicePlan>,
@@ -117,12 +119,27 @@ pub struct EvaluationPlan {
 struct Counted {
     data: DataPlan,
     steps: Option<u64>,
+    /// Documents of an epoch.
+    documents: Option<u64>,
     /// Tokens that are trained on, over all steps.
     trained_tokens: Option<f64>,
     /// Training tokens whose states the rank with the most keeps; nothing where none are kept.
     kept_tokens: Option<u64>,
     /// Tokens of an evaluation.
     held_out_tokens: Option<u64>,
+}
+
+impl Counted {
+    /// The documents of a full micro-batch: of average length where they were counted, of the greatest where not.
+    fn micro_batch(&self, config: &RunConfig) -> Documents {
+        let most = config.train.micro_batch_tokens as u64;
+        let longest = (config.data.max_length as u64).min(most);
+        let average = self.data.tokens.zip(self.documents).map(|(tokens, documents)| tokens.div_ceil(documents.max(1)));
+        let tokens = average.unwrap_or(longest).clamp(1, longest.max(1));
+        let share = |supervised: u64| supervised as f64 / self.data.tokens.unwrap_or(0).max(1) as f64;
+        let supervised = self.data.supervised.map_or(1.0, share).min(1.0);
+        Documents { count: (most / tokens).max(1), tokens, supervised }
+    }
 }
 
 impl Plan {
@@ -144,7 +161,13 @@ impl Plan {
             false => whole_optimizer,
         };
         let gradients = size.trainable * if world_size > 1 { 8 } else { 4 };
-        let activations = activations(config, &target, size.captured, width);
+        let micro_batch = counted.micro_batch(config);
+        let footprint = (algorithm.footprint)(&section, &target, micro_batch)?;
+        let activations = activations(config, &target, size.captured, width) + footprint.numbers * width;
+        let rows_per_token =
+            footprint.rows.map_or(1.0, |rows| rows as f64 / (micro_batch.count * micro_batch.tokens).max(1) as f64);
+        // Of a token, all rows that pass through the draft for it.
+        let draft_operations = (size.row_multiply_adds as f64 * rows_per_token) as u64;
         // Held-out states are kept too, by the ranks in turn.
         let held_out = counted.held_out_tokens.unwrap_or(0).div_ceil(world_size);
         let kept_tokens = counted.kept_tokens.map_or(0, |tokens| tokens.saturating_add(held_out));
@@ -167,8 +190,8 @@ impl Plan {
             total: weights + optimizer + gradients + hidden_states + activations + checkpoint_bytes,
         };
         let kept = (config.checkpoint.keep_last as u64).saturating_add(2);
-        let operations_per_token = 2 * (run_parameters + size.row_multiply_adds);
-        let evaluation = evaluation_plan(config, &counted, run_parameters as f64, size.row_multiply_adds as f64);
+        let operations_per_token = 2 * (run_parameters + draft_operations);
+        let evaluation = evaluation_plan(config, &counted, run_parameters as f64, draft_operations as f64);
         let Counted { data, steps, .. } = counted;
         let is_there = |folder: &&std::path::PathBuf| folder.join(MANIFEST_FILE).exists();
         let store = offline.filter(is_there).map(|folder| StoreManifest::read(folder)).transpose()?;
@@ -181,6 +204,7 @@ impl Plan {
             draft_vocabulary,
             trainable_parameters: size.trainable,
             memory,
+            footprint,
             devices: Vec::new(),
             data,
             steps,
@@ -294,6 +318,7 @@ fn data_plan(config: &RunConfig, world_size: usize) -> Result<Counted> {
         return Ok(Counted {
             data: DataPlan { tokens: Some(tokens), supervised: Some(cache.supervised_tokens()), estimated: false },
             steps: Some(steps),
+            documents: Some(documents.len() as u64),
             trained_tokens: Some(tokens as f64 * steps as f64 / of_epoch as f64),
             kept_tokens,
             held_out_tokens: Some(evaluated.iter().map(|&index| eval_cache.length(index) as u64).sum()),
@@ -316,6 +341,7 @@ fn data_plan(config: &RunConfig, world_size: usize) -> Result<Counted> {
     Ok(Counted {
         data: DataPlan { tokens, supervised: None, estimated: true },
         steps,
+        documents: None,
         trained_tokens: steps.map(|steps| steps as f64 * config.train.batch_tokens as f64),
         kept_tokens: tokens.filter(|_| keeps).map(|tokens| tokens.div_ceil(world_size as u64)),
         held_out_tokens: held_out.map(|tokens| tokens.min(most)),
@@ -361,6 +387,8 @@ impl fmt::Display for Plan {
             ("checkpoint", format!("{} each, {} on disk", size(self.checkpoint_bytes), size(self.disk_bytes))),
             ("work", format!("{:.2} GFLOP a token", self.operations_per_token as f64 / 1e9)),
         ];
+        let place = rows.iter().position(|(name, _)| *name == "memory").unwrap_or(rows.len());
+        drop(rows.splice(place..place, self.footprint.lines.iter().cloned()));
         let place = rows.iter().position(|(name, _)| *name == "tokens").unwrap_or(rows.len());
         drop(rows.splice(place..place, devices.iter().map(|(name, row)| (name.as_str(), row.clone()))));
         if let Some(bytes) = self.store_bytes {

@@ -42,7 +42,7 @@ unsafe extern "C" {
         value: *const C_tensor,
         own_key: *const C_tensor,
         own_value: *const C_tensor,
-        causal: c_int,
+        hidden: *const C_tensor,
         runs: *const i64,
         run_count: i64,
         places: *const *const C_tensor,
@@ -235,7 +235,7 @@ pub(crate) fn made(call: impl FnOnce(*mut *mut C_tensor, *mut c_char, usize) -> 
 /// them. The caller checks all sizes.
 pub fn merged_attention(
     [query, key, value, own_key, own_value]: [&Tensor; 5],
-    causal_own: bool,
+    hidden: Option<&Tensor>,
     runs: &[i64],
     packed: Option<([&Tensor; 4], &[i64; 3])>,
     scale: f64,
@@ -250,7 +250,7 @@ pub fn merged_attention(
             value.as_ptr(),
             own_key.as_ptr(),
             own_value.as_ptr(),
-            c_int::from(causal_own),
+            hidden.map_or(std::ptr::null(), |hidden| hidden.as_ptr()),
             runs.as_ptr(),
             (runs.len() / 5) as i64,
             places.as_ref().map_or(std::ptr::null(), |places| places.as_ptr().cast()),

@@ -18,8 +18,8 @@ use specforge::nn::Processors;
 use specforge::weights;
 use tch::{Device, Kind, Tensor};
 
-use super::block_training::{TOLERANCE, json_of, text};
-use super::{Golden, compare};
+use super::Golden;
+use super::block_training::{json_of, near, text};
 
 /// What the configuration of a file's kind is called by engines.
 fn architecture(kind: &str, config: &Value) -> &'static str {
@@ -107,14 +107,14 @@ pub fn backbone(golden: &Golden) -> Result<Inference, String> {
         for layer in 0..shape.layers.len() {
             for (name, own) in ["k", "v"].iter().zip(cache.contents(layer, 0)) {
                 let file = format!("mid.step{step}.ctx_{name}.{layer}");
-                compare(&file, &own, &golden.tensor(&file)?, TOLERANCE)?;
+                near(&file, &own, &golden.tensor(&file)?)?;
             }
         }
         let mut rows = vec![tokens[tokens.len() - 1]];
         rows.resize(shape.block_size as usize, shape.mask_token_id);
         let rows = backbone.embed(&inference.embedding, &Tensor::from_slice(&rows).unsqueeze(0)).map_err(text)?;
         let hidden = backbone.forward_cached(&rows, &mut cache).map_err(text)?.squeeze_dim(0); // [B, H]
-        compare(&format!("step {step}: rows"), &hidden, &golden.tensor(&format!("out.step{step}.hidden"))?, TOLERANCE)?;
+        near(&format!("step {step}: rows"), &hidden, &golden.tensor(&format!("out.step{step}.hidden"))?)?;
         inference.hidden.push(hidden);
         inference.last_seen.push(context.get(context.size()[0] - 1));
         inference.tokens.push(tokens.clone());
@@ -129,7 +129,7 @@ pub fn check_dflash(path: &Path) -> Result<String, String> {
     for (step, hidden) in inference.hidden.iter().enumerate() {
         let file = |name: &str| golden.tensor(&format!("out.step{}.{name}", step + 1));
         let logits = hidden.narrow(0, 1, hidden.size()[0] - 1).matmul(&inference.head.transpose(0, 1));
-        compare("logits", &logits, &file("logits")?, TOLERANCE)?;
+        near("logits", &logits, &file("logits")?)?;
         if !logits.argmax(-1, false).equal(&file("tokens")?) {
             return Err(format!("step {}: other tokens", step + 1));
         }

@@ -20,7 +20,7 @@ use specforge::decode::policy::Proposal;
 use specforge::draft::loss::{self, Hard, Projection, RowLosses, Rows, Scale};
 use specforge::draft::supervision::{MaskAlignment, trained_rows};
 use specforge::draft::{
-    self, Algorithm, DraftContext, DraftModel, DraftSize, Gradients, Parameter, RowPlan, Samples, StepKey, Tally,
+    self, Algorithm, DraftContext, DraftModel, DraftSize, Footprint, Gradients, Parameter, RowPlan, Samples, StepKey, Tally,
 };
 use specforge::error::{Error, Result};
 use specforge::export::{self, Beginning, ExportReport, Format, START_KEY, Source};
@@ -62,6 +62,7 @@ static ALGORITHM: Algorithm = Algorithm {
         Ok(DraftSize { trainable, frozen: 0, captured: 1, row_multiply_adds })
     },
     capture: |_, target| Ok(vec![target.num_layers()]),
+    footprint: |_, _, _| Ok(Footprint::default()),
     samples: |_| Samples::default(),
     work: |_, _, _, _| Err(Error::Failed("nobody times anchors".to_owned())),
     build: |section, context| Ok(Box::new(Anchors::new(Config::read(section)?, context)?)),

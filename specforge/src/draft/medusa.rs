@@ -25,7 +25,7 @@ use super::lift::lift;
 use super::loss::{self, Hard, Projection, RowLosses, Rows, Scale};
 use super::supervision::{MaskAlignment, TrainedRows, rows, trained_rows};
 use super::{
-    Algorithm, DraftContext, DraftModel, DraftSize, Gradients, Parameter, RowPlan, StepKey, Tally, vocabulary,
+    Algorithm, DraftContext, DraftModel, DraftSize, Footprint, Gradients, Parameter, RowPlan, StepKey, Tally, vocabulary,
 };
 use crate::data::PackedBatch;
 use crate::device;
@@ -52,6 +52,7 @@ pub const ALGORITHM: Algorithm = Algorithm {
         Ok(MedusaConfig::read(section)?.size(target, draft_vocabulary))
     },
     capture: |_, target| Ok(vec![target.num_layers()]),
+    footprint: |_, _, _| Ok(Footprint::default()),
     samples: samples::samples,
     work: samples::work,
     build: |section, context| Ok(Box::new(Medusa::new(MedusaConfig::read(section)?, context)?)),

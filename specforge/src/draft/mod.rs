@@ -34,7 +34,7 @@ pub mod vocabulary;
 pub use gradients::Gradients;
 pub use parameter::{Parameter, ParameterGroup};
 pub use plan::{Draws, RowPlan, StepKey, add_counts};
-pub use samples::{Compared, SampleSize, Samples, Timed, Work};
+pub use samples::{Compared, Documents, Footprint, SampleSize, Samples, Timed, Work};
 
 /// Sums over the rows of a batch, kept on the device; averages are taken once, over global counts.
 #[derive(Debug)]
@@ -166,6 +166,8 @@ pub struct Algorithm {
     /// Hidden states the draft will ask for, by Hugging Face's index: those of [`DraftModel::capture`], from
     /// configuration alone.
     pub capture: fn(&Value, &TargetInfo) -> Result<Vec<usize>>,
+    /// What a micro-batch of such documents takes, for a plan; the default where that is no more than for any draft.
+    pub footprint: fn(&Value, &TargetInfo, Documents) -> Result<Footprint>,
     /// Configurations by which the algorithm is checked and timed on a device; none where it needs more than a target.
     pub samples: fn(SampleSize) -> Samples,
     /// What a step on documents computes, from configuration and target; the last is the most bytes of a chunk of logits.

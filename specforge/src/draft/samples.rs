@@ -1,5 +1,6 @@
 //! Configurations by which an algorithm is checked and timed on a device, and what a step of it has to compute.
 
+use serde::Serialize;
 use serde_json::Value;
 use tch::Kind;
 
@@ -41,6 +42,28 @@ pub struct Timed {
     pub name: String,
     /// The `draft` section.
     pub section: Value,
+}
+
+/// The documents of a micro-batch, as far as a plan knows them.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Documents {
+    /// How many.
+    pub count: u64,
+    /// Tokens of each.
+    pub tokens: u64,
+    /// Share of them that is supervised.
+    pub supervised: f64,
+}
+
+/// What a draft takes for a micro-batch beside the target's states and logits, and what a plan says of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Footprint {
+    /// Rows that pass through the draft; nothing where it is one for each token.
+    pub rows: Option<u64>,
+    /// Numbers that are kept for the backward pass, estimated.
+    pub numbers: u64,
+    /// Lines of `--plan`: a word and what is to be known.
+    pub lines: Vec<(&'static str, String)>,
 }
 
 /// What a draft computes in a step.

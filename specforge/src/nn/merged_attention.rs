@@ -153,9 +153,9 @@ pub struct Own<'a> {
     pub value: &'a Tensor,
     /// `b`: consecutive queries that share a set.
     pub queries_per_own: i64,
-    /// Query `i` of a set sees the own keys up to its own place, `0 ..= i`; `I` is `b` then. Or `b` is 1, and the heads of
-    /// a group are `I` queries one behind the other ([`fold`]).
-    pub causal: bool,
+    /// `[I, I]` booleans: which own keys query `i` of a set does not see; `I` is `b` then. Or `b` is 1, and the heads of a
+    /// group are `I` queries one behind the other ([`fold`]).
+    pub hidden: Option<&'a Tensor>,
 }
 
 /// Attention of `query [R, N, D]` on `key, value [S, G, D]` and on own keys. Returns `[R, N, D]`, with gradients for all
@@ -180,8 +180,11 @@ pub fn merged_attention(query: &Tensor, [key, value]: [&Tensor; 2], own: Own<'_>
         )));
     }
     let folded = own.queries_per_own == 1 && count > 0 && heads / groups % count == 0;
-    if own.causal && count != own.queries_per_own && !folded {
-        let problem = format!("merged attention: {} queries share {count} own keys causally", own.queries_per_own);
+    if let Some(hidden) = own.hidden
+        && (hidden.size() != [count, count] || (count != own.queries_per_own && !folded))
+    {
+        let (got, sharing) = (hidden.size(), own.queries_per_own);
+        let problem = format!("merged attention: {got:?} hides own keys where {sharing} queries share {count}");
         return Err(Error::Failed(problem));
     }
     if queries == 0 {
@@ -197,7 +200,7 @@ pub fn merged_attention(query: &Tensor, [key, value]: [&Tensor; 2], own: Own<'_>
     let packed = packed.map(|packed| (packed.places.each_ref(), &packed.sizes));
     shim::merged_attention(
         [query, key, value, own.key, own.value],
-        own.causal,
+        own.hidden,
         &numbers,
         packed,
         (dim as f64).powf(-0.5),
@@ -217,6 +220,11 @@ pub fn unfold(folded: &Tensor, groups: i64, size: i64) -> Result<Tensor> {
     let (_, heads, dim) = folded.size3()?;
     let apart = folded.view([-1, groups, size, heads / groups / size, dim]); // [R / size, G, size, r, D]
     Ok(apart.transpose(1, 2).reshape([-1, heads / size, dim]))
+}
+
+/// Hides from query `i` of `size` the own keys behind it, for [`Own::hidden`]: `[size, size]` booleans.
+pub fn causal(size: i64, device: Device) -> Result<Tensor> {
+    Ok(Tensor::f_ones([size, size], (Kind::Bool, device))?.f_triu(1)?)
 }
 
 /// No own keys: `[R, 0, G, D]` beside `key [S, G, D]`.
@@ -293,7 +301,8 @@ mod tests {
         let slope = Tensor::randn(query.size(), (kind, Device::Cpu));
         let each = [own_key, own_value].map(|own| own.repeat_interleave_self_int(queries_per_own, 0, None));
         let want = written_out(&scaled, [key, value], each.each_ref(), runs, causal);
-        let own = Own { key: own_key, value: own_value, queries_per_own, causal };
+        let hidden = causal.then(|| super::causal(own_key.size()[1], Device::Cpu).unwrap());
+        let own = Own { key: own_key, value: own_value, queries_per_own, hidden: hidden.as_ref() };
         let got = merged_attention(&scaled, [key, value], own, &checked(runs, key.size()[0])).unwrap();
         let near = |left: &Tensor, right: &Tensor| (left - right).abs().max().double_value(&[]) < tolerance;
         assert!(near(&got, &want), "{label}");
@@ -346,15 +355,16 @@ mod tests {
             compare_with(&inputs, (16, true), &runs, tolerance, &format!("{kind:?}, causal"));
             // The same with the queries of a block as heads of one.
             for causal in [false, true] {
+                let hidden = causal.then(|| super::causal(16, Device::Cpu).unwrap());
                 let [query, key, value, own_key, own_value] = &inputs;
                 let scaled = query * 3.0;
                 let want = {
-                    let own = Own { key: own_key, value: own_value, queries_per_own: 16, causal };
+                    let own = Own { key: own_key, value: own_value, queries_per_own: 16, hidden: hidden.as_ref() };
                     merged_attention(&scaled, [key, value], own, &checked(&runs, 12)).unwrap()
                 };
                 let one = |run: &Run| Run { queries: run.queries.start / 16..run.queries.end / 16, ..run.clone() };
                 let folded: Vec<Run> = runs.iter().map(one).collect();
-                let own = Own { key: own_key, value: own_value, queries_per_own: 1, causal };
+                let own = Own { key: own_key, value: own_value, queries_per_own: 1, hidden: hidden.as_ref() };
                 let got = merged_attention(&fold(&scaled, 2, 16).unwrap(), [key, value], own, &checked(&folded, 12));
                 let got = unfold(&got.unwrap(), 2, 16).unwrap();
                 assert!((&got - &want).abs().max().double_value(&[]) < tolerance, "{kind:?}, folded");
@@ -437,7 +447,7 @@ mod tests {
                     written_out(query, [key, value], [own_key, own_value], &RUNS, false)
                 });
                 let got = run(&inputs, &|[query, key, value, own_key, own_value]| {
-                    let own = Own { key: own_key, value: own_value, queries_per_own: 1, causal: false };
+                    let own = Own { key: own_key, value: own_value, queries_per_own: 1, hidden: None };
                     merged_attention(query, [key, value], own, &checked(&RUNS, 15)).unwrap()
                 });
                 // A few roundings of the inputs' own size.
@@ -458,7 +468,7 @@ mod tests {
     fn runs_that_do_not_fit_are_refused() {
         let (query, key) = (random(&[9, 6, 8], Kind::Float), random(&[14, 2, 8], Kind::Float));
         let none = no_own_keys(9, &key).unwrap();
-        let own = Own { key: &none, value: &none, queries_per_own: 1, causal: false };
+        let own = Own { key: &none, value: &none, queries_per_own: 1, hidden: None };
         let attend = |runs: &[Run]| merged_attention(&query, [&key, &key], own, &checked(runs, 14));
         assert!(attend(&RUNS).is_ok());
         assert!(attend(&RUNS[..3]).is_err());

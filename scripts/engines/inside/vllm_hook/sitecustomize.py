@@ -1,4 +1,7 @@
-"""Writes down every draft that vLLM's worker makes; changes nothing of it.
+"""Writes down every draft that vLLM's worker makes.
+
+Of vLLM it changes one thing: 0.32's kernel of RMSNorm for CPUs norms the keys of every layer of a block drafter by the
+weights of the first, where that for GPUs takes each layer's own. With SPECFORGE_NORM=1 they are normed by a plain formula.
 
 With SPECFORGE_TRITON=1 Triton's interpreter (TRITON_INTERPRET=1) stands for a Triton that compiles for CPUs: vLLM looks
 whether one is there before it takes its V2 runner, which alone has heads on blocks.
@@ -46,6 +49,18 @@ def interpreter(module) -> None:
     module.backends["cpu"] = types.SimpleNamespace(compiler=None, driver=driver)
 
 
+def norm(module) -> None:
+    import torch
+
+    def normalize_context_k(self, keys):
+        # [L, tokens, heads, head size]
+        wide = keys.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._rms_norm_eps)
+        return wide.to(keys.dtype) * self._k_norm_weights[:, None, None, :]
+
+    module.DFlashQwen3Model._normalize_context_k = normalize_context_k
+
+
 LISTENERS = {
     "vllm.v1.worker.gpu_model_runner": first_runner,
     "vllm.v1.worker.gpu.spec_decode.utils": second_runner,
@@ -53,6 +68,8 @@ LISTENERS = {
 CHANGES = {}
 if os.environ.get("SPECFORGE_DRAFTS"):
     CHANGES |= LISTENERS
+if os.environ.get("SPECFORGE_NORM"):
+    CHANGES["vllm.model_executor.models.qwen3_dflash"] = norm
 if os.environ.get("SPECFORGE_TRITON"):
     CHANGES["triton.backends"] = interpreter
 

@@ -117,6 +117,8 @@ pub struct BlockRows {
     pub positions: Tensor,
     /// For each layer of the backbone, which context each row sees.
     pub runs: Vec<Seen>,
+    /// For each layer, which rows of its own block a row does not see: `[B, B]` booleans, where it does not see all.
+    pub hidden: Vec<Option<Tensor>>,
 }
 
 /// The context that the rows of blocks see in a layer.
@@ -210,8 +212,8 @@ impl Backbone {
         for (index, layer) in self.layers.iter().enumerate() {
             let attend = |query: Tensor, [key, value]: [Tensor; 2]| {
                 let [key, value] = [key, value].map(|own| own.unflatten(0, [-1, size])); // [n, B, G, D]
-                let causal = self.shape.layers[index].causal;
-                let own = Own { key: &key, value: &value, queries_per_own: size, causal };
+                let hidden = blocks.hidden[index].as_ref();
+                let own = Own { key: &key, value: &value, queries_per_own: size, hidden };
                 let seen = [&context[index][0], &context[index][1]];
                 match &blocks.runs[index] {
                     Seen::Rows(runs) => merged_attention(&query, seen, own, runs), // [R, N, D]

@@ -190,7 +190,8 @@ impl BlockPlan {
         let shares = losses::document_shares(&documents, &self.supervised());
         let document_shares = device::send(&Tensor::from_slice(&shares), device);
         let runs = self.runs(shape, &seen, total, device)?;
-        let rows = BlockRows { tokens: row_tokens, positions, runs };
+        let hidden = shape.layers.iter().map(|layer| self.hidden(*layer, size, device)).collect::<Result<_>>()?;
+        let rows = BlockRows { tokens: row_tokens, positions, runs, hidden };
         Ok(Blocks {
             context,
             context_positions,
@@ -202,6 +203,17 @@ impl BlockPlan {
             last_seen,
             document_shares,
         })
+    }
+
+    /// Which rows of its own block a row does not see in a layer; `None` where it sees all.
+    fn hidden(&self, layer: BlockLayer, size: i64, device: Device) -> Result<Option<Tensor>> {
+        let window = layer.window.filter(|_| self.windows == Windows::ByRow).unwrap_or(size);
+        if !layer.causal && window >= size {
+            return Ok(None);
+        }
+        let sees = |row: i64, key: i64| (key - row).abs() < window && (key <= row || !layer.causal);
+        let hidden: Vec<bool> = (0..size).flat_map(|row| (0..size).map(move |key| !sees(row, key))).collect();
+        Ok(Some(device::send(&Tensor::from_slice(&hidden).view([size, size]), device)))
     }
 
     /// For each document that has blocks: the rows that they see, and where those begin among all context rows.

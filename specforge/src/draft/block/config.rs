@@ -334,10 +334,6 @@ impl BlockConfig {
             (true, None) => Err(Error::config("draft.sliding_window", "sliding layers need a window".to_owned())),
             (false, Some(_)) => Err(Error::config("draft.sliding_window", "no layer is sliding".to_owned())
                 .with_hint("name sliding layers in draft.layer_types")),
-            (_, Some(window)) if window < self.block_size => {
-                let problem = format!("expected at least a block, {} tokens, got {window}", self.block_size);
-                Err(Error::config("draft.sliding_window", problem))
-            }
             _ => Ok(()),
         }
     }

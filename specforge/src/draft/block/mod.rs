@@ -54,6 +54,7 @@ pub const fn algorithm(kind: &HeadKind) -> Algorithm {
             let config = BlockConfig::read(section)?;
             Ok(capture(&config, &config.shape(target)?))
         },
+        footprint: samples::footprint,
         samples: samples::samples,
         work: samples::work,
         build: |section, context| Ok(Box::new(BlockDraft::new(BlockConfig::read(section)?, context)?)),

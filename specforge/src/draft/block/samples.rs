@@ -5,16 +5,14 @@ use tch::Kind;
 
 use super::blocks::BlockPlan;
 use super::config::BlockConfig;
-use super::losses::Labels;
 use crate::data::PackedBatch;
 use crate::draft::StepKey;
-use crate::draft::samples::{Compared, SampleSize, Samples, Timed, Work};
+use crate::draft::samples::{Compared, Documents, Footprint, SampleSize, Samples, Timed, Work};
 use crate::error::Result;
 use crate::models::TargetInfo;
 
 /// Plain DFlash stands for the family, which has one backbone.
 pub(super) fn samples(size: SampleSize) -> Samples {
-    let _ = Labels::Data;
     let whole = json!({"algorithm": "dflash", "num_layers": 2, "block_size": 4, "num_anchors": 64, "mask_token_id": 1});
     let full =
         json!({"algorithm": "dflash", "num_layers": 5, "block_size": 16, "num_anchors": 512, "mask_token_id": 1});
@@ -26,6 +24,35 @@ pub(super) fn samples(size: SampleSize) -> Samples {
         compared: vec![Compared { label: "DFlash", kinds: &[Kind::Float, Kind::BFloat16], section: whole }],
         timed: vec![vec![Timed { name: "dflash".to_owned(), section: timed }]],
     }
+}
+
+/// What a micro-batch takes, and what a plan says of blocks.
+pub(super) fn footprint(section: &Value, target: &TargetInfo, documents: Documents) -> Result<Footprint> {
+    let config = BlockConfig::read(section)?;
+    let shape = config.shape(target)?;
+    let Documents { count, tokens, supervised } = documents;
+    // The last token has nothing behind it.
+    let eligible = (supervised * tokens.saturating_sub(1) as f64).ceil() as u64;
+    let blocks = count * eligible.min(config.num_anchors as u64);
+    let rows = blocks * shape.block_size as u64;
+    let context = if blocks == 0 { 0 } else { count * tokens };
+    let layers = shape.layers.len() as u64;
+    let (hidden, dim) = (shape.hidden_size as u64, shape.layer.head_dim as u64);
+    let queries = shape.layer.num_attention_heads as u64 * dim;
+    let keys = shape.layer.num_key_value_heads as u64 * dim;
+    // Inputs and outputs of norms, products, rotations and activations, each once; attention keeps no pair of rows.
+    let of_row = 5 * hidden + 4 * queries + 4 * keys + 4 * shape.layer.intermediate_size as u64;
+    let of_context = (shape.target_layer_ids.len() as u64 + 2) * hidden + layers * 4 * keys;
+    let (size, anchors) = (shape.block_size, config.num_anchors);
+    let lines = vec![
+        ("layers", format!("{layers}, on outputs of target layers {:?}", shape.target_layer_ids)),
+        ("block", format!("{size} rows, {} of them trained; mask token {}", shape.slots(), shape.mask_token_id)),
+        ("anchors", format!("at most {anchors} a document")),
+        ("micro-batch", format!("{blocks} blocks of {count} documents of {tokens} tokens: {rows} rows")),
+    ];
+    // In floating point: no product of sizes that pass the checks overflows.
+    let numbers = (rows * layers) as f64 * of_row as f64 + context as f64 * of_context as f64;
+    Ok(Footprint { rows: Some(rows), numbers: numbers.min(2f64.powi(56)) as u64, lines })
 }
 
 /// A step on documents.

@@ -271,7 +271,7 @@ impl Layer {
         runs: &Runs,
     ) -> Result<Tensor> {
         let query = self.query(input, rope)?; // [n, N, D]
-        let own = Own { key: own[0], value: own[1], queries_per_own: 1, causal: false };
+        let own = Own { key: own[0], value: own[1], queries_per_own: 1, hidden: None };
         let attended = merged_attention::merged_attention(&query, [&shared[0], &shared[1]], own, runs)?; // [n, N, D]
         self.finish(residual, &attended)
     }

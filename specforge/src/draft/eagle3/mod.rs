@@ -22,7 +22,7 @@ use super::lift::lift;
 use super::loss::{Projection, Rows};
 use super::supervision::{self, MaskAlignment};
 use super::{
-    Algorithm, DraftContext, DraftModel, DraftSize, Gradients, Parameter, RowPlan, StepKey, Tally, vocabulary,
+    Algorithm, DraftContext, DraftModel, DraftSize, Footprint, Gradients, Parameter, RowPlan, StepKey, Tally, vocabulary,
 };
 use crate::data::PackedBatch;
 use crate::error::{Error, Result};
@@ -53,6 +53,7 @@ pub const ALGORITHM: Algorithm = Algorithm {
     resolve: |section| Ok(json!(Eagle3Config::read(section)?)),
     size: |section, target| size(&Eagle3Config::read(section)?, target),
     capture: |section, target| Ok(capture(&Eagle3Config::read(section)?.shape(target)?)),
+    footprint: |_, _, _| Ok(Footprint::default()),
     samples: samples::samples,
     work: samples::work,
     build: |section, context| Ok(Box::new(Eagle3::new(Eagle3Config::read(section)?, context)?)),

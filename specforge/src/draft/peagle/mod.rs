@@ -21,7 +21,7 @@ use super::eagle3::HeadStart;
 use super::lift::lift;
 use super::loss::{Projection, Rows};
 use super::{
-    Algorithm, DraftContext, DraftModel, DraftSize, Gradients, Parameter, RowPlan, StepKey, Tally, vocabulary,
+    Algorithm, DraftContext, DraftModel, DraftSize, Footprint, Gradients, Parameter, RowPlan, StepKey, Tally, vocabulary,
 };
 use crate::data::PackedBatch;
 use crate::error::{Error, Result};
@@ -50,6 +50,7 @@ pub const ALGORITHM: Algorithm = Algorithm {
     resolve: |section| Ok(json!(PeagleConfig::read(section)?)),
     size: |section, target| size(&PeagleConfig::read(section)?, target),
     capture: |section, target| Ok(capture(&PeagleConfig::read(section)?.shape(target)?)),
+    footprint: |_, _, _| Ok(Footprint::default()),
     samples: samples::samples,
     work: samples::work,
     build: |section, context| Ok(Box::new(Peagle::new(PeagleConfig::read(section)?, context)?)),

@@ -177,7 +177,10 @@ fn attend(plan: &Chains, window: usize, query: &Tensor, shared: &[Tensor; 2], ow
         let part = |tensor: &Tensor| tensor.narrow(0, start, *rows);
         let query = part(query);
         let call = |[key, value]: [&Tensor; 2], queries_per_own: i64, runs: &Runs| {
-            let own = Own { key, value, queries_per_own, causal: queries_per_own > 1 };
+            // Within its chain a row sees those before it.
+            let hidden = (queries_per_own > 1).then(|| merged_attention::causal(queries_per_own, query.device()));
+            let hidden = hidden.transpose()?;
+            let own = Own { key, value, queries_per_own, hidden: hidden.as_ref() };
             merged_attention::merged_attention(&query, [&shared[0], &shared[1]], own, runs)
         };
         attended.push(match group {

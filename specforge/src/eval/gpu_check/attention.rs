@@ -98,7 +98,7 @@ pub fn run(shape: &AttentionShape, place: Place) -> Result<Results> {
     ]
     .map(|input| input.set_requires_grad(true));
     let [query, key, value, own_key, own_value] = &inputs;
-    let own = Own { key: own_key, value: own_value, queries_per_own: 1, causal: false };
+    let own = Own { key: own_key, value: own_value, queries_per_own: 1, hidden: None };
     let runs = Runs::new(runs, keys, place.device)?;
     let output = merged_attention(query, [key, value], own, &runs)?; // [R, N, D]
     let slope = random(&[queries, heads, head_dim], 5)?;

@@ -225,6 +225,7 @@ impl Head {
                 positive("output_multiplier", keys.output_multiplier)?;
                 keys.final_logit_softcapping.map_or(Ok(()), |cap| positive("final_logit_softcapping", cap))
             }
+            Self::Markov(keys) if keys.markov_rank == 0 && keys.confidence_head => Ok(()),
             Self::Markov(keys) => limits::within(&[("markov_rank", keys.markov_rank, limits::WIDEST)]),
             Self::Lilicorr(keys) => {
                 let width = keys.width(shape);
@@ -289,10 +290,10 @@ impl Head {
             ),
             Self::Markov(keys) => {
                 let r = keys.markov_rank;
-                let mut list = vec![
-                    ("markov_w1.weight", vec![vocabulary, r]),
-                    ("markov_w2.weight", vec![shape.draft_vocab_size, r]),
-                ];
+                // A rank of 0 has no tables: the confidence is all there is.
+                let tables = [("markov_w1.weight", vocabulary), ("markov_w2.weight", shape.draft_vocab_size)];
+                let mut list: Vec<_> =
+                    tables.into_iter().filter(|_| r > 0).map(|(name, rows)| (name, vec![rows, r])).collect();
                 list.extend(match keys.markov_head_type {
                     MarkovKind::Vanilla => Vec::new(),
                     MarkovKind::Gated => {

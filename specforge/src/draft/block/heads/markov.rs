@@ -89,7 +89,9 @@ impl MarkovConfig {
     /// Reads and checks `draft.head`.
     pub fn read(config: &BlockConfig) -> Result<Self> {
         let own: Self = strict::from_value(&Value::Object(config.head.clone()), "draft.head")?;
-        if own.markov_rank < 1 {
+        // Without a rank there is a confidence alone.
+        let none = own.markov_rank == 0 && own.confidence_head && own.markov_head_type == MarkovKind::Vanilla;
+        if own.markov_rank < 1 && !none {
             let problem = format!("expected a rank of at least 1, got {}", own.markov_rank);
             return Err(Error::config("draft.head.markov_rank", problem)
                 .with_hint("a block without a Markov head is the algorithm `dflash`"));
@@ -113,10 +115,11 @@ impl MarkovConfig {
     pub fn tensors(&self, shape: &BlockShape) -> Vec<TensorSpec> {
         let (hidden, rank) = (shape.hidden_size, self.markov_rank);
         let noise = Start::Normal(0.02);
-        let mut tensors = vec![
-            TensorSpec::new("markov_head.markov_w1.weight", &[shape.vocab_size, rank], Start::Normal(0.01)),
-            TensorSpec::new("markov_head.markov_w2.weight", &[shape.draft_vocab_size, rank], noise),
-        ];
+        let mut tensors = Vec::new();
+        if rank > 0 {
+            let first = TensorSpec::new("markov_head.markov_w1.weight", &[shape.vocab_size, rank], Start::Normal(0.01));
+            tensors.extend([first, TensorSpec::new("markov_head.markov_w2.weight", &[shape.draft_vocab_size, rank], noise)]);
+        }
         let mut layer = |name: &str, out: i64, width: i64| {
             tensors.push(TensorSpec::new(format!("{name}.weight"), &[out, width], noise));
             tensors.push(TensorSpec::new(format!("{name}.bias"), &[out], Start::Zeros));

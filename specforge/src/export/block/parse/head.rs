@@ -85,9 +85,6 @@ fn markov(layout: Layout, keys: &Keys, shapes: &Shapes, notes: &mut Vec<String>)
     let Some(markov_rank) = keys.markov_rank else {
         return Err("`markov_rank`: expected a number, got nothing: the head is built by it".to_owned());
     };
-    if markov_rank == 0 {
-        return Err("`markov_rank`: expected at least 1, got 0: that is DFlash, not DSpark".to_owned());
-    }
     let kind = keys.markov_head_type.unwrap_or_else(|| {
         notes.push("`markov_head_type` is missing: vanilla is taken".to_owned());
         Default::default()
@@ -98,6 +95,9 @@ fn markov(layout: Layout, keys: &Keys, shapes: &Shapes, notes: &mut Vec<String>)
         notes.push("`enable_confidence_head` is false, but the file has the head: it is read".to_owned());
     }
     let confidence_head = weight.is_some() || said == Some(true);
+    if markov_rank == 0 && !(confidence_head && kind == MarkovKind::Vanilla) {
+        return Err("`markov_rank`: expected at least 1, got 0: without a confidence head that is DFlash".to_owned());
+    }
     let width = |with: bool| if with { markov_rank } else { 0 };
     // The rows' width is told by the tensors that are there in any case.
     let hidden = shapes.get("norm.weight").and_then(|shape| shape.first()).copied();

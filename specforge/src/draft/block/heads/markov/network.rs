@@ -53,10 +53,15 @@ impl Markov {
             MarkovKind::Gated => Some(layer("markov_head.gate_proj")?),
             MarkovKind::Rnn => Some(layer("markov_head.joint_proj")?),
         };
+        // A rank of 0 is a table of no columns, which adds nothing.
+        let table = |name: &str, rows: i64| match config.markov_rank {
+            0 => tensors("norm.weight").map(|like| like.new_zeros([rows, 0], (like.kind(), like.device()))),
+            _ => tensors(name),
+        };
         Ok(Self {
             kind: config.markov_head_type,
-            first: tensors("markov_head.markov_w1.weight")?,
-            second: tensors("markov_head.markov_w2.weight")?,
+            first: table("markov_head.markov_w1.weight", shape.vocab_size)?,
+            second: table("markov_head.markov_w2.weight", shape.draft_vocab_size)?,
             mix,
             confidence: config.confidence_head.then(|| layer("confidence_head.proj")).transpose()?,
             with_markov: config.confidence_head_with_markov,
