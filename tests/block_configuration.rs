@@ -150,7 +150,7 @@ fn keys_of_heads_are_checked() {
         refuses(algorithm, &[(&format!("head.{key}"), value)], &[&format!("draft.head.{key}")]);
     }
     // Those choose among tokens of the whole vocabulary.
-    for algorithm in ["dflash2", "lilicorr"] {
+    for algorithm in ["dflash2", "lilicorr", "domino"] {
         refuses(algorithm, &[("draft_vocab_size", json!(200))], &["draft.draft_vocab_size"]);
     }
     refuses("lilicorr", &[("layout", json!("shift"))], &["draft.layout"]);

@@ -51,10 +51,11 @@ pub fn block_drafts() -> Vec<(&'static str, Value)> {
         section
     };
     let sliding = json!({"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5});
-    let selector = json!({"head": {"selector_rank": 6, "selector_top_k": 4},
+    // With as many candidates, the right token is now and then among them.
+    let selector = json!({"head": {"selector_rank": 6, "selector_top_k": 120},
         "conv": {"kernel_size": 2, "group_size": 8}});
     let recurrent = json!({"head": {"markov_rank": 6, "markov_head_type": "rnn", "confidence_reach": true}});
-    let lilicorr = json!({"head": {"lilicorr_candidate_topk": 4, "lilicorr_hidden_size": 24, "lilicorr_num_heads": 3,
+    let lilicorr = json!({"head": {"lilicorr_candidate_topk": 120, "lilicorr_hidden_size": 24, "lilicorr_num_heads": 3,
         "lilicorr_factor_dim": 10, "margin_weight": 0.2, "calibration_weight": 0.1}});
     let domino = json!({"head": {"gru_hidden_dim": 14, "emb_dim": 10}});
     let xpress = json!({"head": {"xpress_rank": 6}});
@@ -229,9 +230,15 @@ fn gradients_are_the_slopes_of_the_objective() {
             "dspark" => section["head"]["confidence_weight"] = json!(0.0),
             _ => {}
         }
+        // Total variation has a kink wherever a token is as likely for either.
+        if section["algorithm"] != "domino" && name != "dflash2" {
+            section["loss"] = json!({"ce": 0.5, "kl": 0.5});
+        }
         let setup = Setup::new(&section);
         let parameters = setup.draft.parameters();
-        let objective = || setup.outcome(std::slice::from_ref(&batch), STEP)[parameters.len()].double_value(&[]);
+        let plan = setup.draft.plan(&batch, STEP).unwrap();
+        let features = setup.source.features(Arc::new(batch.clone()), &setup.draft.capture()).unwrap();
+        let objective = || setup.draft.evaluate(&features, &plan, &plan.counts).unwrap().objective.double_value(&[]);
         let outcome = setup.outcome(std::slice::from_ref(&batch), STEP);
         for (stream, (parameter, gradient)) in parameters.iter().zip(&outcome).enumerate() {
             let direction = noise::normal(&parameter.value.size(), 1.0, 17, stream as u64).to_kind(Kind::Double);

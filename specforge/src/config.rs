@@ -158,11 +158,16 @@ impl RunConfig {
     /// Reads a file, applies `--set` overrides, fills in defaults and checks everything that needs no other file.
     pub fn load(path: &Path, overrides: &[String]) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
-        let mut value: Value = serde_json::from_str(&text).map_err(|error| Error::BadLine {
+        let value: Value = serde_json::from_str(&text).map_err(|error| Error::BadLine {
             path: path.to_path_buf(),
             line: error.line(),
             problem: format!("not valid JSON: {error}"),
         })?;
+        Self::with(value, overrides)
+    }
+
+    /// Reads a configuration value with `--set` overrides.
+    pub fn with(mut value: Value, overrides: &[String]) -> Result<Self> {
         for text in overrides {
             set(&mut value, text)?;
         }

@@ -37,6 +37,15 @@ pub fn from_value<T: DeserializeOwned>(value: &Value, root: &str) -> Result<T> {
     })
 }
 
+/// Reads a variant without fields of an enumeration with a tag, for `deserialize_with`: where serde passes over whatever
+/// stands beside the tag, this refuses it.
+pub fn nothing<'de, D: serde::Deserializer<'de>>(reader: D) -> Result<(), D::Error> {
+    #[derive(serde::Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Nothing {}
+    serde::Deserialize::deserialize(reader).map(|Nothing {}| ())
+}
+
 /// Deserialises a file of JSON from elsewhere; the problem names the key.
 pub fn from_json<T: DeserializeOwned>(text: &[u8]) -> Result<T, String> {
     if let Some(key) = repeated_key(text) {

@@ -145,6 +145,7 @@ pub struct DraftSize {
 }
 
 /// One row of the table of algorithms.
+#[derive(Clone, Copy)]
 pub struct Algorithm {
     /// Value of `draft.algorithm`.
     pub name: &'static str,
@@ -186,17 +187,23 @@ impl Algorithm {
 }
 
 /// The algorithms that this program is built with; see [`algorithms`].
-pub const ALGORITHMS: &[Algorithm] = &[
-    medusa::ALGORITHM,
-    eagle3::ALGORITHM,
-    peagle::ALGORITHM,
-    block::algorithm(&block::heads::plain::KIND),
-    block::algorithm(&block::heads::markov::KIND),
-    block::algorithm(&block::heads::domino::KIND),
-    block::algorithm(&block::heads::selector::KIND),
-    block::algorithm(&block::heads::lilicorr::KIND),
-    block::algorithm(&block::heads::xpress::KIND),
-];
+pub const ALGORITHMS: &[Algorithm] = &BUILT_IN;
+
+const BUILT_IN: [Algorithm; OTHERS.len() + block::heads::HEADS.len()] = {
+    let mut rows = [medusa::ALGORITHM; OTHERS.len() + block::heads::HEADS.len()];
+    let mut place = 0;
+    while place < rows.len() {
+        rows[place] = match place.checked_sub(OTHERS.len()) {
+            Some(head) => block::algorithm(&block::heads::HEADS[head]),
+            None => OTHERS[place],
+        };
+        place += 1;
+    }
+    rows
+};
+
+/// Those that are no block drafters: an algorithm of its own is a line here.
+const OTHERS: &[Algorithm] = &[medusa::ALGORITHM, eagle3::ALGORITHM, peagle::ALGORITHM];
 
 static TABLE: Table<Algorithm> = Table::new("the algorithm", |row| row.name, ALGORITHMS);
 

@@ -31,7 +31,7 @@ pub struct BenchTrainOptions {
     pub draft: Value,
     /// What the target is.
     pub target: TargetInfo,
-    /// Documents and tokens of each.
+    /// Documents.
     pub batch: BatchShape,
     /// Share of each document, at its end, that is supervised.
     pub supervised: f64,
@@ -47,20 +47,40 @@ pub struct BenchTrainOptions {
     pub chunk_bytes: usize,
 }
 
-/// `RxT`: documents and tokens of each.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+/// Tokens of each document: `DxT` where they are equal, `T,T,...` where they are not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct BatchShape {
-    /// Documents.
-    pub documents: i64,
-    /// Tokens of each.
-    pub tokens: i64,
+    /// Tokens of each document.
+    pub lengths: Vec<i64>,
 }
 
 impl FromStr for BatchShape {
     type Err = String;
     fn from_str(text: &str) -> Result<Self, String> {
-        let [documents, tokens] = parse_sizes(text, "DOCUMENTSxTOKENS, such as 2x512")?;
-        Ok(Self { documents, tokens })
+        let expected = "DOCUMENTSxTOKENS, such as 2x512";
+        if text.contains(',') {
+            let length = |part: &str| part.parse().ok().filter(|&length: &i64| length >= 1);
+            let lengths = text.split(',').map(|part| length(part.trim())).collect::<Option<Vec<i64>>>();
+            let problem = || format!("expected {expected}, or tokens of each, such as 128,256,512, got `{text}`");
+            return lengths
+                .filter(|lengths| lengths.iter().sum::<i64>() < i64::from(i32::MAX))
+                .map(|lengths| Self { lengths })
+                .ok_or_else(problem);
+        }
+        let [documents, tokens] = parse_sizes(text, expected)?;
+        Ok(Self::equal(documents, tokens))
+    }
+}
+
+impl BatchShape {
+    /// So many documents of so many tokens.
+    pub fn equal(documents: i64, tokens: i64) -> Self {
+        Self { lengths: vec![tokens; documents as usize] }
+    }
+
+    /// Tokens of all of them.
+    pub fn tokens(&self) -> i64 {
+        self.lengths.iter().sum()
     }
 }
 
@@ -103,7 +123,6 @@ pub fn run(options: &BenchTrainOptions) -> Result<BenchTrainReport> {
     if let Some(threads) = options.threads {
         tch::set_num_threads(threads);
     }
-    let BatchShape { documents, tokens } = options.batch;
     let (device, target) = (options.device, &options.target);
     let random = |shape: &[i64], stream: u64| {
         let values = noise::normal(shape, 1.0, 7, stream).f_to_device(device)?.f_to_kind(options.kind)?;
@@ -125,9 +144,9 @@ pub fn run(options: &BenchTrainOptions) -> Result<BenchTrainReport> {
     };
     let algorithm = draft::algorithm(&options.draft)?;
     let draft = (algorithm.build)(&options.draft, &context)?;
-    let batch = made_up(options.batch, options.supervised, target.vocab_size);
+    let batch = made_up(&options.batch, options.supervised, target.vocab_size);
     let capture = draft.capture();
-    let rows = documents * tokens;
+    let rows = options.batch.tokens();
     let hidden = (0..capture.len() as u64).map(|index| random(&[rows, target.hidden_size], 10 + index));
     let features = FeatureBatch { batch: Arc::new(batch), hidden: hidden.collect::<Result<_>>()? };
     let mut session = Session::new(draft.as_ref(), &features)?;
@@ -173,16 +192,22 @@ pub fn spread_vocabulary(section: &Value, vocab_size: i64) -> Result<Option<Voca
 }
 
 /// Documents of random tokens, supervised at their end but for the last token.
-fn made_up(shape: BatchShape, supervised: f64, vocab_size: i64) -> PackedBatch {
-    let BatchShape { documents, tokens } = shape;
+fn made_up(shape: &BatchShape, supervised: f64, vocab_size: i64) -> PackedBatch {
+    let lengths = || shape.lengths.iter().copied();
     let mut random = noise::keyed_stream(3, 0);
-    let prompt = tokens - 1 - (tokens as f64 * supervised) as i64;
+    let marks = |tokens: i64| {
+        let prompt = tokens - 1 - (tokens as f64 * supervised) as i64;
+        (0..tokens).map(move |at| at >= prompt && at + 1 < tokens)
+    };
     PackedBatch {
-        ids: (0..documents * tokens).map(|_| (random() % vocab_size as u64) as i64).collect(),
-        positions: (0..documents).flat_map(|_| 0..tokens).collect(),
-        supervised: (0..documents).flat_map(|_| (0..tokens).map(|at| at >= prompt && at + 1 < tokens)).collect(),
-        lengths: vec![tokens; documents as usize],
-        documents: (0..documents).map(|index| DocumentRef::new(format!("document {index}"), index as u64)).collect(),
+        ids: (0..shape.tokens()).map(|_| (random() % vocab_size as u64) as i64).collect(),
+        positions: lengths().flat_map(|tokens| 0..tokens).collect(),
+        supervised: lengths().flat_map(marks).collect(),
+        lengths: lengths().collect(),
+        documents: (0..)
+            .zip(lengths())
+            .map(|(index, _)| DocumentRef::new(format!("document {index}"), index))
+            .collect(),
     }
 }
 
@@ -253,7 +278,7 @@ mod tests {
             let options = BenchTrainOptions {
                 draft: (draft::algorithm(&draft).unwrap().resolve)(&draft).unwrap(),
                 target: TargetInfo::of(16, 40, 4, 64),
-                batch: BatchShape { documents: 2, tokens: 10 },
+                batch: BatchShape::equal(2, 10),
                 supervised: 0.5,
                 repeat: 3,
                 threads: None,

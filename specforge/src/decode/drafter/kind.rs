@@ -11,6 +11,7 @@ use crate::models::TargetModel;
 use crate::vocab::VocabMap;
 
 /// One row of the table of drafters.
+#[derive(Clone, Copy)]
 pub struct DrafterKind {
     /// The algorithm, by its name in `draft::algorithms`.
     pub algorithm: &'static str,

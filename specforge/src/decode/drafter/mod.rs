@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use super::policy::{Policy, Proposal};
+use crate::draft::block::heads::HEADS;
 use crate::error::{Error, Result};
 use crate::table::Table;
 
@@ -38,17 +39,23 @@ pub use peagle::{PeagleDrafter, PeagleParts};
 pub use prompt_lookup::PromptLookup;
 
 /// The drafters that this program is built with; see [`drafters`].
-pub const DRAFTERS: &[DrafterKind] = &[
-    medusa::KIND,
-    eagle3::KIND,
-    peagle::KIND,
-    block::kind("dflash"),
-    block::kind("dflash2"),
-    block::kind("dspark"),
-    block::kind("lilicorr"),
-    block::kind("domino"),
-    block::kind("xpress"),
-];
+pub const DRAFTERS: &[DrafterKind] = &BUILT_IN;
+
+const BUILT_IN: [DrafterKind; OTHERS.len() + HEADS.len()] = {
+    let mut rows = [medusa::KIND; OTHERS.len() + HEADS.len()];
+    let mut place = 0;
+    while place < rows.len() {
+        rows[place] = match place.checked_sub(OTHERS.len()) {
+            Some(head) => block::kind(HEADS[head].name),
+            None => OTHERS[place],
+        };
+        place += 1;
+    }
+    rows
+};
+
+/// Those that draft no blocks.
+const OTHERS: &[DrafterKind] = &[medusa::KIND, eagle3::KIND, peagle::KIND];
 
 static TABLE: Table<DrafterKind> = Table::new("the drafter of", |row| row.algorithm, DRAFTERS);
 

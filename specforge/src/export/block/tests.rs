@@ -24,7 +24,9 @@ fn every_trained_tensor_has_its_place_in_a_folder() {
         let mut trained = backbone::tensors(&shape);
         trained.extend((kind.tensors)(&config, &shape).unwrap());
         let mut trained: Vec<_> = trained.into_iter().map(|spec| (spec.name, spec.shape)).collect();
-        let head = Head::of_training(Method::named(kind.name).unwrap(), &config.head).unwrap();
+        // A head that no engine knows has no export.
+        let Some(method) = Method::named(kind.name) else { continue };
+        let head = Head::of_training(method, &config.head).unwrap();
         let mut loaded = needed(&shape, &head);
         loaded.push((MASK_EMBEDDING.to_owned(), vec![32]));
         trained.sort();

@@ -163,7 +163,8 @@ struct Rows {
 }
 
 impl BlockDrafter {
-    /// A drafter for a target. The draft takes the target's element type and device; tensors that have both are shared.
+    /// A drafter for a target. The draft takes the target's element type and device; tensors that have both are shared. A
+    /// tree that is deeper than a block is cut.
     pub fn new(
         parts: BlockParts,
         target: &dyn TargetModel,
@@ -207,15 +208,19 @@ impl BlockDrafter {
             None => target.embedding().table.shallow_clone(),
         };
         let own_ids = vocabulary.map(|map| map.target_ids().to_vec());
+        tree.check()?;
+        let head = walks::open(&config, &shape, &find)?;
+        let most = head.most_drafts().unwrap_or(shape.slots()) as usize;
         Ok(Self {
             backbone: Backbone::new(&shape, &find, device)?,
-            head: walks::open(&config, &shape, &find)?,
+            head,
             embedding,
             vocabulary_head,
             target_ids,
             capture: shape.capture(),
             names: Names::new(shape.vocab_size, own_ids),
-            tree,
+            // There is nothing behind the last slot.
+            tree: DynamicTree { depth: tree.depth.min(most), ..tree },
             sampling,
             passes: Passes::default(),
             rows: None,

@@ -51,10 +51,10 @@ fn sections() -> BTreeMap<&'static str, Value> {
         ("dspark, gated", section("dspark", json!({"head": markov("gated"), "draft_vocab_size": own}))),
         ("dspark, rnn", section("dspark", json!({"head": markov("rnn"), "layout": "fill_in"}))),
         ("lilicorr", section("lilicorr", json!({"head": lilicorr}))),
-        ("domino", section("domino", json!({"head": domino, "draft_vocab_size": own}))),
+        ("domino", section("domino", json!({"head": domino}))),
         ("domino, fill_in", section("domino", json!({"head": domino, "layout": "fill_in"}))),
         ("xpress", section("xpress", json!({"head": xpress}))),
-        ("xpress, shift", section("xpress", json!({"head": xpress, "layout": "shift"}))),
+        ("xpress, shift", section("xpress", json!({"head": xpress, "layout": "shift", "draft_vocab_size": own}))),
     ])
 }
 

@@ -33,7 +33,7 @@ pub const KIND: HeadKind = HeadKind {
     summary: "a block whose slots are corrected by a recurrence over the tokens before them (SpecForge)",
     layout: Layout::Shift,
     defaults: || json!({"weights": {"name": "fixed", "gamma": 7.0}}),
-    check: |config| DominoConfig::read(config).map(|_| ()),
+    check: |config| DominoConfig::read(config).and_then(|_| super::whole_vocabulary(config)),
     metrics: |config| Ok(training::metrics(config)),
     wants_teacher: |_| false,
     follows_length: true,

@@ -7,6 +7,7 @@ use super::credit;
 use super::elementwise::Rows;
 use crate::draft::block::chunk::Chunk;
 use crate::error::{Error, Result};
+use crate::strict;
 
 /// What the slots of a block count; slots that are not supervised count nothing. Slots count from 0, so that `exp(-slot /
 /// gamma)` is 1 for the first token that a block drafts in every layout. Published: gamma 7 for blocks of 16, 5 for 10 and
@@ -16,6 +17,7 @@ use crate::error::{Error, Result};
 pub enum Weighting {
     /// All alike.
     #[default]
+    #[serde(deserialize_with = "strict::nothing")]
     Even,
     /// `exp(-slot / gamma)`.
     Fixed {
