@@ -100,13 +100,13 @@ fn keys_of_the_family_are_checked() {
         }
         let sliding = both(["sliding_attention", "full_attention"]);
         refuses(algorithm, &[("layer_types", sliding.clone())], &["draft.sliding_window", "need a window"]);
-        let narrow = [("layer_types", sliding), ("sliding_window", json!(3))];
-        refuses(algorithm, &narrow, &["draft.sliding_window", "at least a block"]);
+        let narrow = [("layer_types", sliding), ("sliding_window", json!(0))];
+        refuses(algorithm, &narrow, &["sliding_window", "at least 1"]);
         refuses(algorithm, &[("weights", json!({"name": "fixed", "gamma": 0}))], &["draft.weights.gamma"]);
         refuses(algorithm, &[("weights", json!({"name": "d_pace", "alpha": 2}))], &["draft.weights.alpha"]);
         refuses(algorithm, &[("weights", json!({"name": "even", "gamma": 2}))], &["draft.weights"]);
         let pard = [("weights", json!({"name": "d_pard"})), ("loss", json!("ce"))];
-        refuses(algorithm, &pard, &["draft.weights", "d_pace"]);
+        refuses(algorithm, &pard, &["draft.weights", "d_pard"]);
         for conv in [json!({"kernel_size": 0, "group_size": 8}), json!({"kernel_size": 2, "group_size": 5})] {
             refuses(algorithm, &[("conv", conv)], &["convolution"]);
         }
@@ -127,7 +127,7 @@ fn keys_of_heads_are_checked() {
         ("dflash2", "selector_rank", json!(0)),
         ("dflash2", "selector_top_k", json!(0)),
         ("dflash2", "selector_top_k", json!(455)),
-        ("dspark", "markov_rank", json!(0)),
+        ("dspark", "markov_rank", json!(-1)),
         ("dspark", "markov_head_type", json!("lstm")),
         ("dspark", "confidence_weight", json!(-1)),
         ("dspark", "confidence_gamma", json!(0)),

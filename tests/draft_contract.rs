@@ -34,6 +34,13 @@ pub fn drafts() -> Vec<(&'static str, Value)> {
                 "norm_before_fc": true,
             }),
         ),
+        (
+            "peagle-sum",
+            json!({
+                "algorithm": "peagle", "capture": [0, 1], "num_layers": 1, "num_depths": 3, "mask_token_id": 3,
+                "loss": {"ce": 0.1, "jsd": 0.4, "lk_hybrid": 0.5}, "labels": "data",
+            }),
+        ),
         ("anchors", json!({"algorithm": "anchors"})),
     ];
     drafts.extend(block_drafts());
@@ -55,7 +62,8 @@ pub fn block_drafts() -> Vec<(&'static str, Value)> {
     let selector = json!({"head": {"selector_rank": 6, "selector_top_k": 120},
         "conv": {"kernel_size": 2, "group_size": 8}});
     let recurrent = json!({"head": {"markov_rank": 6, "markov_head_type": "rnn", "confidence_reach": true}});
-    let lilicorr = json!({"head": {"lilicorr_candidate_topk": 120, "lilicorr_hidden_size": 24, "lilicorr_num_heads": 3,
+    let lilicorr = json!({"num_anchors": 6, "block_size": 3, "head": {"lilicorr_candidate_topk": 128,
+        "lilicorr_hidden_size": 24, "lilicorr_num_layers": 1, "lilicorr_num_heads": 3,
         "lilicorr_factor_dim": 10, "margin_weight": 0.2, "calibration_weight": 0.1}});
     let domino = json!({"head": {"gru_hidden_dim": 14, "emb_dim": 10}});
     let xpress = json!({"head": {"xpress_rank": 6}});
@@ -80,7 +88,10 @@ fn own_tokens() -> impl Iterator<Item = i64> {
 
 /// The vocabulary of a section of [`drafts`], where it is not the target's.
 pub fn vocabulary(section: &Value) -> Option<VocabMap> {
-    section.get("draft_vocab_size").map(|_| VocabMap::new(own_tokens().collect(), TOKENIZER_SIZE).unwrap())
+    section
+        .get("draft_vocab_size")
+        .and_then(Value::as_i64)
+        .map(|_| VocabMap::new(own_tokens().collect(), TOKENIZER_SIZE).unwrap())
 }
 
 /// Whether chance decides what a step of a draft trains.
@@ -183,7 +194,9 @@ fn packing_and_accumulation_change_nothing() {
             let whole = setup.outcome(&[pack(0..6)], key);
             let names = setup.draft.parameters().iter().map(|parameter| parameter.name.as_str());
             let names: Vec<&str> = names.chain(["objective", "sums", "evaluated", "its sums", "rows"]).collect();
-            assert!(whole.iter().all(|value| value.abs().max().double_value(&[]) > 0.0), "{name}");
+            for (value, of) in whole.iter().zip(&names) {
+                assert!(value.abs().max().double_value(&[]) > 0.0, "{name}: {of} is zero");
+            }
             let splits = [
                 vec![pack(0..2), pack(2..3), pack(3..6)],
                 (0..6).map(|index| pack(index..index + 1)).collect(),
@@ -228,6 +241,8 @@ fn gradients_are_the_slopes_of_the_objective() {
         match name {
             "d_pace" => section["weights"] = json!({"name": "fixed", "gamma": 2.0}),
             "dspark" => section["head"]["confidence_weight"] = json!(0.0),
+            // It jumps where two candidates change places; its golden files hold these gradients.
+            "lilicorr" => continue,
             _ => {}
         }
         // Total variation has a kink wherever a token is as likely for either.

@@ -86,7 +86,9 @@ fn exported_heads_give_the_logits_of_the_checkpoint() {
             let head = head.to_kind(kind);
             let expected = logits(&config, &cast, &head, kind);
             for (number, (got, want)) in logits(&read_config, &tensors, &head, kind).iter().zip(&expected).enumerate() {
-                assert!(got.equal(want), "{place}: logits of head {number} differ");
+                // Equal weights lie elsewhere in memory: a product may add them in another order.
+                let near = if kind == Kind::Float { 1e-5 } else { 1e-2 };
+                assert!(got.allclose(want, near, near, false), "{place}: logits of head {number} differ");
                 assert!(want.abs().max().double_value(&[]) > 0.0);
             }
         }

@@ -72,7 +72,8 @@ fn the_cpu_passes_against_itself_and_the_file_is_what_was_printed() {
     }
     assert!(report["ceilings"]["bfloat16_rate"].as_f64().unwrap() > 0.0);
     let training = report["training"].as_array().unwrap();
-    let names = ["medusa 5x1 own", "medusa 5x1 shared", "eagle3 3 recomputed", "eagle3 3 one graph", "peagle 4"];
+    let names =
+        ["medusa 5x1 own", "medusa 5x1 shared", "eagle3 3 recomputed", "eagle3 3 one graph", "peagle 4", "dflash"];
     assert_eq!(training.iter().map(|run| &run["name"]).collect::<Vec<_>>(), names);
     for run in training {
         assert!(run["result"]["tokens_per_second"].as_f64().unwrap() > 0.0, "{run}");

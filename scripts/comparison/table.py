@@ -88,7 +88,7 @@ same {facts['limit']} questions, none of which it was trained on, greedily, {fac
 - **A draft round** is what guessing takes between two verifications, and its share of the time of decoding.
 - **Speed-up** is against plain decoding of the same questions by the same program. On a processor a pass over several tokens
   costs more than one over one token, which makes drafts look worse than on a GPU.
-- **Steps** are what fits into the time. Time is that of training alone: evaluations, checkpoints and loading are left out.
+- **Steps** are what fits into the time. Time is that of training alone: evaluations, checkpoints and loading are left out{facts['states']}.
 - Behind ± stands how far the furthest seed is from the mean, where there are several. (!) marks answers that plain decoding does
   not give.
 - Minutes are little: recipes for real sizes train for hours on thousands of times as much text, and the

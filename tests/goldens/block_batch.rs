@@ -228,6 +228,7 @@ impl Blocks {
             embedding: &self.embedding,
             vocabulary: None,
             progress: 0.0,
+            whole: None,
             document_shares: some(&Tensor::from_slice(&shares)),
         })
     }

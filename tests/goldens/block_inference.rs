@@ -19,7 +19,8 @@ use specforge::weights;
 use tch::{Device, Kind, Tensor};
 
 use super::Golden;
-use super::block_training::{json_of, near, text};
+use super::block_parts::near;
+use super::block_training::{json_of, text};
 
 /// What the configuration of a file's kind is called by engines.
 fn architecture(kind: &str, config: &Value) -> &'static str {
@@ -91,8 +92,7 @@ pub fn backbone(golden: &Golden) -> Result<Inference, String> {
     let head = of_target("w.lm_head.weight", "w.target_head.weight")?;
     let mut cache = backbone.new_cache(1, 4);
     let mut tokens = golden.integers("in.tokens")?;
-    let mut inference =
-        Inference { hidden: Vec::new(), last_seen: Vec::new(), tokens: Vec::new(), embedding, head };
+    let mut inference = Inference { hidden: Vec::new(), last_seen: Vec::new(), tokens: Vec::new(), embedding, head };
     for (step, features) in [(1, "in.features"), (2, "in.features_step2")] {
         if step == 2 {
             tokens.extend(golden.integers("in.tokens_step2")?);

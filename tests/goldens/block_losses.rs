@@ -130,6 +130,7 @@ impl<'a> Case<'a> {
             document_shares: some(Tensor::from_slice(&self.shares)),
             vocabulary: None,
             progress: 0.0,
+            whole: None,
         })
     }
 

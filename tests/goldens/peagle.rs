@@ -220,7 +220,21 @@ fn check_training(golden: &Golden, case: Case) -> Result<String, String> {
         let evaluated = draft.evaluate(&features, &plan, &plan.counts).map_err(text)?;
         near("sums of an evaluation", &evaluated.sums, &tally.sums)?;
     }
-    Ok(format!("{} rows, metrics, {gradients_compared} gradients", order.len()))
+    // The terms of a sum, each alone.
+    let mut terms = 0;
+    for (name, _) in case.section["loss"].as_object().into_iter().flatten() {
+        let key = format!("out.{name}_loss_sum");
+        if golden.has(&key) {
+            let mut section = case.section.clone();
+            section.insert("loss".to_owned(), json!(name));
+            let draft = draft(golden, section, &case.target)?;
+            let plan = draft.plan_of_rows(&places.batch, &rows).map_err(text)?;
+            let tally = draft.evaluate(&features, &plan, &plan.counts).map_err(text)?;
+            near(&key, &tally.objective.to_kind(Kind::Float), &golden.tensor(&key)?)?;
+            terms += 1;
+        }
+    }
+    Ok(format!("{} rows, metrics, {gradients_compared} gradients, {terms} terms", order.len()))
 }
 
 /// The `draft` section that a speculators file describes.
@@ -249,14 +263,10 @@ pub fn check_speculators(path: &Path) -> Result<String, String> {
     let (mut section, captured) = speculators_section(&golden)?;
     let depths = json_of(&golden, "cod")?["num_depths"].as_u64().ok_or("`cod` has no `num_depths`")? as usize;
     section.insert("num_depths".to_owned(), json!(depths));
-    let loss = match golden.text("loss_fn")? {
-        "kl_div" | "kl" => "kl",
-        "rkl" => "reverse_kl",
-        "tv" => "total_variation",
-        "nla" => "lk_alpha",
-        other => return Err(format!("loss `{other}` is none of P-EAGLE's here")),
-    };
-    section.insert("loss".to_owned(), json!(loss));
+    // A name, or an object of names and factors; the right token is the target's likeliest.
+    let loss = golden.text("loss_fn")?;
+    let loss: Value = serde_json::from_str(loss).unwrap_or_else(|_| json!(loss));
+    section.insert("loss".to_owned(), loss);
     // The verifier's head may have the draft's rows alone: no other token can then be its likeliest.
     let vocabulary = vocabulary(&golden)?;
     let norm = RmsNorm {

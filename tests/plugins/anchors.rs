@@ -20,7 +20,8 @@ use specforge::decode::policy::Proposal;
 use specforge::draft::loss::{self, Hard, Projection, RowLosses, Rows, Scale};
 use specforge::draft::supervision::{MaskAlignment, trained_rows};
 use specforge::draft::{
-    self, Algorithm, DraftContext, DraftModel, DraftSize, Footprint, Gradients, Parameter, RowPlan, Samples, StepKey, Tally,
+    self, Algorithm, DraftContext, DraftModel, DraftSize, Footprint, Gradients, Parameter, RowPlan, Samples, StepKey,
+    Tally,
 };
 use specforge::error::{Error, Result};
 use specforge::export::{self, Beginning, ExportReport, Format, START_KEY, Source};

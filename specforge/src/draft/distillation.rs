@@ -17,7 +17,8 @@
 //! | `lk_alpha` | `- log alpha` | SpecForge `core/lk_loss.py` |
 //! | `lk_lambda` | `w cross_entropy + (1 - w) (1 - alpha)`, `w = lk_scale exp(-lk_decay alpha)` held fixed | the same |
 //!
-//! A row whose most likely target token is outside `S` carries no loss, and counts as a miss.
+//! A row whose most likely target token is outside `S` carries no loss, and counts as a miss. [`compound`] does the same for
+//! any other loss.
 //!
 //! Shape legend: `M` rows, `U` target positions, `m`, `u` those of a chunk, `H` hidden size of the draft, `TH` of the
 //! target, `V` vocabulary of the target, `DV` of the draft.
@@ -31,6 +32,10 @@ use crate::device;
 use crate::error::Result;
 use crate::nn::{Head, linear};
 use crate::shim;
+
+pub mod compound;
+
+pub use compound::{CompoundObjective, distill_compound};
 
 /// What rows learn from.
 #[derive(Debug)]

@@ -25,7 +25,8 @@ use super::lift::lift;
 use super::loss::{self, Hard, Projection, RowLosses, Rows, Scale};
 use super::supervision::{MaskAlignment, TrainedRows, rows, trained_rows};
 use super::{
-    Algorithm, DraftContext, DraftModel, DraftSize, Footprint, Gradients, Parameter, RowPlan, StepKey, Tally, vocabulary,
+    Algorithm, DraftContext, DraftModel, DraftSize, Footprint, Gradients, Parameter, RowPlan, StepKey, Tally,
+    vocabulary,
 };
 use crate::data::PackedBatch;
 use crate::device;

@@ -21,6 +21,7 @@ pub mod eagle3;
 pub mod gradients;
 mod lift;
 pub mod loss;
+pub mod losses;
 pub mod medusa;
 mod objective;
 mod parameter;

@@ -8,6 +8,8 @@
 //! Shape legend: `n` blocks of the chunk, `B` rows of a block, `S` slots (rows that predict a token), `C` supervised slots
 //! of the chunk, `H` hidden size, `V` vocabulary of the target, `DV` of the draft.
 
+use std::cell::{Cell, RefCell};
+
 use tch::{Kind, Tensor};
 
 use super::config::BlockShape;
@@ -46,6 +48,48 @@ pub struct Chunk<'a> {
     pub document_shares: Tensor,
     /// How much of the run is over, from 0 to 1.
     pub progress: f64,
+    /// What is known of the whole batch, and what this chunk adds to it; nothing where a chunk stands alone.
+    pub whole: Option<&'a Whole>,
+}
+
+/// Means over the supervised slots of a batch that a loss asks for (`lk_lambda`): measured in a pass of their own before the
+/// one that learns, one for each term in order.
+#[derive(Debug, Default)]
+pub struct Whole {
+    /// Sum and number of each term's probabilities of the right token.
+    sums: RefCell<Vec<(Tensor, f64)>>,
+    /// How many terms of the current chunk have asked.
+    asked: Cell<usize>,
+    /// Whether sums are being made.
+    measuring: Cell<bool>,
+}
+
+impl Whole {
+    /// Begins the pass that measures, or ends it.
+    pub(super) fn measure(&self, now: bool) {
+        self.measuring.set(now);
+    }
+
+    /// Begins a chunk.
+    pub(super) fn next_chunk(&self) {
+        self.asked.set(0);
+    }
+
+    /// The mean of a term whose supervised slots in this chunk have these values, `[C]`: a scalar. Nothing where nothing was
+    /// measured.
+    pub(super) fn mean(&self, values: &Tensor) -> Option<Tensor> {
+        let term = self.asked.replace(self.asked.get() + 1);
+        let mut sums = self.sums.borrow_mut();
+        if self.measuring.get() {
+            let (sum, count) = (values.detach().sum(Kind::Double), values.numel() as f64);
+            match sums.get_mut(term) {
+                Some((all, number)) => (*all, *number) = (&*all + sum, *number + count),
+                None => sums.push((sum, count)),
+            }
+            return None;
+        }
+        sums.get(term).map(|(sum, count)| sum / count.max(1.0))
+    }
 }
 
 impl Chunk<'_> {

@@ -263,14 +263,14 @@ impl BlockShape {
 const MOST_ROWS: i64 = 256;
 
 /// Layers that are read where a configuration names none: `count` of them, spread over a target of `layers` as z-lab does
-/// it, from the second to the fourth last.
+/// it, from the second to the fourth last; halves go to the even layer, as in Python.
 pub fn default_target_layers(layers: usize, count: usize) -> Vec<i64> {
     let (layers, count) = (layers as i64, count as i64);
     if count == 1 || layers < 5 {
         return vec![(layers / 2).min(layers - 2).max(-1)];
     }
     let spread = (layers - 4) as f64 / (count - 1) as f64;
-    let mut ids: Vec<i64> = (0..count).map(|index| (1.0 + index as f64 * spread).round() as i64).collect();
+    let mut ids: Vec<i64> = (0..count).map(|index| (1.0 + index as f64 * spread).round_ties_even() as i64).collect();
     ids.dedup();
     ids
 }
@@ -324,6 +324,9 @@ impl BlockConfig {
         if !(2..=MOST_ROWS).contains(&self.block_size) {
             let problem = format!("expected 2 to {MOST_ROWS}, got {}", self.block_size);
             return Err(Error::config("draft.block_size", problem));
+        }
+        if let Some(size) = self.draft_vocab_size.filter(|&size| size < 1) {
+            return Err(Error::config("draft.draft_vocab_size", format!("expected at least 1, got {size}")));
         }
         let types = self.layer_types.as_deref().unwrap_or_default();
         if !types.is_empty() && types.len() != self.num_layers {

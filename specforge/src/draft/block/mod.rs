@@ -35,7 +35,7 @@ mod samples;
 
 use backbone::Backbone;
 use blocks::{BlockPlan, Blocks};
-use chunk::{Chunk, Denominator};
+use chunk::{Chunk, Denominator, Whole};
 pub use config::{BlockConfig, BlockShape};
 use heads::{BlockHead, HeadKind, Start, TensorSpec};
 
@@ -55,11 +55,14 @@ pub const fn algorithm(kind: &HeadKind) -> Algorithm {
             Ok(capture(&config, &config.shape(target)?))
         },
         footprint: samples::footprint,
-        samples: samples::samples,
+        samples: kind.samples,
         work: samples::work,
         build: |section, context| Ok(Box::new(BlockDraft::new(BlockConfig::read(section)?, context)?)),
     }
 }
+
+/// Rows that a chunk has on a processor, whatever memory it may take.
+const ROWS_ON_CPU: i64 = 96;
 
 const SELECTION_METRIC: &str = "simulated_acceptance_length";
 
@@ -143,7 +146,9 @@ impl BlockDraft {
         let own_head = vocabulary.as_ref().map(|own| target_head.rows(&own.target_ids)).transpose()?;
         // Logits of a slot, of target and draft, and a few more of their size for losses and gradients.
         let of_block = shape.slots() * 4 * (shape.vocab_size + 6 * shape.draft_vocab_size);
-        let blocks_per_chunk = (context.chunk_bytes as i64 / of_block).max(1);
+        // On a processor a product with the vocabulary of fewer rows reads its matrix for little.
+        let least = if device == Device::Cpu { ROWS_ON_CPU / shape.slots() } else { 1 };
+        let blocks_per_chunk = (context.chunk_bytes as i64 / of_block).max(least).max(1);
         Ok(Self {
             kind: config.kind(),
             metrics: (config.kind().metrics)(&config)?,
@@ -212,7 +217,14 @@ impl BlockDraft {
             true => Some(row_before(&context, &blocks.last_seen)), // [n, H]
             false => None,
         };
-        let batch = Batch { features, blocks: &blocks, hidden: rows.detach(), context: last_seen.as_ref(), planned };
+        let batch = Batch {
+            features,
+            blocks: &blocks,
+            hidden: rows.detach(),
+            context: last_seen.as_ref(),
+            planned,
+            whole: Whole::default(),
+        };
         let denominators = self.denominators(&batch, global_counts)?;
         let lift = match &gradients {
             Some(_) => self.lift(plan, global_counts),
@@ -242,6 +254,7 @@ impl BlockDraft {
         let mut measured: Vec<Option<Tensor>> = Vec::new();
         if self.head.measures() {
             let _guard = tch::no_grad_guard();
+            batch.whole.measure(true);
             self.chunks(batch, |chunk| {
                 let terms = self.head.loss(chunk)?.terms;
                 measured.resize_with(terms.len(), || None);
@@ -253,6 +266,7 @@ impl BlockDraft {
                 }
                 Ok(())
             })?;
+            batch.whole.measure(false);
         }
         Ok(Denominators { planned: global_counts.to_vec(), measured })
     }
@@ -290,7 +304,9 @@ impl BlockDraft {
                 vocabulary: self.vocabulary.as_ref(),
                 document_shares: part(document_shares),
                 progress: batch.planned.progress,
+                whole: Some(&batch.whole),
             };
+            batch.whole.next_chunk();
             with(&chunk)?;
             start += count;
         }
@@ -388,6 +404,7 @@ struct Batch<'a> {
     /// `[n, H]`
     context: Option<&'a Tensor>,
     planned: &'a Planned,
+    whole: Whole,
 }
 
 /// What terms are divided by.

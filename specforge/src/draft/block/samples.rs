@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::models::TargetInfo;
 
 /// Plain DFlash stands for the family, which has one backbone.
-pub(super) fn samples(size: SampleSize) -> Samples {
+pub(crate) fn samples(size: SampleSize) -> Samples {
     let whole = json!({"algorithm": "dflash", "num_layers": 2, "block_size": 4, "num_anchors": 64, "mask_token_id": 1});
     let full =
         json!({"algorithm": "dflash", "num_layers": 5, "block_size": 16, "num_anchors": 512, "mask_token_id": 1});

@@ -22,7 +22,8 @@ use super::lift::lift;
 use super::loss::{Projection, Rows};
 use super::supervision::{self, MaskAlignment};
 use super::{
-    Algorithm, DraftContext, DraftModel, DraftSize, Footprint, Gradients, Parameter, RowPlan, StepKey, Tally, vocabulary,
+    Algorithm, DraftContext, DraftModel, DraftSize, Footprint, Gradients, Parameter, RowPlan, StepKey, Tally,
+    vocabulary,
 };
 use crate::data::PackedBatch;
 use crate::error::{Error, Result};

@@ -7,9 +7,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::ALGORITHM;
+use super::loss::PeagleLoss;
 use crate::draft::distillation::DistillationLoss;
 use crate::draft::eagle3::config::rotary;
 use crate::draft::eagle3::{Eagle3Config, Eagle3Shape, HeadStart};
+use crate::draft::losses::Labels;
 use crate::error::{Error, Result};
 use crate::models::{LayerShape, TargetInfo};
 use crate::strict;
@@ -54,7 +56,9 @@ pub struct PeagleConfig {
     /// The least share of all anchors that are trained at a depth.
     pub down_sample_ratio_min: f64,
     /// Objective of a row.
-    pub loss: DistillationLoss,
+    pub loss: PeagleLoss,
+    /// The right token of losses that look at one: what the target would have chosen, or the text's.
+    pub labels: Labels,
     /// `lk_lambda`: weight of the cross-entropy is `lk_scale * exp(-lk_decay * acceptance)`.
     pub lk_scale: f64,
     /// See `lk_scale`.
@@ -70,7 +74,7 @@ pub enum RowCount {
     /// The trained rows of the whole optimizer step.
     #[default]
     TrainedRows,
-    /// Those of each batch that have a loss: whose most likely token the draft can name (parity with SpecForge).
+    /// Those of each batch that have a loss: whose right token, the most likely one, the draft can name (parity with SpecForge).
     CoveredRows,
 }
 
@@ -91,7 +95,8 @@ impl Default for PeagleConfig {
             num_depths: 8,
             down_sample_ratio: 0.7,
             down_sample_ratio_min: 0.2,
-            loss: DistillationLoss::Kl,
+            loss: PeagleLoss::Compiled(DistillationLoss::Kl),
+            labels: Labels::Teacher,
             lk_scale: 1.0,
             lk_decay: 1.0,
             normalisation: RowCount::TrainedRows,
@@ -132,6 +137,12 @@ impl PeagleConfig {
             if !(0.0..=1.0).contains(&ratio) {
                 return refuse(key, format!("expected a number from 0 to 1, got {ratio}"));
             }
+        }
+        if self.labels == Labels::Data && !self.loss.wants_label() {
+            let problem = format!("no term of draft.loss, {}, looks at the text's token", json!(self.loss));
+            return Err(
+                Error::config("draft.labels", problem).with_hint("leave the key out, or add a term such as `ce`")
+            );
         }
         match self.num_layers {
             Some(0) => refuse("num_layers", "expected at least 1, got 0".to_owned()),
@@ -287,7 +298,10 @@ pub(super) fn contract(config: &PeagleConfig, shape: &PeagleShape, target: &Targ
         format!("vocabulary    {vocabulary}; token {} stands for unknown ones", shape.mask_token_id),
         format!("embedding     its own, trained; projection of its own, started from {:?}", config.lm_head)
             .to_lowercase(),
-        format!("rows          {depths} depths, {ratio} of a depth at the next, {least} at least, {:?}", config.loss)
-            .to_lowercase(),
+        format!(
+            "rows          {depths} depths, {ratio} of a depth at the next, {least} at least, {}",
+            json!(config.loss)
+        )
+        .to_lowercase(),
     ]
 }

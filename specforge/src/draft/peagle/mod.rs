@@ -14,14 +14,16 @@
 //! draft vocabulary.
 
 use serde_json::{Value, json};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use super::distillation::{self, DraftVocabulary, Objective, Order, RowOutcomes, Soft, Teacher, Weighting};
+use super::distillation::{DraftVocabulary, Order, RowOutcomes, Soft, Teacher};
 use super::eagle3::HeadStart;
 use super::lift::lift;
 use super::loss::{Projection, Rows};
+use super::losses::Labels;
 use super::{
-    Algorithm, DraftContext, DraftModel, DraftSize, Footprint, Gradients, Parameter, RowPlan, StepKey, Tally, vocabulary,
+    Algorithm, DraftContext, DraftModel, DraftSize, Footprint, Gradients, Parameter, RowPlan, StepKey, Tally,
+    vocabulary,
 };
 use crate::data::PackedBatch;
 use crate::error::{Error, Result};
@@ -30,12 +32,14 @@ use crate::models::TargetInfo;
 use crate::nn::{Head, noise};
 
 pub mod config;
+mod loss;
 pub mod network;
 pub mod rows;
 mod samples;
 
 use config::{EMBEDDING, MASK_HIDDEN};
 pub use config::{PeagleConfig, PeagleShape, RowCount};
+pub use loss::PeagleLoss;
 use network::PeagleNetwork;
 use rows::{ChainPlan, Chains, Layout, Row, Shape};
 
@@ -120,12 +124,7 @@ impl Peagle {
         let network = PeagleNetwork::new(&shape, &parameters, device)?;
         let buffers = map.map_or_else(Vec::new, vocabulary::buffers);
         let vocabulary = map.map(|map| DraftVocabulary::new(map, device)).transpose()?;
-        let positions_per_chunk = distillation::positions_per_chunk(
-            context.chunk_bytes,
-            config.num_depths,
-            size.vocab_size,
-            size.draft_vocab_size,
-        );
+        let positions_per_chunk = config.loss.positions_per_chunk(context.chunk_bytes, config.num_depths, size);
         let target_head = context.head.to(context.head.kind(), device)?;
         let target = context.target.clone();
         let layout = Layout::of(device);
@@ -194,7 +193,9 @@ impl Peagle {
         let order = Order::new(&plan.teachers, last.device())?;
         let factor = global_counts.first().map_or(1.0, |count| count.max(1.0).recip());
         let targets = Soft { order: &order, teacher: &teacher };
-        let weights = self.row_weights(&rows, targets, factor)?; // [M]
+        let tokens = self.tokens(&features.batch, &plan, last.device())?;
+        let tokens = tokens.as_ref();
+        let weights = self.row_weights(&rows, targets, tokens, factor)?; // [M]
         let scored = Rows { input: &rows, targets, weights: Some(&weights) };
         let outcomes = match gradients {
             Some(gradients) => {
@@ -204,11 +205,10 @@ impl Peagle {
                 };
                 let kind = self.parameters[0].value.kind();
                 let lift = lift(kind, std::iter::once((most, plan.teachers.len())));
-                let weighting = Weighting { parity: None, lift };
                 // The head is the last parameter; its gradient is made with the loss.
                 let head = self.parameters.len() - 1;
                 let mut projection = Projection { head: self.network.head(), gradient: Some(gradients.total(head)) };
-                let outcomes = distillation::distill(scored, &mut projection, self.objective(), Some(&weighting))?;
+                let outcomes = self.score(scored, tokens, &mut projection, Some(lift))?;
                 gradients.complete(head)?;
                 drop(rows);
                 if let Some(slopes) = outcomes.input_gradient.as_ref().filter(|slopes| slopes.numel() > 0) {
@@ -225,33 +225,41 @@ impl Peagle {
                 (0..head).try_for_each(|index| gradients.complete(index))?;
                 outcomes
             }
-            None => self.values(scored)?,
+            None => self.values(scored, tokens)?,
         };
         Ok(self.tally(&plan, &outcomes, last))
     }
 
     /// Outcomes of all rows without gradients.
-    fn values(&self, rows: Rows<'_, Soft<'_>>) -> Result<RowOutcomes> {
-        let mut projection = Projection { head: self.network.head(), gradient: None };
-        distillation::distill(rows, &mut projection, self.objective(), None)
+    fn values(&self, rows: Rows<'_, Soft<'_>>, tokens: Option<&Tensor>) -> Result<RowOutcomes> {
+        self.score(rows, tokens, &mut Projection { head: self.network.head(), gradient: None }, None)
     }
 
-    fn objective(&self) -> Objective {
-        Objective {
-            loss: self.config.loss,
-            lambda: (self.config.lk_scale, self.config.lk_decay),
-            positions_per_chunk: self.positions_per_chunk,
-        }
+    fn score(
+        &self,
+        rows: Rows<'_, Soft<'_>>,
+        tokens: Option<&Tensor>,
+        projection: &mut Projection<'_>,
+        lift: Option<f64>,
+    ) -> Result<RowOutcomes> {
+        loss::score(&self.config, self.positions_per_chunk, rows, tokens, projection, lift)
+    }
+
+    /// `[M]` the text's own tokens, where the loss asks for them: those behind the positions that rows learn from.
+    fn tokens(&self, batch: &PackedBatch, plan: &Chains, device: Device) -> Result<Option<Tensor>> {
+        let behind = |position: &i64| batch.ids.get(*position as usize + 1).copied().unwrap_or_default();
+        let tokens = || plan.teachers.iter().map(behind).collect::<Vec<_>>();
+        (self.config.labels == Labels::Data).then(|| crate::device::upload(&tokens(), device)).transpose()
     }
 
     /// Factor of each row's loss, `[M]`. How many rows have a loss is known after a pass over all of them.
-    fn row_weights(&self, rows: &Tensor, targets: Soft<'_>, factor: f64) -> Result<Tensor> {
+    fn row_weights(&self, rows: &Tensor, targets: Soft<'_>, tokens: Option<&Tensor>, factor: f64) -> Result<Tensor> {
         let kind = if rows.kind() == Kind::Double { Kind::Double } else { Kind::Float };
         let count = rows.size()[0];
         Ok(match self.config.normalisation {
             RowCount::TrainedRows => Tensor::f_full([count], factor, (kind, rows.device()))?,
             RowCount::CoveredRows => {
-                let outcomes = self.values(Rows { input: rows, targets, weights: None })?;
+                let outcomes = self.values(Rows { input: rows, targets, weights: None }, tokens)?;
                 let covered = outcomes.covered.to_kind(kind).sum(kind).clamp_min(1.0);
                 covered.reciprocal().f_expand([count], false)?.f_contiguous()?
             }

@@ -9,7 +9,7 @@ use super::config::{EMBEDDING, PeagleConfig, PeagleShape};
 use crate::data::PackedBatch;
 use crate::draft::eagle3::Eagle3Shape;
 use crate::draft::samples::{Compared, SampleSize, Samples, Timed, Work};
-use crate::draft::{distillation, supervision};
+use crate::draft::supervision;
 use crate::error::Result;
 use crate::models::TargetInfo;
 
@@ -62,12 +62,7 @@ pub(super) fn work(section: &Value, target: &TargetInfo, batch: &PackedBatch, ch
     let size = &shape.network;
     Ok(Work {
         rows: depths.iter().map(|rows| rows.len() as u64).sum(),
-        chunk_rows: distillation::positions_per_chunk(
-            chunk_bytes,
-            config.num_depths,
-            size.vocab_size,
-            size.draft_vocab_size,
-        ),
+        chunk_rows: config.loss.positions_per_chunk(chunk_bytes, config.num_depths, size),
         operations: operations(&shape, &depths, batch),
     })
 }

@@ -179,7 +179,8 @@ mod tests {
         for check in ["EAGLE-3: loss", "EAGLE-3: gradients", "EAGLE-3, own vocabulary: gradients"] {
             assert!(failed_here.contains(&check), "{check} {failed_here:?}");
         }
-        assert!(failed_here.iter().all(|check| check.contains("EAGLE-3")), "{failed_here:?}");
+        // P-EAGLE has tensors of that name too.
+        assert!(failed_here.iter().all(|check| check.contains("EAGLE")), "{failed_here:?}");
     }
 
     #[test]

@@ -338,7 +338,8 @@ mod tests {
             let runs = run(&setup, Device::Cpu, &ceilings, &|_| {}).unwrap();
             let names = runs.iter().map(|run| run.name.as_str()).collect::<Vec<_>>();
             let eagle3 = ["eagle3 3 recomputed", "eagle3 3 one graph"];
-            assert_eq!(names, [&["medusa 5x1 own", "medusa 5x1 shared"][..], &eagle3].concat());
+            let others = ["peagle 4", "dflash"];
+            assert_eq!(names, [&["medusa 5x1 own", "medusa 5x1 shared"][..], &eagle3, &others].concat());
             assert_eq!(runs[0].trainable - runs[1].trainable, 5 * 307 * 96);
             // Projections and target are small random matrices: nothing is known yet, and nothing was learned.
             let learnt = |run: &TrainingRun, terms: i32, tokens: f64| {
@@ -346,6 +347,9 @@ mod tests {
             };
             for run in &runs {
                 check(run, ceilings.rate(kind));
+                if others.contains(&run.name.as_str()) {
+                    continue; // what they begin with is their own tests' business
+                }
                 let medusa = run.name.starts_with("medusa");
                 assert_eq!((run.tokens, run.chunk_rows), (64, if medusa { 16 } else { 5 }));
                 match medusa {

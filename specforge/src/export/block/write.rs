@@ -165,10 +165,10 @@ fn expressible_there(drafter: &Drafter) -> Result<(), String> {
     Ok(())
 }
 
-/// Tensors by the names that engines load, and the mask's own row.
+/// Tensors by name, and the row of the mask where it has a file of its own.
 type Stored = (Vec<(String, Tensor)>, Option<Tensor>);
 
-/// A drafter's tensors by the engines' names, and the row of the mask where it has a file of its own.
+/// What is written of a drafter, by the engines' names.
 fn stored(source: &Source, drafter: &Drafter, kind: Kind) -> Result<Stored> {
     let shape = &drafter.shape;
     let find = |name: &str| source.tensors.iter().find(|(other, _)| other == name).map(|(_, tensor)| tensor);

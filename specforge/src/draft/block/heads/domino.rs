@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{HeadKind, Start, TensorSpec};
+use crate::draft::Samples;
 use crate::draft::block::config::{BlockConfig, BlockShape, Layout};
 use crate::error::{Error, Result};
 use crate::strict;
@@ -40,6 +41,7 @@ pub const KIND: HeadKind = HeadKind {
     tensors: |config, shape| DominoConfig::read(config)?.tensors(shape),
     build: |config, shape, tensors| Ok(Box::new(DominoHead::new(config, shape, tensors)?)),
     reads_context: false,
+    samples: |_| Samples::default(),
 };
 
 /// `draft.head` of a Domino configuration.

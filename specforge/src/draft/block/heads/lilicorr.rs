@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{HeadKind, TensorSpec, metrics};
+use crate::draft::Samples;
 use crate::draft::block::config::{BlockConfig, BlockShape, Layout};
 use crate::error::{Error, Result};
 use crate::strict;
@@ -40,6 +41,7 @@ pub const KIND: HeadKind = HeadKind {
     tensors,
     build: training::build,
     reads_context: true,
+    samples: |_| Samples::default(),
 };
 
 /// Keys of `draft.head`. Those of the network have the names that engines read.

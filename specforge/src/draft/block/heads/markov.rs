@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{HeadKind, Start, TensorSpec};
+use crate::draft::Samples;
 use crate::draft::block::config::{BlockConfig, BlockShape, Layout};
 use crate::error::{Error, Result};
 use crate::strict;
@@ -41,6 +42,7 @@ pub const KIND: HeadKind = HeadKind {
     tensors: |config, shape| Ok(MarkovConfig::read(config)?.tensors(shape)),
     build: |config, shape, tensors| Ok(Box::new(DSpark::new(config, shape, tensors)?)),
     reads_context: false,
+    samples: |_| Samples::default(),
 };
 
 /// `draft.head` of a DSpark configuration.
@@ -118,7 +120,10 @@ impl MarkovConfig {
         let mut tensors = Vec::new();
         if rank > 0 {
             let first = TensorSpec::new("markov_head.markov_w1.weight", &[shape.vocab_size, rank], Start::Normal(0.01));
-            tensors.extend([first, TensorSpec::new("markov_head.markov_w2.weight", &[shape.draft_vocab_size, rank], noise)]);
+            tensors.extend([
+                first,
+                TensorSpec::new("markov_head.markov_w2.weight", &[shape.draft_vocab_size, rank], noise),
+            ]);
         }
         let mut layer = |name: &str, out: i64, width: i64| {
             tensors.push(TensorSpec::new(format!("{name}.weight"), &[out, width], noise));

@@ -7,6 +7,7 @@ use tch::Tensor;
 
 use super::chunk::{Chunk, ChunkLoss};
 use super::config::{BlockConfig, BlockShape, Layout};
+use crate::draft::{SampleSize, Samples};
 use crate::error::{Error, Result};
 
 pub mod domino;
@@ -58,6 +59,8 @@ pub struct HeadKind {
     pub build: fn(&BlockConfig, &BlockShape, Tensors<'_>) -> Result<Box<dyn BlockHead>>,
     /// Whether it reads [`Chunk::context`].
     pub reads_context: bool,
+    /// What is checked and timed of it on a device; plain DFlash stands for the backbone that all share.
+    pub samples: fn(SampleSize) -> Samples,
 }
 
 /// Finds a tensor by name.

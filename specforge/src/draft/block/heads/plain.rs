@@ -26,6 +26,7 @@ pub const KIND: HeadKind = HeadKind {
         Ok(Box::new(Plain { objective, focal, shape: shape.clone() }))
     },
     reads_context: false,
+    samples: crate::draft::block::samples::samples,
 };
 
 struct Plain {

@@ -12,6 +12,7 @@ use tch::{Kind, Tensor};
 use super::lattice::{Candidates, pick};
 use super::prefix::{begun, runs, slots, total};
 use super::{BlockHead, HeadKind, Start, TensorSpec, Tensors, metrics};
+use crate::draft::Samples;
 use crate::draft::block::chunk::{Chunk, ChunkLoss};
 use crate::draft::block::config::{BlockConfig, BlockShape, Layout};
 use crate::draft::block::losses::{FirstErrorFocal, Labels, Objective, RowValues, Rows, SelectorObjective, Weighting};
@@ -39,6 +40,7 @@ pub const KIND: HeadKind = HeadKind {
     tensors,
     build,
     reads_context: false,
+    samples: |_| Samples::default(),
 };
 
 /// Deviation of predecessor codebook and projection at the beginning.

@@ -95,6 +95,7 @@ impl Blocks {
             vocabulary: None,
             document_shares: Tensor::ones([blocks], OPTIONS),
             progress: 0.0,
+            whole: None,
         }
     }
 }

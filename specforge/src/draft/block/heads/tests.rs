@@ -64,6 +64,7 @@ fn run((kind, head): &(&HeadKind, Value), supervised: &[[bool; 4]], element: Kin
         embedding: &embedding,
         vocabulary: None,
         progress: 0.0,
+        whole: None,
         document_shares: Tensor::ones([blocks], (Kind::Double, Device::Cpu)),
     };
     let loss = head.loss(&chunk).unwrap();

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{HeadKind, TensorSpec, metrics};
+use crate::draft::Samples;
 use crate::draft::block::config::{BlockConfig, BlockShape, Layout};
 use crate::error::{Error, Result};
 use crate::strict;
@@ -32,6 +33,7 @@ pub const KIND: HeadKind = HeadKind {
     tensors,
     build: training::build,
     reads_context: false,
+    samples: |_| Samples::default(),
 };
 
 /// Keys of `draft.head`.

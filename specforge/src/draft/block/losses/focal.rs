@@ -6,9 +6,8 @@
 use serde::{Deserialize, Serialize};
 use tch::Kind;
 
-use super::elementwise::Rows;
 use super::weighting::Weighting;
-use super::{Labels, credit};
+use super::{Labels, Rows, credit};
 use crate::draft::block::chunk::{Chunk, Denominator, Term};
 use crate::error::{Error, Result};
 

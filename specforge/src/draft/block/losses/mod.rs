@@ -4,8 +4,8 @@
 //!
 //! | part | choices | file |
 //! | --- | --- | --- |
-//! | loss of a row | [`Compound`] of [`RowLoss`]es | `compound.rs`, `elementwise.rs` |
-//! | the right token | [`Labels`] | here |
+//! | loss of a row | [`Compound`] of [`RowLoss`]es | `draft/losses` |
+//! | the right token | [`Labels`] | `draft/losses` |
 //! | what a row counts | [`Weighting`] | `weighting.rs`, from the functions of `credit.rs` |
 //! | what the sum is divided by | [`Denominators`] | `denominators.rs` |
 //!
@@ -18,13 +18,9 @@
 //! Shape legend: `n` blocks of a chunk, `S` slots of a block (rows that predict a token, counted from 0 in every layout),
 //! `C` supervised slots of the chunk, `DV` vocabulary of the draft, `K` candidates of a slot.
 
-use serde::{Deserialize, Serialize};
-
-mod compound;
 mod confidence;
 pub mod credit;
 mod denominators;
-mod elementwise;
 mod focal;
 mod objective;
 mod selector;
@@ -32,22 +28,11 @@ mod selector;
 mod tests;
 mod weighting;
 
-pub use compound::Compound;
 pub use confidence::confidence;
 pub use denominators::{Denominators, document_shares};
-pub use elementwise::{LkLambda, RowLoss, Rows};
 pub use focal::FirstErrorFocal;
 pub use objective::{Objective, RowValues};
 pub use selector::{Gold, SelectorObjective};
 pub use weighting::{CreditPart, Weighting};
 
-/// What a loss takes for the right token.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Labels {
-    /// The token of the text.
-    #[default]
-    Data,
-    /// What the target would have chosen.
-    Teacher,
-}
+pub use crate::draft::losses::{Compound, Labels, LkLambda, RowLoss, Rows};

@@ -2,11 +2,9 @@
 
 use tch::{Kind, Tensor};
 
-use super::compound::Compound;
 use super::denominators::Denominators;
-use super::elementwise::Rows;
 use super::weighting::Weighting;
-use super::{FirstErrorFocal, Labels};
+use super::{Compound, FirstErrorFocal, Labels, Rows};
 use crate::draft::block::chunk::{Chunk, Term};
 use crate::draft::block::config::BlockConfig;
 use crate::error::{Error, Result};
@@ -82,7 +80,7 @@ impl Objective {
 
     /// Whether its terms are divided by what only the device knows.
     pub fn measures(&self) -> bool {
-        self.denominators.is_measured(self.weights)
+        self.denominators.is_measured(self.weights) || self.loss.wants_mean()
     }
 
     /// Its count of blocks whose supervised slots are given, `[blocks][S]`: what planned terms are divided by.
@@ -116,7 +114,11 @@ impl Objective {
         weights: Tensor,
         mean_truth: Option<&Tensor>,
     ) -> Result<(Term, RowValues)> {
-        let losses = self.loss.of_rows(rows, mean_truth)?;
+        let of_batch = match (mean_truth, chunk.whole) {
+            (None, Some(whole)) if self.loss.wants_mean() => whole.mean(&rows.truth()),
+            (given, _) => given.map(Tensor::shallow_clone),
+        };
+        let losses = self.loss.of_rows(rows, of_batch.as_ref())?;
         let term = self.weigh(chunk, &losses, &weights);
         let values = RowValues {
             labels: rows.labels.shallow_clone(),

@@ -88,6 +88,7 @@ impl Blocks {
             embedding: &self.head.weight,
             vocabulary: None,
             progress: 0.0,
+            whole: None,
             document_shares: Tensor::from_slice(&document_shares(&vec![0; blocks as usize], &self.supervised)),
         }
     }

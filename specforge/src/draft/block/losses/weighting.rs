@@ -3,8 +3,7 @@
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use super::credit;
-use super::elementwise::Rows;
+use super::{Rows, credit};
 use crate::draft::block::chunk::Chunk;
 use crate::error::{Error, Result};
 use crate::strict;

@@ -173,7 +173,7 @@ fn the_confidence_may_leave_the_backbone_alone() {
 #[test]
 fn keys_are_checked_and_named() {
     for (head, word) in [
-        (json!({"markov_rank": 0}), "markov_rank"),
+        (json!({"markov_rank": 0, "confidence_head": false}), "markov_rank"),
         (json!({"markov_head_type": "gate"}), "markov_head_type"),
         (json!({"confidence_weight": -1.0}), "confidence_weight"),
         (json!({"confidence_gamma": 0.0}), "confidence_gamma"),

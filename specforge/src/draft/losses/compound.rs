@@ -37,6 +37,11 @@ impl Compound {
         self.terms.iter().any(|(loss, _)| loss.wants_teacher())
     }
 
+    /// Whether any of them goes by a mean over all supervised slots of a batch.
+    pub fn wants_mean(&self) -> bool {
+        self.terms.iter().any(|(loss, _)| matches!(loss, RowLoss::LkLambda(_)))
+    }
+
     /// `[C]` values for the draft's logits `[C, DV]`, the target's `[C, DV]` and right tokens `[C]`, with a graph. What
     /// `mean_truth` is, [`Rows::values`] says.
     pub fn values(
