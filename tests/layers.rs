@@ -166,7 +166,7 @@ fn a_circle_is_found() {
 
 /// Where a family of models may be named: in its own files, in the table, and where a format of somebody else's has the
 /// name in a file.
-const FAMILY_NAMED: [&str; 3] = ["models/mod.rs", "gguf", "export/eagle3"];
+const FAMILY_NAMED: [&str; 5] = ["models/mod.rs", "gguf", "export/eagle3", "export/block", "export/peagle.rs"];
 
 /// Files of families.
 const FAMILIES: [&str; 10] = [

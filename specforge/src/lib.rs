@@ -11,6 +11,7 @@ pub mod files;
 pub mod gguf;
 pub mod memory;
 pub mod progress;
+pub mod retry_after;
 pub mod shim;
 pub mod stop;
 pub mod streams;

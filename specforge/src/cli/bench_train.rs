@@ -4,12 +4,12 @@ use std::path::PathBuf;
 
 use clap::Args;
 
+use super::bench_shapes::Shape;
 use super::hub::{self, Reads};
 use super::{Output, numbers};
 use crate::config::RunConfig;
 use crate::device;
 use crate::error::{Error, Result};
-use crate::eval::bench_shapes::Shape;
 use crate::eval::bench_train::{self, BatchShape, BenchTrainOptions, BenchTrainReport};
 use crate::hub::Wanted;
 use crate::plan;

@@ -10,6 +10,7 @@ use crate::error::{Error, Result, foreign};
 use crate::progress::{self, Progress};
 
 mod bench;
+mod bench_shapes;
 mod bench_train;
 mod capture;
 mod compare;

@@ -2,7 +2,6 @@
 
 pub mod acceptance;
 pub mod bench;
-pub mod bench_shapes;
 pub mod bench_train;
 pub mod calibration;
 pub mod gpu_check;

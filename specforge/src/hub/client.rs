@@ -11,7 +11,7 @@ use super::name::{Kind, Name, is_commit};
 use super::settings::Settings;
 use crate::error::{Error, Result, foreign};
 use crate::progress;
-use crate::serving::retry_after;
+use crate::retry_after;
 
 /// How often something is tried that brings nothing.
 pub(super) const ATTEMPTS: u32 = 5;

@@ -8,8 +8,9 @@ use std::time::Duration;
 use serde_json::Value;
 use ureq::Agent;
 
-use super::{Trouble, Whose, retry_after};
+use super::{Trouble, Whose};
 use crate::error::foreign;
+use crate::retry_after;
 
 /// How long a connection may take to come about.
 const CONNECT: Duration = Duration::from_secs(10);

@@ -9,7 +9,6 @@ use std::time::Duration;
 
 mod http;
 mod pool;
-pub mod retry_after;
 
 pub use http::{Http, json, url};
 pub use pool::{Cause, Failure, Fleet, Outcome, Pool, patiently};

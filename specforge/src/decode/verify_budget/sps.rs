@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::{files, strict};
+use crate::files;
+use crate::strict;
 
 /// Steps a second by the tokens of a step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
-use crate::{files, strict};
+use crate::files;
+use crate::strict;
 
 /// Bins of the calibration error.
 pub const BINS: i64 = 15;

@@ -19,11 +19,10 @@
 use std::ops::Range;
 use std::rc::Rc;
 
-use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
 use super::backbone::{BlockRows, Seen};
-use super::config::{BlockLayer, BlockShape};
+use super::config::{BlockLayer, BlockMask, BlockShape};
 use super::losses;
 use crate::data::PackedBatch;
 use crate::device;
@@ -31,18 +30,6 @@ use crate::draft::StepKey;
 use crate::error::Result;
 use crate::nn::merged_attention::{Run, Runs};
 use crate::vocab::VocabMap;
-
-/// Rule that says which slots of a block are trained.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum BlockMask {
-    /// The slot's token and all before it behind the anchor are supervised.
-    #[default]
-    Exact,
-    /// The slot's token is supervised: what lies between is not looked at (parity with SpecForge's DFlash, speculators and
-    /// Model-Optimizer).
-    Label,
-}
 
 /// How the window of a layer lies over the context of a block.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

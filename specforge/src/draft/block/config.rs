@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::blocks::BlockMask;
 use super::heads::{self, HeadKind};
 use super::losses::{Compound, Denominators, FirstErrorFocal, Labels, Objective, Weighting};
 use crate::draft::vocabulary::VocabularyKeys;
@@ -74,6 +73,18 @@ pub struct BlockConfig {
     pub head: Map<String, Value>,
     /// Folder of a published draft of the same kind to start from.
     pub init_from: Option<PathBuf>,
+}
+
+/// Rule that says which slots of a block are trained.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BlockMask {
+    /// The slot's token and all before it behind the anchor are supervised.
+    #[default]
+    Exact,
+    /// The slot's token is supervised: what lies between is not looked at (parity with SpecForge's DFlash, speculators and
+    /// Model-Optimizer).
+    Label,
 }
 
 /// Which token a row of a block predicts.

@@ -13,7 +13,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::Tensor;
 
-use super::config::PeagleConfig;
 use crate::draft::distillation::{
     self, CompoundObjective, DistillationLoss, Objective, RowOutcomes, Soft, Weighting, distill, distill_compound,
 };
@@ -65,22 +64,22 @@ impl PeagleLoss {
     }
 }
 
-/// Rows' losses; with a lift, their gradients too. `tokens` are the text's, `[M]`, where the configuration asks for them.
+/// Rows' losses; with a lift, their gradients too. `lambda` are the two numbers of `lk_lambda`; `tokens` are the text's, `[M]`, where the configuration asks for them.
 pub(super) fn score(
-    config: &PeagleConfig,
+    (loss, lambda): (&PeagleLoss, (f64, f64)),
     positions_per_chunk: i64,
     rows: Rows<'_, Soft<'_>>,
     tokens: Option<&Tensor>,
     projection: &mut Projection<'_>,
     lift: Option<f64>,
 ) -> Result<RowOutcomes> {
-    match (&config.loss, config.loss.compiled(rows.targets.teacher.vocabulary.is_some())) {
+    match (loss, loss.compiled(rows.targets.teacher.vocabulary.is_some())) {
         (PeagleLoss::Compound(loss), None) => {
             distill_compound(rows, projection, CompoundObjective { loss, tokens, positions_per_chunk }, lift)
         }
         (_, compiled) => {
             let loss = compiled.unwrap_or_default();
-            let objective = Objective { loss, lambda: (config.lk_scale, config.lk_decay), positions_per_chunk };
+            let objective = Objective { loss, lambda, positions_per_chunk };
             let weighting = lift.map(|lift| Weighting { parity: None, lift });
             distill(rows, projection, objective, weighting.as_ref())
         }

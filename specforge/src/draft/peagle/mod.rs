@@ -242,7 +242,14 @@ impl Peagle {
         projection: &mut Projection<'_>,
         lift: Option<f64>,
     ) -> Result<RowOutcomes> {
-        loss::score(&self.config, self.positions_per_chunk, rows, tokens, projection, lift)
+        loss::score(
+            (&self.config.loss, (self.config.lk_scale, self.config.lk_decay)),
+            self.positions_per_chunk,
+            rows,
+            tokens,
+            projection,
+            lift,
+        )
     }
 
     /// `[M]` the text's own tokens, where the loss asks for them: those behind the positions that rows learn from.

@@ -4,9 +4,9 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use super::drafter::Drafter;
 use super::head::{Head, MarkovKind};
 use super::method::Method;
-use super::write::Drafter;
 use crate::draft::block::config::{BlockShape, LayerType, Layout as Rows};
 use crate::export::Source;
 use crate::export::eagle3::config::{Target, object, rope_parameters};

@@ -23,6 +23,7 @@ use crate::error::{Error, Result};
 use crate::models;
 
 mod config;
+mod drafter;
 mod engines;
 pub mod head;
 mod keys;

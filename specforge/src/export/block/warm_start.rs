@@ -4,9 +4,9 @@ use std::path::Path;
 
 use tch::Tensor;
 
+use super::drafter::Drafter;
 use super::head::Head;
 use super::read::{Imported, read};
-use super::write::Drafter;
 use crate::draft::block::config::{BlockShape, Layout as Rows};
 use crate::error::{Error, Result};
 use crate::export::eagle3::is_other_embedding;

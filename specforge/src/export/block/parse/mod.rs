@@ -24,7 +24,7 @@ use crate::models::{limits, plain_model};
 use crate::weights::quantised;
 
 mod block;
-mod head;
+mod heads;
 
 /// Qwen3's size of a head where none is given.
 const HEAD_DIM: i64 = 128;
@@ -150,7 +150,7 @@ fn parsed(
         return Err(format!("`input_embedding_scale`: expected a number, got {}", shape.input_embedding_scale));
     }
     sound(&shape)?;
-    let head = head::head((layout, method), &values, &keys, shapes, &mut notes)?;
+    let head = heads::head((layout, method), &values, &keys, shapes, &mut notes)?;
     head.check(&shape)?;
     let target = match layout {
         Layout::Zlab => config.get("base_model_name_or_path"),

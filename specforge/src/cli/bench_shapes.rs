@@ -15,8 +15,8 @@
 
 use serde_json::{Value, json};
 
-use super::bench_train::BatchShape;
 use crate::error::{Error, Result};
+use crate::eval::bench_train::BatchShape;
 
 /// A named shape.
 #[derive(Debug, Clone, Copy)]
@@ -133,7 +133,8 @@ impl Shape {
 mod tests {
     use super::*;
     use crate::config::RunConfig;
-    use crate::{draft, plan};
+    use crate::draft;
+    use crate::plan;
 
     #[test]
     fn every_shape_is_a_draft_that_can_be_built_with_any_head_of_its_family() {
