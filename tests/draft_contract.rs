@@ -62,7 +62,7 @@ pub fn block_drafts() -> Vec<(&'static str, Value)> {
     let selector = json!({"head": {"selector_rank": 6, "selector_top_k": 120},
         "conv": {"kernel_size": 2, "group_size": 8}});
     let recurrent = json!({"head": {"markov_rank": 6, "markov_head_type": "rnn", "confidence_reach": true}});
-    let lilicorr = json!({"num_anchors": 6, "block_size": 3, "head": {"lilicorr_candidate_topk": 128,
+    let lilicorr = json!({"num_anchors": 6, "block_size": 3, "head": {"lilicorr_candidate_topk": 256,
         "lilicorr_hidden_size": 24, "lilicorr_num_layers": 1, "lilicorr_num_heads": 3,
         "lilicorr_factor_dim": 10, "margin_weight": 0.2, "calibration_weight": 0.1}});
     let domino = json!({"head": {"gru_hidden_dim": 14, "emb_dim": 10}});
