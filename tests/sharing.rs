@@ -288,7 +288,7 @@ fn a_store_is_that_of_one_process() {
 fn slow_to_capture() -> Workspace {
     let workspace =
         Workspace::with_model(&json!({"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8}));
-    fs::write(workspace.path("conversations.jsonl"), conversations(300)).unwrap();
+    fs::write(workspace.path("conversations.jsonl"), conversations(700)).unwrap();
     workspace
 }
 

@@ -115,6 +115,16 @@ unsafe extern "C" {
         error: *mut c_char,
         error_size: usize,
     ) -> c_int;
+    fn specforge_few_queries_attention(
+        query: *const C_tensor,
+        key: *const C_tensor,
+        value: *const C_tensor,
+        mask: *const C_tensor,
+        scale: f64,
+        output: *mut *mut C_tensor,
+        error: *mut c_char,
+        error_size: usize,
+    ) -> c_int;
     fn specforge_few_rows_pay() -> c_int;
     fn specforge_exact_float32_products(error: *mut c_char, error_size: usize) -> c_int;
     fn specforge_deterministic(wanted: c_int, error: *mut c_char, error_size: usize) -> c_int;
@@ -378,7 +388,33 @@ pub fn few_rows_linear(input: &Tensor, weight: &Tensor) -> Result<Tensor> {
     })
 }
 
-/// Whether this processor has the vectors that make [`few_rows_linear`] worth it.
+/// Attention of a few new tokens, `query [B, N, T, D]`, on cached `key [B, G, S, D]` and `value [B, G, S, E]`: float32 on the
+/// CPU, `D` and `E` multiples of 32, without gradients (`csrc/few_queries.cpp`). `mask [B or 1, 1, T, S]` is true where a key
+/// is seen; a query that sees nothing gets zeros. Returns `[B, N, T, E]`.
+pub fn few_queries_attention(
+    query: &Tensor,
+    key: &Tensor,
+    value: &Tensor,
+    mask: Option<&Tensor>,
+    scale: f64,
+) -> Result<Tensor> {
+    let mask = mask.map_or(std::ptr::null(), |mask| mask.as_ptr());
+    // SAFETY: live tensors, or none for the mask; the shim checks their kinds, shapes and layout.
+    made(|output, error, error_size| unsafe {
+        specforge_few_queries_attention(
+            query.as_ptr(),
+            key.as_ptr(),
+            value.as_ptr(),
+            mask,
+            scale,
+            output,
+            error,
+            error_size,
+        )
+    })
+}
+
+/// Whether this processor has the vectors that make [`few_rows_linear`] and [`few_queries_attention`] worth it.
 pub fn few_rows_pay() -> bool {
     // SAFETY: looks at the processor alone.
     unsafe { specforge_few_rows_pay() != 0 }

@@ -1,6 +1,6 @@
 //! Scaled dot-product attention with grouped key/value heads, and what some families change about it.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::mask::{DenseMask, PreparedMask, Slices};
 use crate::shim;
@@ -108,6 +108,9 @@ fn piece(query: &Tensor, key: &Tensor, value: &Tensor, seen: &Seen<'_>, options:
     let (rows, heads, tokens, dim) = query.size4().expect("query is [B, N, T, D]");
     let groups = key.size()[1];
     let times = heads / groups;
+    if let Some(output) = few(query, key, value, seen, options) {
+        return output;
+    }
     // The heads of a group act as further queries of one head, so that no key is read twice: for one new token always, and
     // for the nodes of a tree on GPUs, whose kernels want a key for every head. From an empty cache the kernel's own causal
     // order is worth more than a copy of the new keys.
@@ -130,6 +133,35 @@ fn piece(query: &Tensor, key: &Tensor, value: &Tensor, seen: &Seen<'_>, options:
         Seen::Full | Seen::Causal => None,
     };
     kernel(query, &key, &value, mask, matches!(seen, Seen::Causal), options)
+}
+
+/// New tokens of one pass, at most, that have a kernel of their own.
+const FEW: i64 = 32;
+
+/// A few new tokens on cached keys in float32 on the CPU, where nothing asks for a gradient (`csrc/few_queries.cpp`).
+fn few(query: &Tensor, key: &Tensor, value: &Tensor, seen: &Seen<'_>, options: &Options<'_>) -> Option<Tensor> {
+    let (_, _, tokens, dim) = query.size4().ok()?;
+    let plain = |tensor: &&Tensor| {
+        let size = tensor.size();
+        tensor.device() == Device::Cpu
+            && tensor.kind() == Kind::Float
+            && !tensor.requires_grad()
+            && size[3] % 32 == 0
+            && tensor.stride()[3] == 1
+    };
+    let mask = match seen {
+        Seen::Full => None,
+        Seen::Dense(mask) => Some(&mask.visible).filter(|mask| mask.stride()[3] == 1 || mask.size()[3] == 1),
+        Seen::Causal | Seen::Band(_) => return None,
+    };
+    let fits = mask.is_some() || matches!(seen, Seen::Full);
+    let pays = (1..=FEW).contains(&tokens) && fits && shim::few_rows_pay();
+    if !pays || ![query, key, value].iter().all(plain) {
+        return None;
+    }
+    let scale = options.scale.unwrap_or_else(|| (dim as f64).powf(-0.5));
+    // Panics as tch's operators do.
+    Some(shim::few_queries_attention(query, key, value, mask, scale).expect("tensors that were just looked at"))
 }
 
 fn kernel(
@@ -198,8 +230,6 @@ fn for_every_head(query: &Tensor, keys: &Tensor) -> Tensor {
 
 #[cfg(test)]
 mod tests {
-    use tch::Device;
-
     use super::*;
     use crate::nn::AttentionMask;
     use crate::nn::mask::{Masks, TreeMask};
@@ -348,6 +378,46 @@ mod tests {
                 let got = attention(&query, &key, &value, masks.of(window), &options);
                 near(&got, &reference(&query, &key, &value, &visible, &options), &format!("{window:?} {options:?}"));
             }
+        }
+    }
+
+    /// In float32 on the CPU, where a kernel of our own takes the few tokens of a round: rows of unequal length, nodes of a
+    /// tree, nothing hidden, a query that sees nothing, and caches that are cut out of longer ones.
+    #[test]
+    fn few_tokens_equal_the_written_out_softmax_whatever_lies_in_hidden_slots() {
+        tch::manual_seed(6);
+        for (rows, heads, groups, tokens, slots, dim, width) in
+            [(2, 6, 2, 1, 37, 64, 64), (1, 4, 4, 1, 5, 32, 96), (3, 8, 2, 7, 33, 64, 32), (2, 3, 1, 32, 50, 128, 128)]
+        {
+            let query = random([rows, heads, tokens, dim]);
+            let (key, value) = (random([rows, groups, slots + 9, dim]), random([rows, groups, slots + 9, width]));
+            let (key, value) = (key.narrow(2, 3, slots), value.narrow(2, 3, slots));
+            // The first slot is seen by all; the last two by nobody.
+            let seen = Tensor::rand([rows, 1, tokens, slots], (Kind::Float, Device::Cpu)).gt(0.4);
+            let _ = seen.narrow(3, 0, 1).fill_(1);
+            let _ = seen.narrow(3, slots - 2, 2).fill_(0);
+            let everything = seen.ones_like();
+            let (key_of_hidden, value_of_hidden) = (key.copy(), value.copy());
+            for tensor in [&key_of_hidden, &value_of_hidden] {
+                let _ = tensor.narrow(2, slots - 2, 2).fill_(f64::NAN);
+            }
+            let float = |tensor: &Tensor| tensor.to_kind(Kind::Float);
+            for options in [PLAIN, Options { scale: Some(0.3), ..PLAIN }] {
+                for (what, seen, visible, key, value) in [
+                    ("full", Seen::Full, &everything, &key, &value),
+                    ("dense", Seen::Dense(&DenseMask::new(seen.copy())), &seen, &key_of_hidden, &value_of_hidden),
+                ] {
+                    let want = reference(&query, key, value, visible, &options);
+                    let got = few(&float(&query), &float(key), &float(value), &seen, &options).unwrap();
+                    let difference = (got.to_kind(Kind::Double) - &want).abs().max().double_value(&[]);
+                    assert!(difference < 3e-6, "{what}, {tokens} tokens on {slots}: {difference:e}");
+                }
+            }
+            let _ = seen.narrow(0, 0, 1).narrow(2, 0, 1).fill_(0);
+            let blind = DenseMask::new(seen);
+            let blind = few(&float(&query), &float(&key), &float(&value), &Seen::Dense(&blind), &PLAIN).unwrap();
+            let nothing = blind.narrow(0, 0, 1).narrow(2, 0, 1).abs().max().double_value(&[]);
+            assert_eq!(nothing, 0.0);
         }
     }
 

@@ -28,14 +28,12 @@ impl Linear {
 pub fn linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
     let plain =
         |tensor: &Tensor| tensor.device() == Device::Cpu && tensor.kind() == Kind::Float && !tensor.requires_grad();
-    let [out, width] = <[i64; 2]>::try_from(weight.size()).unwrap_or([0, 1]);
+    let [_, width] = <[i64; 2]>::try_from(weight.size()).unwrap_or([0, 1]);
     let rows = input.numel() as i64 / width.max(1);
     if rows < 1 || !(plain(input) && plain(weight) && bias.is_none_or(plain)) {
         return input.linear(weight, bias);
     }
-    // Two groups of rows read a weight of many outputs twice, and there oneDNN does not rearrange it.
-    let few = (2..=16).contains(&rows) || ((17..=32).contains(&rows) && out <= 8 * width);
-    if few && weight.is_contiguous() && shim::few_rows_pay() {
+    if (2..=32).contains(&rows) && weight.is_contiguous() && shim::few_rows_pay() {
         let product = made(shim::few_rows_linear(&input.contiguous(), weight));
         return match bias {
             Some(bias) => product + bias,

@@ -92,7 +92,7 @@ pub struct DenseMask {
 }
 
 impl DenseMask {
-    fn new(visible: Tensor) -> Self {
+    pub(super) fn new(visible: Tensor) -> Self {
         Self { visible, folded: RefCell::new(None) }
     }
 

@@ -189,10 +189,17 @@ fn capture_with(
     let progress = LazyProgress::new("capture", "tokens");
     let done = |tokens: u64| progress.set(tokens, overview.tokens);
     let going = Going { work: &work, stop: stop.arrived(), progress: &done };
-    let begin = || {
+    let listen = || {
         stop.set_answer(Answer::Finish(
             "stopping after this pack; whole shards stay, and the same command goes on from them",
         ));
+    };
+    // The others may write shards while this process still loads its target: it stops as they do.
+    if work.world_size() > 1 {
+        listen();
+    }
+    let begin = || {
+        listen();
         done(overview.tokens_before);
     };
     let mut rows_judged = None;
