@@ -110,8 +110,8 @@ fn slow_workspace() -> Workspace {
     workspace
 }
 
-const ROWS: usize = 24;
-const SLOW: [&str; 2] = ["--max-new-tokens", "20"];
+const ROWS: usize = 96;
+const SLOW: [&str; 2] = ["--max-new-tokens", "40"];
 
 /// A rank that is killed ends all; what was answered stays, and another number of processes goes on from it.
 #[test]

@@ -1,10 +1,11 @@
-// A matrix product of a few rows, as the verification of a draft tree needs it: 2 to 32 rows times a weight that is far
-// larger than they are.
+// A matrix product of a few rows, as decoding needs it: one row, or the 2 to 32 of a batch or a draft tree, times a weight that
+// is far larger than they are.
 //
 // Such a product is bound by the weight's way through the processor. oneDNN rearranges a weight from 16 rows on, which
 // costs more than the product itself; libtorch's MKL does as badly on processors that are not Intel's. Here every weight
 // is read once, where it lies, and multiplies 8, 16 or 32 rows at a time: a vector holds the same column of 8 or 16 rows,
-// so that a scalar of the weight needs an instruction for each vector and no sum has to be made across one.
+// so that a scalar of the weight needs an instruction for each vector and no sum has to be made across one. A single row
+// is nothing but the weight's way from memory: rows of the weight pass by one after the other, asked for ahead of time.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -89,8 +90,40 @@ inline __attribute__((always_inline)) void of_groups(const float *weight, const 
   }
 }
 
+// Outputs `begin .. end` of a single row. `rows` is [width].
+inline __attribute__((always_inline)) void of_row(const float *weight, const float *row, float *result,
+                                                  std::int64_t begin, std::int64_t end, std::int64_t width) {
+  typedef float lanes __attribute__((vector_size(64)));
+  constexpr std::int64_t LANES = 16, SUMS = 4, STEP = LANES * SUMS, AHEAD = 1024;  // numbers that are asked for ahead
+  for (std::int64_t output = begin; output < end; output++) {
+    const float *line = weight + output * width;
+    lanes sum[SUMS] = {};
+    std::int64_t term = 0;
+    for (; term + STEP <= width; term += STEP)
+#pragma GCC unroll 4
+      for (int part = 0; part < SUMS; part++) {
+        lanes scalars, column;
+        std::memcpy(&scalars, line + term + part * LANES, sizeof scalars);
+        std::memcpy(&column, row + term + part * LANES, sizeof column);
+        __builtin_prefetch(line + term + part * LANES + AHEAD);
+        sum[part] += scalars * column;
+      }
+    float rest = 0.0f;
+    for (; term < width; term++) rest += line[term] * row[term];
+    const lanes both = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    float total = 0.0f;
+    for (int lane = 0; lane < LANES; lane++) total += both[lane];
+    result[output] = total + rest;
+  }
+}
+
 using Stretch = void(const float *, const float *, float *, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
                      std::int64_t);
+
+FOR_EVERY_PROCESSOR void of_one(const float *weight, const float *rows, float *result, std::int64_t begin,
+                                std::int64_t end, std::int64_t width, std::int64_t, std::int64_t) {
+  of_row(weight, rows, result, begin, end, width);
+}
 
 FOR_EVERY_PROCESSOR void of_eight(const float *weight, const float *rows, float *result, std::int64_t begin,
                                   std::int64_t end, std::int64_t width, std::int64_t out, std::int64_t live) {
@@ -119,6 +152,7 @@ Kernel kernel(Stretch *stretch) {
 }
 
 Kernel kernel_of(std::int64_t live) {
+  if (live == 1) return {&of_one, 1, 8};
   if (live <= Eight::rows) return kernel<Eight>(&of_eight);
 #if defined(__x86_64__)
   // Sixteen sums of two vectors each want the 32 registers of AVX-512.

@@ -23,7 +23,7 @@ impl Linear {
 
 /// `input [.., in]` times the transpose of `weight [out, in]`, plus `bias [out]`.
 ///
-/// Where nothing asks for a gradient, float32 rows on the CPU are multiplied by oneDNN, but for the few of a draft tree,
+/// Where nothing asks for a gradient, float32 rows on the CPU are multiplied by oneDNN, but for the few of a round of decoding,
 /// which have a kernel of their own (`csrc/few_rows.cpp`); everything else is libtorch's `linear`.
 pub fn linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
     let plain =
@@ -33,7 +33,7 @@ pub fn linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor 
     if rows < 1 || !(plain(input) && plain(weight) && bias.is_none_or(plain)) {
         return input.linear(weight, bias);
     }
-    if (2..=32).contains(&rows) && weight.is_contiguous() && shim::few_rows_pay() {
+    if rows <= 32 && weight.is_contiguous() && shim::few_rows_pay() {
         let product = made(shim::few_rows_linear(&input.contiguous(), weight));
         return match bias {
             Some(bias) => product + bias,
