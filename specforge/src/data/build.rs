@@ -203,8 +203,7 @@ fn tokenise(
     let mut passed_over = PassedOverCounts::default();
     let mut roles = [false; Role::ALL.len()];
     let vocabulary = Vocabulary::default();
-    for (done, chunk) in records.chunks(CHUNK).enumerate() {
-        progress((done * CHUNK) as u64, total as u64);
+    let outcomes_of = |chunk: &[(&SourceFile, &Record)]| -> Vec<Result<Outcome>> {
         // What ends the build may take its time over every record: the others need not find out.
         let ended = AtomicBool::new(false);
         let outcomes = chunk.par_iter().map(|(source, record)| {
@@ -215,7 +214,9 @@ fn tokenise(
             ended.fetch_or(matches!(&outcome, Err(error) if !matches!(error, Error::Failed(_))), Ordering::Relaxed);
             outcome
         });
-        let outcomes: Vec<Result<Outcome>> = outcomes.collect();
+        outcomes.collect()
+    };
+    let mut keep = |chunk: &[(&SourceFile, &Record)], outcomes: Vec<Result<Outcome>>| {
         for ((source, record), outcome) in chunk.iter().zip(outcomes) {
             match outcome {
                 Ok(mut outcome) => {
@@ -227,6 +228,17 @@ fn tokenise(
                 Err(fatal) => return Err(fatal),
             }
         }
+        Ok(())
+    };
+    let mut chunks = records.chunks(CHUNK).map(|chunk| (chunk, outcomes_of(chunk)));
+    let (mut ready, mut done) = (chunks.next(), 0);
+    while let Some((chunk, outcomes)) = ready {
+        progress(done, total as u64);
+        done += chunk.len() as u64;
+        // The next records are tokenised while these are written.
+        let (next, kept) = rayon::join(|| chunks.next(), || keep(chunk, outcomes));
+        kept?;
+        ready = next;
     }
     progress(total as u64, total as u64);
     report.warnings = passed_over.warnings();
