@@ -197,6 +197,19 @@ fn real_acceptance_is_measured_while_training_and_the_best_is_kept() {
         let highest = logged[1..].iter().copied().fold(0.0, f64::max);
         assert_eq!(best["value"].as_f64().unwrap(), highest);
 
+        // The page shows what was logged, and three of the answers.
+        let page = fs::read_to_string(workspace.path("run/report.html")).unwrap();
+        for shown in
+            ["<h2>Acceptance length</h2>", "<h2>Loss</h2>", "acceptance_length, held out", "<h2>Where the time went"]
+        {
+            assert!(page.contains(shown), "{shown}: {page}");
+        }
+        assert_eq!(page.matches("<div class=\"text\">").count(), 3, "{page}");
+        assert!(page.contains(&format!(
+            "<b>{:.3}</b>tokens a verification",
+            report["end"]["acceptance_length"].as_f64().unwrap()
+        )));
+
         // Decoding on the way changes nothing that is trained.
         workspace.configuration["eval"] = json!({});
         let without = workspace.train("without", &[]);

@@ -3,12 +3,13 @@
 //! The modules stand in layer order: a module uses only modules above it in this list, and modules on one layer do not
 //! see each other. A test reads every `use` line and fails on an arrow that runs the other way.
 
-// L0: errors, files, what the terminal shows, what libtorch is asked for directly
+// L0: errors, files, what the terminal and a page show, what libtorch is asked for directly
 pub mod cuda_kernels;
 pub mod device;
 pub mod error;
 pub mod files;
 pub mod gguf;
+pub mod html;
 pub mod memory;
 pub mod progress;
 pub mod retry_after;

@@ -1,4 +1,5 @@
-//! Metrics of a run, written twice: `metrics.jsonl` for programs, TensorBoard event files for people.
+//! Metrics of a run, written twice: `metrics.jsonl` for programs, TensorBoard event files for people. At the end of a run a
+//! page shows them (`report.html`).
 //!
 //! ```text
 //! metrics.jsonl                 one object a line, the source of truth
@@ -9,6 +10,7 @@
 //! taken: what was logged after that is dropped, so no step appears twice.
 
 pub mod jsonl;
+pub mod page;
 pub mod tensorboard;
 
 use std::path::Path;

@@ -1,5 +1,6 @@
 //! `specforge train`
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -17,8 +18,8 @@ use crate::data::{self, TokenCache};
 use crate::device;
 use crate::dist::{Meeting, Placement, ProcessGroup};
 use crate::draft::{self, DraftContext, DraftModel};
-use crate::error::{Error, Result};
-use crate::eval::acceptance::in_training::{self, InTraining};
+use crate::error::{Error, Result, foreign};
+use crate::eval::acceptance::in_training::{self, Held, InTraining};
 use crate::export;
 use crate::features::store::Share;
 use crate::files;
@@ -28,11 +29,14 @@ use crate::plan::Plan;
 use crate::progress;
 use crate::shim;
 use crate::stop::{Answer, Stop};
+use crate::tracking::page::PAGE_FILE;
+use crate::tracking::{self, METRICS_FILE};
 use crate::train::{self, Provenance, Split, Trainer, TrainerParts};
 
 mod content;
 mod folder;
 mod inputs;
+mod page;
 mod report;
 
 use content::Content;
@@ -251,12 +255,15 @@ fn train(
     };
     let stop_tokens = tokenizer.eos_token_ids();
     let decodes_with = model.as_ref().filter(|_| config.eval.every > 0);
-    let decoding = |draft: &dyn DraftModel| match decodes_with {
-        Some(model) => {
-            let target = model.in_use();
-            in_training::measure(&with(&*target, config, &prompts, stop_tokens, &group), draft, stop.number())
-        }
-        None => Ok(Some(BTreeMap::new())),
+    let last_answers = RefCell::new(Vec::new());
+    let decoding = |draft: &dyn DraftModel| {
+        let Some(model) = decodes_with else { return Ok(Some(BTreeMap::new())) };
+        let target = model.in_use();
+        let held = in_training::measure(&with(&*target, config, &prompts, stop_tokens, &group), draft, stop.number())?;
+        Ok(held.map(|Held { figures, answers }| {
+            last_answers.replace(answers);
+            figures
+        }))
     };
     if let Some(model) = decodes_with {
         if prompts.is_empty() {
@@ -306,6 +313,10 @@ fn train(
     }
     if is_first {
         files::write_json(&out.join("report.json"), &report)?;
+        let samples = page::samples(&last_answers.borrow(), &prompts, &tokenizer)?;
+        let run = page::of(&report, &resolved, &Versions::current(), &samples);
+        files::write_text(&out.join(PAGE_FILE), &tracking::page::page(&out.join(METRICS_FILE), &run)?)?;
+        note(format!("report: {}", foreign::path(&out.join(PAGE_FILE))));
         output.result(&report, || report::text(&report));
     }
     Ok(())

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::data::TokenCache;
-use crate::decode::engine::{Engine, EngineOptions};
+use crate::decode::engine::{Decoded, Engine, EngineOptions};
 use crate::decode::event::Silent;
 use crate::decode::{Policy, Request, drafter};
 use crate::dist::{ProcessGroup, ReduceOp};
@@ -117,13 +117,18 @@ impl<'a> InTraining<'a> {
     }
 }
 
+/// What a decode of the prompts gave.
+#[derive(Debug, Default)]
+pub struct Held {
+    /// Figures of all ranks, by name.
+    pub figures: BTreeMap<String, f64>,
+    /// This rank's answers, in the order of their prompts.
+    pub answers: Vec<Decoded>,
+}
+
 /// Decodes the prompts greedily with the draft of this moment. Every rank must call this and gets the figures of all;
 /// none where a rank was asked to `stop` before the end.
-pub fn measure(
-    with: &InTraining<'_>,
-    draft: &dyn DraftModel,
-    stop: &AtomicI32,
-) -> Result<Option<BTreeMap<String, f64>>> {
+pub fn measure(with: &InTraining<'_>, draft: &dyn DraftModel, stop: &AtomicI32) -> Result<Option<Held>> {
     let group = with.group;
     let mut engine = with.engine(draft)?;
     let mut all_left = Vec::new();
@@ -143,11 +148,13 @@ pub fn measure(
             all_left.extend(engine.step(&mut Silent)?);
         }
     }
+    let mut answers = all_left.into_iter().map(|left| left.decoded).collect::<Result<Vec<Decoded>>>()?;
+    answers.sort_unstable_by_key(|answer| answer.tag);
     let (mut rounds, mut tokens) = (0i64, 0i64);
     // By depth: verifications whose tree is that deep, and those that accepted that many guesses.
     let mut depths: Vec<[i64; 2]> = Vec::new();
-    for left in all_left {
-        for round in left.decoded?.rounds {
+    for answer in &answers {
+        for round in &answer.rounds {
             rounds += 1;
             tokens += round.tokens as i64;
             depths.resize(depths.len().max(round.depth), [0, 0]);
@@ -163,9 +170,9 @@ pub fn measure(
     let counts = Tensor::from_slice(&[&[rounds, tokens], depths.as_flattened()].concat());
     group.all_reduce(&counts, ReduceOp::Sum)?;
     let counts = Vec::<i64>::try_from(counts)?;
-    let mut values = BTreeMap::from([(METRIC.to_owned(), counts[1] as f64 / counts[0].max(1) as f64)]);
+    let mut figures = BTreeMap::from([(METRIC.to_owned(), counts[1] as f64 / counts[0].max(1) as f64)]);
     for (depth, pair) in (1..).zip(counts[2..].chunks(2)) {
-        values.insert(format!("depth{depth}/accepted"), pair[1] as f64 / pair[0].max(1) as f64);
+        figures.insert(format!("depth{depth}/accepted"), pair[1] as f64 / pair[0].max(1) as f64);
     }
-    Ok(Some(values))
+    Ok(Some(Held { figures, answers }))
 }
