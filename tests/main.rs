@@ -58,5 +58,6 @@ mod tracing;
 mod training;
 mod tree;
 mod vocab;
+mod vqvae_files;
 mod windowed;
 mod windowed_runs;

@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 
 mod digests;
 mod once;
+pub mod png;
 mod shrunk;
 pub mod torch_file;
 mod unfinished;

@@ -39,8 +39,9 @@ pub mod checkpoint;
 pub mod export;
 pub mod optim;
 pub mod tracking;
-// L6: the training loop; decoding
+// L6: the training loop; decoding; training of what image models are built on
 pub mod decode;
+pub mod images;
 pub mod train;
 // L7: what a target or a draft is worth; why two decodes differ; the processes of a run
 pub mod eval;

@@ -32,6 +32,7 @@ mod peagle;
 mod smollm2;
 mod tiny_llama;
 mod verify_budget;
+mod vqvae;
 
 /// Checks one file. `Ok` says what was compared, `Err` what differs.
 type Check = fn(&Path) -> Result<String, String>;
@@ -67,6 +68,10 @@ const PREFIXES: &[(&str, Check)] = &[
     ("dspark_", block_dspark::check_specforge),
     ("infer_domino", |path| block_inference::behind_backbone(path, block_domino::check_block)),
     ("domino_", block_domino::check_specforge),
+    // image models
+    ("vqvae_", vqvae::check),
+    ("vqvae_ch32_hash_", vqvae::check_hashed),
+    ("vqvae_phi_index_", vqvae::check_phi_index),
     // what of them is verified
     ("dspark_schedule", verify_budget::check),
     ("infer_lilicorr", |path| block_inference::behind_backbone(path, block_lilicorr::check_inference)),

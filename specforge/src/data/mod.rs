@@ -6,6 +6,7 @@
 //! `cache` keeps the result in one memory-mapped file. `marks` are what a record says about being trained, and `recorded`
 //! makes documents of answers whose token ids are known. `pack` fills batches, `stats` describes what came out, `counts`
 //! says how often each token is trained. `validate` finds every `fault` of a file, and `look` shows all of that on a page.
+//! `grey_images` is apart from all of it: pictures for image models, as numbers from 0 to 255.
 //!
 //! This room ends at token ids and masks: it knows no model, no tensor and no hidden state.
 
@@ -25,6 +26,7 @@ mod content;
 pub mod conversation;
 pub mod counts;
 mod fault;
+pub mod grey_images;
 pub mod held_out;
 mod jinja;
 pub mod look;
@@ -49,6 +51,7 @@ pub use cache::{Document, TokenCache, split};
 pub use conversation::{Conversation, Message, Rejections, Sample};
 pub use counts::{all_supervised_counts, supervised_counts};
 pub use fault::{Fault, FaultKind};
+pub use grey_images::GreyImages;
 pub use held_out::{by_content, first_tokens};
 pub use marks::{Finish, Marks};
 pub use mask::{Mask, Role};

@@ -9,15 +9,15 @@
 //! stands for a table that has it under the empty name. Numbers and truths of the table are kept. A file that was compressed as a
 //! whole (`.gz`) is taken apart in memory.
 
-use std::collections::BTreeMap;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{BufReader, Cursor, Read, Seek};
+use std::ops::Range;
 use std::path::Path;
 use std::rc::Rc;
 
-use zip::ZipArchive;
 use zip::result::ZipError;
+use zip::{CompressionMethod, ZipArchive};
 
 use crate::error::{Error, Result, foreign};
 
@@ -26,8 +26,8 @@ pub const MAGIC: &[u8] = b"PK\x03\x04";
 /// Every gzip file begins with this.
 const GZIP_MAGIC: &[u8] = b"\x1f\x8b";
 
-/// Longest program read. A table of two tensors takes about 400 bytes.
-const MOST_PROGRAM_BYTES: u64 = 1 << 16;
+/// Longest program read. A tensor takes about 200 bytes, a model of some hundred tensors 100 kB.
+const MOST_PROGRAM_BYTES: u64 = 1 << 20;
 /// Deepest tuple in a tuple. Tensors take three.
 const MOST_DEPTH: usize = 8;
 /// Longest list in a table: a tensor for each layer of a model.
@@ -49,6 +49,10 @@ pub struct TorchFile {
     prefix: String,
     tensors: BTreeMap<String, TensorInfo>,
     numbers: BTreeMap<String, i64>,
+    /// Whether the archive was taken apart in memory.
+    in_memory: bool,
+    /// Storages that were read whole for their checksums, by key, with their place in the file.
+    whole: HashMap<String, Range<u64>>,
 }
 
 /// What a program builds: tensors and numbers by name.
@@ -89,7 +93,7 @@ impl TorchFile {
         let archive = foreign::answer(|| ZipArchive::new(source));
         let mut archive = archive.map_err(|error| format!("is no whole torch file: {error}"))?;
         let (prefix, (tensors, numbers)) = table(&mut archive)?;
-        Ok(Self { archive, prefix, tensors, numbers })
+        Ok(Self { archive, prefix, tensors, numbers, in_memory: is_gzip, whole: HashMap::new() })
     }
 
     /// An integer of the table, or a truth as 0 or 1.
@@ -127,6 +131,50 @@ impl TorchFile {
         let got = bytes.len();
         found.ok_or_else(|| format!("`{name}`: expected {} bytes, got {got}", end.saturating_mul(width)))
     }
+}
+
+impl TorchFile {
+    /// Where in the file the elements of a tensor lie, `width` little-endian bytes each, row-major, so that a mapped file can
+    /// be used as it is. What the tensor looks into is read whole once, for its checksum.
+    pub fn place(&mut self, name: &str, width: u64) -> Result<Range<u64>, String> {
+        if self.in_memory {
+            return Err("is compressed as a whole: unpack it first".to_owned());
+        }
+        let info = self.tensors.get(name).ok_or_else(|| format!("holds no tensor `{name}`"))?;
+        if !info.is_row_major() {
+            return Err(format!("`{name}`: its elements do not lie side by side"));
+        }
+        let storage = match self.whole.get(&info.key) {
+            Some(range) => range.clone(),
+            None => {
+                let range = stored_range(&mut self.archive, &format!("{}data/{}", self.prefix, info.key))?;
+                self.whole.insert(info.key.clone(), range.clone());
+                range
+            }
+        };
+        let length = info.shape.iter().try_fold(width, |product, &size| product.checked_mul(size));
+        let start = info.offset.checked_mul(width).and_then(|offset| storage.start.checked_add(offset));
+        let end = start.zip(length).and_then(|(start, length)| start.checked_add(length));
+        match start.zip(end) {
+            Some((start, end)) if end <= storage.end => Ok(start..end),
+            _ => {
+                let got = storage.end - storage.start;
+                Err(format!("`{name}`: expected elements of shape {:?}, its storage has {got} bytes", info.shape))
+            }
+        }
+    }
+}
+
+/// Where an entry that is not compressed lies in the file, once it was read whole and fits its checksum.
+fn stored_range(archive: &mut Archive, name: &str) -> Result<Range<u64>, String> {
+    let mut entry = archive.by_name(name).map_err(|error| format!("`{name}`: {}", broken(&error)))?;
+    if entry.compression() != CompressionMethod::Stored {
+        return Err(format!("`{name}`: is compressed, which torch.save does not do"));
+    }
+    let start = entry.data_start().ok_or_else(|| format!("`{name}`: has no place in the file"))?;
+    let length = std::io::copy(&mut entry, &mut std::io::sink());
+    let length = length.map_err(|error| format!("`{name}`: {}", broken(&ZipError::Io(error))))?;
+    Ok(start..start.saturating_add(length))
 }
 
 fn broken(error: &ZipError) -> String {
@@ -335,6 +383,13 @@ impl<'a> Machine<'a> {
             // BINPERSID, REDUCE
             b'Q' => self.storage()?,
             b'R' => self.call()?,
+            // BUILD: what a module's table of tensors notes beside them, versions of layers
+            b'b' => {
+                self.pop()?;
+                if !matches!(self.stack.last(), Some(Value::Table(_))) {
+                    return Err("gives attributes to something that is no table".to_owned());
+                }
+            }
             other => return Err(format!("has the instruction {other:#04x}, which a table of tensors does not need")),
         }
         Ok(true)

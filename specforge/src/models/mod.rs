@@ -36,6 +36,7 @@ pub mod smollm3;
 pub mod spread;
 pub mod stored_kind;
 pub mod text_model;
+pub mod vqvae;
 
 pub use family::{
     Block, Correct, Family, GetTensor, Loading, TargetConfig, add_family, check, families, load_head, load_tables,

@@ -6,9 +6,11 @@
 
 pub mod activation;
 pub mod attention;
+pub mod conv;
 pub mod decoder_layer;
 pub mod embedding;
 pub mod experts;
+pub mod group_norm;
 pub mod head;
 pub mod kv_cache;
 pub mod linear;

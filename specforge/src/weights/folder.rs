@@ -31,13 +31,13 @@ const PIECE_BYTES: usize = 8 << 20;
 
 /// Where one tensor lies.
 #[derive(Debug, Clone)]
-struct Entry {
-    file: usize,
-    kind: Kind,
-    shape: Vec<i64>,
+pub(super) struct Entry {
+    pub file: usize,
+    pub kind: Kind,
+    pub shape: Vec<i64>,
     /// Byte range within the file.
-    start: usize,
-    end: usize,
+    pub start: usize,
+    pub end: usize,
 }
 
 /// What the stored elements of a tensor of a few bits stand for.
@@ -192,6 +192,11 @@ impl WeightsFolder {
     fn open_packed(path: &Path) -> Result<Self> {
         let map = packed::open(path)?.weights()?;
         let entries = entries_of(path, &map, 0)?.into_iter().collect();
+        Self::of_one(path, map, entries)
+    }
+
+    /// The tensors of one mapped file, each of whose bytes lie within it.
+    pub(super) fn of_one(path: &Path, map: Arc<Mmap>, entries: BTreeMap<String, Entry>) -> Result<Self> {
         let stamp = std::fs::metadata(path).map_err(Error::io("look at", path))?;
         let stamps = vec![(stamp.len(), changed(&stamp))];
         Ok(Self {

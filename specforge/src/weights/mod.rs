@@ -7,6 +7,7 @@ mod index;
 pub mod quantised;
 mod scaled;
 pub mod shared;
+pub mod torch;
 pub mod writer;
 
 pub use folder::WeightsFolder;
