@@ -30,6 +30,7 @@ mod gpu_check;
 mod http_server;
 #[cfg(feature = "hub")]
 mod hub;
+mod images;
 mod launch;
 mod layers;
 mod looking;

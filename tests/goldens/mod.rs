@@ -28,9 +28,13 @@ mod eagle_trees;
 mod families;
 mod medusa;
 mod medusa_trees;
+mod noise_keyed;
 mod peagle;
 mod smollm2;
 mod tiny_llama;
+mod var;
+mod var_e2e;
+mod var_spec;
 mod verify_budget;
 mod vqvae;
 
@@ -81,6 +85,12 @@ const PREFIXES: &[(&str, Check)] = &[
     ("na_dflash2", block_selector::check_automodel),
     ("mo_lilicorr", block_lilicorr::check_modelopt),
     ("sp_xpress", block_xpress::check_speculators),
+    // images
+    ("noise_keyed_", noise_keyed::check),
+    ("var_", var::check),
+    ("var_spec_", var_spec::check),
+    ("var_e2e_", var_e2e::check),
+    ("var_filter_", var::check_filter),
 ];
 
 /// How the names of folders begin that are one golden each.

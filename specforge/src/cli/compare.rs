@@ -12,12 +12,15 @@ use crate::data::ChatTokenizer;
 use crate::decode::drafter::{self, DraftSampling};
 use crate::error::{Error, Result};
 use crate::hub::Wanted;
+use crate::models::var::load_var;
+use crate::models::vqvae;
 use crate::trace::judge::NewDrafter;
+use crate::trace::scales::{self, ScaleJudge, ScaleTrace};
 use crate::trace::{self, Judge, ModelName, Trace};
 
 /// Says where two recorded decodes differ, and which of them is wrong.
 ///
-/// Traces come from `--trace FILE` of generate and eval. Exit code 0: equal, or different only at near ties; 1: they
+/// Traces come from `--trace FILE` of generate, eval and images generate. Exit code 0: equal, or different only at near ties; 1: they
 /// differ, or one is wrong; 2: a trace that cannot be read.
 #[derive(Debug, Clone, Args)]
 pub(super) struct CompareArgs {
@@ -30,11 +33,25 @@ pub(super) struct CompareArgs {
     /// Model folder, GGUF file or name on a hub of the target of both: it says who is wrong, by passes without a cache.
     #[arg(long, value_name = "DIR")]
     target: Option<PathBuf>,
+    /// For traces of images, the target's image tokenizer. Without it the folder `vae` in the target's.
+    #[arg(long, value_name = "DIR", requires = "target")]
+    vae: Option<PathBuf>,
     #[command(flatten)]
     devices: DeviceArgs,
 }
 
 pub(super) fn run(args: &CompareArgs, output: &Output) -> Result<()> {
+    match (ScaleTrace::is_one(&args.a), ScaleTrace::is_one(&args.b)) {
+        (false, false) => {}
+        (true, true) => return images(args, output),
+        (first, _) => {
+            let (other, one) = if first { (&args.b, &args.a) } else { (&args.a, &args.b) };
+            return Err(Error::bad_file(other, format!("is no trace of images, and {} is one", one.display())));
+        }
+    }
+    if args.vae.is_some() {
+        return Err(Error::Usage("--vae: these are no traces of images".to_owned()));
+    }
     let args = &mut args.clone();
     hub::fetch(args.target.iter_mut().map(|target| Place::Model(target, Wanted::Target)).collect(), None)?;
     let args = &*args;
@@ -78,6 +95,38 @@ pub(super) fn run(args: &CompareArgs, output: &Output) -> Result<()> {
     }
     let word = |token| tokenizer.as_ref().and_then(|tokenizer| tokenizer.decode(&[token], false).ok());
     output.result(&comparison, || trace::text::text(&comparison, &word));
+    match comparison.verdict.is_sound() {
+        true => Ok(()),
+        false => Err(Error::Failed(format!("the traces differ: {}", comparison.verdict.words()))),
+    }
+}
+
+/// Compares traces of images.
+fn images(args: &CompareArgs, output: &Output) -> Result<()> {
+    let (a, b) = (ScaleTrace::read(&args.a)?, ScaleTrace::read(&args.b)?);
+    let models = match &args.target {
+        None => None,
+        Some(folder) => {
+            let vae = super::images::vae_of(args.vae.as_deref(), folder)?;
+            type Name = fn(&ScaleTrace) -> &ModelName;
+            let names: [(&PathBuf, Name); 2] =
+                [(folder, |trace| &trace.header.target), (&vae, |trace| &trace.header.vae)];
+            for (path, name) in names {
+                let identity = ModelName::draft(path)?.identity;
+                if let Some(trace) = [&a, &b].into_iter().find(|trace| name(trace).identity != identity) {
+                    let (file, other) = (trace.path.display(), &name(trace).path);
+                    return Err(Error::bad_file(path, format!("is not the model of {file}: {}", other.display())));
+                }
+            }
+            let target = load_var(folder, args.devices.alone()?.home)?.model;
+            let patches = target.config().patch_nums.clone();
+            let tokenizer = vqvae::load(&vae, Some(&patches), target.kind(), target.device())?;
+            Some((target, tokenizer))
+        }
+    };
+    let judge = models.as_ref().map(|(target, tokenizer)| ScaleJudge { target, quantizer: tokenizer.quantizer() });
+    let comparison = scales::compare(&a, &b, judge.as_ref())?;
+    output.result(&comparison, || scales::text(&comparison));
     match comparison.verdict.is_sound() {
         true => Ok(()),
         false => Err(Error::Failed(format!("the traces differ: {}", comparison.verdict.words()))),

@@ -22,6 +22,7 @@ mod export;
 mod generate;
 mod gpu_check;
 mod hub;
+mod images;
 mod import;
 mod inspect;
 mod launch;
@@ -80,6 +81,8 @@ enum Command {
     BenchTrain(bench_train::BenchTrainArgs),
     /// Answer a prompt, with or without a draft.
     Generate(generate::GenerateArgs),
+    /// Next-scale image models: decode images, with or without a draft.
+    Images(images::ImagesArgs),
     /// Measure a draft by decoding with it: acceptance, speed, losslessness.
     Eval(eval::EvalArgs),
     /// Say where two recorded decodes differ, and which of them is wrong.
@@ -109,6 +112,7 @@ impl Cli {
             Command::Bench(args) => bench::run(&args, &output),
             Command::BenchTrain(args) => bench_train::run(&args, &output),
             Command::Generate(args) => generate::run(&args, &output),
+            Command::Images(args) => images::run(&args, &output),
             Command::Eval(args) => eval::run(&args, &output),
             Command::Compare(args) => compare::run(&args, &output),
             Command::Doctor(args) => doctor::run(&args, &output),

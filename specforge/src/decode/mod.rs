@@ -4,6 +4,7 @@
 //!   `drafter` has the drafts, `policy` the pure decision, `prefill` how prompts are cut into passes, `event` what a decode
 //!   tells. `verify_budget` says how many drafted tokens are worth a pass, where the draft knows how sure it is.
 //! - `regenerate` makes training data with it.
+//! - `scales` decodes images, whose unit is a scale instead of a token.
 
 pub mod drafter;
 pub mod engine;
@@ -11,6 +12,7 @@ pub mod event;
 pub mod policy;
 mod prefill;
 pub mod regenerate;
+pub mod scales;
 pub mod tolerance;
 pub mod verify_budget;
 

@@ -36,6 +36,7 @@ pub mod smollm3;
 pub mod spread;
 pub mod stored_kind;
 pub mod text_model;
+pub mod var;
 pub mod vqvae;
 
 pub use family::{

@@ -4,6 +4,7 @@
 //! - `file` is the format and its reader, `recorder` its writer, an engine's listener; `metrics` how rows are compared.
 //! - `finding` names what can be wrong; `structure` finds it inside one trace, `compare` and `draft` align two, `judge` asks the target,
 //!   `text` is the readable report.
+//! - `scales` does the same for images, whose unit is a scale.
 
 pub mod compare;
 mod draft;
@@ -12,6 +13,7 @@ pub mod finding;
 pub mod judge;
 pub mod metrics;
 pub mod recorder;
+pub mod scales;
 pub mod structure;
 pub mod text;
 

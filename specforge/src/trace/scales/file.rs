@@ -1,0 +1,202 @@
+//! The format of a trace of scales, and its reader: a JSON object a line. The first says what was decoded how, the last how many
+//! records there are; a file without its last line was not written to its end, and is refused.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::super::file::ModelName;
+use super::super::metrics::Real;
+use crate::decode::scales::{ScaleRecord, ScaleSampling};
+use crate::error::{Error, Result};
+
+/// Version of the format.
+pub const FORMAT: u32 = 1;
+/// What the first line calls the file.
+pub(super) const KIND: &str = "specforge-scale-trace";
+
+/// What was decoded how.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ScaleHeader {
+    /// The target.
+    pub target: ModelName,
+    /// The image tokenizer.
+    pub vae: ModelName,
+    /// The draft, where there is one.
+    pub draft: Option<ModelName>,
+    /// Element type that the target ran in: float32 or float64.
+    pub dtype: String,
+    /// Where it ran.
+    pub device: String,
+    /// How maps are chosen.
+    pub sampling: ScaleSampling,
+    /// How the draft is used, in words.
+    pub plan: String,
+    /// Whether every token is the target's choice with its own noise.
+    pub is_exact: bool,
+    /// Side of each scale.
+    pub patch_nums: Vec<i64>,
+    /// Tokens of the vocabulary.
+    pub vocabulary: i64,
+}
+
+/// First line.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Opening {
+    pub kind: String,
+    pub format: u32,
+    /// The program that wrote the file.
+    pub program: String,
+    pub header: ScaleHeader,
+}
+
+/// Images that were decoded together.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImagesRecord {
+    /// Label of each.
+    pub labels: Vec<i64>,
+    /// Number of each, which keys its noise.
+    pub images: Vec<u64>,
+}
+
+/// A committed scale of these images. Lists have an entry for each image, and in it one for each position.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ScaleLine {
+    /// What the decoder knew of it.
+    pub scale: ScaleRecord,
+    /// The map.
+    pub map: Vec<Vec<i64>>,
+    /// What was drafted, where something was.
+    pub drafted: Option<Vec<Vec<i64>>>,
+    /// The token with the largest score: logit and noise.
+    pub best: Vec<Vec<i64>>,
+    /// Distance of the two largest scores.
+    pub margin: Vec<Vec<Real>>,
+    /// Largest logit.
+    pub largest: Vec<Vec<Real>>,
+    /// Logarithm of the sum of exponentials of the logits.
+    pub logsumexp: Vec<Vec<Real>>,
+    /// Euclidean length of what the maps add up to, for each image.
+    pub sum: Vec<Real>,
+    /// Line of the file.
+    #[serde(skip)]
+    pub line: usize,
+}
+
+/// One line behind the first.
+#[derive(Serialize, Deserialize)]
+#[serde(tag = "record", rename_all = "snake_case")]
+pub(super) enum Record {
+    Images(ImagesRecord),
+    Scale(ScaleLine),
+    Close { records: u64 },
+}
+
+/// What was recorded of images that were decoded together.
+#[derive(Debug)]
+pub struct ImagesTrace {
+    /// The images.
+    pub images: ImagesRecord,
+    /// Their scales, in order.
+    pub scales: Vec<ScaleLine>,
+}
+
+/// A trace that has been read.
+#[derive(Debug)]
+pub struct ScaleTrace {
+    /// The file.
+    pub path: PathBuf,
+    /// What was decoded how.
+    pub header: ScaleHeader,
+    /// Everything that was decoded together.
+    pub batches: Vec<ImagesTrace>,
+}
+
+impl ScaleTrace {
+    /// Whether a file's first line says that it is one.
+    pub fn is_one(path: &Path) -> bool {
+        let Ok(file) = File::open(path) else { return false };
+        let mut first = String::new();
+        let read = std::io::Read::take(file, 200);
+        let _ = BufReader::new(read).read_line(&mut first);
+        first.contains(KIND)
+    }
+
+    /// Reads a trace. One that does not say what it says it says is refused: lists of other lengths, unknown tokens.
+    pub fn read(path: &Path) -> Result<Self> {
+        let bad = |line: usize, problem: String| Error::BadLine { path: path.to_path_buf(), line, problem };
+        let file = File::open(path).map_err(Error::io("open", path))?;
+        let mut lines = BufReader::new(file).lines().enumerate();
+        let (_, first) = lines.next().ok_or_else(|| Error::bad_file(path, "is empty; expected a trace of scales"))?;
+        let first = first.map_err(Error::io("read", path))?;
+        let opening: Opening = serde_json::from_str(&first).map_err(|error| bad(1, error.to_string()))?;
+        if opening.kind != KIND || opening.format != FORMAT {
+            let (kind, format) = (opening.kind, opening.format);
+            return Err(bad(1, format!("expected a {KIND} of format {FORMAT}, got {kind} of format {format}")));
+        }
+        let header = opening.header;
+        let mut batches: Vec<ImagesTrace> = Vec::new();
+        let (mut count, mut closed) = (0, false);
+        for (number, text) in lines {
+            let line = number + 1;
+            let text = text.map_err(Error::io("read", path))?;
+            if closed {
+                return Err(bad(line, "stands behind the last record".to_owned()));
+            }
+            match serde_json::from_str(&text).map_err(|error| bad(line, error.to_string()))? {
+                Record::Images(images) => {
+                    if images.labels.len() != images.images.len() || images.images.is_empty() {
+                        return Err(bad(line, "expected a label and a number for each image".to_owned()));
+                    }
+                    batches.push(ImagesTrace { images, scales: Vec::new() });
+                }
+                Record::Scale(scale) => {
+                    let Some(batch) = batches.last_mut() else {
+                        return Err(bad(line, "a scale of no images".to_owned()));
+                    };
+                    fits(&scale, batch.images.images.len(), &header).map_err(|problem| bad(line, problem))?;
+                    batch.scales.push(ScaleLine { line, ..scale });
+                }
+                Record::Close { records } if records == count => closed = true,
+                Record::Close { records } => {
+                    return Err(bad(line, format!("expected {records} records before it, got {count}")));
+                }
+            }
+            count += u64::from(!closed);
+        }
+        match closed {
+            true => Ok(Self { path: path.to_path_buf(), header, batches }),
+            false => Err(Error::bad_file(path, "has no last line: it was not written to its end")),
+        }
+    }
+}
+
+/// Refuses a scale whose lists are not those of its images.
+fn fits(line: &ScaleLine, images: usize, header: &ScaleHeader) -> Result<(), String> {
+    let scale = line.scale.scale;
+    let side = header.patch_nums.get(scale).copied();
+    let side = side.ok_or_else(|| format!("scale {scale}: there are {} scales", header.patch_nums.len()))?;
+    let tokens = usize::try_from(side.saturating_mul(side)).unwrap_or(0);
+    fn even<T>(rows: &[Vec<T>], images: usize, tokens: usize) -> bool {
+        rows.len() == images && rows.iter().all(|row| row.len() == tokens)
+    }
+    let numbers = [&line.margin, &line.largest, &line.logsumexp];
+    let lists = [Some(&line.map), line.drafted.as_ref(), Some(&line.best)];
+    let fits = numbers.iter().all(|rows| even(rows, images, tokens))
+        && lists.iter().flatten().all(|rows| even(rows, images, tokens))
+        && line.sum.len() == images;
+    if !fits {
+        return Err(format!("scale {scale}: expected lists of {images} images with {tokens} positions each"));
+    }
+    let unknown = |token: &&i64| !(0..header.vocabulary).contains(*token);
+    match lists.iter().flatten().flat_map(|rows| rows.iter().flatten()).find(unknown) {
+        None => Ok(()),
+        Some(token) => Err(format!("scale {scale}: expected tokens from 0 to {}, got {token}", header.vocabulary - 1)),
+    }
+}
