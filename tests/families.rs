@@ -40,6 +40,8 @@ pub fn architecture(model_type: &str) -> &'static str {
         "qwen2_moe" => "Qwen2MoeForCausalLM",
         "qwen3_moe" => "Qwen3MoeForCausalLM",
         "gpt_oss" => "GptOssForCausalLM",
+        "llada" => "LLaDAModelLM",
+        "Dream" => "DreamModel",
         other => panic!("add the class of `{other}` here"),
     }
 }
@@ -82,6 +84,9 @@ pub fn config(model_type: &str) -> Value {
             "norm_topk_prob": true, "use_sliding_window": true, "sliding_window": 5}),
         "gpt_oss" => json!({"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 4,
             "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}}),
+        "llada" => json!({"d_model": 24, "n_heads": 6, "n_kv_heads": 2, "n_layers": 3, "mlp_hidden_size": 32,
+            "max_sequence_length": 64, "mask_token_id": VOCABULARY - 1, "weight_tying": false, "include_qkv_bias": true}),
+        "Dream" => json!({"head_dim": null, "mask_token_id": VOCABULARY - 1}),
         other => panic!("add a small model of `{other}` here"),
     };
     for (key, value) in own.as_object().into_iter().flatten() {
@@ -90,8 +95,17 @@ pub fn config(model_type: &str) -> Value {
     config
 }
 
-/// Every family that this program has of itself.
+/// Every causal family that this program has of itself.
 pub fn names() -> Vec<&'static str> {
+    let names = all_names().into_iter();
+    names.filter(|name| !DIFFUSION.contains(name)).collect()
+}
+
+/// Families of masked diffusion: what holds of them is shown in `diffusion`.
+pub const DIFFUSION: [&str; 2] = ["llada", "Dream"];
+
+/// Every family that this program has of itself.
+fn all_names() -> Vec<&'static str> {
     let names = families().into_iter().map(|family| family.model_type);
     names.filter(|name| *name != windowed::FAMILY.model_type).collect()
 }
@@ -350,7 +364,7 @@ fn table() -> String {
             texts.push(std::fs::read_to_string(path).unwrap());
         }
     }
-    for name in names() {
+    for name in all_names() {
         let says = |text: &&String| text.contains("decoder::family::<") && text.contains(&format!("(\"{name}\")"));
         let text = texts.iter().find(says).unwrap_or_else(|| panic!("no file has a family `{name}`"));
         let (family, what) = header(text);

@@ -177,7 +177,7 @@ const FAMILY_NAMED: [&str; 7] = [
 ];
 
 /// Files of families.
-const FAMILIES: [&str; 10] = [
+const FAMILIES: [&str; 12] = [
     "models/llama",
     "models/mistral",
     "models/mixtral",
@@ -188,6 +188,8 @@ const FAMILIES: [&str; 10] = [
     "models/granite",
     "models/gpt_oss",
     "models/phi",
+    "models/llada",
+    "models/dream",
 ];
 
 /// Lines of code, tests and comments left out, that name a family.

@@ -13,6 +13,7 @@ mod cli;
 mod configuration;
 mod data_parallel;
 mod decoding;
+mod diffusion;
 mod doctor;
 mod draft_contract;
 mod eagle3;

@@ -263,13 +263,17 @@ pub fn target_info(config: &RunConfig) -> Result<TargetInfo> {
 fn target_config(config: &RunConfig) -> Result<TargetConfig> {
     let folder = &config.target.path;
     if packed::has_file(folder, "config.json") {
-        return TargetConfig::read(folder);
+        let target = TargetConfig::read(folder)?;
+        target.causal(folder)?;
+        return Ok(target);
     }
     let values: &Value = config.target.config.as_ref().ok_or_else(|| {
         Error::bad_file(folder, "is not a model folder: config.json is not there")
             .with_hint("give target.config in the configuration to plan without the model")
     })?;
-    TargetConfig::from_value(values).map_err(|problem| Error::config("target.config", problem))
+    let target = TargetConfig::from_value(values).map_err(|problem| Error::config("target.config", problem))?;
+    target.causal(folder)?;
+    Ok(target)
 }
 
 /// The evaluations of a run whose target has `target` multiply-adds a token, and whose draft has `draft` for a row that is

@@ -26,6 +26,7 @@ mod chat_templates;
 mod eagle3;
 mod eagle_trees;
 mod families;
+mod llada;
 mod medusa;
 mod medusa_trees;
 mod noise_keyed;
@@ -47,6 +48,9 @@ const PREFIXES: &[(&str, Check)] = &[
     ("smollm2", smollm2::check),
     ("tiny_llama_", tiny_llama::check),
     ("family_", families::check),
+    ("llada_forward", llada::check_forward),
+    ("llada_generate", llada::check_generate),
+    ("llada_tokenskip", llada::check_tokenskip),
     // what they are given
     ("template_", chat_templates::check),
     // drafts

@@ -113,6 +113,7 @@ impl Config {
                 rms_norm_eps: EPSILON,
                 rope: self.rope(self.head_dim),
             },
+            diffusion: None,
         }
     }
 

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::{Value, json};
+use tch::Kind;
 
 use super::devices::{self, DeviceArgs, Devices};
 use super::hub::Place;
@@ -76,6 +77,9 @@ pub(super) struct Models {
     dtype: Dtype,
 }
 
+/// Loads a target of a folder.
+type Load = fn(&Devices, &Path, Kind) -> Result<Box<dyn TargetModel>>;
+
 impl DecodingArgs {
     /// Where names of a hub may stand.
     pub(super) fn places(&mut self) -> [Place<'_>; 2] {
@@ -92,12 +96,41 @@ impl DecodingArgs {
         self.models_on(&self.devices.choose(&[], placement)?)
     }
 
+    /// Loads a target of masked diffusion, which is decoded in another way, and its tokenizer.
+    pub(super) fn diffusion_models(&self) -> Result<Models> {
+        self.refuse_causal_options()?;
+        self.models_by(&self.devices.alone()?, Devices::load_diffusion)
+    }
+
+    /// Refuses what a target of masked diffusion has not.
+    fn refuse_causal_options(&self) -> Result<()> {
+        let flags = [
+            ("--draft", self.draft.is_some()),
+            ("--tree", self.tree.is_some()),
+            ("--top-k", self.top_k != 0),
+            ("--top-p", self.top_p != 1.0),
+            ("--repetition-penalty", self.repetition_penalty != 1.0),
+            ("--policy", self.policy != "keyed"),
+            ("--verify-budget", self.verify_budget.is_some()),
+        ];
+        match flags.into_iter().find(|(_, given)| *given) {
+            None => Ok(()),
+            Some((flag, _)) => Err(Error::Usage(format!(
+                "{flag}: the target is a masked diffusion model, which has --block-length, --steps, --quota, --threshold,                  --factor, --cache, --token-skip, --cfg, --remasking, --exact-parallel, --temperature and --seed"
+            ))),
+        }
+    }
+
     fn models_on(&self, devices: &Devices) -> Result<Models> {
+        self.models_by(devices, Devices::load)
+    }
+
+    fn models_by(&self, devices: &Devices, load: Load) -> Result<Models> {
         self.processors()?;
         self.policy()?;
         let tokenizer = self.template.tokenizer(&self.target)?;
         let dtype = Dtype::of_target(self.dtype, &self.target, devices.home)?;
-        let target = devices.load(&self.target, dtype.kind())?;
+        let target = load(devices, &self.target, dtype.kind())?;
         super::train::fits_vocabulary(&tokenizer, target.info().vocab_size, &self.target)?;
         Ok(Models { target, tokenizer, dtype })
     }
@@ -142,6 +175,22 @@ impl DecodingArgs {
                 None => refuse(),
             },
         }
+    }
+
+    /// Seed of sampling.
+    pub(super) fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// The part of the settings that says what runs, and where.
+    pub(super) fn place(&self, models: &Models) -> Value {
+        json!({
+            "target": hub::recorded(&self.target),
+            "seed": self.seed,
+            "dtype": models.dtype,
+            "device": devices::of_target(models.target.as_ref()),
+            "threads": tch::get_num_threads(),
+        })
     }
 
     /// How many drafted tokens are verified, where that was asked for.

@@ -81,6 +81,11 @@ impl Devices {
         models::load_target_with(folder, &self.loading(kind))
     }
 
+    /// Loads the masked diffusion model of a folder.
+    pub(super) fn load_diffusion(&self, folder: &Path, kind: Kind) -> Result<Box<dyn TargetModel>> {
+        models::load_diffusion(folder, &self.loading(kind))
+    }
+
     /// How a target is loaded.
     pub(super) fn loading(&self, kind: Kind) -> Loading<'_> {
         Loading { kind, device: self.home, layers: Some(&self.layers), copies: None }

@@ -9,12 +9,14 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::decoding::{DecodingArgs, Models};
+use super::diffusion::{self, DiffusionArgs};
 use super::{Output, hub, note};
 use crate::data::{Message, TextStream};
 use crate::decode::engine::{Clock, Decoded};
 use crate::decode::event::{Committed, Listener, Round, Source, Started};
 use crate::decode::{Engine, Finish, Request};
 use crate::error::{Error, Result, foreign};
+use crate::models;
 use crate::trace::Recorder;
 
 #[derive(Debug, Clone, Args)]
@@ -33,6 +35,8 @@ pub(super) struct GenerateArgs {
     /// Record every committed position in a file for `specforge compare`.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
+    #[command(flatten)]
+    diffusion: DiffusionArgs,
 }
 
 /// What one answer was, in numbers.
@@ -64,6 +68,10 @@ pub(super) fn run(args: &GenerateArgs, output: &Output) -> Result<()> {
     let args = &mut args.clone();
     hub::fetch(args.decoding.places().into(), None)?;
     let args = &*args;
+    if models::read_info(&args.decoding.target)?.diffusion.is_some() {
+        return fill_in(args, output);
+    }
+    args.diffusion.refuse()?;
     let models = args.decoding.models()?;
     let opened = args.decoding.draft(&models)?;
     opened.notes.iter().for_each(|line| note(format!("warning: {line}")));
@@ -78,18 +86,53 @@ pub(super) fn run(args: &GenerateArgs, output: &Output) -> Result<()> {
         engine = engine.with_budget(budget)?;
     }
     let mut session = Session { models: &models, args, output, settings, lossless, turn: 0 };
-    if let Some(prompt) = &args.prompt {
-        let ids = match args.raw {
-            true => models.tokenizer.encode(prompt)?,
-            false => session.render(&[Message::new("user", prompt)])?,
-        };
-        session.answer(&mut engine, ids, recorder.as_mut())?;
-    } else {
-        session.talk(&mut engine, recorder.as_mut())?;
-    }
+    each_prompt(args, &models, &mut |ids| session.answer(&mut engine, ids, recorder.as_mut()))?;
     match recorder {
         Some(recorder) => recorder.finish(),
         None => Ok(()),
+    }
+}
+
+/// Answers with a target of masked diffusion.
+fn fill_in(args: &GenerateArgs, output: &Output) -> Result<()> {
+    if args.trace.is_some() {
+        return Err(Error::Usage("--trace: a decode of a masked diffusion model is not recorded".to_owned()));
+    }
+    let models = args.decoding.diffusion_models()?;
+    let mut session = diffusion::Session::open(&models, &args.diffusion, &args.decoding)?;
+    let mut turn = 0;
+    each_prompt(args, &models, &mut |ids| {
+        turn += 1;
+        session.answer(ids, turn - 1, output)
+    })
+}
+
+/// Has the prompt answered, or each turn of a dialogue until standard input ends. `answer` gives the text of an answer.
+fn each_prompt(args: &GenerateArgs, models: &Models, answer: &mut dyn FnMut(Vec<u32>) -> Result<String>) -> Result<()> {
+    let render = |messages: &[Message]| models.tokenizer.encode(&models.tokenizer.render(messages, None, true)?);
+    if let Some(prompt) = &args.prompt {
+        let ids = match args.raw {
+            true => models.tokenizer.encode(prompt)?,
+            false => render(&[Message::new("user", prompt)])?,
+        };
+        return answer(ids).map(drop);
+    }
+    let mut messages: Vec<Message> = Vec::new();
+    let stdin = std::io::stdin();
+    loop {
+        if stdin.is_terminal() {
+            let _ = write!(std::io::stderr(), "> ").and_then(|()| std::io::stderr().flush());
+        }
+        let mut line = String::new();
+        if stdin.lock().read_line(&mut line).map_err(Error::io("read", "standard input"))? == 0 {
+            return Ok(());
+        }
+        if line.trim().is_empty() {
+            continue;
+        }
+        messages.push(Message::new("user", line.trim()));
+        let text = answer(render(&messages)?)?;
+        messages.push(Message::new("assistant", text));
     }
 }
 
@@ -103,32 +146,6 @@ struct Session<'a> {
 }
 
 impl Session<'_> {
-    fn render(&self, messages: &[Message]) -> Result<Vec<u32>> {
-        self.models.tokenizer.encode(&self.models.tokenizer.render(messages, None, true)?)
-    }
-
-    /// Reads turns until standard input ends.
-    fn talk(&mut self, engine: &mut Engine<'_>, mut recorder: Option<&mut Recorder>) -> Result<()> {
-        let mut messages: Vec<Message> = Vec::new();
-        let stdin = std::io::stdin();
-        loop {
-            if stdin.is_terminal() {
-                let _ = write!(std::io::stderr(), "> ").and_then(|()| std::io::stderr().flush());
-            }
-            let mut line = String::new();
-            if stdin.lock().read_line(&mut line).map_err(Error::io("read", "standard input"))? == 0 {
-                return Ok(());
-            }
-            if line.trim().is_empty() {
-                continue;
-            }
-            messages.push(Message::new("user", line.trim()));
-            let ids = self.render(&messages)?;
-            let text = self.answer(engine, ids, recorder.as_deref_mut())?;
-            messages.push(Message::new("assistant", text));
-        }
-    }
-
     /// Answers one prompt and returns the text.
     fn answer(&mut self, engine: &mut Engine<'_>, prompt: Vec<u32>, recorder: Option<&mut Recorder>) -> Result<String> {
         let before = engine.clock();

@@ -16,6 +16,7 @@ mod capture;
 mod compare;
 mod decoding;
 mod devices;
+mod diffusion;
 mod doctor;
 mod eval;
 mod export;

@@ -3,9 +3,11 @@
 //! - `engine` is the one loop: propose, verify, keep, with requests that come and go, with any draft and without one.
 //!   `drafter` has the drafts, `policy` the pure decision, `prefill` how prompts are cut into passes, `event` what a decode
 //!   tells. `verify_budget` says how many drafted tokens are worth a pass, where the draft knows how sure it is.
+//! - `diffusion` decodes masked diffusion models, which fill in blocks of masks.
 //! - `regenerate` makes training data with it.
 //! - `scales` decodes images, whose unit is a scale instead of a token.
 
+pub mod diffusion;
 pub mod drafter;
 pub mod engine;
 pub mod event;

@@ -1,4 +1,4 @@
-//! Causal models of decoder layers: what most families are. A family reads its configuration into a [`Design`], and all the
+//! Models of decoder layers: what most families are. A family reads its configuration into a [`Design`], and all the
 //! rest follows from that: names of tensors, checks of files, the model, its layers one at a time.
 //!
 //! Shape legend: see `nn`.
@@ -10,6 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::keys::Keys;
 use super::rope_keys::RopeDesign;
+use super::stretch::{InStretches, Stretch};
 use super::{Family, ForwardInput, ForwardOutput, GetTensor, LogitRows, TargetInfo, TargetModel};
 use crate::device;
 use crate::error::{Error, Result};
@@ -72,14 +73,14 @@ fn correct<F: DecoderFamily>(mut values: Value, weights: &WeightsFolder) -> Resu
         let (folder, names) = (weights.path().display(), strange.join("`, `"));
         warnings.push(format!("{folder}: config.json: passed over what is not known to this family: `{names}`"));
     }
-    values["tie_word_embeddings"] = tied.into();
+    values[design.spelling.tied] = tied.into();
     Ok((values, warnings))
 }
 
 fn tables(design: &Design, tensor: &mut GetTensor<'_>) -> Result<(Embedding, Head)> {
     let shape = [design.sizes.vocab_size, design.sizes.hidden_size];
-    let table = tensor(EMBEDDING, &shape)?;
-    let head = if design.sizes.tied { table.shallow_clone() } else { tensor(HEAD, &shape)? };
+    let table = tensor(&design.spelling.embedding(), &shape)?;
+    let head = if design.sizes.tied { table.shallow_clone() } else { tensor(&design.spelling.head(), &shape)? };
     Ok((embedding(design, table), head_of(design, head)))
 }
 
@@ -127,7 +128,10 @@ impl Decoder {
     /// A layer runs where its tensors are.
     pub fn build(design: &Design, tensor: &mut GetTensor<'_>) -> Result<Self> {
         let shapes = design.shapes();
-        let mut get = |name: &str| tensor(name, &shapes[name]);
+        let mut get = |name: &str| {
+            let name = (design.spelling.tensor)(name);
+            tensor(&name, &shapes[&name])
+        };
         let table = get(EMBEDDING)?;
         let mut layers = Vec::with_capacity(design.layers.len());
         for index in 0..design.layers.len() {
@@ -144,6 +148,101 @@ impl Decoder {
             first = end;
         }
         Ok(Self { info: design.info(), embedding, layers, norm, head, stages })
+    }
+}
+
+impl Decoder {
+    /// Refuses a mask of the other kind: a text of a causal model does not see what stands behind its tokens, one of a masked
+    /// diffusion model sees all of it.
+    fn sees(&self, mask: &AttentionMask) -> Result<()> {
+        let is_whole = matches!(mask, AttentionMask::Whole(_));
+        match (self.info.diffusion.is_some(), is_whole) {
+            (true, false) => {
+                Err(Error::Failed("a masked diffusion model sees whole texts: it has no causal pass".into()))
+            }
+            (false, true) => Err(Error::Failed("a causal model sees no text whole: it is no diffusion model".into())),
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes hidden states through some layers. `see` is told what each of them reads, by its number, and in the end what
+    /// came out; a state on another device than the embedding's is its affair.
+    fn run(
+        &self,
+        stretch: &Stretch<'_>,
+        mut cache: Option<&mut KvCache>,
+        see: &mut dyn FnMut(usize, &Tensor),
+    ) -> Tensor {
+        let home = self.device();
+        let stages: Vec<(&Stage, Range<usize>)> =
+            self.stages.iter().map(|stage| (stage, stage.part(&stretch.layers))).collect();
+        let stages: Vec<_> = stages.into_iter().filter(|(_, layers)| !layers.is_empty()).collect();
+        // Masks and rotary tables are made once for each device.
+        let away = |(stage, _): &(&Stage, Range<usize>)| {
+            let to = stage.device;
+            (to != home).then(|| (device::moved(stretch.positions, to), stretch.mask.on(to)))
+        };
+        let away: Vec<Option<(Tensor, AttentionMask)>> = stages.iter().map(away).collect();
+        let mut places: Vec<(Masks<'_>, Vec<RopeTables>)> = Vec::with_capacity(away.len());
+        for ((stage, _), away) in stages.iter().zip(&away) {
+            let (positions, mask) =
+                away.as_ref().map_or((stretch.positions, stretch.mask), |(there, mask)| (there, mask));
+            let masks = match cache.as_deref_mut() {
+                Some(cache) => cache.masks(mask, positions),
+                None => Masks::new(mask, positions),
+            };
+            places.push((masks, stage.ropes.iter().map(|rope| rope.tables(positions, self.kind())).collect()));
+        }
+        let mut hidden = stretch.hidden.shallow_clone(); // [B, T, H]
+        for ((stage, layers), (masks, ropes)) in stages.iter().zip(&mut places) {
+            let from = hidden;
+            hidden = device::moved(&from, stage.device);
+            // What is looked at at a border crosses it once.
+            see(layers.start, if from.device() == home { &from } else { &hidden });
+            for (index, layer) in layers.clone().zip(&self.layers[layers.clone()]) {
+                if index > layers.start {
+                    see(index, &hidden);
+                }
+                let cache = cache.as_mut().map(|cache| (&mut **cache, index));
+                let rope = layer.rope.map(|rope| &ropes[rope]);
+                hidden = layer.forward(&hidden, rope, masks.of(layer.window), cache);
+            }
+        }
+        hidden = device::moved(&hidden, home);
+        see(stretch.layers.end, &hidden);
+        hidden
+    }
+}
+
+impl InStretches for Decoder {
+    fn embed(&self, ids: &Tensor) -> Result<Tensor> {
+        let _guard = tch::no_grad_guard();
+        self.embedding.look_up(ids)
+    }
+
+    fn run(
+        &self,
+        stretch: &Stretch<'_>,
+        cache: Option<&mut KvCache>,
+        see: &mut dyn FnMut(usize, &Tensor),
+    ) -> Result<Tensor> {
+        let _guard = tch::no_grad_guard();
+        stretch.check(self.layers.len(), cache.as_deref())?;
+        self.sees(stretch.mask)?;
+        Ok(Decoder::run(self, stretch, cache, see))
+    }
+
+    fn logits(&self, hidden: &Tensor) -> Tensor {
+        let _guard = tch::no_grad_guard();
+        self.head.logits(&self.norm.forward(hidden))
+    }
+}
+
+impl Stage {
+    /// Its layers among these.
+    fn part(&self, layers: &Range<usize>) -> Range<usize> {
+        let start = self.layers.start.max(layers.start);
+        start..self.layers.end.min(layers.end).max(start)
     }
 }
 
@@ -165,26 +264,12 @@ impl TargetModel for Decoder {
         KvCache::on(&layers, &devices, (rows, capacity), self.kind())
     }
 
-    fn forward(&self, input: &ForwardInput<'_>, mut cache: Option<&mut KvCache>) -> Result<ForwardOutput> {
+    fn forward(&self, input: &ForwardInput<'_>, cache: Option<&mut KvCache>) -> Result<ForwardOutput> {
         let _guard = tch::no_grad_guard();
         input.check(self.layers.len(), cache.as_deref())?;
+        self.sees(input.mask)?;
         let (rows, tokens) = input.ids.size2()?;
         let (last, home) = (self.layers.len(), self.device());
-        // Masks and rotary tables are made once for each device.
-        let away = |stage: &Stage| {
-            let to = stage.device;
-            (to != home).then(|| (device::moved(input.positions, to), input.mask.on(to)))
-        };
-        let away: Vec<Option<(Tensor, AttentionMask)>> = self.stages.iter().map(away).collect();
-        let mut places: Vec<(Masks<'_>, Vec<RopeTables>)> = Vec::with_capacity(away.len());
-        for (stage, away) in self.stages.iter().zip(&away) {
-            let (positions, mask) = away.as_ref().map_or((input.positions, input.mask), |(there, mask)| (there, mask));
-            let masks = match cache.as_deref_mut() {
-                Some(cache) => cache.masks(mask, positions),
-                None => Masks::new(mask, positions),
-            };
-            places.push((masks, stage.ropes.iter().map(|rope| rope.tables(positions, self.kind())).collect()));
-        }
         let mut captured: Vec<(usize, Tensor)> = Vec::new();
         let mut keep = |index: usize, hidden: &Tensor| {
             if input.capture.contains(&index) {
@@ -193,22 +278,16 @@ impl TargetModel for Decoder {
         };
 
         // A token id outside the vocabulary is an error of libtorch here, and the only one an input can cause from now on.
-        let mut hidden = self.embedding.look_up(input.ids)?; // [B, T, H]
-        for (stage, (masks, ropes)) in self.stages.iter().zip(&mut places) {
-            let from = hidden;
-            hidden = device::moved(&from, stage.device);
-            // What is captured at a border crosses it once.
-            keep(stage.layers.start, if from.device() == home { &from } else { &hidden });
-            for (index, layer) in stage.layers.clone().zip(&self.layers[stage.layers.clone()]) {
-                if index > stage.layers.start {
-                    keep(index, &hidden);
-                }
-                let cache = cache.as_mut().map(|cache| (&mut **cache, index));
-                let rope = layer.rope.map(|rope| &ropes[rope]);
-                hidden = layer.forward(&hidden, rope, masks.of(layer.window), cache);
+        let hidden = self.embedding.look_up(input.ids)?; // [B, T, H]
+        let ForwardInput { positions, mask, .. } = *input;
+        let all = Stretch { layers: 0..last, hidden: &hidden, positions, mask };
+        // The last state is the normed one.
+        let see = &mut |index: usize, hidden: &Tensor| {
+            if index < last {
+                keep(index, hidden)
             }
-        }
-        hidden = device::moved(&hidden, home);
+        };
+        let mut hidden = self.run(&all, cache, see);
         // The final norm works row by row: where only some rows are projected, only those are normed.
         if input.capture.contains(&last) || matches!(input.logits, LogitRows::All) {
             hidden = self.norm.forward(&hidden);
@@ -248,6 +327,10 @@ impl TargetModel for Decoder {
 
     fn devices(&self) -> Vec<Device> {
         self.stages.iter().map(|stage| stage.device).collect()
+    }
+
+    fn in_stretches(&self) -> Option<&dyn InStretches> {
+        Some(self)
     }
 }
 

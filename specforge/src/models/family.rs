@@ -13,8 +13,8 @@ use super::parts::{LoadedPart, Part};
 use super::spread::{self, Spread, layer_of};
 use super::text_model;
 use super::{
-    TargetInfo, TargetModel, TargetTables, gemma, gemma2, gemma3, gpt_oss, granite, llama, mistral, mixtral, olmo2,
-    olmo3, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe, smollm3,
+    TargetInfo, TargetModel, TargetTables, dream, gemma, gemma2, gemma3, gpt_oss, granite, llada, llama, mistral,
+    mixtral, olmo2, olmo3, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe, smollm3,
 };
 use crate::device;
 use crate::error::{Error, Result};
@@ -91,6 +91,8 @@ static FAMILIES: Table<Family> = Table::new(
         qwen2_moe::FAMILY,
         qwen3_moe::FAMILY,
         gpt_oss::FAMILY,
+        llada::FAMILY,
+        dream::FAMILY,
     ],
 );
 
@@ -153,6 +155,14 @@ impl TargetConfig {
     /// What the target is.
     pub fn info(&self) -> &TargetInfo {
         &self.info
+    }
+
+    /// Refuses a masked diffusion model where texts grow token by token: nothing that is trained or decoded so fits one.
+    pub fn causal(&self, path: &Path) -> Result<()> {
+        match self.info.diffusion {
+            None => Ok(()),
+            Some(_) => Err(not_causal(path, self.family.model_type)),
+        }
     }
 
     /// Its family, and what that reads.
@@ -223,6 +233,13 @@ impl TargetConfig {
     }
 }
 
+fn not_causal(path: &Path, family: &str) -> Error {
+    let problem = format!(
+        "is a masked diffusion model (`{family}`): its tokens see those behind them, which no draft and no causal decoder can"
+    );
+    Error::bad_file(path, problem).with_hint("`specforge generate` decodes it, block by block")
+}
+
 /// Layers of a target that one device of several has.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Block {
@@ -286,13 +303,28 @@ impl Loading<'_> {
     }
 }
 
-/// Loads the model of a Hugging Face folder.
+/// Loads the causal model of a Hugging Face folder.
 pub fn load_target(path: &Path, kind: Kind, device: Device) -> Result<Box<dyn TargetModel>> {
     load_target_with(path, &Loading { kind, device, layers: None, copies: None })
 }
 
-/// Loads the model of a Hugging Face folder, perhaps over several devices, perhaps together with the other processes of this machine.
+/// Loads the causal model of a Hugging Face folder, perhaps over several devices, perhaps together with the other processes of this machine.
 pub fn load_target_with(path: &Path, loading: &Loading<'_>) -> Result<Box<dyn TargetModel>> {
+    TargetConfig::read(path)?.causal(path)?;
+    load(path, loading)
+}
+
+/// Loads the masked diffusion model of a Hugging Face folder.
+pub fn load_diffusion(path: &Path, loading: &Loading<'_>) -> Result<Box<dyn TargetModel>> {
+    let config = TargetConfig::read(path)?;
+    if config.info.diffusion.is_none() {
+        let problem = format!("is a causal model (`{}`), no masked diffusion model", config.family.model_type);
+        return Err(Error::bad_file(path, problem));
+    }
+    load(path, loading)
+}
+
+fn load(path: &Path, loading: &Loading<'_>) -> Result<Box<dyn TargetModel>> {
     let (config, weights) = TargetConfig::open(path)?;
     let names: Vec<String> = config.tensors()?.into_iter().map(|(name, _)| name).collect();
     let weights = loading.arrange(weights, &names);
@@ -311,6 +343,7 @@ pub fn load_tables(path: &Path, kind: Kind, device: Device) -> Result<TargetTabl
 
 /// As [`load_tables`], perhaps together with the other processes of this machine.
 pub fn load_tables_with(path: &Path, loading: &Loading<'_>) -> Result<TargetTables> {
+    TargetConfig::read(path)?.causal(path)?;
     let (config, weights) = TargetConfig::open(path)?;
     let tables = config.family.table_names;
     let names = config.tensors()?.into_iter().map(|(name, _)| name).filter(|name| tables.contains(&name.as_str()));

@@ -31,6 +31,26 @@ pub struct ParameterCounts {
     pub a_token: u64,
 }
 
+/// What makes a model one of masked diffusion (LLaDA, Nie et al. 2025, <https://arxiv.org/abs/2502.09992>): every token sees
+/// its whole text, and what is not known yet is a mask token whose row says what stands there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MaskedDiffusion {
+    /// Id of the mask token.
+    pub mask: i64,
+    /// Whether a row says what stands one position behind it, as in a model that was causal before (Dream).
+    pub shift: bool,
+}
+
+impl MaskedDiffusion {
+    /// Refuses a mask token that the vocabulary has not.
+    pub(super) fn check(&self, vocabulary: i64) -> Result<(), String> {
+        match (0..vocabulary).contains(&self.mask) {
+            true => Ok(()),
+            false => Err(format!("`mask_token_id`: expected a token from 0 to {}, got {}", vocabulary - 1, self.mask)),
+        }
+    }
+}
+
 /// What a target is.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TargetInfo {
@@ -52,6 +72,8 @@ pub struct TargetInfo {
     pub embedding_scale: f64,
     /// See [`TargetInfo::draft_template`].
     pub template: LayerShape,
+    /// What it is beside its layers, where its tokens see those behind them; nothing for a causal model.
+    pub diffusion: Option<MaskedDiffusion>,
 }
 
 impl TargetInfo {
@@ -81,6 +103,7 @@ impl TargetInfo {
             head: HeadForm::PLAIN,
             embedding_scale: 1.0,
             template,
+            diffusion: None,
         }
     }
 

@@ -40,6 +40,7 @@ pub struct LayerWise {
 impl LayerWise {
     /// Opens the model of a Hugging Face folder. Nothing is loaded yet.
     pub fn open(path: &Path, kind: Kind, device: Device) -> Result<Self> {
+        TargetConfig::read(path)?.causal(path)?;
         let (config, weights) = TargetConfig::open(path)?;
         let (family, _) = config.family();
         let part = family.part.ok_or_else(|| {

@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::nn::{AttentionMask, Embedding, Head, KvCache};
 
 pub mod decoder;
+pub mod dream;
 pub mod family;
 pub mod gemma;
 pub mod gemma2;
@@ -19,6 +20,7 @@ pub mod info;
 pub mod keys;
 pub mod layerwise;
 pub mod limits;
+pub mod llada;
 pub mod llama;
 pub mod mistral;
 pub mod mixtral;
@@ -35,21 +37,23 @@ pub mod shared_target;
 pub mod smollm3;
 pub mod spread;
 pub mod stored_kind;
+pub mod stretch;
 pub mod text_model;
 pub mod var;
 pub mod vqvae;
 
 pub use family::{
-    Block, Correct, Family, GetTensor, Loading, TargetConfig, add_family, check, families, load_head, load_tables,
-    load_tables_with, load_target, load_target_with, read_info,
+    Block, Correct, Family, GetTensor, Loading, TargetConfig, add_family, check, families, load_diffusion, load_head,
+    load_tables, load_tables_with, load_target, load_target_with, read_info,
 };
 pub use identity::TargetIdentity;
-pub use info::{LayerKind, LayerShape, ParameterCounts, PlainModel, TargetInfo};
+pub use info::{LayerKind, LayerShape, MaskedDiffusion, ParameterCounts, PlainModel, TargetInfo};
 pub use layerwise::LayerWise;
 pub use llama::plain_model;
 pub use shared_target::{SharedTarget, TargetInUse};
 pub use spread::Spread;
 pub use stored_kind::stored_kind;
+pub use stretch::{InStretches, Stretch};
 pub use text_model::open_weights;
 
 /// Which rows get logits. Rows count over the flattened batch: row `b * T + t`.
@@ -128,6 +132,10 @@ pub trait TargetModel: Send {
     /// Where the layers are, each device once.
     fn devices(&self) -> Vec<Device> {
         vec![self.device()]
+    }
+    /// The same model some layers at a time, where it can be run so: masked diffusion models are.
+    fn in_stretches(&self) -> Option<&dyn InStretches> {
+        None
     }
 }
 

@@ -168,9 +168,10 @@ pub fn bytes(tensors: &[(String, Vec<i64>)], layers: usize, kind: Kind) -> (Vec<
     (of_layers, beside)
 }
 
-/// Number of the layer that a tensor belongs to by its name, which is `....layers.NUMBER....` in Hugging Face's files.
+/// Number of the layer that a tensor belongs to by its name, which is `....layers.NUMBER....` in Hugging Face's files, or
+/// `....blocks.NUMBER....`.
 pub fn layer_of(name: &str) -> Option<usize> {
-    let mut words = name.split('.').skip_while(|word| *word != "layers").skip(1);
+    let mut words = name.split('.').skip_while(|word| !matches!(*word, "layers" | "blocks")).skip(1);
     words.next()?.parse().ok()
 }
 

@@ -50,10 +50,14 @@ impl LayerCache {
     }
 }
 
-/// Tokens written behind the lengths and not yet kept.
+/// Tokens written behind the lengths and not yet kept, or over what is held.
 #[derive(Debug)]
 struct Pass {
     tokens: i64,
+    /// How many of them can be kept: none that were written over others.
+    keepable: i64,
+    /// Slots of a row that the pass shows.
+    end: i64,
     /// Whether no layer has written yet.
     is_new: bool,
 }
@@ -131,7 +135,7 @@ impl KvCache {
         if !self.is_begun(tokens) {
             self.begin_pass(tokens);
         }
-        let (mut keys, end) = (None, self.len() + tokens);
+        let (mut keys, end) = (None, self.pass.as_ref().map_or(0, |pass| pass.end));
         for shelf in self.shelves.iter().filter(|shelf| shelf.device == device) {
             keys = shelf.note_positions(positions, &self.lengths, end).or(keys); // [B, S]
         }
@@ -143,9 +147,20 @@ impl KvCache {
     /// begins with layer 0.
     pub fn write(&mut self, layer: usize, key: &Tensor, value: &Tensor) -> (Tensor, Tensor) {
         let tokens = key.size()[2];
-        self.enter(layer, tokens);
-        let end = self.len() + tokens;
+        let end = self.enter(layer, tokens);
         self.shelves[self.shelf(layer)].write(layer, key, value, (&self.lengths, end))
+    }
+
+    /// Begins a pass whose tokens are written over others: token `t` of row `b` at slot `slots[b, t]`, `[B, T]` int64, which
+    /// the row holds. Lengths stay, and every layer that the pass reaches sees what all rows hold. A token of padding goes to
+    /// slot [`KvCache::len`], where nobody looks. Only for layers without windows and states.
+    pub fn overwrite(&mut self, slots: &Tensor) {
+        self.end_pass();
+        let (tokens, end) = (slots.size()[1], self.len());
+        self.reserve(end + 1);
+        self.clean_from.iter_mut().for_each(|clean_from| *clean_from = (*clean_from).max(end + 1));
+        self.shelves.iter_mut().for_each(|shelf| shelf.overwrite(slots));
+        self.pass = Some(Pass { tokens, keepable: 0, end, is_new: true });
     }
 
     /// State of one layer behind the last token of every row, `[B, ..]`; zeros where a row holds none.
@@ -156,7 +171,7 @@ impl KvCache {
 
     /// Notes the states of one layer behind each new token, `[B, T, ..]`: behind a node of a tree, that of the path to it.
     pub fn write_states(&mut self, layer: usize, states: &Tensor) {
-        self.enter(layer, states.size()[1]);
+        let _ = self.enter(layer, states.size()[1]);
         let shelf = self.shelf(layer);
         let shelf = &mut self.shelves[shelf];
         let Layer::State { pass, .. } = &mut shelf.layers[layer - shelf.first] else {
@@ -170,12 +185,15 @@ impl KvCache {
         self.pass.as_ref().is_some_and(|pass| pass.is_new && pass.tokens == tokens)
     }
 
-    fn enter(&mut self, layer: usize, tokens: i64) {
+    /// Enters a layer in a pass, and says up to which slot it sees.
+    fn enter(&mut self, layer: usize, tokens: i64) -> i64 {
         if layer == 0 && !self.is_begun(tokens) {
             self.begin_pass(tokens);
         }
         let pass = self.pass.as_mut().filter(|pass| pass.tokens == tokens);
-        pass.expect("a pass writes the same number of tokens to every layer, from layer 0 on").is_new = false;
+        let pass = pass.expect("a pass writes the same number of tokens to every layer, from layer 0 on");
+        pass.is_new = false;
+        pass.end
     }
 
     fn begin_pass(&mut self, tokens: i64) {
@@ -190,7 +208,7 @@ impl KvCache {
             *clean = if *clean > *dirty { *clean } else { *own };
         }
         self.shelves.iter_mut().for_each(|shelf| shelf.begin_pass(&self.lengths, tokens));
-        self.pass = Some(Pass { tokens, is_new: true });
+        self.pass = Some(Pass { tokens, keepable: tokens, end, is_new: true });
     }
 
     /// Forgets what was written and not kept.
@@ -203,7 +221,7 @@ impl KvCache {
     /// move by their true length.
     pub fn advance(&mut self, tokens: &[i64]) {
         assert_eq!(tokens.len(), self.lengths.len(), "one count for each row");
-        let written = self.pass.as_ref().map_or(0, |pass| pass.tokens);
+        let written = self.pass.as_ref().map_or(0, |pass| pass.keepable);
         assert!(tokens.iter().all(|&count| count <= written), "advancing by {tokens:?} tokens, {written} were written");
         self.hold(&tokens.iter().map(|count| count - 1).collect::<Vec<_>>());
         self.end_pass();
@@ -219,7 +237,7 @@ impl KvCache {
     /// is left of a draft tree is one path.
     pub fn keep(&mut self, places: &[Vec<i64>]) {
         assert_eq!(places.len(), self.lengths.len(), "one list of places for each row");
-        let written = self.pass.as_ref().map_or(0, |pass| pass.tokens);
+        let written = self.pass.as_ref().map_or(0, |pass| pass.keepable);
         for row in places {
             let ascending = row.windows(2).all(|pair| pair[0] < pair[1]);
             let inside = row.iter().all(|place| (0..written).contains(place));

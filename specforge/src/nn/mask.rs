@@ -24,6 +24,9 @@ pub enum AttentionMask {
     Tree(TreeMask),
     /// `[B or 1, T, S]` booleans over the cache slots, the new tokens' own slots included.
     Visible(Tensor),
+    /// Every token of row `b` sees the first so many slots of that row, those behind itself too: masked diffusion models.
+    /// What a shorter row has behind its number is padding.
+    Whole(Vec<i64>),
 }
 
 /// What nodes of trees see: everything their row has committed, and of the slots behind that what is named. Only the part
@@ -173,6 +176,10 @@ impl<'a> Masks<'a> {
             AttentionMask::Documents(lengths) => documents(lengths, Some(window), device),
             AttentionMask::Tree(tree) => PreparedMask::Dense(self.through(&tree.visible(), window)),
             AttentionMask::Visible(visible) => PreparedMask::Dense(self.through(&visible.unsqueeze(1), window)),
+            // What stands behind a token is within every window of this kind: windows end where tokens begin.
+            AttentionMask::Whole(lengths) => {
+                PreparedMask::Dense(self.through(&first_slots(lengths, self.tokens(), device), window))
+            }
         }
     }
 
@@ -198,6 +205,10 @@ impl AttentionMask {
             AttentionMask::Documents(lengths) => documents(lengths, None, device),
             AttentionMask::Tree(tree) => PreparedMask::Dense(DenseMask::new(tree.visible())),
             AttentionMask::Visible(visible) => PreparedMask::Dense(DenseMask::new(visible.unsqueeze(1))), // [B, 1, T, S]
+            AttentionMask::Whole(lengths) => match lengths.iter().all(|length| *length == lengths[0]) {
+                true => PreparedMask::Full,
+                false => PreparedMask::Dense(DenseMask::new(first_slots(lengths, tokens, device))), // [B, 1, T, S]
+            },
         }
     }
 
@@ -210,6 +221,7 @@ impl AttentionMask {
                 AttentionMask::Tree(TreeMask { base: base.clone(), seen: device::moved(seen, device) })
             }
             AttentionMask::Visible(visible) => AttentionMask::Visible(device::moved(visible, device)),
+            AttentionMask::Whole(lengths) => AttentionMask::Whole(lengths.clone()),
         }
     }
 
@@ -231,6 +243,17 @@ impl AttentionMask {
                     false => Err(format!(
                         "a tree behind {base:?} of {cached:?} cached tokens: expected [{rows}, {tokens}, {named}], got {:?}",
                         seen.size()
+                    )),
+                }
+            }
+            AttentionMask::Whole(lengths) => {
+                let held = cached.and_then(|lengths| lengths.iter().copied().max()).filter(|&held| held > 0);
+                let slots = held.unwrap_or(tokens);
+                let longest = lengths.iter().copied().max().unwrap_or(0);
+                match lengths.len() as i64 == rows && longest == slots && lengths.iter().all(|&length| length > 0) {
+                    true => Ok(()),
+                    false => Err(format!(
+                        "rows that are seen whole: expected {rows} lengths from 1, the longest {slots}, got {lengths:?}"
                     )),
                 }
             }
@@ -279,6 +302,14 @@ fn causal(past: &[i64], tokens: i64, window: Option<i64>, device: Device) -> Pre
         None => visible,
         Some(window) => visible.logical_and(&slots.gt_tensor(&(queries - window))),
     }))
+}
+
+/// `[B, 1, T, S]`: every token sees the first so many slots of its row.
+fn first_slots(lengths: &[i64], tokens: i64, device: Device) -> Tensor {
+    let (rows, longest) = (lengths.len() as i64, lengths.iter().copied().max().unwrap_or(0));
+    let slots = Tensor::arange(longest, (Kind::Int64, device)); // [S]
+    let ends = device::send(&Tensor::from_slice(lengths), device).view([-1, 1, 1, 1]);
+    slots.lt_tensor(&ends).expand([rows, 1, tokens, longest], false)
 }
 
 /// `[n, n]`: each token sees the last `window` up to itself.
@@ -337,6 +368,17 @@ mod tests {
         let causal = AttentionMask::Causal;
         let mut masks = Masks::behind(&causal, &queries, &[3, 1], None);
         assert_eq!(marks(dense(masks.of(Some(2)))), "..xx....xxxx....xx..");
+    }
+
+    #[test]
+    fn rows_that_are_seen_whole_end_where_they_end() {
+        let whole = AttentionMask::Whole(vec![3, 1]);
+        assert_eq!(marks(dense(&whole.prepare(&[0, 0], 2, Device::Cpu))), "xxxxxxx..x..");
+        assert!(matches!(AttentionMask::Whole(vec![3, 3]).prepare(&[0, 0], 3, Device::Cpu), PreparedMask::Full));
+        assert!(whole.check((2, 3), None).is_ok() && whole.check((2, 1), Some(&[3, 1])).is_ok());
+        for (tokens, cached) in [((2, 2), None), ((1, 3), None), ((2, 1), Some(&[4, 1][..]))] {
+            assert!(whole.check(tokens, cached).unwrap_err().contains("seen whole"));
+        }
     }
 
     #[test]

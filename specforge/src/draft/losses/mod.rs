@@ -6,6 +6,7 @@
 //! | a loss, [`RowLoss`], and what those of a chunk have in common, [`Rows`] | `elementwise.rs` |
 //! | a sum of losses as a configuration writes it, [`Compound`] | `compound.rs` |
 //! | the right token, [`Labels`] | here |
+//! | the objective of masked diffusion models, which are no drafts | `masked_diffusion.rs` |
 //!
 //! Block drafters add weights and denominators ([`super::block::losses`]), P-EAGLE has the chunks of
 //! [`super::distillation::compound`].
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 mod compound;
 mod elementwise;
+pub mod masked_diffusion;
 
 pub use compound::Compound;
 pub use elementwise::{LkLambda, RowLoss, Rows};

@@ -8,11 +8,11 @@ use std::rc::Rc;
 use tch::{Kind, Tensor};
 
 use super::mlp::MlpDesign;
-use super::names::{EMBEDDING, GetPart, HEAD, NORM, Shapes, linear, prefix};
+use super::names::{EMBEDDING, GetPart, HEAD, NORM, Shapes, Spelling, linear, prefix};
 use crate::error::Result;
 use crate::models::keys::Keys;
 use crate::models::rope_keys::RopeDesign;
-use crate::models::{LayerKind, LayerShape, ParameterCounts, TargetInfo, limits};
+use crate::models::{LayerKind, LayerShape, MaskedDiffusion, ParameterCounts, TargetInfo, limits};
 use crate::nn::{DecoderLayer, HeadForm, HeadNorms, LayerNorms, QueryKeyValue, RmsNorm, SelfAttention};
 
 /// Numbers that every family has.
@@ -340,6 +340,10 @@ pub struct Design {
     pub head: HeadForm,
     /// Width of the MLP of a draft whose configuration does not say it.
     pub draft_width: i64,
+    /// How the family spells names; [`Design::tensors`] are in its own.
+    pub spelling: Spelling,
+    /// What it is beside its layers, where its tokens see those behind them.
+    pub diffusion: Option<MaskedDiffusion>,
 }
 
 impl Design {
@@ -353,6 +357,8 @@ impl Design {
             rounds_embedding_scale: false,
             head: HeadForm::PLAIN,
             draft_width: layer.mlp.a_token(),
+            spelling: Spelling::USUAL,
+            diffusion: None,
             sizes,
         }
     }
@@ -367,6 +373,7 @@ impl Design {
     pub fn check(&self) -> Result<(), String> {
         self.template().check()?;
         self.ropes.iter().try_for_each(RopeDesign::check)?;
+        self.diffusion.iter().try_for_each(|diffusion| diffusion.check(self.sizes.vocab_size))?;
         match self.layers.iter().filter_map(|layer| layer.window).find(|window| *window < 1) {
             Some(window) => Err(format!("`sliding_window`: expected a number from 1, got {window}")),
             None => Ok(()),
@@ -402,13 +409,15 @@ impl Design {
             head: self.head,
             embedding_scale: self.embedding_scale,
             template: self.template(),
+            diffusion: self.diffusion,
         }
     }
 
     /// Every tensor with its shape, under its Hugging Face name.
     pub fn tensors(&self) -> Shapes {
         let Sizes { hidden_size, vocab_size, tied, .. } = self.sizes;
-        tensors(&self.layers, [vocab_size, hidden_size], tied)
+        let usual = tensors(&self.layers, [vocab_size, hidden_size], tied);
+        usual.into_iter().map(|(name, shape)| ((self.spelling.tensor)(&name), shape)).collect()
     }
 
     /// Builds one layer from a function that gives each of the model's tensors.

@@ -3,7 +3,6 @@
 use tch::{Device, Kind, Tensor};
 
 use super::design::{Design, Sizes};
-use super::names::{EMBEDDING, HEAD};
 use crate::error::Result;
 use crate::models::rope_keys::RopeDesign;
 use crate::nn::{RopeConfig, RopeScaling};
@@ -11,7 +10,7 @@ use crate::weights::{WeightsFolder, is_old_buffer};
 
 /// Refuses files whose tensors are not this model's, by their headers alone. A tied head may be there and must fit.
 pub fn check(design: &Design, weights: &WeightsFolder) -> Result<()> {
-    let tied = design.sizes.tied && !weights.contains(HEAD);
+    let tied = design.sizes.tied && !weights.contains(&design.spelling.head());
     let expected = Design { sizes: Sizes { tied, ..design.sizes.clone() }, ..design.clone() }.tensors();
     weights.check_numbers(&expected)?;
     weights.check(&expected, is_old_buffer)
@@ -21,9 +20,10 @@ pub fn check(design: &Design, weights: &WeightsFolder) -> Result<()> {
 /// embedding counts, whatever config.json says of it, as with other readers.
 pub fn fit(design: &Design, weights: &WeightsFolder) -> Result<(bool, Vec<String>)> {
     let mut warnings: Vec<String> = other_frequencies(design, weights)?.into_iter().collect();
-    if design.sizes.tied && weights.contains(HEAD) && !weights.same_content(HEAD, EMBEDDING)? {
+    let (head, embedding) = (design.spelling.head(), design.spelling.embedding());
+    if design.sizes.tied && weights.contains(&head) && !weights.same_content(&head, &embedding)? {
         warnings.push(format!(
-            "{}: config.json says that the head is the embedding, but `{HEAD}` holds other numbers: they are used",
+            "{}: config.json says that the head is the embedding, but `{head}` holds other numbers: they are used",
             weights.path().display()
         ));
         return Ok((false, warnings));

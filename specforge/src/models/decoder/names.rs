@@ -18,6 +18,30 @@ pub const HEAD: &str = "lm_head.weight";
 /// Name of the norm behind the last layer.
 pub const NORM: &str = "model.norm.weight";
 
+/// How a family spells what the others call by the names of this file.
+#[derive(Debug, Clone, Copy)]
+pub struct Spelling {
+    /// Its own name of a tensor, from the usual one.
+    pub tensor: fn(&str) -> String,
+    /// Its key that says whether the head is the embedding.
+    pub tied: &'static str,
+}
+
+impl Spelling {
+    /// That of most families.
+    pub const USUAL: Self = Self { tensor: str::to_owned, tied: "tie_word_embeddings" };
+
+    /// The embedding's name.
+    pub fn embedding(&self) -> String {
+        (self.tensor)(EMBEDDING)
+    }
+
+    /// The head's.
+    pub fn head(&self) -> String {
+        (self.tensor)(HEAD)
+    }
+}
+
 /// What stands before the names of a layer's tensors.
 pub fn prefix(layer: usize) -> String {
     format!("model.layers.{layer}.")

@@ -19,7 +19,10 @@ pub(super) fn part(
     tensor: &mut GetTensor<'_>,
 ) -> Result<Box<dyn LoadedPart>> {
     let shapes = design.shapes();
-    let mut get = |name: &str| tensor(name, &shapes[name]);
+    let mut get = |name: &str| {
+        let name = (design.spelling.tensor)(name);
+        tensor(&name, &shapes[&name])
+    };
     Ok(match part {
         Part::Layer(index) => {
             let layer = design.build_layer(index, &mut get)?;

@@ -65,6 +65,12 @@ impl Shelf {
         });
     }
 
+    /// Begins a pass over tokens that go to these slots, `[B, T]`.
+    pub(super) fn overwrite(&mut self, slots: &Tensor) {
+        let [rows, tokens] = [slots.size()[0], slots.size()[1]];
+        self.slots = Some(device::moved(slots, self.device).view([rows, 1, tokens, 1]));
+    }
+
     /// Forgets what was written and not kept.
     pub(super) fn end_pass(&mut self) {
         self.slots = None;

@@ -237,3 +237,23 @@ fn a_state_cannot_go_back() {
     cache.advance(&[2]);
     cache.truncate(&[1]);
 }
+
+/// Slots named are written, all others stay to the last bit, and padding is seen by nobody.
+#[test]
+fn a_pass_over_what_is_held_touches_the_slots_it_names() {
+    let mut cache = cache(1.0, &[4, 2], 4);
+    let before = [0, 1].map(|row| cache.contents(0, row)[0].copy());
+    let slots = Tensor::from_slice2(&[[2i64, 0], [1, 4]]);
+    cache.overwrite(&slots);
+    let new = Tensor::from_slice(&[7.0, 8.0, 9.0, f64::NAN]).view([2, 1, 2, 1]).expand([2, 1, 2, 2], false);
+    let (keys, _) = cache.write(0, &new, &new);
+    assert_eq!(keys.size(), [2, 1, 4, 2]);
+    let firsts = |row: usize| Vec::<f64>::try_from(cache.contents(0, row)[0].get(0).select(1, 0)).unwrap();
+    assert_eq!((firsts(0), firsts(1)), (vec![8.0, 100.0, 7.0, 100.0], vec![101.0, 9.0]));
+    assert!(before[0].get(0).get(1).equal(&cache.contents(0, 0)[0].get(0).get(1)));
+    assert_eq!(cache.lengths(), [4, 2]);
+    // The next token shows what padding left behind to nobody.
+    let new = Tensor::ones([2, 1, 1, 2], (Kind::Double, Device::Cpu));
+    let (keys, _) = cache.write(0, &new, &new);
+    assert!(keys.size() == [2, 1, 5, 2] && !bool::try_from(keys.isnan().any()).unwrap());
+}

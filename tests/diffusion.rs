@@ -1,0 +1,174 @@
+//! Masked diffusion models through the whole program: `generate` fills in, and everything that wants a causal model refuses.
+
+use std::fs;
+use std::process::Output;
+
+use serde_json::{Value, json};
+use specforge::models::{self, TargetConfig};
+use specforge::weights::write_tensors;
+use tch::{Device, Kind};
+
+use crate::families;
+use crate::fixture::{TOKENIZER_SIZE, Workspace, json_of, output_of, specforge, stderr_of};
+
+/// A folder with a small model of a family whose mask token is behind the tokenizer's.
+fn workspace(family: &str) -> Workspace {
+    let workspace = Workspace::new();
+    let mut config = families::config(family);
+    config["vocab_size"] = (TOKENIZER_SIZE + 1).into();
+    config["mask_token_id"] = TOKENIZER_SIZE.into();
+    let model = workspace.path("model");
+    fs::write(model.join("config.json"), config.to_string()).unwrap();
+    let shapes = TargetConfig::from_value(&config).unwrap().tensors().unwrap();
+    let tensors: Vec<_> =
+        shapes.into_iter().map(|(name, shape)| (name.clone(), families::random(&name, &shape))).collect();
+    write_tensors(&model.join("model.safetensors"), &tensors, &[]).unwrap();
+    workspace
+}
+
+fn generate(workspace: &Workspace, arguments: &[&str]) -> std::process::Command {
+    let mut command = specforge(&["generate", "--device", "cpu", "--raw", "--prompt", "The sky is", "--target"]);
+    command.arg(workspace.path("model")).args(arguments);
+    command
+}
+
+fn answer(workspace: &Workspace, arguments: &[&str]) -> Value {
+    let arguments = [&["--json", "--max-new-tokens", "24", "--block-length", "8"], arguments].concat();
+    json_of(&mut generate(workspace, &arguments))
+}
+
+fn refused(output: &Output, words: &[&str]) {
+    let problem = stderr_of(output);
+    assert!(!output.status.success() && output.stdout.is_empty(), "{problem}");
+    assert!(words.iter().all(|word| problem.contains(word)), "{problem}");
+}
+
+#[test]
+fn answers_are_filled_in_and_summed_up() {
+    for family in families::DIFFUSION {
+        let workspace = workspace(family);
+        let plain = answer(&workspace, &[]);
+        let summary = &plain["summary"];
+        assert_eq!(summary["lossless"], true, "{plain}");
+        let tokens = plain["token_ids"].as_array().unwrap().len();
+        assert!((1..=24).contains(&tokens) && summary["tokens"] == tokens, "{plain}");
+        let (evaluations, steps) = (summary["evaluations"].as_u64().unwrap(), summary["steps"].as_u64().unwrap());
+        assert!(evaluations == steps && evaluations % 8 == 0 && summary["whole_passes"] == evaluations, "{plain}");
+        assert_eq!(summary["settings"]["rule"], "steps:8");
+        // Exact parallel decoding: the same tokens, at every temperature.
+        for temperature in ["0", "0.9"] {
+            let of =
+                |more: &[&str]| answer(&workspace, &[&["--temperature", temperature, "--seed", "5"], more].concat());
+            let (want, got) = (of(&["--steps", "12"]), of(&["--steps", "12", "--exact-parallel", "states=4"]));
+            assert_eq!((&got["token_ids"], &got["text"]), (&want["token_ids"], &want["text"]));
+            assert_eq!(got["summary"]["lossless"], true);
+            assert_eq!(got["summary"]["steps"], want["summary"]["steps"]);
+        }
+        // Approximate modes say so, and what they left out.
+        let rule = "layer=1,threshold=-2,outlier=-2,refresh=0";
+        let skipping =
+            answer(&workspace, &["--cache", "dual", "--token-skip", rule, "--threshold", "0.9", "--cfg", "0.5"]);
+        let summary = &skipping["summary"];
+        assert_eq!((&summary["lossless"], &summary["settings"]["cache"]), (&json!(false), &json!("dual")));
+        let skipped: Vec<u64> = serde_json::from_value(summary["rows_skipped"].clone()).unwrap();
+        assert!(skipped[0] == 0 && skipped[1] > 0 && skipped[1] == skipped[2], "{skipping}");
+        assert_eq!(answer(&workspace, &["--cache", "prefix", "--quota", "3"])["summary"]["lossless"], false);
+        // The text of a terminal is that of the answer, and the sum is on stderr.
+        let output = output_of(&mut generate(&workspace, &["--max-new-tokens", "24", "--block-length", "8"]));
+        assert_eq!(
+            String::from_utf8(output.stdout.clone()).unwrap().trim_end(),
+            plain["text"].as_str().unwrap().trim_end()
+        );
+        assert!(stderr_of(&output).contains("evaluations") && stderr_of(&output).contains("lossless"));
+    }
+}
+
+#[test]
+fn what_another_kind_of_target_has_is_refused_with_what_this_one_has() {
+    let (diffusion, causal) = (workspace("llada"), Workspace::new());
+    let run = |workspace: &Workspace, arguments: &[&str]| output_of(&mut generate(workspace, arguments));
+    for flags in [
+        &["--draft", "prompt-lookup"][..],
+        &["--top-k", "5"],
+        &["--top-p", "0.9"],
+        &["--policy", "maximal"],
+        &["--repetition-penalty", "1.1"],
+    ] {
+        refused(&run(&diffusion, flags), &[flags[0], "masked diffusion", "--block-length"]);
+    }
+    for flags in
+        [&["--block-length", "8"][..], &["--cache", "dual"], &["--cfg", "1"], &["--exact-parallel", "states=2"]]
+    {
+        refused(&run(&causal, flags), &[flags[0], "causal", "--draft"]);
+    }
+    let trace = diffusion.path("a.trace");
+    refused(&run(&diffusion, &["--trace", trace.to_str().unwrap()]), &["--trace"]);
+    assert!(!trace.exists());
+    for (flags, word) in [
+        (&["--block-length", "7"][..], "--block-length"),
+        (&["--steps", "9"], "--steps"),
+        (&["--threshold", "2"], "--threshold"),
+        (&["--token-skip", "layer=1"], "--token-skip"),
+        (&["--cache", "both"], "--cache"),
+        (&["--threshold", "0.9", "--quota", "2"], "--quota"),
+        (&["--block-length", "64", "--max-new-tokens", "64"], "context 64"),
+    ] {
+        refused(&run(&diffusion, flags), &[word]);
+    }
+}
+
+/// Nothing that wants a causal model loads one of masked diffusion: not its layers, its tables, or one layer at a time.
+#[test]
+fn what_needs_a_causal_model_names_the_family() {
+    let mut workspace = workspace("llada");
+    let model = workspace.path("model");
+    let words = ["masked diffusion", "`llada`", "specforge generate"];
+    let problems = [
+        models::load_target(&model, Kind::Float, Device::Cpu).err(),
+        models::load_tables(&model, Kind::Float, Device::Cpu).err(),
+        models::LayerWise::open(&model, Kind::Float, Device::Cpu).err(),
+    ];
+    for problem in problems {
+        let problem = problem.unwrap();
+        let text = format!("{problem} {:?}", problem);
+        assert!(words.iter().all(|word| text.contains(word)), "{text}");
+    }
+    workspace.set("train.max_steps", 2);
+    refused(&output_of(&mut workspace.train_command("run", &[])), &words);
+    refused(&output_of(&mut workspace.train_command("run", &["--plan"])), &words);
+    let mut eval = specforge(&["eval", "--device", "cpu", "--target"]);
+    refused(&output_of(eval.arg(&model).arg("--data").arg(workspace.path("conversations.jsonl"))), &words);
+    // The other way round.
+    let causal = Workspace::new();
+    let loading = models::Loading { kind: Kind::Float, device: Device::Cpu, layers: None, copies: None };
+    let problem = models::load_diffusion(&causal.path("model"), &loading).err().unwrap().to_string();
+    assert!(problem.contains("causal model (`llama`)"), "{problem}");
+}
+
+/// Tied heads, files that say it otherwise than config.json, and tensors that are missing, all under the family's own names.
+#[test]
+fn files_are_read_by_the_familys_own_names() {
+    let workspace = workspace("llada");
+    let model = workspace.path("model");
+    let tensors = || crate::fixture::tensors_of(&model.join("model.safetensors"));
+    let all = tensors();
+    let write = |keep: &dyn Fn(&str) -> bool| {
+        let kept: Vec<_> =
+            all.iter().filter(|(name, _)| keep(name)).map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
+        write_tensors(&model.join("model.safetensors"), &kept.collect::<Vec<_>>(), &[]).unwrap();
+    };
+    let loading = models::Loading { kind: Kind::Float, device: Device::Cpu, layers: None, copies: None };
+    write(&|name| !name.contains("blocks.1.ff_proj"));
+    let problem = models::load_diffusion(&model, &loading).err().unwrap().to_string();
+    assert!(problem.contains("model.transformer.blocks.1.ff_proj.weight"), "{problem}");
+    write(&|name| name != "model.transformer.ff_out.weight");
+    let mut config: Value = serde_json::from_slice(&fs::read(model.join("config.json")).unwrap()).unwrap();
+    config["weight_tying"] = true.into();
+    fs::write(model.join("config.json"), config.to_string()).unwrap();
+    let tied = models::load_diffusion(&model, &loading).unwrap();
+    assert!(tied.head().weight.equal(&tied.embedding().table));
+    // A head in the file counts, whatever config.json says.
+    write(&|_| true);
+    let own = models::load_diffusion(&model, &loading).unwrap();
+    assert!(!own.head().weight.equal(&own.embedding().table));
+}
