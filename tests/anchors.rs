@@ -141,7 +141,7 @@ fn it_guesses_what_it_was_trained_to_guess() {
                 .map(|guess| guessed(draft, guess, state).argmax(-1, false).int64_value(&[]) as u32)
                 .collect::<Vec<_>>()
         };
-        let rows = [0, 1, 2].map(|key| Context { tokens: &[1, 2, 3, 4, 5], depth: BLOCK, key });
+        let rows = [0, 1, 2].map(|key| Context { tokens: &[1, 2, 3, 4, 5], depth: BLOCK, key, temperature: 0.0 });
         let mut want: Vec<Vec<u32>> = states.iter().map(|state| best(&state.get(3))).collect();
         assert!(want.iter().any(|guesses| guesses[0] != guesses[1]) && want[0] != want[1] && want[1] != want[2]);
         let guesses = |drafter: &mut dyn Drafter, rows: &[Context<'_>]| {

@@ -47,6 +47,7 @@ mod quantised_targets;
 mod regeneration;
 mod rehearsal;
 mod resume;
+mod serve;
 mod served_regeneration;
 mod shared_data;
 mod sharing;

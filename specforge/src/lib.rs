@@ -43,9 +43,10 @@ pub mod tracking;
 pub mod decode;
 pub mod images;
 pub mod train;
-// L7: what a target or a draft is worth; why two decodes differ; the processes of a run
+// L7: what a target or a draft is worth; why two decodes differ; the processes of a run; clients over HTTP
 pub mod eval;
 pub mod launch;
+pub mod server;
 pub mod trace;
 // L8: the sum of the rooms' own configurations; what is wrong with a draft beside its target
 pub mod config;

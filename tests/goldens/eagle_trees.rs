@@ -85,7 +85,7 @@ fn drafter(golden: &Golden, tree: DynamicTree) -> Result<Eagle3Drafter, String> 
 }
 
 fn propose(drafter: &mut Eagle3Drafter, tokens: &[u32]) -> Result<TokenTree, String> {
-    let proposals = drafter.propose(&[Context { tokens, depth: 100, key: 0 }]).map_err(text)?;
+    let proposals = drafter.propose(&[Context { tokens, depth: 100, key: 0, temperature: 0.0 }]).map_err(text)?;
     Ok(proposals[0].tree.clone())
 }
 

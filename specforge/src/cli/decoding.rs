@@ -1,6 +1,7 @@
 //! What `generate` and `eval` share: the models, the tree, and how tokens are chosen.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::Args;
 use serde_json::{Value, json};
@@ -51,9 +52,9 @@ pub(super) struct DecodingArgs {
     /// Above 1 makes tokens that are already there less likely.
     #[arg(long, default_value_t = 1.0, allow_hyphen_values = true, value_parser = numbers::any)]
     repetition_penalty: f64,
-    /// Seed of sampling.
-    #[arg(long, default_value_t = 0, allow_hyphen_values = true, value_parser = numbers::at_least(0u64))]
-    seed: u64,
+    /// Seed of sampling; 0 where it is not given.
+    #[arg(long, allow_hyphen_values = true, value_parser = numbers::at_least(0u64))]
+    seed: Option<u64>,
     /// How guesses are accepted: keyed (the target's own choice, token for token), maximal (classic rejection, lossless
     /// in distribution), typical[:EPSILON,ALPHA] (Medusa's, lossy).
     #[arg(long, default_value = "keyed")]
@@ -73,7 +74,7 @@ pub(super) struct DecodingArgs {
 /// Everything loaded.
 pub(super) struct Models {
     pub(super) target: Box<dyn TargetModel>,
-    pub(super) tokenizer: ChatTokenizer,
+    pub(super) tokenizer: Arc<ChatTokenizer>,
     dtype: Dtype,
 }
 
@@ -116,7 +117,8 @@ impl DecodingArgs {
         match flags.into_iter().find(|(_, given)| *given) {
             None => Ok(()),
             Some((flag, _)) => Err(Error::Usage(format!(
-                "{flag}: the target is a masked diffusion model, which has --block-length, --steps, --quota, --threshold,                  --factor, --cache, --token-skip, --cfg, --remasking, --exact-parallel, --temperature and --seed"
+                "{flag}: the target is a masked diffusion model, which has --block-length, --steps, --quota, --threshold, \
+                 --factor, --cache, --token-skip, --cfg, --remasking, --exact-parallel, --temperature and --seed"
             ))),
         }
     }
@@ -128,7 +130,7 @@ impl DecodingArgs {
     fn models_by(&self, devices: &Devices, load: Load) -> Result<Models> {
         self.processors()?;
         self.policy()?;
-        let tokenizer = self.template.tokenizer(&self.target)?;
+        let tokenizer = Arc::new(self.template.tokenizer(&self.target)?);
         let dtype = Dtype::of_target(self.dtype, &self.target, devices.home)?;
         let target = load(devices, &self.target, dtype.kind())?;
         super::train::fits_vocabulary(&tokenizer, target.info().vocab_size, &self.target)?;
@@ -137,7 +139,15 @@ impl DecodingArgs {
 
     /// Opens the draft.
     pub(super) fn draft<'a>(&self, models: &'a Models) -> Result<Opened<'a>> {
-        let sampling = DraftSampling::for_policy(self.policy()?, self.processors()?.temperature);
+        self.draft_that(models, DraftSampling::for_policy(self.policy()?, self.processors()?.temperature))
+    }
+
+    /// Opens the draft for requests of which each has a temperature of its own.
+    pub(super) fn draft_for_any_request<'a>(&self, models: &'a Models) -> Result<Opened<'a>> {
+        self.draft_that(models, DraftSampling::for_any_request(self.policy()?, self.processors()?.temperature))
+    }
+
+    fn draft_that<'a>(&self, models: &'a Models, sampling: DraftSampling) -> Result<Opened<'a>> {
         open(self.draft.as_deref(), self.tree.as_deref(), (models.target.as_ref(), &self.target), sampling)
     }
 
@@ -153,7 +163,7 @@ impl DecodingArgs {
     }
 
     pub(super) fn policy(&self) -> Result<Policy> {
-        let seed = self.seed;
+        let seed = self.seed.unwrap_or(0);
         let refuse = || {
             let got = &self.policy;
             Err(Error::Usage(format!(
@@ -177,20 +187,20 @@ impl DecodingArgs {
         }
     }
 
-    /// Seed of sampling.
-    pub(super) fn seed(&self) -> u64 {
-        self.seed
-    }
-
     /// The part of the settings that says what runs, and where.
     pub(super) fn place(&self, models: &Models) -> Value {
         json!({
             "target": hub::recorded(&self.target),
-            "seed": self.seed,
+            "seed": self.seed.unwrap_or_default(),
             "dtype": models.dtype,
             "device": devices::of_target(models.target.as_ref()),
             "threads": tch::get_num_threads(),
         })
+    }
+
+    /// The seed of sampling that was given.
+    pub(super) fn seed(&self) -> Option<u64> {
+        self.seed
     }
 
     /// How many drafted tokens are verified, where that was asked for.
@@ -239,7 +249,7 @@ impl DecodingArgs {
             "tree": opened.tree,
             "policy": self.policy()?.to_string(),
             "processors": self.processors()?,
-            "seed": self.seed,
+            "seed": self.seed.unwrap_or(0),
             "max_new_tokens": self.max_new_tokens,
             "rows": max_rows,
             "dtype": models.dtype,

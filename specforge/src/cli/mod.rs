@@ -34,6 +34,7 @@ mod program;
 mod ranks;
 mod record;
 mod regen;
+mod serve;
 mod signals;
 mod template;
 mod train;
@@ -84,6 +85,8 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Next-scale image models: decode images, with or without a draft.
     Images(images::ImagesArgs),
+    /// Answer clients of OpenAI's API over HTTP, with or without a draft.
+    Serve(serve::ServeArgs),
     /// Measure a draft by decoding with it: acceptance, speed, losslessness.
     Eval(eval::EvalArgs),
     /// Say where two recorded decodes differ, and which of them is wrong.
@@ -114,6 +117,7 @@ impl Cli {
             Command::BenchTrain(args) => bench_train::run(&args, &output),
             Command::Generate(args) => generate::run(&args, &output),
             Command::Images(args) => images::run(&args, &output),
+            Command::Serve(args) => serve::run(&args, &stop, &output),
             Command::Eval(args) => eval::run(&args, &output),
             Command::Compare(args) => compare::run(&args, &output),
             Command::Doctor(args) => doctor::run(&args, &output),

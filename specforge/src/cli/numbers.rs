@@ -23,9 +23,29 @@ pub(super) fn any(text: &str) -> Result<f64, String> {
     text.parse().map_err(|_| "expected a number".to_owned())
 }
 
+/// Reads a number of bytes: a whole number, with KiB, MiB or GiB behind it or nothing.
+pub(super) fn bytes(text: &str) -> Result<u64, String> {
+    let units = [("KiB", 10), ("MiB", 20), ("GiB", 30)];
+    let unit = units.iter().find_map(|&(name, power)| Some((text.strip_suffix(name)?, power)));
+    let (number, power) = unit.unwrap_or((text, 0));
+    let number: u64 = number.trim_end().parse().map_err(|_| {
+        "expected a whole number of bytes, or one with KiB, MiB or GiB behind it such as 4GiB".to_owned()
+    })?;
+    number.checked_mul(1 << power).ok_or_else(|| "the number is too large".to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_have_units_or_none() {
+        assert_eq!(["4GiB", "1 MiB", "3KiB", "17"].map(bytes), [4 << 30, 1 << 20, 3 << 10, 17].map(Ok));
+        for wrong in ["", "GiB", "1GB", "-1", "1.5GiB", "many"] {
+            assert!(bytes(wrong).unwrap_err().contains("expected a whole number of bytes"), "{wrong}");
+        }
+        assert_eq!(bytes("99999999999GiB").unwrap_err(), "the number is too large");
+    }
 
     #[test]
     fn what_is_no_whole_number_is_refused_in_words() {

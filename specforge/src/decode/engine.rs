@@ -30,7 +30,7 @@ use crate::device;
 use crate::error::{Error, Result};
 use crate::models::{ForwardInput, ForwardOutput, LogitRows, TargetModel};
 use crate::nn::{AttentionMask, KvCache, Processors};
-use rows::Row;
+use rows::{Row, Waiting};
 use target_rows::TargetRows;
 
 mod admission;
@@ -64,7 +64,7 @@ pub struct Engine<'a> {
     options: EngineOptions,
     budget: Option<VerifyBudget>,
     passes: Passes,
-    queue: VecDeque<Request>,
+    queue: VecDeque<Waiting>,
     /// Row `i` is row `i` of both caches.
     rows: Vec<Row>,
     cache: Option<KvCache>,
@@ -83,16 +83,36 @@ impl<'a> Engine<'a> {
 
     /// Puts a request behind all others.
     pub fn submit(&mut self, request: Request) -> Result<()> {
+        self.submit_with(request, self.options.processors)
+    }
+
+    /// The same with processors of the request's own. How the target chooses for it is its own business: requests with
+    /// other processors may run beside it.
+    pub fn submit_with(&mut self, request: Request, processors: Processors) -> Result<()> {
+        processors.check().map_err(Error::Usage)?;
         request.check(self.target)?;
-        self.queue.push_back(request);
+        self.queue.push_back(Waiting { request, processors });
         Ok(())
     }
 
     /// Puts a request before all others: the next turn of a conversation that has begun.
     pub fn submit_first(&mut self, request: Request) -> Result<()> {
         request.check(self.target)?;
-        self.queue.push_front(request);
+        self.queue.push_front(Waiting { request, processors: self.options.processors });
         Ok(())
+    }
+
+    /// Lets go of a request between two steps, whether it waits or runs; it does not come back, and nobody is told that it
+    /// ended. Whether there was one.
+    pub fn cancel(&mut self, tag: u64) -> bool {
+        let waited = self.queue.len();
+        self.queue.retain(|waiting| waiting.request.tag != tag);
+        let gone: Vec<bool> = self.rows.iter().map(|row| row.tag == tag).collect();
+        let runs = gone.contains(&true);
+        if runs {
+            self.keep_rows(&rows::staying(&gone));
+        }
+        runs || self.queue.len() < waited
     }
 
     /// Number of requests that wait for a place.
@@ -120,6 +140,13 @@ impl<'a> Engine<'a> {
         self.cache.as_ref()
     }
 
+    /// Gives back what the cache has room for beside what it holds, which longer requests have left.
+    pub fn shrink_cache(&mut self) {
+        if let Some(cache) = &mut self.cache {
+            cache.shrink();
+        }
+    }
+
     /// The drafter.
     pub fn drafter(&self) -> &dyn Drafter {
         self.drafter.as_ref()
@@ -133,7 +160,7 @@ impl<'a> Engine<'a> {
     /// Decodes everything submitted and gives it back in the order of submission.
     pub fn run(&mut self, listener: &mut dyn Listener) -> Result<Vec<Left>> {
         let mut order: Vec<u64> = self.rows.iter().map(|row| row.tag).collect();
-        order.extend(self.queue.iter().map(|request| request.tag));
+        order.extend(self.queue.iter().map(|waiting| waiting.request.tag));
         let mut left = Vec::new();
         while self.pending() > 0 {
             left.extend(self.step(listener)?);
@@ -179,25 +206,57 @@ impl<'a> Engine<'a> {
         self.target.forward(&input, Some(cache))
     }
 
-    /// What the target chooses behind every node of a pass, `[B * T]`, where all of it can be chosen at once: with one
-    /// copy from the device, which is what a round waits for. Rows that hold NaN have no choice. Of the rows of `None`
-    /// each is looked at where the walk over its tree comes to it.
-    fn choices(&self, output: &ForwardOutput, nodes: usize, rows: &[Row]) -> Result<Option<Vec<i64>>> {
-        let logits = logits(output)?;
-        let keys: Vec<(u64, u64)> = rows.iter().map(|row| (row.key, row.tokens.len() as u64)).collect();
-        let sampling = target_rows::at_once(&self.options, nodes);
-        Ok(sampling.map(|sampling| sampling.choose(logits, &keys, |row| vec![rows[row].tokens.as_slice()])))
+    /// What the target chooses behind every node of each row's part of a pass, `T` numbers each, where that can be chosen
+    /// at once: with one copy from the device for rows that are processed alike, which is what a round waits for. Nodes
+    /// whose logits hold NaN have no choice. The target's rows of a request with `None` are looked at where the walk over
+    /// its tree comes to them. `proposals` are there where trees were run.
+    fn choices(
+        &self,
+        output: &ForwardOutput,
+        nodes: usize,
+        (rows, proposals): (&[Row], Option<&[Proposal]>),
+    ) -> Result<Vec<Option<Vec<i64>>>> {
+        let (logits, policy) = (logits(output)?, self.options.policy);
+        let mut choices = vec![None; rows.len()];
+        for (processors, places) in rows::alike(rows) {
+            let own = own_logits(logits, nodes, &places, rows.len())?; // [b * T, V]
+            let of_trees = |seed| {
+                let trees = proposals.unwrap_or_default();
+                round::tree_nodes(
+                    seed,
+                    nodes,
+                    places.iter().filter_map(|&place| Some((&rows[place], trees.get(place)?))),
+                )
+            };
+            let sampled = match proposals {
+                Some(_) => target_rows::sampled(policy, &processors, &own, of_trees)?,
+                None => None,
+            };
+            let chosen = match (sampled, target_rows::at_once(policy, processors, nodes)) {
+                (Some(sampled), _) => sampled,
+                (None, Some(sampling)) => {
+                    let key = |&place: &usize| (rows[place].key, rows[place].tokens.len() as u64);
+                    let keys: Vec<(u64, u64)> = places.iter().map(key).collect();
+                    sampling.choose(&own, &keys, |row| vec![rows[places[row]].tokens.as_slice()])
+                }
+                (None, None) => continue,
+            };
+            for (&place, chosen) in places.iter().zip(chosen.chunks_exact(nodes)) {
+                choices[place] = Some(chosen.to_vec());
+            }
+        }
+        Ok(choices)
     }
 
     fn verdict(&self, proposal: &Proposal, row: &Row, rows: &mut TargetRows<'_>) -> Result<Verdict> {
-        let EngineOptions { policy, processors, stop_tokens, .. } = &self.options;
+        let EngineOptions { policy, stop_tokens, .. } = &self.options;
         let limits = Limits { tokens: row.left(), stop: stop_tokens };
         #[cfg(test)]
         let limits = seeded::limits(limits);
         let verdict = match rows.chosen_at_once() {
             true => policy::walk(&proposal.tree, limits, &mut |path| rows.chosen(path)),
             false => {
-                policy::verify(*policy, processors.is_greedy(), proposal, (row.tokens.len(), row.key), limits, rows)
+                policy::verify(*policy, row.processors.is_greedy(), proposal, (row.tokens.len(), row.key), limits, rows)
             }
         }?;
         #[cfg(test)]
@@ -208,6 +267,16 @@ impl<'a> Engine<'a> {
     fn cache_lengths(&self) -> Vec<i64> {
         self.cache.as_ref().map_or_else(Vec::new, |cache| cache.lengths().to_vec())
     }
+}
+
+/// Of the logits `[B * T, V]` of a pass over `count` rows, those of some of them, `[b * T, V]`.
+fn own_logits(logits: &Tensor, nodes: usize, places: &[usize], count: usize) -> Result<Tensor> {
+    if places.len() == count {
+        return Ok(logits.shallow_clone());
+    }
+    let first = |&place: &usize| (place * nodes) as i64;
+    let index: Vec<i64> = places.iter().flat_map(|place| first(place)..first(place) + nodes as i64).collect();
+    Ok(logits.f_index_select(0, &device::send(&Tensor::from_slice(&index), logits.device()))?)
 }
 
 /// Logits of a pass that was asked for them, `[R, V]`.

@@ -434,8 +434,32 @@ impl KvCache {
     }
 
     /// Rows there is room for.
-    fn room(&self) -> i64 {
+    pub fn room(&self) -> i64 {
         self.clean_from.len() as i64
+    }
+
+    /// Tokens that every row has room for.
+    pub fn capacity(&self) -> i64 {
+        self.capacity
+    }
+
+    /// Bytes of everything kept, the room behind it included.
+    pub fn bytes(&self) -> u64 {
+        let parts = self.shelves.iter().flat_map(|shelf| shelf.held(0, self.room(), self.capacity));
+        parts.map(|part| (part.numel() * part.kind().elt_size_in_bytes()) as u64).sum()
+    }
+
+    /// Gives back the room behind the rows and behind the longest of them.
+    pub fn shrink(&mut self) {
+        self.end_pass();
+        let (rows, slots) = (self.rows(), self.len());
+        if rows == self.room() && slots == self.capacity {
+            return;
+        }
+        self.shelves.iter_mut().for_each(|shelf| shelf.shrink(rows, slots));
+        self.clean_from.truncate(rows as usize);
+        self.clean_from.iter_mut().for_each(|clean_from| *clean_from = slots.min(*clean_from));
+        self.capacity = slots;
     }
 
     fn reserve(&mut self, slots: i64) {

@@ -154,7 +154,8 @@ impl Judge<'_> {
         let output = self.forward(&ids, &positions, &AttentionMask::Causal, &[], &drafter.capture())?;
         let features = output.hidden.iter().map(|layer| layer.get(0)).collect(); // [P, H]
         drafter.join(&[Joining { tokens, features }])?;
-        let mut proposals = drafter.propose(&[Context { tokens, depth, key }])?;
+        // A draft that was recorded has the temperature that it was opened with.
+        let mut proposals = drafter.propose(&[Context { tokens, depth, key, temperature: 0.0 }])?;
         Ok(proposals.pop().map(|proposal| proposal.cut(depth)))
     }
 

@@ -243,6 +243,20 @@ impl Level {
                 let ranked = logits.to_kind(Kind::Double) / temperature + noisy(seed, noise::TEXT)?;
                 (ranked.shallow_clone(), ranked)
             }
+            DraftSampling::KeyedByRow { .. } if rows.iter().all(|row| row.temperature == 0.0) => {
+                (logits.shallow_clone(), logits)
+            }
+            DraftSampling::KeyedByRow { seed } => {
+                let column = |of: fn(f64) -> f64| {
+                    let values: Vec<f64> = rows.iter().map(|row| of(row.temperature)).collect();
+                    device::send(&Tensor::from_slice(&values).view([-1, 1, 1]), logits.device()) // [B, 1, 1]
+                };
+                // A greedy row is divided by 1 and has no noise.
+                let divisor = column(|temperature| if temperature > 0.0 { temperature } else { 1.0 });
+                let gain = column(|temperature| if temperature > 0.0 { 1.0 } else { 0.0 });
+                let ranked = logits.to_kind(Kind::Double) / divisor + noisy(seed, noise::TEXT)? * gain;
+                (ranked.shallow_clone(), ranked)
+            }
             DraftSampling::Drawn { temperature, seed } => {
                 let scaled = logits.to_kind(Kind::Double) / temperature;
                 (&scaled + noisy(seed, DRAWING)?, scaled)

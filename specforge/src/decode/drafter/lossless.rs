@@ -190,6 +190,40 @@ fn every_tree_of_every_draft_gives_what_plain_decoding_gives() {
     every_tree(Kind::Double, &trees());
 }
 
+/// Requests of several temperatures in one batch: each is guessed at, and answered, as it is alone with a draft for its own.
+#[test]
+fn every_request_is_guessed_at_with_its_own_temperature() {
+    let target = target(1, 1.0, Kind::Double);
+    let keyed = Policy::Keyed { seed: SEED };
+    let tree = DynamicTree { depth: 4, top_k: 4, nodes: 12, min_probability: 0.0 };
+    let temperatures = [0.0, 1.0, 0.7, 2.0];
+    let drafters: [&dyn Fn(DraftSampling) -> Box<dyn Drafter>; 3] = [
+        &|sampling| Box::new(eagle3(&target, 1, true, tree, sampling)),
+        &|sampling| Box::new(peagle(&target, 1, tree, sampling)),
+        &|sampling| Box::new(model(tiny::target(2), &target, tree, sampling)),
+    ];
+    for drafter in drafters {
+        let any = DraftSampling::for_any_request(keyed, 9.0);
+        let mut engine = Engine::new(&target, drafter(any), options(keyed, 9.0, 4)).unwrap();
+        for request in requests() {
+            let temperature = temperatures[request.tag as usize];
+            engine.submit_with(request, Processors::at_temperature(temperature)).unwrap();
+        }
+        let mixed = engine.run(&mut Silent).unwrap();
+        let mut right = 0;
+        for (request, mixed) in requests().into_iter().zip(mixed) {
+            let temperature = temperatures[request.tag as usize];
+            let mut alone =
+                Engine::new(&target, drafter(sampling(temperature)), options(keyed, temperature, 1)).unwrap();
+            alone.submit(request).unwrap();
+            let want = alone.run(&mut Silent).unwrap().remove(0).decoded.unwrap();
+            assert_eq!(mixed.decoded.unwrap(), want, "temperature {temperature}");
+            right += accepted(&[want]);
+        }
+        assert!(right > 0);
+    }
+}
+
 #[test]
 fn so_in_float32() {
     every_tree(Kind::Float, &[trees()[2], trees()[4], trees()[8], trees()[13]]);
@@ -301,7 +335,8 @@ fn follow<D: Drafter>(
     check(drafter, &texts);
     for round in 0..9 {
         poison(drafter);
-        let rows: Vec<Context<'_>> = texts.iter().map(|tokens| Context { tokens, depth: 6, key: 0 }).collect();
+        let rows: Vec<Context<'_>> =
+            texts.iter().map(|tokens| Context { tokens, depth: 6, key: 0, temperature: 0.0 }).collect();
         let proposals = drafter.propose(&rows).unwrap();
         assert_eq!(drafter.cache_lengths(), texts.iter().map(|text| text.len() as i64 - 1).collect::<Vec<_>>());
         // A path of the tree comes true, and one token more; or nothing does.

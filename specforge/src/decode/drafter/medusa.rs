@@ -161,7 +161,7 @@ impl Drafter for MedusaDrafter {
 impl Place {
     /// The place behind everything committed.
     pub(super) fn behind(row: &Context<'_>) -> Self {
-        Self { position: row.tokens.len(), key: row.key }
+        Self { position: row.tokens.len(), key: row.key, temperature: row.temperature }
     }
 }
 

@@ -94,6 +94,12 @@ pub enum DraftSampling {
         /// Key of the noise, the target's own.
         seed: u64,
     },
+    /// As [`DraftSampling::Keyed`] with each row's own temperature, for requests of different ones; rows that are greedy get
+    /// the most likely tokens.
+    KeyedByRow {
+        /// Key of the noise, the target's own.
+        seed: u64,
+    },
     /// Drawn without putting back, as [`Policy::Maximal`] likes it best.
     Drawn {
         /// Divides the logits.
@@ -111,6 +117,14 @@ impl DraftSampling {
             Policy::Keyed { seed } => Self::Keyed { temperature, seed },
             Policy::Maximal { seed } => Self::Drawn { temperature, seed },
             Policy::Typical { .. } => Self::Greedy,
+        }
+    }
+
+    /// What suits a policy where every request has a temperature of its own; `temperature` is that of draws, which have one.
+    pub fn for_any_request(policy: Policy, temperature: f64) -> Self {
+        match policy {
+            Policy::Keyed { seed } => Self::KeyedByRow { seed },
+            _ => Self::for_policy(policy, temperature),
         }
     }
 
@@ -146,6 +160,8 @@ pub struct Context<'a> {
     pub depth: usize,
     /// The request's own part of every seed.
     pub key: u64,
+    /// Temperature of the target's choices; 0 is greedy.
+    pub temperature: f64,
 }
 
 /// What a round committed to a row.

@@ -2,8 +2,8 @@
 
 use tch::Tensor;
 
-use super::request::{Left, Request};
-use super::rows::Row;
+use super::request::Left;
+use super::rows::{Row, Waiting};
 use super::target_rows::TargetRows;
 use super::{Engine, logits};
 use crate::decode::drafter::{Joining, last};
@@ -22,10 +22,10 @@ impl Engine<'_> {
         let most = self.options.max_rows.max(1);
         while self.rows.len() < most && !self.queue.is_empty() {
             let free = (most - self.rows.len()).min(self.queue.len());
-            let mut requests: Vec<Request> = self.queue.drain(..free).collect();
-            requests.sort_by_key(|request| request.prompt.len());
+            let mut requests: Vec<Waiting> = self.queue.drain(..free).collect();
+            requests.sort_by_key(Waiting::prompt_length);
             while !requests.is_empty() {
-                let group = self.passes.group(requests.iter().map(|request| request.prompt.len()));
+                let group = self.passes.group(requests.iter().map(Waiting::prompt_length));
                 let rest = requests.split_off(group);
                 self.prefill(requests, rest.len(), listener, left)?;
                 requests = rest;
@@ -37,7 +37,7 @@ impl Engine<'_> {
     /// Runs a group of prompts and chooses their first tokens. `coming` requests join behind it.
     fn prefill(
         &mut self,
-        requests: Vec<Request>,
+        requests: Vec<Waiting>,
         coming: usize,
         listener: &mut dyn Listener,
         left: &mut Vec<Left>,
@@ -49,13 +49,13 @@ impl Engine<'_> {
         let output = self.run_prompts(&rows, &mut cache)?;
         #[cfg(test)]
         self.seeded_prefill(&rows, &mut cache)?;
-        let choices = self.choices(&output, 1, &rows)?;
+        let choices = self.choices(&output, 1, (&rows, None))?;
         self.done.prompt_tokens += rows.iter().map(|row| row.tokens.len() as u64).sum::<u64>();
         let mut joining = Vec::with_capacity(rows.len());
         for (index, row) in rows.iter_mut().enumerate() {
             listener.started(&Started { tag: row.tag, key: row.key, prompt: &row.tokens, limit: row.limit })?;
-            let chosen = choices.as_ref().map(|choices| &choices[index..=index]);
-            let mut target = TargetRows::new(logits(&output)?, index, &row.tokens, chosen, &self.options.processors);
+            let chosen = choices[index].as_deref();
+            let mut target = TargetRows::new(logits(&output)?, index, &row.tokens, chosen, &row.processors);
             // The first token is the target's own under every policy: there is no guess yet.
             let token = match self.verdict(&Proposal::nothing(last(&row.tokens)), row, &mut target) {
                 Ok(verdict) => verdict.tokens[0],

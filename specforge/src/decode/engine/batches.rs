@@ -244,3 +244,87 @@ fn a_row_that_breaks_in_the_middle_of_an_answer_leaves_the_others_alone() {
     }
     assert!(failed > 0 && whole > 3, "{failed} failed, {whole} did not");
 }
+
+/// Each request's own processors act on it and on no other, in one batch.
+#[test]
+fn requests_with_other_processors_share_a_batch() {
+    let target = tiny::target(1);
+    let mixed = [
+        Processors::default(),
+        sampled(),
+        Processors { repetition_penalty: 1.4, top_k: 9, top_p: 0.8, ..sampled() },
+        Processors { repetition_penalty: 1.4, ..Processors::default() },
+        Processors { top_k: 3, ..Processors::at_temperature(0.7) },
+    ];
+    let (stop, requests) = ([7, 8, 9], requests(20, 40));
+    let own = |request: &Request| mixed[request.tag as usize % mixed.len()];
+    for max_rows in [1, 3, 20] {
+        // What the engine would do by itself is what no request wants.
+        let mut engine = engine(&target, options(Processors::at_temperature(9.0), &stop, max_rows));
+        requests.iter().for_each(|request| engine.submit_with(request.clone(), own(request)).unwrap());
+        let got = engine.run(&mut Silent).unwrap().into_iter().map(answer);
+        for (request, got) in requests.iter().zip(got) {
+            assert_eq!(got, plain(&target, own(request), &stop, request), "request {}, {max_rows} rows", request.tag);
+        }
+    }
+    let mut engine = engine(&target, options(sampled(), &stop, 2));
+    let wrong = engine.submit_with(requests[0].clone(), Processors { top_p: 2.0, ..sampled() }).unwrap_err();
+    assert!(wrong.to_string().contains("top_p") && engine.pending() == 0, "{wrong}");
+}
+
+/// A request that is cancelled leaves at once, wherever it is, and the others do not notice.
+#[test]
+fn a_cancelled_request_frees_its_row_and_changes_no_other_answer() {
+    let target = tiny::target(1);
+    let request = |tag: u64| Request { tag, prompt: vec![1 + tag as u32, 2], max_new_tokens: 20, key: tag };
+    let mut engine = engine(&target, options(sampled(), &[], 3));
+    (0..6).for_each(|tag| engine.submit(request(tag)).unwrap());
+    for _ in 0..4 {
+        assert!(engine.step(&mut Silent).unwrap().is_empty());
+    }
+    // 0, 1 and 2 run, the others wait.
+    assert!(engine.cancel(1) && engine.cancel(4) && !engine.cancel(4) && !engine.cancel(77));
+    assert_eq!((engine.running().map(|(tag, _)| tag).collect::<Vec<_>>(), engine.waiting()), (vec![0, 2], 2));
+    assert_eq!(engine.cache().unwrap().rows(), 2);
+    let left = engine.run(&mut Silent).unwrap();
+    assert_eq!(left.iter().map(|left| left.tag).collect::<Vec<_>>(), [0, 2, 3, 5]);
+    for left in left {
+        let want = plain(&target, sampled(), &[], &request(left.tag));
+        assert_eq!(answer(left), want);
+    }
+    // The last one that runs takes the cache along.
+    engine.submit(request(9)).unwrap();
+    engine.step(&mut Silent).unwrap();
+    assert!(engine.cancel(9) && engine.cache().is_none() && engine.pending() == 0);
+    assert!(engine.step(&mut Silent).unwrap().is_empty());
+}
+
+/// What long requests leave behind is given back, and nothing that is held is lost.
+#[test]
+fn a_cache_that_shrinks_keeps_what_it_holds() {
+    let target = tiny::target(1);
+    let request = |tag: u64, length: u32, max_new_tokens| Request {
+        tag,
+        prompt: (0..length).map(|id| id % 60).collect(),
+        max_new_tokens,
+        key: tag,
+    };
+    let mut engine = engine(&target, options(sampled(), &[], 4));
+    let requests = [request(0, 3, 40), request(1, 90, 2), request(2, 5, 40), request(3, 80, 2)];
+    requests.iter().for_each(|request| engine.submit(request.clone()).unwrap());
+    let mut left = Vec::new();
+    while left.len() < 2 {
+        left.extend(engine.step(&mut Silent).unwrap());
+    }
+    let before = engine.cache().unwrap().bytes();
+    engine.shrink_cache();
+    let cache = engine.cache().unwrap();
+    assert_eq!((cache.room(), cache.capacity()), (2, cache.len()));
+    assert!(cache.bytes() * 4 < before, "{} of {before} bytes", cache.bytes());
+    engine.shrink_cache();
+    left.extend(engine.run(&mut Silent).unwrap());
+    for left in left {
+        let want = plain(&target, sampled(), &[], &requests[left.tag as usize]);
+        assert_eq!(answer(left), want);
+    }
+}

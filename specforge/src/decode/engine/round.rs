@@ -6,7 +6,7 @@ use tch::Tensor;
 
 use super::request::{Left, RoundOutcome};
 use super::rows::{self, Row};
-use super::target_rows::{self, TargetRows};
+use super::target_rows::TargetRows;
 use super::{Engine, logits, trees};
 use crate::decode::drafter::{Context, Progress, last};
 use crate::decode::event::{Committed, Listener, Round, Source};
@@ -33,18 +33,15 @@ impl Engine<'_> {
         let start = Instant::now();
         let nodes = proposals.iter().map(|proposal| proposal.tree.len()).max().unwrap_or(1);
         let output = self.run_trees(&proposals, nodes)?;
-        let choices = match self.sampled(&proposals, nodes, &output)? {
-            None => self.choices(&output, nodes, &self.rows)?,
-            sampled => sampled,
-        };
-        if choices.is_none() {
+        let choices = self.choices(&output, nodes, (&self.rows, Some(&proposals)))?;
+        if choices.contains(&None) {
             // The first look at a row would wait as long, and its time would not be the pass's.
             device::synchronize(self.target.device());
         }
         let verify = start.elapsed();
         (self.done.passes, self.done.rounds) = (self.done.passes + 1, self.done.rounds + proposals.len() as u64);
         // 3. Decide, and tell.
-        let verdicts = self.decide(&proposals, nodes, &output, choices.as_deref(), listener)?;
+        let verdicts = self.decide(&proposals, nodes, &output, &choices, listener)?;
         // 4. Keep the paths, forget the rest.
         let paths = self.keep(&proposals, &verdicts)?;
         // 5. Who has reached the end leaves; the draft hears of what goes on.
@@ -62,8 +59,14 @@ impl Engine<'_> {
     }
 
     fn propose(&mut self) -> Result<Vec<Proposal>> {
-        let contexts: Vec<Context<'_>> =
-            self.rows.iter().map(|row| Context { tokens: &row.tokens, depth: row.left() - 1, key: row.key }).collect();
+        let contexts: Vec<Context<'_>> = (self.rows.iter())
+            .map(|row| Context {
+                tokens: &row.tokens,
+                depth: row.left() - 1,
+                key: row.key,
+                temperature: row.processors.temperature,
+            })
+            .collect();
         let proposals = self.drafter.propose(&contexts)?;
         if proposals.len() != contexts.len() {
             let (got, want) = (proposals.len(), contexts.len());
@@ -120,43 +123,21 @@ impl Engine<'_> {
         output
     }
 
-    /// What a policy that samples chooses behind every node, where a GPU does it for all of them: `[B * T]`.
-    fn sampled(&self, proposals: &[Proposal], nodes: usize, output: &ForwardOutput) -> Result<Option<Vec<i64>>> {
-        target_rows::sampled(&self.options, logits(output)?, |seed| {
-            let mut all = Vec::with_capacity(proposals.len() * nodes);
-            for (row, proposal) in self.rows.iter().zip(proposals) {
-                let (tree, topology) = (&proposal.tree, proposal.tree.topology());
-                // Nodes that pad a row are asked for too, and not looked at.
-                all.extend((0..nodes).map(|node| {
-                    let depth = topology.depths().get(node).copied().unwrap_or(0);
-                    let children =
-                        (node < tree.len()).then(|| topology.children(node).map(|child| tree.tokens()[child]));
-                    Node {
-                        place: (seed.wrapping_add(row.key), (row.tokens.len() + depth) as u64),
-                        guesses: children.into_iter().flatten().collect(),
-                        drawn_from: proposal.drawn_from.get(node).and_then(Option::as_ref),
-                    }
-                }));
-            }
-            all
-        })
-    }
-
     /// What is committed to each row, or why it cannot go on.
     fn decide(
         &self,
         proposals: &[Proposal],
         nodes: usize,
         output: &ForwardOutput,
-        choices: Option<&[i64]>,
+        choices: &[Option<Vec<i64>>],
         listener: &mut dyn Listener,
     ) -> Result<Vec<Result<Verdict>>> {
         let (lengths, logits) = (self.cache_lengths(), logits(output)?);
         let mut verdicts = Vec::with_capacity(proposals.len());
         for (index, (row, proposal)) in self.rows.iter().zip(proposals).enumerate() {
             let first = index * nodes;
-            let chosen = choices.map(|choices| &choices[first..first + nodes]);
-            let mut rows = TargetRows::new(logits, first, &row.tokens, chosen, &self.options.processors);
+            let chosen = choices.get(index).and_then(Option::as_deref);
+            let mut rows = TargetRows::new(logits, first, &row.tokens, chosen, &row.processors);
             rows.tree = Some(&proposal.tree);
             let verdict = self.verdict(proposal, row, &mut rows);
             if let Ok(verdict) = &verdict {
@@ -219,17 +200,45 @@ impl Engine<'_> {
         }
         let staying = rows::staying(&gone);
         if staying.len() < gone.len() {
-            self.rows = rows::select(std::mem::take(&mut self.rows), &staying);
-            self.drafter.retain(&staying);
-            match &mut self.cache {
-                Some(cache) if !staying.is_empty() => {
-                    cache.select_rows(&staying.iter().map(|&row| row as i64).collect::<Vec<_>>());
-                }
-                cache => *cache = None,
-            }
+            self.keep_rows(&staying);
         }
         Ok((staying, new))
     }
+
+    /// Keeps the rows named, in that order, here and in both caches.
+    pub(super) fn keep_rows(&mut self, staying: &[usize]) {
+        self.rows = rows::select(std::mem::take(&mut self.rows), staying);
+        self.drafter.retain(staying);
+        match &mut self.cache {
+            Some(cache) if !staying.is_empty() => {
+                cache.select_rows(&staying.iter().map(|&row| row as i64).collect::<Vec<_>>());
+            }
+            cache => *cache = None,
+        }
+    }
+}
+
+/// Every node of the trees of some rows, padded to `nodes` each, as policies that sample many at once are asked. Nodes that
+/// pad a row are asked for too, and not looked at.
+pub(super) fn tree_nodes<'a>(
+    seed: u64,
+    nodes: usize,
+    trees: impl Iterator<Item = (&'a Row, &'a Proposal)>,
+) -> Vec<Node<'a>> {
+    let mut all = Vec::new();
+    for (row, proposal) in trees {
+        let (tree, topology) = (&proposal.tree, proposal.tree.topology());
+        all.extend((0..nodes).map(|node| {
+            let depth = topology.depths().get(node).copied().unwrap_or(0);
+            let children = (node < tree.len()).then(|| topology.children(node).map(|child| tree.tokens()[child]));
+            Node {
+                place: (seed.wrapping_add(row.key), (row.tokens.len() + depth) as u64),
+                guesses: children.into_iter().flatten().collect(),
+                drawn_from: proposal.drawn_from.get(node).and_then(Option::as_ref),
+            }
+        }));
+    }
+    all
 }
 
 fn tell_of_tokens(

@@ -2,14 +2,31 @@
 
 use crate::data::Finish;
 use crate::decode::drafter::last;
+use crate::nn::Processors;
 
 use super::request::{Decoded, Left, Request, RoundOutcome};
+
+/// A request that waits for a place.
+#[derive(Debug)]
+pub(super) struct Waiting {
+    pub(super) request: Request,
+    /// What is done to the target's rows for it.
+    pub(super) processors: Processors,
+}
+
+impl Waiting {
+    pub(super) fn prompt_length(&self) -> usize {
+        self.request.prompt.len()
+    }
+}
 
 /// A running request.
 #[derive(Debug)]
 pub(super) struct Row {
     pub(super) tag: u64,
     pub(super) key: u64,
+    /// What is done to the target's rows for it.
+    pub(super) processors: Processors,
     /// Everything committed, the prompt first.
     pub(super) tokens: Vec<u32>,
     pub(super) prompt_length: usize,
@@ -20,9 +37,10 @@ pub(super) struct Row {
 
 impl Row {
     /// A request whose prompt is about to be run on a target with this context, which is longer than the prompt.
-    pub(super) fn new(Request { tag, prompt, max_new_tokens, key }: Request, context: usize) -> Self {
+    pub(super) fn new(Waiting { request, processors }: Waiting, context: usize) -> Self {
+        let Request { tag, prompt, max_new_tokens, key } = request;
         let (prompt_length, limit) = (prompt.len(), max_new_tokens.min(context - prompt.len()));
-        Self { tag, key, tokens: prompt, prompt_length, limit, rounds: Vec::new() }
+        Self { tag, key, processors, tokens: prompt, prompt_length, limit, rounds: Vec::new() }
     }
 
     pub(super) fn new_tokens(&self) -> usize {
@@ -61,6 +79,18 @@ pub(super) fn staying(gone: &[bool]) -> Vec<usize> {
         }
     }
     rows
+}
+
+/// Rows of which the target's rows are processed alike: the processors, and the places of the rows in order.
+pub(super) fn alike(rows: &[Row]) -> Vec<(Processors, Vec<usize>)> {
+    let mut groups: Vec<(Processors, Vec<usize>)> = Vec::new();
+    for (place, row) in rows.iter().enumerate() {
+        match groups.iter_mut().find(|(processors, _)| *processors == row.processors) {
+            Some((_, places)) => places.push(place),
+            None => groups.push((row.processors, vec![place])),
+        }
+    }
+    groups
 }
 
 /// The rows named, in that order.

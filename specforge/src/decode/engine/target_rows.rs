@@ -4,7 +4,6 @@ use tch::{Device, Kind, Tensor};
 
 use super::super::policy::many_rows::{self, Node};
 use super::super::policy::{Policy, Rows};
-use super::EngineOptions;
 use crate::error::{Error, Result};
 use crate::nn::Processors;
 use crate::nn::noise::Place;
@@ -14,10 +13,9 @@ use crate::tree::TokenTree;
 
 /// How the target chooses behind every node of a pass where all can be chosen at once: where nothing but its own row
 /// decides, and the processors ask for no token on a path.
-pub(super) fn at_once(options: &EngineOptions, nodes: usize) -> Option<Sampling> {
-    let EngineOptions { processors, policy, .. } = options;
-    let chosen_with = |seed| Some(Sampling { processors: *processors, seed });
-    match *policy {
+pub(super) fn at_once(policy: Policy, processors: Processors, nodes: usize) -> Option<Sampling> {
+    let chosen_with = |seed| Some(Sampling { processors, seed });
+    match policy {
         Policy::Typical { .. } => None,
         _ if processors.leaves_the_greedy_choice() => chosen_with(0),
         _ if nodes > 1 => None,
@@ -30,15 +28,15 @@ pub(super) fn at_once(options: &EngineOptions, nodes: usize) -> Option<Sampling>
 /// What a policy that samples chooses behind every node of a pass over trees, where rows are on a GPU and processors look at
 /// nothing else: `[R]`, one copy from the device in place of rows of a vocabulary.
 pub(super) fn sampled<'a>(
-    options: &EngineOptions,
+    policy: Policy,
+    processors: &Processors,
     logits: &Tensor,
     nodes: impl FnOnce(u64) -> Vec<Node<'a>>,
 ) -> Result<Option<Vec<i64>>> {
-    let EngineOptions { processors, policy, .. } = options;
     if logits.device() == Device::Cpu || processors.is_greedy() || !processors.depend_on_rows_alone() {
         return Ok(None);
     }
-    let chosen = match *policy {
+    let chosen = match policy {
         Policy::Keyed { seed } => {
             let places: Vec<Place> = nodes(seed).iter().map(|node| node.place).collect();
             sampling::keyed_choices(processors, logits, &places)

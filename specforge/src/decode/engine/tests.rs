@@ -275,6 +275,38 @@ fn processors_act_alike_with_and_without_a_draft() {
     }
 }
 
+/// In one batch with a draft: greedy requests, sampled ones, and such whose choice depends on the tokens before it.
+#[test]
+fn requests_with_other_processors_share_a_batch_and_its_trees() {
+    let target = tiny::target(5);
+    let mixed = [
+        Processors::default(),
+        Processors::at_temperature(1.0),
+        Processors { temperature: 0.8, top_k: 20, top_p: 0.9, repetition_penalty: 1.2 },
+        Processors { repetition_penalty: 1.5, ..Processors::default() },
+    ];
+    let decode = |drafter: Box<dyn Drafter>, rows: usize| {
+        let mut engine = Engine::new(&target, drafter, options(0.0, rows)).unwrap();
+        for request in requests(9) {
+            let processors = mixed[request.tag as usize % mixed.len()];
+            engine.submit_with(request, processors).unwrap();
+        }
+        let left = engine.run(&mut Silent).unwrap();
+        texts(&left.into_iter().map(|left| left.decoded.unwrap()).collect::<Vec<_>>())
+    };
+    let plain = decode(Box::new(Plain), 1);
+    let prompts = requests(9).into_iter().map(|request| request.prompt);
+    let answers: HashMap<_, _> = prompts.zip(plain.iter().map(|(tokens, _)| tokens.clone())).collect();
+    for place in [0, 7, 13, 22, 32] {
+        let (name, shape) = shapes().remove(place);
+        let dice = Box::new(keyed_stream(place as u64, 6));
+        let oracle = Oracle { answers: answers.clone(), shape, dice, vocabulary: 64 };
+        assert_eq!(decode(Box::new(oracle), 4), plain, "{name}");
+    }
+    // They do something.
+    assert_ne!(plain, texts(&self::decode(&target, Box::new(Plain), options(0.0, 1))));
+}
+
 /// Equal logits: the first of them is the target's, in a tree as in a single row. It is token 0, a token like any other.
 #[test]
 fn ties_are_decided_alike() {

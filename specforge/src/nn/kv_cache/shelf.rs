@@ -222,6 +222,21 @@ impl Shelf {
         self.positions = self.positions.as_ref().map(larger);
     }
 
+    /// Keeps the first rows and the first slots, in memory of their own.
+    pub(super) fn shrink(&mut self, rows: i64, slots: i64) {
+        let cut = |tensor: &Tensor, axis: Option<i64>| {
+            let part = tensor.narrow(0, 0, rows);
+            axis.map_or_else(|| part.copy(), |axis| part.narrow(axis, 0, slots).copy())
+        };
+        for layer in &mut self.layers {
+            match layer {
+                Layer::Attention { key, value } => (*key, *value) = (cut(key, Some(2)), cut(value, Some(2))),
+                Layer::State { held, .. } => *held = cut(held, None),
+            }
+        }
+        self.positions = self.positions.as_ref().map(|positions| cut(positions, Some(1)));
+    }
+
     /// Makes room for so many more slots.
     pub(super) fn grow_slots(&mut self, more: i64) {
         let grown = |tensor: &Tensor, axis: usize| {

@@ -257,3 +257,41 @@ fn a_pass_over_what_is_held_touches_the_slots_it_names() {
     let (keys, _) = cache.write(0, &new, &new);
     assert!(keys.size() == [2, 1, 5, 2] && !bool::try_from(keys.isnan().any()).unwrap());
 }
+
+#[test]
+fn a_shrunk_cache_holds_the_same_in_less_room_and_grows_again() {
+    let window = LayerCache::Attention { groups: 1, key_dim: 1, value_dim: 1, window: Some(2) };
+    let layers = [LayerCache::full(1, 1), window, LayerCache::State { shape: vec![3] }];
+    let mut cache = KvCache::new(&layers, 2, 100, OPTIONS);
+    cache.reserve_rows(5);
+    let pass = |cache: &mut KvCache, rows: &[&[i64]], first: i64| {
+        let tokens = rows[0].len() as i64;
+        let positions = (Tensor::arange(tokens, (Kind::Int64, Device::Cpu)) + first).expand([2, tokens], false);
+        drop(cache.masks(&AttentionMask::Causal, &positions));
+        for layer in 0..2 {
+            let _ = cache.write(layer, &keys(rows), &keys(rows));
+        }
+        cache.write_states(2, &keys(rows).view([2, -1, 1]).expand([2, tokens, 3], false));
+    };
+    pass(&mut cache, &[&[11, 12, 13], &[21, 99, 99]], 0);
+    cache.advance(&[3, 1]);
+    let held = |cache: &KvCache| {
+        let contents = (0..2).flat_map(|layer| (0..2).flat_map(move |row| cache.contents(layer, row)));
+        let mut held: Vec<Tensor> = contents.map(|part| part.copy()).collect();
+        held.extend((0..2).map(|row| cache.positions(row).unwrap().copy()));
+        held.push(cache.state(2).copy());
+        held
+    };
+    let (before, bytes) = (held(&cache), cache.bytes());
+    // Keys and values of two layers, positions, and a state: of 5 rows with 100 slots.
+    assert_eq!(bytes, 5 * (100 * (2 * 2 * 4 + 8) + 3 * 4));
+    cache.shrink();
+    assert_eq!((cache.rows(), cache.room(), cache.capacity()), (2, 2, 3));
+    assert_eq!(cache.bytes(), 2 * (3 * (2 * 2 * 4 + 8) + 3 * 4));
+    assert!(held(&cache).iter().zip(&before).all(|(got, want)| got.equal(want)));
+    cache.shrink();
+    pass(&mut cache, &[&[14], &[22]], 3);
+    cache.advance(&[1, 1]);
+    assert_eq!(Vec::<f32>::try_from(cache.contents(0, 1)[0].flatten(0, -1)).unwrap(), [21.0, 22.0]);
+    assert_eq!(Vec::<f32>::try_from(cache.state(2).flatten(0, -1)).unwrap(), [14.0, 14.0, 14.0, 22.0, 22.0, 22.0]);
+}

@@ -61,7 +61,7 @@ fn names(target_size: i64) -> Names {
 }
 
 fn contexts<'a>(tokens: &'a [u32], keys: &[u64], depth: usize) -> Vec<Context<'a>> {
-    keys.iter().map(|&key| Context { tokens, depth, key }).collect()
+    keys.iter().map(|&key| Context { tokens, depth, key, temperature: 0.0 }).collect()
 }
 
 fn grown(tree: DynamicTree, draft: &mut Table, size: i64) -> Vec<Proposal> {
@@ -178,7 +178,8 @@ fn every_row_has_its_own_depth_and_names() {
     let names = Names::new(50, Some(vec![7, 20, 33, 49]));
     let tree = DynamicTree { depth: 3, top_k: 2, nodes: 6, min_probability: 0.0 };
     let tokens = [1];
-    let rows: Vec<Context<'_>> = [0, 3, 1].map(|depth| Context { tokens: &tokens, depth, key: 0 }).to_vec();
+    let rows: Vec<Context<'_>> =
+        [0, 3, 1].map(|depth| Context { tokens: &tokens, depth, key: 0, temperature: 0.0 }).to_vec();
     let table = || Table::new(&[1, 2, 3], |_, _| vec![0.0, 3.0, 1.0, 2.0]);
     let proposals = grow(&tree, DraftSampling::Greedy, &names, &rows, &mut table()).unwrap();
     assert_eq!(proposals[0].tree.tokens(), [1]);
@@ -195,7 +196,7 @@ fn known_noise_makes_a_perfect_draft_perfect() {
     let (temperature, seed, key) = (0.7, 11, 1000);
     let target = |path: &[u32]| dice(5, path, 30, 1.0);
     let committed = [3, 4, 9];
-    let rows = [Context { tokens: &committed, depth: 100, key }];
+    let rows = [Context { tokens: &committed, depth: 100, key, temperature: 0.0 }];
     let sampling = DraftSampling::Keyed { temperature, seed };
     let mut draft = Table::new(&[key], move |_, path| target(path));
     let proposals = grow(&DynamicTree::chain(6), sampling, &names(30), &rows, &mut draft).unwrap();

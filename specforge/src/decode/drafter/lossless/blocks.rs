@@ -253,7 +253,12 @@ fn a_proposal_is_that_of_its_text_alone() {
                     };
                     let rows: Vec<Joining<'_>> = numbers.iter().map(joining).collect();
                     drafter.join(&rows).unwrap();
-                    let context = |&number: &usize| Context { tokens: &texts[number], depth: depths[number], key: 0 };
+                    let context = |&number: &usize| Context {
+                        tokens: &texts[number],
+                        depth: depths[number],
+                        key: 0,
+                        temperature: 0.0,
+                    };
                     drafter.propose(&numbers.iter().map(context).collect::<Vec<_>>()).unwrap()
                 };
                 for (number, got) in proposals(&[0, 1, 2]).iter().enumerate() {

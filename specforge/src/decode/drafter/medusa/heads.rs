@@ -54,6 +54,8 @@ pub struct Place {
     pub position: usize,
     /// The request's own part of every seed.
     pub key: u64,
+    /// Temperature of the target's choices; 0 is greedy.
+    pub temperature: f64,
 }
 
 /// Guesses of one head for one row, best first.
@@ -187,10 +189,35 @@ impl MedusaHeads {
             DraftSampling::Keyed { temperature, seed } => {
                 self.noisy(&logits, count, (temperature, seed, noise::TEXT), places)
             }
+            DraftSampling::KeyedByRow { seed } => self.by_row(&logits, count, seed, places),
             DraftSampling::Drawn { temperature, seed } => {
                 self.noisy(&logits, count, (temperature, seed, DRAWS), places)
             }
         }
+    }
+
+    /// Greedy rows by the most likely tokens, the others with their own temperatures. Logits are `[K, B, DV]`.
+    fn by_row(&self, logits: &Tensor, count: usize, seed: u64, places: &[Place]) -> Result<Vec<Vec<Guesses>>> {
+        let (sampled, greedy): (Vec<usize>, Vec<usize>) =
+            (0..places.len()).partition(|&row| places[row].temperature > 0.0);
+        let own = |rows: &[usize]| -> Result<Tensor> {
+            let index: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
+            Ok(logits.f_index_select(1, &device::upload(&index, logits.device())?)?) // [K, b, DV]
+        };
+        let mut guesses = vec![Vec::new(); places.len()];
+        if !greedy.is_empty() {
+            let found = self.most_likely(&own(&greedy)?, count, greedy.len())?;
+            greedy.iter().zip(found).for_each(|(&row, found)| guesses[row] = found);
+        }
+        if !sampled.is_empty() {
+            let places: Vec<Place> = sampled.iter().map(|&row| places[row]).collect();
+            let temperatures: Vec<f64> = places.iter().map(|place| place.temperature).collect();
+            let temperatures = device::send(&Tensor::from_slice(&temperatures), logits.device()).f_unsqueeze(1)?; // [b, 1]
+            let scaled = own(&sampled)?.to_kind(Kind::Double).f_div(&temperatures)?;
+            let found = self.noisy(&scaled, count, (1.0, seed, noise::TEXT), &places)?;
+            sampled.iter().zip(found).for_each(|(&row, found)| guesses[row] = found);
+        }
+        Ok(guesses)
     }
 
     fn most_likely(&self, logits: &Tensor, count: usize, rows: usize) -> Result<Vec<Vec<Guesses>>> {

@@ -54,6 +54,29 @@ fn sampling(options: &EngineOptions) -> DraftSampling {
     DraftSampling::for_policy(options.policy, options.processors.temperature)
 }
 
+/// Requests of several temperatures in one batch: each is guessed at, and answered, as it is alone with a draft for its own.
+#[test]
+fn every_request_is_guessed_at_with_its_own_temperature() {
+    let target = target();
+    let tree = choices::parse(&choices::names().unwrap()[0]).unwrap();
+    let temperature = |request: &Request| [0.0, 1.0, 0.5][request.tag as usize % 3];
+    let drafter = |sampling| Box::new(MedusaDrafter::new(good(&target, 3, 0.3), &tree, sampling));
+    let any = DraftSampling::for_any_request(KEYED, 9.0);
+    let mut engine = Engine::new(&target, drafter(any), options(9.0, KEYED, 5)).unwrap();
+    for request in requests() {
+        let processors = Processors::at_temperature(temperature(&request));
+        engine.submit_with(request, processors).unwrap();
+    }
+    let mixed = engine.run(&mut Silent).unwrap();
+    for (request, mixed) in requests().into_iter().zip(mixed) {
+        let options = options(temperature(&request), KEYED, 1);
+        let mut alone = Engine::new(&target, drafter(sampling(&options)), options).unwrap();
+        alone.submit(request).unwrap();
+        let want = alone.run(&mut Silent).unwrap().remove(0).decoded.unwrap();
+        assert_eq!(mixed.decoded.unwrap(), want);
+    }
+}
+
 #[test]
 fn every_tree_gives_what_plain_decoding_gives() {
     let target = target();
@@ -190,7 +213,7 @@ fn proposal(heads: MedusaHeads, tree: &ChoiceTree, sampling: DraftSampling, dept
     let mut drafter = MedusaDrafter::new(heads, tree, sampling);
     let features = noise::normal(&[3, 32], 1.0, 1, 1).to_kind(Kind::Double);
     drafter.join(&[Joining { tokens: &[4, 5], features: vec![features] }]).unwrap();
-    drafter.propose(&[Context { tokens: &[4, 5], depth, key: 0 }]).unwrap().remove(0)
+    drafter.propose(&[Context { tokens: &[4, 5], depth, key: 0, temperature: 0.0 }]).unwrap().remove(0)
 }
 
 #[test]
