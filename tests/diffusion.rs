@@ -33,7 +33,7 @@ fn generate(workspace: &Workspace, arguments: &[&str]) -> std::process::Command 
 }
 
 fn answer(workspace: &Workspace, arguments: &[&str]) -> Value {
-    let arguments = [&["--json", "--max-new-tokens", "24", "--block-length", "8"], arguments].concat();
+    let arguments = [&["--json", "--max-new-tokens", "24", "--block-length", "8"][..], arguments].concat();
     json_of(&mut generate(workspace, &arguments))
 }
 
@@ -58,7 +58,7 @@ fn answers_are_filled_in_and_summed_up() {
         // Exact parallel decoding: the same tokens, at every temperature.
         for temperature in ["0", "0.9"] {
             let of =
-                |more: &[&str]| answer(&workspace, &[&["--temperature", temperature, "--seed", "5"], more].concat());
+                |more: &[&str]| answer(&workspace, &[&["--temperature", temperature, "--seed", "5"][..], more].concat());
             let (want, got) = (of(&["--steps", "12"]), of(&["--steps", "12", "--exact-parallel", "states=4"]));
             assert_eq!((&got["token_ids"], &got["text"]), (&want["token_ids"], &want["text"]));
             assert_eq!(got["summary"]["lossless"], true);
@@ -130,7 +130,7 @@ fn what_needs_a_causal_model_names_the_family() {
     ];
     for problem in problems {
         let problem = problem.unwrap();
-        let text = format!("{problem} {:?}", problem);
+        let text = format!("{problem} {problem:?}");
         assert!(words.iter().all(|word| text.contains(word)), "{text}");
     }
     workspace.set("train.max_steps", 2);

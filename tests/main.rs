@@ -10,6 +10,7 @@ mod block_exports;
 mod block_imports;
 mod block_runs;
 mod cli;
+mod cloud;
 mod configuration;
 mod data_parallel;
 mod decoding;

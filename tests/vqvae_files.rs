@@ -92,7 +92,7 @@ fn write_state_dict(path: &Path, tensors: &[(String, Tensor)], method: zip::Comp
     program.extend([text("_metadata"), b"h\x00)R(".to_vec(), text(""), b"}".to_vec(), text("version")].concat());
     // {"": {"version": 1}}, which becomes the attribute.
     program.extend(b"K\x01susb.");
-    for (name, bytes) in [("data.pkl", &program[..]), ("byteorder", b"little"), ("version", b"3\n")] {
+    for (name, bytes) in [("data.pkl", &program[..]), ("byteorder", &b"little"[..]), ("version", &b"3\n"[..])] {
         zip.start_file(format!("vae/{name}"), options).unwrap();
         zip.write_all(bytes).unwrap();
     }

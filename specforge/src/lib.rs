@@ -43,7 +43,9 @@ pub mod tracking;
 pub mod decode;
 pub mod images;
 pub mod train;
-// L7: what a target or a draft is worth; why two decodes differ; the processes of a run; clients over HTTP
+// L7: what a target or a draft is worth; why two decodes differ; the processes of a run; clients over HTTP; draft and target
+// on two machines
+pub mod cloud;
 pub mod eval;
 pub mod launch;
 pub mod server;

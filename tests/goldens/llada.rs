@@ -213,7 +213,7 @@ fn whole(
     let hidden = layers.embed(ids).map_err(text)?;
     let mask = AttentionMask::Whole(vec![tokens; rows as usize]);
     let stretch = Stretch { layers: 0..depth, hidden: &hidden, positions: &positions, mask: &mask };
-    let last = layers.run(&stretch, Some(cache), &mut |_, hidden| see(hidden)).map_err(text)?;
+    let last = layers.run(&stretch, Some(&mut *cache), &mut |_, hidden| see(hidden)).map_err(text)?;
     cache.advance(&vec![tokens; rows as usize]);
     Ok(last)
 }

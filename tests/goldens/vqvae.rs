@@ -89,11 +89,14 @@ pub fn check_hashed(path: &Path) -> Result<String, String> {
         let values: Vec<f32> = (0..shape.iter().product::<i64>() as u64)
             .map(|element| {
                 let s = 2.0 * uniform_of(keyed_bits(seed, WEIGHTS, place as u64, element)) - 1.0;
-                let value = match () {
-                    () if name.ends_with("bias") => 0.1 * s,
-                    () if shape.len() == 1 => 1.0 + 0.2 * s,
-                    () if name == "quantize.embedding.weight" => amplitude * s,
-                    () => s * scale,
+                let value = if name.ends_with("bias") {
+                    0.1 * s
+                } else if shape.len() == 1 {
+                    1.0 + 0.2 * s
+                } else if name == "quantize.embedding.weight" {
+                    amplitude * s
+                } else {
+                    s * scale
                 };
                 value as f32
             })
@@ -176,7 +179,7 @@ fn compare(golden: &Golden, model: &Vqvae) -> Result<String, String> {
         let prefix = if name == "post_quant_conv" { "mid" } else { "mid.decoder" };
         seen.push((format!("{prefix}.{name}"), value.shallow_clone()));
     });
-    decoded.map_err(text)?;
+    let _ = decoded.map_err(text)?;
     for (name, value) in seen {
         if golden.has(&name) {
             steps += 1;
@@ -199,7 +202,7 @@ fn compare(golden: &Golden, model: &Vqvae) -> Result<String, String> {
     let known = ["f_hat", "image", "idx", "var_input", "random", "vq", "image_upto", "idx_margin"];
     let strange: Vec<&str> = golden
         .names_after("out.")
-        .filter(|name| !known.iter().any(|known| name.split('.').next() == Some(known)))
+        .filter(|name| !known.iter().any(|known| name.split('.').next() == Some(*known)))
         .collect();
     if !strange.is_empty() {
         problems.push(format!("not compared: {strange:?}"));

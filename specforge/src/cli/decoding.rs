@@ -11,6 +11,7 @@ use super::devices::{self, DeviceArgs, Devices};
 use super::hub::Place;
 use super::numbers;
 use super::template::TemplateArgs;
+use crate::cloud::AbsentTarget;
 use crate::config::Dtype;
 use crate::data::ChatTokenizer;
 use crate::decode::drafter::{DraftSampling, Opened, open};
@@ -135,6 +136,23 @@ impl DecodingArgs {
         let target = load(devices, &self.target, dtype.kind())?;
         super::train::fits_vocabulary(&tokenizer, target.info().vocab_size, &self.target)?;
         Ok(Models { target, tokenizer, dtype })
+    }
+
+    /// Loads what a draft needs of a target that runs elsewhere.
+    pub(super) fn models_elsewhere(&self) -> Result<Models> {
+        self.processors()?;
+        self.policy()?;
+        if self.verify_budget.is_some() {
+            return Err(Error::Usage(
+                "--verify-budget: it goes by this machine's target; with --cloud there is none".to_owned(),
+            ));
+        }
+        let home = self.devices.alone()?.home;
+        let tokenizer = Arc::new(self.template.tokenizer(&self.target)?);
+        let dtype = Dtype::of_target(self.dtype, &self.target, home)?;
+        let target = AbsentTarget::read(&self.target, self.draft.as_deref(), (dtype.kind(), home))?;
+        super::train::fits_vocabulary(&tokenizer, target.info().vocab_size, &self.target)?;
+        Ok(Models { target: Box::new(target), tokenizer, dtype })
     }
 
     /// Opens the draft.

@@ -168,7 +168,7 @@ impl<'a> Session<'a> {
             settings.extend(own);
         }
         let mask = network.diffusion().mask;
-        let draws = Keyed { seed: decoding.seed() };
+        let draws = Keyed { seed: decoding.seed().unwrap_or(0) };
         Ok(Self { models, decoder: Decoder::new(network, options)?, draws, settings, mask })
     }
 

@@ -10,13 +10,15 @@ use serde_json::Value;
 
 use super::decoding::{DecodingArgs, Models};
 use super::diffusion::{self, DiffusionArgs};
+use super::edge::{EdgeArgs, EdgeSession};
 use super::{Output, hub, note};
-use crate::data::{Message, TextStream};
+use crate::data::{ChatTokenizer, Message, TextStream};
 use crate::decode::engine::{Clock, Decoded};
 use crate::decode::event::{Committed, Listener, Round, Source, Started};
 use crate::decode::{Engine, Finish, Request};
 use crate::error::{Error, Result, foreign};
 use crate::models;
+use crate::stop::{Answer as Answered, Stop};
 use crate::trace::Recorder;
 
 #[derive(Debug, Clone, Args)]
@@ -37,6 +39,8 @@ pub(super) struct GenerateArgs {
     trace: Option<PathBuf>,
     #[command(flatten)]
     diffusion: DiffusionArgs,
+    #[command(flatten)]
+    edge: EdgeArgs,
 }
 
 /// What one answer was, in numbers.
@@ -64,10 +68,13 @@ struct Answer {
     summary: Summary,
 }
 
-pub(super) fn run(args: &GenerateArgs, output: &Output) -> Result<()> {
+pub(super) fn run(args: &GenerateArgs, stop: &Stop, output: &Output) -> Result<()> {
     let args = &mut args.clone();
     hub::fetch(args.decoding.places().into(), None)?;
     let args = &*args;
+    if args.edge.cloud.is_some() {
+        return on_the_edge(args, stop, output);
+    }
     if models::read_info(&args.decoding.target)?.diffusion.is_some() {
         return fill_in(args, output);
     }
@@ -86,7 +93,8 @@ pub(super) fn run(args: &GenerateArgs, output: &Output) -> Result<()> {
         engine = engine.with_budget(budget)?;
     }
     let mut session = Session { models: &models, args, output, settings, lossless, turn: 0 };
-    each_prompt(args, &models, &mut |ids| session.answer(&mut engine, ids, recorder.as_mut()))?;
+    let mut answer = |ids| session.answer(&mut engine, ids, recorder.as_mut());
+    answer_all(args, &models.tokenizer, &mut answer)?;
     match recorder {
         Some(recorder) => recorder.finish(),
         None => Ok(()),
@@ -101,21 +109,41 @@ fn fill_in(args: &GenerateArgs, output: &Output) -> Result<()> {
     let models = args.decoding.diffusion_models()?;
     let mut session = diffusion::Session::open(&models, &args.diffusion, &args.decoding)?;
     let mut turn = 0;
-    each_prompt(args, &models, &mut |ids| {
+    answer_all(args, &models.tokenizer, &mut |ids| {
         turn += 1;
         session.answer(ids, turn - 1, output)
     })
 }
 
-/// Has the prompt answered, or each turn of a dialogue until standard input ends. `answer` gives the text of an answer.
-fn each_prompt(args: &GenerateArgs, models: &Models, answer: &mut dyn FnMut(Vec<u32>) -> Result<String>) -> Result<()> {
-    let render = |messages: &[Message]| models.tokenizer.encode(&models.tokenizer.render(messages, None, true)?);
+/// The same with the target on another machine.
+fn on_the_edge(args: &GenerateArgs, stop: &Stop, output: &Output) -> Result<()> {
+    if args.trace.is_some() {
+        return Err(Error::Usage(
+            "--trace: the target's rows stay in the cloud; record a decode beside the target".to_owned(),
+        ));
+    }
+    let models = args.decoding.models_elsewhere()?;
+    stop.set_answer(Answered::Finish("stopping: the cloud is told"));
+    let mut session = EdgeSession::new(&models, &args.decoding, &args.edge, (output, stop))?;
+    answer_all(args, &models.tokenizer, &mut |ids| session.answer(ids))
+}
+
+fn render(tokenizer: &ChatTokenizer, messages: &[Message]) -> Result<Vec<u32>> {
+    tokenizer.encode(&tokenizer.render(messages, None, true)?)
+}
+
+/// Answers the prompt, or turns until standard input ends.
+fn answer_all(
+    args: &GenerateArgs,
+    tokenizer: &ChatTokenizer,
+    answer: &mut dyn FnMut(Vec<u32>) -> Result<String>,
+) -> Result<()> {
     if let Some(prompt) = &args.prompt {
         let ids = match args.raw {
-            true => models.tokenizer.encode(prompt)?,
-            false => render(&[Message::new("user", prompt)])?,
+            true => tokenizer.encode(prompt)?,
+            false => render(tokenizer, &[Message::new("user", prompt)])?,
         };
-        return answer(ids).map(drop);
+        return answer(ids).map(|_| ());
     }
     let mut messages: Vec<Message> = Vec::new();
     let stdin = std::io::stdin();
@@ -131,7 +159,7 @@ fn each_prompt(args: &GenerateArgs, models: &Models, answer: &mut dyn FnMut(Vec<
             continue;
         }
         messages.push(Message::new("user", line.trim()));
-        let text = answer(render(&messages)?)?;
+        let text = answer(render(tokenizer, &messages)?)?;
         messages.push(Message::new("assistant", text));
     }
 }

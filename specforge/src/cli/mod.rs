@@ -18,6 +18,7 @@ mod decoding;
 mod devices;
 mod diffusion;
 mod doctor;
+mod edge;
 mod eval;
 mod export;
 mod generate;
@@ -115,7 +116,7 @@ impl Cli {
             Command::Import(args) => import::run(&args, &output),
             Command::Bench(args) => bench::run(&args, &output),
             Command::BenchTrain(args) => bench_train::run(&args, &output),
-            Command::Generate(args) => generate::run(&args, &output),
+            Command::Generate(args) => generate::run(&args, &stop, &output),
             Command::Images(args) => images::run(&args, &output),
             Command::Serve(args) => serve::run(&args, &stop, &output),
             Command::Eval(args) => eval::run(&args, &output),

@@ -38,10 +38,12 @@ mod budget;
 mod request;
 mod round;
 mod rows;
+mod sequence;
 mod target_rows;
 mod trees;
 
 pub use request::{Clock, Decoded, Left, Request, RoundOutcome, Throughput};
+pub use sequence::{Sequence, Step};
 pub(crate) use trees::tree_mask;
 
 /// How an engine decodes.

@@ -46,6 +46,7 @@ pub enum Llada {}
 impl DecoderFamily for Llada {
     fn design(keys: &Keys<'_>) -> Result<Design, String> {
         keys.know(HARMLESS);
+        keys.know(["mlp_ratio"]);
         plain_arithmetic(keys)?;
         let sizes = sizes(keys)?;
         let width = match keys.maybe_whole("mlp_hidden_size", None)? {
@@ -163,7 +164,7 @@ mod tests {
 
     /// What GSAI-ML/LLaDA-8B-Instruct's config.json says.
     fn published() -> Value {
-        json!({
+        let text = r#"{
             "model_type": "llada", "activation_type": "silu", "alibi": false, "alibi_bias_max": 8.0,
             "attention_dropout": 0.0, "attention_layer_norm": false, "attention_layer_norm_with_affine": true,
             "bias_for_layer_norm": false, "block_group_size": 1, "block_type": "llama", "d_model": 4096,
@@ -174,8 +175,9 @@ mod tests {
             "mlp_hidden_size": 12288, "mlp_ratio": 4, "multi_query_attention": null, "n_heads": 32, "n_kv_heads": 32,
             "n_layers": 32, "pad_token_id": 126081, "precision": "amp_bf16", "residual_dropout": 0.0,
             "rms_norm_eps": 1e-5, "rope": true, "rope_full_precision": true, "rope_theta": 500000.0,
-            "scale_logits": false, "use_cache": false, "vocab_size": 126464, "weight_tying": false,
-        })
+            "scale_logits": false, "use_cache": false, "vocab_size": 126464, "weight_tying": false
+        }"#;
+        serde_json::from_str(text).unwrap()
     }
 
     #[test]

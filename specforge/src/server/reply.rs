@@ -134,7 +134,7 @@ impl Reply {
             let entry = |chance: &Chance| {
                 let Chance { text, logprob } = chance;
                 // A token that is part of a character only has bytes of its own, which the tokenizer does not tell.
-                let bytes = (!text.contains('\u{FFFD}')).then(|| text.as_bytes());
+                let bytes = (!text.contains('\u{FFFD}')).then_some(text.as_bytes());
                 json!({"token": text, "logprob": logprob, "bytes": bytes})
             };
             let entries = told.map(|(_, chances)| {

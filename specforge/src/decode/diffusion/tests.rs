@@ -26,7 +26,7 @@ fn model(shift: bool, seed: u64) -> Box<dyn TargetModel> {
     };
     let config = TargetConfig::from_value(&values).unwrap();
     let mut stream = 0;
-    let mut random = |name: &str, shape: &[i64]| {
+    let mut random = |name: &str, shape: &[i64]| -> Result<Tensor> {
         stream += 1;
         let (deviation, centre) = match shape {
             [_] => (0.2, if name.contains("bias") { 0.0 } else { 1.0 }),
@@ -49,8 +49,8 @@ fn prompt(length: usize, key: u64) -> Prompt {
 
 /// Prompt and answer, where so many tokens of the answer are known.
 fn text(length: usize, answer: usize, known: usize, key: u64) -> Text {
-    let ids = prompt(length + known, key).tokens.iter().map(|&token| i64::from(token));
-    let ids: Vec<i64> = ids.chain(std::iter::repeat_n(MASK, answer - known)).collect();
+    let tokens = prompt(length + known, key).tokens.into_iter().map(i64::from);
+    let ids: Vec<i64> = tokens.chain(std::iter::repeat_n(MASK, answer - known)).collect();
     Text { ids, prompt: length }
 }
 

@@ -29,7 +29,7 @@ fn target(seed: u64, peak: f64, kind: Kind) -> LlamaTarget {
 }
 
 /// A random EAGLE-3 draft of a tiny target, of so many layers, with or without a vocabulary of its own.
-fn eagle3(
+pub(crate) fn eagle3(
     target: &LlamaTarget,
     layers: usize,
     mapped: bool,

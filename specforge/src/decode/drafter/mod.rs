@@ -195,6 +195,17 @@ pub trait Drafter {
     /// Keeps the rows named, in that order.
     fn retain(&mut self, rows: &[usize]);
 
+    /// Whether [`Drafter::rewind`] takes back what it was told: where nothing it keeps of a row depends on more than tokens.
+    fn can_rewind(&self) -> bool {
+        false
+    }
+
+    /// Forgets what was committed to each row behind its first `lengths` tokens, and every guess: what it hears next of a row
+    /// goes on from there. Only where [`Drafter::can_rewind`] says so.
+    fn rewind(&mut self, _lengths: &[usize]) -> Result<()> {
+        Err(Error::Failed("this draft cannot be taken back to fewer tokens".to_owned()))
+    }
+
     /// Drafted tokens of a row that it gives a confidence for, where it guesses chains and does so; else 0. Every proposal
     /// then has them, a shorter one fewer.
     fn confident_drafts(&self) -> usize {
@@ -225,6 +236,14 @@ impl Drafter for Plain {
     }
 
     fn retain(&mut self, _rows: &[usize]) {}
+
+    fn can_rewind(&self) -> bool {
+        true
+    }
+
+    fn rewind(&mut self, _lengths: &[usize]) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// The last committed token, the root of the next tree.
@@ -242,4 +261,4 @@ fn to_host(scores: &Tensor, ids: &Tensor) -> Result<(Vec<f64>, Vec<i64>)> {
 }
 
 #[cfg(test)]
-mod lossless;
+pub(crate) mod lossless;

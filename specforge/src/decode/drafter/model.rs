@@ -182,6 +182,24 @@ impl Drafter for ModelDrafter<'_> {
         });
     }
 
+    fn can_rewind(&self) -> bool {
+        true
+    }
+
+    fn rewind(&mut self, lengths: &[usize]) -> Result<()> {
+        let Some(running) = self.rows.as_mut().filter(|running| running.known.len() == lengths.len()) else {
+            return Err(Error::Failed(format!("the draft does not know the {} rows that go back", lengths.len())));
+        };
+        // The last token of what is left is the next root, and is run again with the next tree.
+        let kept: Vec<i64> = (running.branches.base().iter().zip(lengths))
+            .map(|(&run, &length)| run.min(length as i64 - 1).max(0))
+            .collect();
+        running.cache.truncate(&kept);
+        running.branches = Branches::behind(&kept);
+        running.known = kept;
+        Ok(())
+    }
+
     /// Committed tokens that it has run, the next root not counted.
     fn cache_lengths(&self) -> Vec<i64> {
         self.rows.as_ref().map_or_else(Vec::new, |running| running.known.clone())

@@ -68,6 +68,21 @@ pub fn open<'a>(
     }
 }
 
+/// Whether what `draft` names is a model of its own, which guesses without anything of the target's.
+pub fn is_model(folder: &Path) -> bool {
+    if export::file_format_of(folder).is_some() {
+        return false;
+    }
+    if packed::is_packed(folder) {
+        return true;
+    }
+    let config = std::fs::read(folder.join("config.json")).ok();
+    let config: Option<Value> = config.and_then(|text| strict::from_json(&text).ok());
+    config.is_some_and(|config| {
+        config.get("train").is_none() && export::format_of(&config).is_none() && checkpoint::find(folder).is_err()
+    })
+}
+
 /// The drafter of a draft in training, with its values of this moment.
 pub fn of_training<'a>(
     draft: &dyn DraftModel,

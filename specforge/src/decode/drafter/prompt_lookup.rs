@@ -64,6 +64,15 @@ impl Drafter for PromptLookup {
     }
 
     fn retain(&mut self, _rows: &[usize]) {}
+
+    /// Nothing is kept of a row.
+    fn can_rewind(&self) -> bool {
+        true
+    }
+
+    fn rewind(&mut self, _lengths: &[usize]) -> Result<()> {
+        Ok(())
+    }
 }
 
 #[cfg(test)]

@@ -94,7 +94,7 @@ mod tests {
         let ids = vec![vec![1, 2, 3, 4, 5, 1], vec![3, 2, 1, 0]];
         let may = vec![vec![false, false, true, true, true, true], vec![true; 4]];
         let corrupted = ids.iter().zip(&may).zip(0..);
-        let corrupted = corrupted.map(|((ids, may), key)| Corrupted::of(ids, may, 6, (8, key)).unwrap()).collect();
+        let corrupted = corrupted.map(|((ids, may), key)| Corrupted::of(ids, may, 6, (10, key)).unwrap()).collect();
         (ids, may, corrupted)
     }
 

@@ -267,7 +267,7 @@ fn a_shrunk_cache_holds_the_same_in_less_room_and_grows_again() {
     let pass = |cache: &mut KvCache, rows: &[&[i64]], first: i64| {
         let tokens = rows[0].len() as i64;
         let positions = (Tensor::arange(tokens, (Kind::Int64, Device::Cpu)) + first).expand([2, tokens], false);
-        drop(cache.masks(&AttentionMask::Causal, &positions));
+        let _ = cache.masks(&AttentionMask::Causal, &positions);
         for layer in 0..2 {
             let _ = cache.write(layer, &keys(rows), &keys(rows));
         }
