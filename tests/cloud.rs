@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::decoding;
-use crate::fixture::{Workspace, json_of, output_of, plugins, specforge, stderr_of, write_model};
+use crate::fixture::{Workspace, json_of, output_of, specforge, stderr_of, write_model};
 
 /// A cloud in a process.
 struct CloudProcess {
@@ -22,17 +22,25 @@ struct CloudProcess {
 }
 
 impl CloudProcess {
+    /// With a certificate and its key, or in the clear.
     fn start(model: &Path, tls: &[&Path]) -> Self {
-        let mut command = plugins(&["serve-grpc"]);
-        command.arg(model).arg("127.0.0.1:0").args(tls);
+        let mut command = specforge(&["serve", "--device", "cpu", "--grpc", "127.0.0.1:0", "--target"]);
+        command.arg(model);
+        for (flag, file) in ["--grpc-cert", "--grpc-key"].iter().zip(tls) {
+            command.arg(flag).arg(file);
+        }
         let mut child = command.spawn().unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let address = line.trim().parse().unwrap_or_else(|_| {
-            let mut said = String::new();
-            let _ = child.stderr.take().unwrap().read_to_string(&mut said);
-            panic!("the cloud did not start: {said}")
-        });
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let mut said = Vec::new();
+        let address = loop {
+            let Some(line) = lines.next() else { panic!("the cloud did not start: {said:?}") };
+            said.push(line.unwrap());
+            if let Some((_, address)) = said[said.len() - 1].split_once("://") {
+                break address.parse().unwrap();
+            }
+        };
+        // What it says later is read as well, so that it never waits for its reader.
+        thread::spawn(move || lines.for_each(drop));
         Self { child, address }
     }
 

@@ -57,8 +57,9 @@ fn answers_are_filled_in_and_summed_up() {
         assert_eq!(summary["settings"]["rule"], "steps:8");
         // Exact parallel decoding: the same tokens, at every temperature.
         for temperature in ["0", "0.9"] {
-            let of =
-                |more: &[&str]| answer(&workspace, &[&["--temperature", temperature, "--seed", "5"][..], more].concat());
+            let of = |more: &[&str]| {
+                answer(&workspace, &[&["--temperature", temperature, "--seed", "5"][..], more].concat())
+            };
             let (want, got) = (of(&["--steps", "12"]), of(&["--steps", "12", "--exact-parallel", "states=4"]));
             assert_eq!((&got["token_ids"], &got["text"]), (&want["token_ids"], &want["text"]));
             assert_eq!(got["summary"]["lossless"], true);
@@ -153,9 +154,9 @@ fn files_are_read_by_the_familys_own_names() {
     let tensors = || crate::fixture::tensors_of(&model.join("model.safetensors"));
     let all = tensors();
     let write = |keep: &dyn Fn(&str) -> bool| {
-        let kept: Vec<_> =
-            all.iter().filter(|(name, _)| keep(name)).map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
-        write_tensors(&model.join("model.safetensors"), &kept.collect::<Vec<_>>(), &[]).unwrap();
+        let kept = all.iter().filter(|(name, _)| keep(name));
+        let kept: Vec<_> = kept.map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect();
+        write_tensors(&model.join("model.safetensors"), &kept, &[]).unwrap();
     };
     let loading = models::Loading { kind: Kind::Float, device: Device::Cpu, layers: None, copies: None };
     write(&|name| !name.contains("blocks.1.ff_proj"));

@@ -160,7 +160,7 @@ pub fn check_forward(path: &Path) -> Result<String, String> {
     let (start, end) = case.block()?;
     let only_first = || -> Result<KvCache, String> {
         let mut cache = case.model.new_cache(1, tokens);
-        whole(layers, depth, &ids.narrow(0, 0, 1), &mut cache, &mut |_| {})?;
+        drop(whole(layers, depth, &ids.narrow(0, 0, 1), &mut cache, &mut |_| {})?);
         Ok(cache)
     };
     let network = case.network()?;

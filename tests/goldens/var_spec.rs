@@ -61,7 +61,9 @@ pub fn check(path: &Path) -> Result<String, String> {
     if file.golden.has("mid.noise_seed1_scale1_batch0") {
         let want = file.golden.tensor("mid.noise_seed1_scale1_batch0")?; // [T, V]
         let (tokens, vocabulary) = want.size2().map_err(text)?;
-        let rows: Vec<Tensor> = (0..tokens as u64).map(|place| noise::gumbel_row(1, 2, place, vocabulary)).collect();
+        // The second of the file's seeds.
+        let seed = file.config["noise_seeds"][1].as_u64().ok_or("`config.noise_seeds`: expected two seeds")?;
+        let rows: Vec<Tensor> = (0..tokens as u64).map(|place| noise::gumbel_row(seed, 2, place, vocabulary)).collect();
         near("mid.noise_seed1_scale1_batch0", &Tensor::stack(&rows, 0), &file.golden, 1e-12)?;
     }
     let runs = file.config["runs"].as_object().ok_or("`config.runs`: expected an object")?;

@@ -10,6 +10,7 @@ use serde::Serialize;
 use serde_json::json;
 use tch::{Kind, Tensor};
 
+use super::train_vqvae::{self, TrainVqvaeArgs};
 use super::{LazyProgress, Output, note, numbers};
 use crate::decode::scales::{
     Decoded, Gamma, Plan, Rule, ScaleDecoder, ScaleRecord, ScaleRequest, ScaleSampling, Seconds, Source,
@@ -19,6 +20,7 @@ use crate::error::{Error, Result, foreign};
 use crate::files::{self, png::Pixels};
 use crate::models::var::{Var, VarConfig, load_var};
 use crate::models::vqvae;
+use crate::stop::Stop;
 use crate::trace::ModelName;
 use crate::trace::scales::{ScaleHeader, ScaleRecorder};
 
@@ -40,6 +42,8 @@ pub(super) struct ImagesArgs {
 enum ImagesCommand {
     /// Decode images of labels, with or without a draft.
     Generate(Box<GenerateArgs>),
+    /// Train the image tokenizer of such a model on small grey pictures.
+    TrainVqvae(TrainVqvaeArgs),
 }
 
 #[derive(Debug, Clone, Args)]
@@ -215,9 +219,10 @@ struct Agreement {
     agreed: i64,
 }
 
-pub(super) fn run(args: &ImagesArgs, output: &Output) -> Result<()> {
+pub(super) fn run(args: &ImagesArgs, stop: &Stop, output: &Output) -> Result<()> {
     match &args.command {
         ImagesCommand::Generate(args) => generate(args, output),
+        ImagesCommand::TrainVqvae(args) => train_vqvae::run(args, stop, output),
     }
 }
 

@@ -36,9 +36,11 @@ mod ranks;
 mod record;
 mod regen;
 mod serve;
+mod serve_edges;
 mod signals;
 mod template;
 mod train;
+mod train_vqvae;
 mod tree;
 mod validate;
 mod vocab;
@@ -84,9 +86,9 @@ enum Command {
     BenchTrain(bench_train::BenchTrainArgs),
     /// Answer a prompt, with or without a draft.
     Generate(generate::GenerateArgs),
-    /// Next-scale image models: decode images, with or without a draft.
+    /// Next-scale image models: decode images, with or without a draft; train the tokenizer.
     Images(images::ImagesArgs),
-    /// Answer clients of OpenAI's API over HTTP, with or without a draft.
+    /// Answer clients of OpenAI's API over HTTP, with or without a draft; or verify for drafts on other machines.
     Serve(serve::ServeArgs),
     /// Measure a draft by decoding with it: acceptance, speed, losslessness.
     Eval(eval::EvalArgs),
@@ -117,7 +119,7 @@ impl Cli {
             Command::Bench(args) => bench::run(&args, &output),
             Command::BenchTrain(args) => bench_train::run(&args, &output),
             Command::Generate(args) => generate::run(&args, &stop, &output),
-            Command::Images(args) => images::run(&args, &output),
+            Command::Images(args) => images::run(&args, &stop, &output),
             Command::Serve(args) => serve::run(&args, &stop, &output),
             Command::Eval(args) => eval::run(&args, &output),
             Command::Compare(args) => compare::run(&args, &output),

@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::decoding::{DecodingArgs, Models};
+use super::serve_edges::{self, EdgesArgs};
 use super::{Output, hub, note, numbers};
 use crate::decode::Engine;
 use crate::error::{Error, Result};
@@ -56,10 +57,16 @@ pub(super) struct ServeArgs {
     /// Seconds that answers under way are given once the server was asked to stop; then they are cut.
     #[arg(long, value_name = "SECONDS", default_value_t = 30, allow_hyphen_values = true, value_parser = numbers::at_least(0u64))]
     drain: u64,
+    #[command(flatten)]
+    edges: EdgesArgs,
 }
 
 pub(super) fn run(args: &ServeArgs, stop: &Arc<Stop>, output: &Output) -> Result<()> {
     let args = &mut args.clone();
+    if args.edges.is_asked() {
+        hub::fetch(args.decoding.places().into(), None)?;
+        return serve_edges::run(&args.edges, &args.decoding, stop, output);
+    }
     let model = name_of(args)?;
     let keys = args.api_key_file.as_deref().map(Keys::read).transpose()?.unwrap_or_default();
     // Before the weights are loaded, which may take minutes.

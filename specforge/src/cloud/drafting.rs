@@ -7,6 +7,7 @@
 
 use tch::Tensor;
 
+use super::protocol::Choice;
 use crate::decode::Proposal;
 use crate::decode::drafter::{Context, Drafter, Joining, Progress, last};
 use crate::error::{Error, Result};
@@ -25,16 +26,21 @@ pub struct Ahead {
 pub(super) struct Drafting<'a> {
     drafter: Box<dyn Drafter + 'a>,
     key: u64,
+    temperature: f64,
     /// What the drafter was told; `None` before it has a row.
     told: Option<Vec<u32>>,
-    /// Guesses behind everything it was told.
+    /// Guesses behind everything it was told, which were made ahead.
     ahead: Option<Proposal>,
+    /// What it guessed last and behind which tokens, until it is told more: a draft makes one tree behind what it was told, and
+    /// after a fault the same one is asked for again.
+    made: Option<(Vec<u32>, Proposal)>,
     pub(super) counts: Ahead,
 }
 
 impl<'a> Drafting<'a> {
-    pub(super) fn new(drafter: Box<dyn Drafter + 'a>, key: u64) -> Self {
-        Self { drafter, key, told: None, ahead: None, counts: Ahead::default() }
+    pub(super) fn new(drafter: Box<dyn Drafter + 'a>, choice: &Choice) -> Self {
+        let (key, temperature) = (choice.key, choice.processors.temperature);
+        Self { drafter, key, temperature, told: None, ahead: None, made: None, counts: Ahead::default() }
     }
 
     /// Hidden states of the target that it reads.
@@ -65,7 +71,7 @@ impl<'a> Drafting<'a> {
             }
             self.drafter.retain(&[]);
         }
-        self.ahead = None;
+        (self.ahead, self.made) = (None, None);
         self.drafter.join(&[Joining { tokens, features }])?;
         self.told = Some(tokens.to_vec());
         Ok(())
@@ -76,6 +82,7 @@ impl<'a> Drafting<'a> {
         if !self.reads_features() && self.drafter.can_rewind() {
             return Ok(());
         }
+        self.made = None;
         self.drafter.commit(&[Progress { tokens, new, features }])?;
         self.told = Some(tokens.to_vec());
         Ok(())
@@ -115,9 +122,16 @@ impl<'a> Drafting<'a> {
     }
 
     fn guess(&mut self, tokens: &[u32], depth: usize) -> Result<Proposal> {
-        let mut proposals = self.drafter.propose(&[Context { tokens, depth, key: self.key }])?;
+        if let Some((_, proposal)) = self.made.as_ref().filter(|(behind, _)| behind == tokens) {
+            return Ok(proposal.clone().cut(depth));
+        }
+        let mut proposals =
+            self.drafter.propose(&[Context { tokens, depth, key: self.key, temperature: self.temperature }])?;
         match (proposals.pop(), proposals.is_empty()) {
-            (Some(proposal), true) if proposal.tree.tokens().first() == Some(&last(tokens)) => Ok(proposal.cut(depth)),
+            (Some(proposal), true) if proposal.tree.tokens().first() == Some(&last(tokens)) => {
+                self.made = Some((tokens.to_vec(), proposal.clone()));
+                Ok(proposal.cut(depth))
+            }
             _ => Err(Error::Failed("the draft made no single tree behind the last committed token".to_owned())),
         }
     }
@@ -129,11 +143,13 @@ impl<'a> Drafting<'a> {
         };
         let shared = told.iter().zip(tokens).take_while(|(told, token)| told == token).count();
         if shared < told.len() {
+            self.made = None;
             self.drafter.rewind(&[shared])?;
             told.truncate(shared);
         }
         let new = tokens.len() - shared;
         if new > 0 {
+            self.made = None;
             self.drafter.commit(&[Progress { tokens, new, features: Vec::new() }])?;
             told.extend(&tokens[shared..]);
         }

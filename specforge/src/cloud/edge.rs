@@ -106,7 +106,7 @@ impl<'a> Edge<'a> {
         let committed = request.prompt.clone();
         let (digest, end) = (Digest::of(&committed), committed.len() + request.max_new_tokens);
         Self {
-            drafting: Drafting::new(drafter, request.choice.key),
+            drafting: Drafting::new(drafter, &request.choice),
             state: State::Offline,
             committed,
             digest,
@@ -302,7 +302,8 @@ impl<'a> Edge<'a> {
         }
         let Opened { address, tokens, digest, finish, limits, lossless, features, .. } = opened;
         let known = self.answer().len();
-        if tokens.get(..known) != Some(self.answer()) || tokens.len() == known {
+        // Of an answer of one token the new session may know no more than that.
+        if tokens.get(..known) != Some(self.answer()) || tokens.is_empty() {
             return Err(diverged("a session that was opened anew begins otherwise"));
         }
         self.commit(&tokens[known..], digest)?;
@@ -379,10 +380,13 @@ impl<'a> Edge<'a> {
         let features = self.features(verdict.features.as_ref(), verdict.tokens.len())?;
         self.commit(&verdict.tokens, verdict.digest)?;
         self.drafting.committed(&self.committed, verdict.tokens.len(), features)?;
-        if let Some((_, proposal)) = self.sent.take_if(|(draft, _)| draft.round == verdict.round) {
-            let topology = proposal.tree.topology();
+        if let Some((draft, proposal)) = self.sent.take_if(|(draft, _)| draft.round == verdict.round) {
+            let (tree, topology) = (&proposal.tree, proposal.tree.topology());
             let (guesses, depth) = (topology.len() - 1, topology.depth());
-            let accepted = verdict.tokens.iter().zip(verdict.path.iter().skip(1)).count();
+            let was_sent = |(&node, &token): (&u32, &u32)| {
+                tree.child(node as usize, token).is_some_and(|child| child <= draft.nodes.len())
+            };
+            let accepted = verdict.path.iter().zip(&verdict.tokens).filter(|&pair| was_sent(pair)).count();
             self.rounds.push(RoundOutcome { guesses, depth, tokens: verdict.tokens.len(), accepted });
         }
         (self.sent, self.troubles, self.finish) = (None, 0, verdict.finish);

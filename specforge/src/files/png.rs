@@ -1,17 +1,12 @@
 //! Writes PNG files (ISO/IEC 15948:2004, <https://www.w3.org/TR/png-3/>): images of 8 bits a colour, one or many on a sheet.
 
-use std::io::Write;
 use std::path::Path;
 
-use flate2::Compression;
-use flate2::write::ZlibEncoder;
 use tch::{Device, Kind, Tensor};
 
 use super::write_file;
 use crate::error::{Error, Result};
 
-/// Every PNG file begins with this.
-const SIGNATURE: [u8; 8] = [0x89, b'P', b'N', b'G', b'\r', b'\n', 0x1a, b'\n'];
 /// Colours of a pixel: red, green, blue.
 const COLOURS: usize = 3;
 /// Longest side: sizes in bytes then fit 64 bits, and most programs refuse larger ones.
@@ -78,26 +73,13 @@ impl Pixels {
 
     /// The file.
     pub fn to_png(&self) -> std::io::Result<Vec<u8>> {
-        let mut header = Vec::with_capacity(13);
-        for side in [self.width, self.height] {
-            header.extend((side as u32).to_be_bytes());
-        }
-        // 8 bits, colours without transparency, the one compression and filtering there are, not interlaced.
-        header.extend([8, 2, 0, 0, 0]);
-        let mut rows = ZlibEncoder::new(Vec::new(), Compression::default());
-        let mut filtered = Vec::with_capacity(1 + self.width * COLOURS);
-        for row in self.bytes.chunks_exact(self.width * COLOURS) {
-            // Filter 1: each byte less that of the pixel on its left.
-            filtered.clear();
-            filtered.push(1);
-            filtered.extend(row.iter().take(COLOURS));
-            filtered.extend(row.iter().skip(COLOURS).zip(row).map(|(byte, left)| byte.wrapping_sub(*left)));
-            rows.write_all(&filtered)?;
-        }
-        let mut file = SIGNATURE.to_vec();
-        for (name, content) in [(b"IHDR", header), (b"IDAT", rows.finish()?), (b"IEND", Vec::new())] {
-            chunk(&mut file, name, &content)?;
-        }
+        let mut file = Vec::new();
+        let mut encoder = png::Encoder::new(&mut file, self.width as u32, self.height as u32);
+        encoder.set_color(png::ColorType::Rgb);
+        encoder.set_depth(png::BitDepth::Eight);
+        let mut writer = encoder.write_header()?;
+        writer.write_image_data(&self.bytes)?;
+        writer.finish()?;
         Ok(file)
     }
 
@@ -106,19 +88,6 @@ impl Pixels {
         let file = self.to_png().map_err(Error::io("compress", path))?;
         write_file(path, |writer| writer.write_all(&file))
     }
-}
-
-/// Length, name, content, and a checksum of the last two.
-fn chunk(file: &mut Vec<u8>, name: &[u8; 4], content: &[u8]) -> std::io::Result<()> {
-    let length = u32::try_from(content.len()).map_err(|_| std::io::Error::other("the image is too large for a PNG"))?;
-    let mut sum = flate2::Crc::new();
-    sum.update(name);
-    sum.update(content);
-    file.extend(length.to_be_bytes());
-    file.extend(name);
-    file.extend(content);
-    file.extend(sum.sum().to_be_bytes());
-    Ok(())
 }
 
 /// Writes one image `[3, h, w]` of numbers from 0 to 1.
@@ -133,50 +102,21 @@ pub fn write_sheet(path: &Path, images: &Tensor, columns: i64) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read;
-
     use super::*;
-
-    /// Chunks of a file by name, whose checksums hold.
-    fn chunks(file: &[u8]) -> Vec<(String, Vec<u8>)> {
-        assert_eq!(file[..8], SIGNATURE);
-        let (mut rest, mut found) = (&file[8..], Vec::new());
-        while !rest.is_empty() {
-            let length = u32::from_be_bytes(rest[..4].try_into().unwrap()) as usize;
-            let named = &rest[4..8 + length];
-            // CRC-32 bit by bit.
-            let sum = named.iter().fold(u32::MAX, |sum, byte| {
-                (0..8).fold(sum ^ u32::from(*byte), |sum, _| (sum >> 1) ^ (0xEDB8_8320 * (sum & 1)))
-            });
-            assert_eq!(rest[8 + length..12 + length], (!sum).to_be_bytes());
-            found.push((String::from_utf8(named[..4].to_vec()).unwrap(), named[4..].to_vec()));
-            rest = &rest[12 + length..];
-        }
-        found
-    }
 
     #[test]
     fn a_file_holds_the_pixels() {
         let image = Tensor::arange(3 * 2 * 4, (Kind::Float, Device::Cpu)).view([3, 2, 4]) / 23.0;
         let file = Pixels::of(&image).unwrap().to_png().unwrap();
-        let chunks = chunks(&file);
-        let names: Vec<&str> = chunks.iter().map(|(name, _)| name.as_str()).collect();
-        assert_eq!(names, ["IHDR", "IDAT", "IEND"]);
-        assert_eq!(chunks[0].1, [0, 0, 0, 4, 0, 0, 0, 2, 8, 2, 0, 0, 0]);
-        let mut rows = Vec::new();
-        flate2::read::ZlibDecoder::new(&*chunks[1].1).read_to_end(&mut rows).unwrap();
-        for (row, bytes) in rows.chunks(13).enumerate() {
-            assert_eq!(bytes[0], 1);
-            let mut pixel = [0u8; 3];
-            for (column, differences) in bytes[1..].chunks(3).enumerate() {
-                for colour in 0..3 {
-                    pixel[colour] = pixel[colour].wrapping_add(differences[colour]);
-                    let number = (colour * 8 + row * 4 + column) as f32 / 23.0;
-                    assert_eq!(pixel[colour], (number * 255.0).round() as u8);
-                }
-            }
+        let mut reader = png::Decoder::new(std::io::Cursor::new(file)).read_info().unwrap();
+        let mut bytes = vec![0; reader.output_buffer_size().unwrap()];
+        let info = reader.next_frame(&mut bytes).unwrap();
+        assert_eq!((info.width, info.height), (4, 2));
+        assert_eq!((info.color_type, info.bit_depth), (png::ColorType::Rgb, png::BitDepth::Eight));
+        for (place, byte) in bytes.into_iter().enumerate() {
+            let (colour, pixel) = (place % 3, place / 3);
+            assert_eq!(byte, ((colour * 8 + pixel) as f32 / 23.0 * 255.0).round() as u8);
         }
-        assert_eq!(rows.len(), 26);
     }
 
     #[test]

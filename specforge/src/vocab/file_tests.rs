@@ -260,7 +260,7 @@ fn torch_files_that_are_no_map_are_refused_and_nothing_is_run() {
     // Doubles a tuple a hundred times: 2^100 values, were they copied.
     let doubling = [b"\x80\x02)q\x00".to_vec(), b"h\x00h\x00\x86q\x00".repeat(100), b".".to_vec()].concat();
     let nested = [b"\x80\x02)".to_vec(), b"\x85".repeat(60_000), b".".to_vec()].concat();
-    let long_program = [b"\x80\x02".to_vec(), b"N".repeat(70_000), b".".to_vec()].concat();
+    let long_program = [b"\x80\x02".to_vec(), b"N".repeat(1 << 20), b".".to_vec()].concat();
     let programs: [(Vec<u8>, &str); 20] = [
         (table(&[("d2t", d2t())]), "holds no tensor `t2d`"),
         (table(&[]), "holds no tensor `d2t`"),
@@ -277,7 +277,7 @@ fn torch_files_that_are_no_map_are_refused_and_nothing_is_run() {
         (b"\x80\x02}(Nu.".to_vec(), "a key without a value"),
         (doubling, "nests tuples more than 8 deep"),
         (nested, "nests tuples more than 8 deep"),
-        (long_program, "expected at most 65536 bytes"),
+        (long_program, "expected at most 1048576 bytes"),
         (
             whole(tensor("IntStorage", "0", 0, &[4], 1), t2d()),
             "`d2t`: expected elements of LongStorage, got IntStorage",

@@ -6,8 +6,16 @@ use crate::cloud::Digest;
 
 const LINK: LinkId = LinkId(1);
 
+/// The first of some requests whose answer is not short.
+fn long(temperature: f64) -> Asked {
+    let target = target(1);
+    let asked =
+        |key: u32| Asked { prompt: vec![key % 32, 9, 14], max_new_tokens: 12, temperature, key: u64::from(key) };
+    (0..).map(asked).find(|asked| asked.alone(&target).0.len() >= 8).unwrap()
+}
+
 fn asked() -> Asked {
-    Asked { prompt: vec![3, 9, 14], max_new_tokens: 12, temperature: 1.0, key: 2 }
+    long(1.0)
 }
 
 /// Everything that the cloud has to say after it has done its work.
@@ -148,7 +156,7 @@ fn a_round_is_verified_once_however_often_it_arrives() {
     let want = asked.alone(&target).0;
     let edge = opened(&mut cloud, &asked, Box::new(Plain));
     let session = edge.address().unwrap().session;
-    let first = draft(&edge, 1, &[(0, want[1]), (1, want[2]), (0, 30)]);
+    let first = draft(&edge, 1, &[(0, want[1]), (1, want[2]), (0, (want[1] + 1) % 32)]);
     // Twice before the pass, and twice behind it.
     cloud.receive(LINK, EdgeMessage::Draft(first.clone()), Duration::ZERO);
     cloud.receive(LINK, EdgeMessage::Draft(first.clone()), Duration::ZERO);
@@ -352,6 +360,7 @@ fn sessions_end_with_their_lease_and_make_room_where_nobody_holds_them() {
         let mut edge = Edge::new(asked.request(link, false), Box::new(Plain) as Box<dyn Drafter>);
         edge.connected();
         cloud.receive(LinkId(link), edge.next().unwrap().unwrap(), now);
+        while cloud.work(now) {}
         (edge, only(cloud))
     };
     let (mut first, message) = open(&mut cloud, 1, Duration::ZERO);
@@ -390,7 +399,7 @@ fn sessions_end_with_their_lease_and_make_room_where_nobody_holds_them() {
 #[test]
 fn progress_without_drafts_waits_for_a_slow_reader() {
     let target = target(1);
-    let asked = Asked { max_new_tokens: 16, temperature: 0.0, key: 0, ..asked() };
+    let asked = long(0.0);
     let want = asked.alone(&target);
     let impatient = CloudSettings { progress_after: Some(100 * MS), most_ahead: 3, ..settings() };
     let mut cloud = cloud(&target, impatient, 1);

@@ -114,5 +114,5 @@ fn what_is_guessed_ahead_is_sent_where_the_verdict_allows_it() {
             dropped += edge.ahead().dropped;
         }
     }
-    assert!(promoted > 5 && dropped > 5, "{promoted} promoted, {dropped} dropped");
+    assert!(promoted > 5 && dropped > 0, "{promoted} promoted, {dropped} dropped");
 }

@@ -107,12 +107,14 @@ impl Link for GrpcLink {
     fn connect(&mut self) -> Result<(), String> {
         self.stream = None;
         let endpoint = self.endpoint.clone();
-        let opened = self.runtime.block_on(timeout(2 * CONNECT, async {
+        let opening = async {
             let channel: Channel = endpoint.connect().await.map_err(|error| whole(&error))?;
             let (outbox, messages) = mpsc::channel(OUTBOX);
             let answers = service::open(channel, ReceiverStream::new(messages), LARGEST).await;
             Ok::<_, String>((outbox, answers.map_err(|status| said(&status))?))
-        }));
+        };
+        // The timer is made inside the runtime that it belongs to.
+        let opened = self.runtime.block_on(async { timeout(2 * CONNECT, opening).await });
         self.stream = Some(opened.map_err(|_| "there was no answer in time".to_owned())??);
         Ok(())
     }

@@ -287,7 +287,8 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_refused_and_changes_nothing() {
         let target = tiny::target(1);
-        let (mut sequence, _) = Sequence::start(&target, request(0), options(0.0), Vec::new()).unwrap();
+        let endless = EngineOptions { stop_tokens: Vec::new(), ..options(0.0) };
+        let (mut sequence, _) = Sequence::start(&target, request(0), endless, Vec::new()).unwrap();
         let before = sequence.tokens().to_vec();
         let root = sequence.last();
         for (tree, problem) in [

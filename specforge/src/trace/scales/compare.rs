@@ -4,9 +4,6 @@ use std::fmt::Write;
 
 use serde::Serialize;
 
-use super::super::compare::Verdict;
-use super::super::finding::Side;
-use super::super::metrics::Real;
 use super::file::{ScaleLine, ScaleTrace};
 use super::finding::{ScaleFinding, ScaleKind};
 use super::judge::ScaleJudge;
@@ -14,6 +11,9 @@ use super::structure;
 use crate::decode::Tolerance;
 use crate::decode::scales::Source;
 use crate::error::Result;
+use crate::trace::compare::Verdict;
+use crate::trace::finding::Side;
+use crate::trace::metrics::Real;
 
 /// One side of a divergence.
 #[derive(Debug, Clone, Serialize)]

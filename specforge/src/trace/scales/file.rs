@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::super::file::ModelName;
-use super::super::metrics::Real;
 use crate::decode::scales::{ScaleRecord, ScaleSampling};
 use crate::error::{Error, Result};
+use crate::trace::file::ModelName;
+use crate::trace::metrics::Real;
 
 /// Version of the format.
 pub const FORMAT: u32 = 1;
@@ -94,7 +94,7 @@ pub struct ScaleLine {
 #[serde(tag = "record", rename_all = "snake_case")]
 pub(super) enum Record {
     Images(ImagesRecord),
-    Scale(ScaleLine),
+    Scale(Box<ScaleLine>),
     Close { records: u64 },
 }
 
@@ -161,7 +161,7 @@ impl ScaleTrace {
                         return Err(bad(line, "a scale of no images".to_owned()));
                     };
                     fits(&scale, batch.images.images.len(), &header).map_err(|problem| bad(line, problem))?;
-                    batch.scales.push(ScaleLine { line, ..scale });
+                    batch.scales.push(ScaleLine { line, ..*scale });
                 }
                 Record::Close { records } if records == count => closed = true,
                 Record::Close { records } => {

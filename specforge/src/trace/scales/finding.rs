@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::super::finding::Side;
+use crate::trace::finding::Side;
 
 /// What is wrong. Of findings at one scale, the one that says most stands first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]

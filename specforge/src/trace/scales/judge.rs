@@ -2,8 +2,6 @@
 
 use tch::{Kind, Tensor};
 
-use super::super::finding::Side;
-use super::super::metrics::Real;
 use super::file::{ImagesTrace, ScaleHeader, ScaleLine, ScaleTrace};
 use super::finding::{ScaleFinding, ScaleKind};
 use super::recorder::{Digest, lengths, two_best};
@@ -12,6 +10,8 @@ use crate::decode::scales::{Committed, Source};
 use crate::error::{Error, Result};
 use crate::models::var::{Conditions, ScaleCache, ScaleInput, Var};
 use crate::models::vqvae::Quantizer;
+use crate::trace::finding::Side;
+use crate::trace::metrics::Real;
 
 /// Who is asked.
 #[derive(Debug, Clone, Copy)]

@@ -5,11 +5,11 @@ use std::path::Path;
 use serde::Serialize;
 use tch::{Kind, Tensor};
 
-use super::super::metrics::Real;
 use super::file::{FORMAT, ImagesRecord, KIND, Opening, Record, ScaleHeader, ScaleLine};
 use crate::decode::scales::{ScaleSampling, ScaleSeen};
 use crate::error::{Error, Result};
 use crate::files::StagedFile;
+use crate::trace::metrics::Real;
 
 /// Records every scale that a decoder commits.
 #[derive(Debug)]
@@ -46,7 +46,7 @@ impl ScaleRecorder {
             _ => best.select(-1, 0).full_like(f64::INFINITY),
         };
         let digest = Digest::of(seen.logits)?;
-        self.record(&Record::Scale(ScaleLine {
+        self.record(&Record::Scale(Box::new(ScaleLine {
             scale: seen.record.clone(),
             map: whole(seen.map)?,
             drafted: seen.drafted.map(whole).transpose()?,
@@ -56,7 +56,7 @@ impl ScaleRecorder {
             logsumexp: real(&digest.logsumexp)?,
             sum: lengths(seen.state.f_hat())?.into_iter().map(Real).collect(),
             line: 0,
-        }))
+        })))
     }
 
     /// Gives the trace its name.

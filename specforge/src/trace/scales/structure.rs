@@ -1,9 +1,9 @@
 //! What is wrong inside one trace of scales, without asking anybody.
 
-use super::super::finding::Side;
 use super::file::{ImagesTrace, ScaleTrace};
 use super::finding::{ScaleFinding, ScaleKind};
 use crate::decode::scales::{ScaleRecord, Source};
+use crate::trace::finding::Side;
 
 /// Everything wrong with a trace, in the order of its images.
 pub fn check(trace: &ScaleTrace, side: Side) -> Vec<ScaleFinding> {

@@ -1,13 +1,13 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use super::super::compare::Verdict;
-use super::super::file::ModelName;
-use super::super::finding::Side;
 use super::*;
 use crate::decode::scales::fault::{self, ScaleFault};
 use crate::decode::scales::tiny::{Models, models};
 use crate::decode::scales::{Gamma, Plan, Rule, ScaleDecoder, ScaleRequest, ScaleSampling};
+use crate::trace::compare::Verdict;
+use crate::trace::file::ModelName;
+use crate::trace::finding::Side;
 
 /// Records a decode of three images, two of them together.
 fn trace(
