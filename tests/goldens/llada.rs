@@ -148,9 +148,9 @@ pub fn check_forward(path: &Path) -> Result<String, String> {
     let mut states = Vec::new();
     let last = whole(layers, depth, &ids, &mut cache, &mut |hidden| states.push(hidden.shallow_clone()))?;
     let mut largest = 0.0f64;
-    for index in 0..depth {
+    for (index, state) in states.iter().enumerate().take(depth) {
         let name = format!("mid.full.hidden.{index}");
-        largest = largest.max(near(&name, &states[index], &case.tensor(&name)?, TOLERANCE)?);
+        largest = largest.max(near(&name, state, &case.tensor(&name)?, TOLERANCE)?);
     }
     near("mid.full.last_block_out", &last, &case.tensor("mid.full.last_block_out")?, TOLERANCE)?;
     let logits = layers.logits(&last);

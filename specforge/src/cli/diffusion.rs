@@ -93,7 +93,7 @@ impl DiffusionArgs {
     fn options(&self, decoding: &DecodingArgs, stop_tokens: &[u32]) -> Result<Options> {
         let length = decoding.max_new_tokens;
         let block = self.block_length.unwrap_or(BLOCK.min(length));
-        if length % block != 0 {
+        if !length.is_multiple_of(block) {
             return Err(Error::Usage(format!(
                 "--block-length: expected a divisor of the answer's {length} tokens (--max-new-tokens), got {block}"
             )));

@@ -1,5 +1,7 @@
 //! `generate` with the target on another machine.
 
+use std::borrow::Cow;
+use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -135,10 +137,12 @@ impl<'a> EdgeSession<'a> {
         let mut edge = Edge::new(request, drafter);
         let mut stream = TextStream::new(&self.models.tokenizer);
         let (mut text, start) = (String::new(), std::time::Instant::now());
+        // A terminal is not told what it would obey; everything else gets the text as it is.
+        let terminal = std::io::stdout().is_terminal();
         let mut show = |fresh: &str| {
             text.push_str(fresh);
             if !self.output.json && !fresh.is_empty() {
-                self.output.write(&foreign::block(fresh));
+                self.output.write(&if terminal { foreign::block(fresh) } else { Cow::Borrowed(fresh) });
             }
         };
         drive(&mut edge, &mut self.link, &Waits::default(), &|| self.stop.asked() != 0, &mut |tokens| {

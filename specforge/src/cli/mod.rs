@@ -86,9 +86,9 @@ enum Command {
     BenchTrain(bench_train::BenchTrainArgs),
     /// Answer a prompt, with or without a draft.
     Generate(generate::GenerateArgs),
-    /// Next-scale image models: decode images, with or without a draft; train the tokenizer.
+    /// Next-scale image models: decode images, train the tokenizer.
     Images(images::ImagesArgs),
-    /// Answer clients of OpenAI's API over HTTP, with or without a draft; or verify for drafts on other machines.
+    /// Answer clients of OpenAI's API, or verify for drafts on other machines.
     Serve(serve::ServeArgs),
     /// Measure a draft by decoding with it: acceptance, speed, losslessness.
     Eval(eval::EvalArgs),

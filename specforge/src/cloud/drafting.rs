@@ -29,18 +29,18 @@ pub(super) struct Drafting<'a> {
     temperature: f64,
     /// What the drafter was told; `None` before it has a row.
     told: Option<Vec<u32>>,
-    /// Guesses behind everything it was told, which were made ahead.
-    ahead: Option<Proposal>,
-    /// What it guessed last and behind which tokens, until it is told more: a draft makes one tree behind what it was told, and
-    /// after a fault the same one is asked for again.
-    made: Option<(Vec<u32>, Proposal)>,
+    /// Its guesses behind everything it was told. A draft is asked once behind the same tokens: what it has run of its tree is
+    /// where its next word begins.
+    made: Option<Proposal>,
+    /// Whether they were made ahead, and nobody has asked for them yet.
+    is_ahead: bool,
     pub(super) counts: Ahead,
 }
 
 impl<'a> Drafting<'a> {
     pub(super) fn new(drafter: Box<dyn Drafter + 'a>, choice: &Choice) -> Self {
         let (key, temperature) = (choice.key, choice.processors.temperature);
-        Self { drafter, key, temperature, told: None, ahead: None, made: None, counts: Ahead::default() }
+        Self { drafter, key, temperature, told: None, made: None, is_ahead: false, counts: Ahead::default() }
     }
 
     /// Hidden states of the target that it reads.
@@ -71,7 +71,7 @@ impl<'a> Drafting<'a> {
             }
             self.drafter.retain(&[]);
         }
-        (self.ahead, self.made) = (None, None);
+        (self.made, self.is_ahead) = (None, false);
         self.drafter.join(&[Joining { tokens, features }])?;
         self.told = Some(tokens.to_vec());
         Ok(())
@@ -90,47 +90,56 @@ impl<'a> Drafting<'a> {
 
     /// Guesses behind these tokens, at most `depth` deep: those that were made ahead, where they are behind the right ones.
     pub(super) fn propose(&mut self, tokens: &[u32], depth: usize) -> Result<Proposal> {
-        if let Some(ahead) = self.ahead.take() {
-            if let Some(promoted) = self.promoted(&ahead, tokens) {
-                self.counts.promoted += 1;
-                return Ok(promoted.cut(depth));
-            }
-            self.counts.dropped += 1;
+        let ready = self.ready(tokens);
+        if std::mem::take(&mut self.is_ahead) {
+            self.counts.promoted += u64::from(ready.is_some());
+            self.counts.dropped += u64::from(ready.is_none());
         }
-        self.align(tokens)?;
-        self.guess(tokens, depth)
+        match ready {
+            Some(ready) => Ok(ready.cut(depth)),
+            None => {
+                self.align(tokens)?;
+                self.guess(tokens, depth)
+            }
+        }
     }
 
     /// Guesses on behind the likeliest path of a tree that is on its way; `depth` is how far an answer may go behind `tokens`.
     pub(super) fn go_ahead(&mut self, tokens: &[u32], sent: &Proposal, depth: usize) -> Result<bool> {
         let path = likeliest(sent);
-        if self.ahead.is_some() || path.is_empty() || depth < path.len() + 2 || !self.can_go_ahead() {
+        if path.is_empty() || depth < path.len() + 2 || !self.can_go_ahead() {
             return Ok(false);
         }
         let hoped = [tokens, &path].concat();
+        if self.made.is_some() && self.told.as_ref() == Some(&hoped) {
+            return Ok(false);
+        }
         self.align(&hoped)?;
-        self.ahead = Some(self.guess(&hoped, depth - path.len())?);
+        self.guess(&hoped, depth - path.len())?;
+        self.is_ahead = true;
         Ok(true)
     }
 
-    /// What of guesses made ahead is behind these tokens: the last of them is the guess that it was hoped for.
-    fn promoted(&self, ahead: &Proposal, tokens: &[u32]) -> Option<Proposal> {
-        let told = self.told.as_ref()?;
+    /// What there is already of guesses behind these tokens: those that were made, or where the last token was one of them,
+    /// what hangs on it.
+    fn ready(&self, tokens: &[u32]) -> Option<Proposal> {
+        let (told, made) = (self.told.as_ref()?, self.made.as_ref()?);
+        if tokens == told {
+            return Some(made.clone());
+        }
         let (&newest, before) = tokens.split_last()?;
-        let node = if before == told { ahead.tree.child(0, newest)? } else { return None };
-        Some(behind(ahead, node))
+        let node = if before == told && self.can_go_ahead() { made.tree.child(0, newest)? } else { return None };
+        Some(behind(made, node))
     }
 
     fn guess(&mut self, tokens: &[u32], depth: usize) -> Result<Proposal> {
-        if let Some((_, proposal)) = self.made.as_ref().filter(|(behind, _)| behind == tokens) {
-            return Ok(proposal.clone().cut(depth));
-        }
         let mut proposals =
             self.drafter.propose(&[Context { tokens, depth, key: self.key, temperature: self.temperature }])?;
         match (proposals.pop(), proposals.is_empty()) {
             (Some(proposal), true) if proposal.tree.tokens().first() == Some(&last(tokens)) => {
-                self.made = Some((tokens.to_vec(), proposal.clone()));
-                Ok(proposal.cut(depth))
+                let proposal = proposal.cut(depth);
+                self.made = Some(proposal.clone());
+                Ok(proposal)
             }
             _ => Err(Error::Failed("the draft made no single tree behind the last committed token".to_owned())),
         }

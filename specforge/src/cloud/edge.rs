@@ -1,6 +1,6 @@
 //! The edge's side as a state machine: a draft, and the beginning of the answer that is known here.
 //!
-//! [`Edge::next`] says what is to be sent, [`Edge::received`] takes in what comes. Verdicts are taken by the place they begin
+//! [`Edge::next_message`] says what is to be sent, [`Edge::received`] takes in what comes. Verdicts are taken by the place they begin
 //! at: what is known already is compared and passed over, what leaves a gap makes the edge resume. Nothing is committed that
 //! the cloud has not said, and every digest is compared.
 
@@ -200,7 +200,7 @@ impl<'a> Edge<'a> {
     }
 
     /// What is to be sent now; nothing while something is waited for.
-    pub fn next(&mut self) -> Result<Option<EdgeMessage>> {
+    pub fn next_message(&mut self) -> Result<Option<EdgeMessage>> {
         match self.state {
             State::ToOpen => {
                 self.attempt += 1;

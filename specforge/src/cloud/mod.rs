@@ -36,4 +36,4 @@ pub use session::LinkId;
 pub use verifier::{Cloud, CloudSettings};
 
 #[cfg(test)]
-mod faults;
+mod tests;

@@ -106,7 +106,7 @@ pub fn drive(
         if let (troubles, true) = edge.troubles() {
             link.pause(waits.pause(troubles));
         }
-        while let Some(message) = edge.next()? {
+        while let Some(message) = edge.next_message()? {
             if let Err(why) = link.send(message) {
                 edge.disconnected(&why)?;
             }

@@ -128,7 +128,6 @@ impl Link for GrpcLink {
         let Some((_, answers)) = &mut self.stream else {
             return Received::Closed("there is no connection".to_owned());
         };
-        // The timer is made inside the runtime that it belongs to.
         let received = match self.runtime.block_on(async { timeout(patience, answers.message()).await }) {
             Err(_) => Received::Nothing,
             Ok(Ok(Some(message))) => match convert::read_cloud(message) {

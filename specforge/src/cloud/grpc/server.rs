@@ -181,8 +181,8 @@ fn run(cloud: &mut Cloud<'_>, runtime: &Runtime, arrivals: &mut mpsc::Receiver<I
 
 fn send_answers(cloud: &mut Cloud<'_>, links: &mut BTreeMap<LinkId, mpsc::Sender<Result<wire::CloudMessage, Status>>>) {
     while let Some((link, message)) = cloud.take() {
-        let sent = links.get(&link).map(|outbox| outbox.try_send(Ok(convert::write_cloud(message))));
-        if matches!(sent, Some(Err(_))) {
+        let Some(outbox) = links.get(&link) else { continue };
+        if outbox.try_send(Ok(convert::write_cloud(message))).is_err() {
             links.remove(&link);
             cloud.closed(link);
         }

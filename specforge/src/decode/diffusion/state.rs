@@ -83,7 +83,7 @@ impl TokenSkip {
 
     /// Whether nothing is skipped in pass number `step` over a block, of which the first is over the whole text.
     fn forces(&self, step: usize) -> bool {
-        self.refresh > 0 && step % self.refresh == 0
+        self.refresh > 0 && step.is_multiple_of(self.refresh)
     }
 }
 

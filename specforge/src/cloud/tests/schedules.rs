@@ -35,8 +35,8 @@ fn every_schedule_of_faults_ends_in_the_targets_own_tokens_or_a_clear_error() {
         let asked = Asked::of(&mut dice);
         let want = asked.alone(target);
         let most = [4, 12, 24, 30][(dice() % 4) as usize];
-        let (ahead, is_lookup) = (dice() % 2 == 0, dice() % 5 == 0);
-        let progress_after = (dice() % 4 == 0).then_some(120 * MS);
+        let (ahead, is_lookup) = (dice().is_multiple_of(2), dice().is_multiple_of(5));
+        let progress_after = dice().is_multiple_of(4).then_some(120 * MS);
         let settings = CloudSettings { progress_after, ..settings() };
         let mut network = Network::new(target, settings, rates(seed, &mut dice), seed);
         let mut drafter = |life: u64| -> Box<dyn Drafter> {

@@ -123,7 +123,7 @@ impl Drafter for Oracle {
         let is_right = self.text.starts_with(row.tokens);
         let mut node = 0;
         for _ in 0..(self.dice)() % (self.most + 1) {
-            let parent = if (self.dice)() % 4 == 0 { (self.dice)() as usize % tree.len() } else { node };
+            let parent = if (self.dice)().is_multiple_of(4) { (self.dice)() as usize % tree.len() } else { node };
             let place = row.tokens.len() + tree.topology().depths()[parent];
             let guess = match (self.dice)() % 4 {
                 0 => ((self.dice)() % 32) as u32,
