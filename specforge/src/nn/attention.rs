@@ -151,7 +151,7 @@ fn few(query: &Tensor, key: &Tensor, value: &Tensor, seen: &Seen<'_>, options: &
     };
     let mask = match seen {
         Seen::Full => None,
-        Seen::Dense(mask) => Some(&mask.visible).filter(|mask| mask.stride()[3] == 1 || mask.size()[3] == 1),
+        Seen::Dense(mask) => Some(&mask.visible).filter(|mask| mask.stride()[3] == 1),
         Seen::Causal | Seen::Band(_) => return None,
     };
     let fits = mask.is_some() || matches!(seen, Seen::Full);
