@@ -165,6 +165,12 @@ impl DecodingArgs {
         self.draft_that(models, DraftSampling::for_any_request(self.policy()?, self.processors()?.temperature))
     }
 
+    /// Nothing that guesses.
+    pub(super) fn no_draft<'a>(&self, models: &'a Models) -> Result<Opened<'a>> {
+        let sampling = DraftSampling::for_policy(self.policy()?, self.processors()?.temperature);
+        open(None, None, (models.target.as_ref(), &self.target), sampling)
+    }
+
     fn draft_that<'a>(&self, models: &'a Models, sampling: DraftSampling) -> Result<Opened<'a>> {
         open(self.draft.as_deref(), self.tree.as_deref(), (models.target.as_ref(), &self.target), sampling)
     }
@@ -185,7 +191,7 @@ impl DecodingArgs {
         let refuse = || {
             let got = &self.policy;
             Err(Error::Usage(format!(
-                "--policy: expected keyed, maximal, typical or typical:EPSILON,ALPHA, got `{got}`"
+                "--policy: expected keyed, maximal, typical, typical:EPSILON,ALPHA, rank:K or entropy:NATS, got `{got}`"
             )))
         };
         match self.policy.as_str() {
@@ -193,14 +199,22 @@ impl DecodingArgs {
             "maximal" => Ok(Policy::Maximal { seed }),
             // The defaults of the reference's call sites.
             "typical" => Ok(Policy::Typical { epsilon: 0.09, alpha: 0.3 }),
-            other => match other.strip_prefix("typical:").and_then(|numbers| numbers.split_once(',')) {
-                Some((epsilon, alpha)) => match (epsilon.parse(), alpha.parse()) {
-                    (Ok(epsilon), Ok(alpha)) if (0.0..=1.0).contains(&epsilon) && alpha >= 0.0 => {
+            other => match other.split_once(':') {
+                Some(("typical", numbers)) => match numbers.split_once(',').map(|(e, a)| (e.parse(), a.parse())) {
+                    Some((Ok(epsilon), Ok(alpha))) if (0.0..=1.0).contains(&epsilon) && alpha >= 0.0 => {
                         Ok(Policy::Typical { epsilon, alpha })
                     }
                     _ => refuse(),
                 },
-                None => refuse(),
+                Some(("rank", k)) => match k.parse() {
+                    Ok(k) if k > 0 => Ok(Policy::Rank { k, seed }),
+                    _ => refuse(),
+                },
+                Some(("entropy", most)) => match most.parse() {
+                    Ok(most) if most >= 0.0 => Ok(Policy::Entropy { most, seed }),
+                    _ => refuse(),
+                },
+                _ => refuse(),
             },
         }
     }

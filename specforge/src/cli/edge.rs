@@ -14,9 +14,10 @@ use crate::cloud::features::Encoding;
 use crate::cloud::grpc::{GrpcLink, Place};
 use crate::cloud::protocol::Choice;
 use crate::cloud::transport::{Waits, drive};
-use crate::cloud::{Ahead, Edge, EdgeRequest};
+use crate::cloud::{Ahead, Edge, EdgeRequest, Pace};
 use crate::data::{Finish, TextStream};
 use crate::decode::Drafter;
+use crate::decode::drafter::Opened;
 use crate::decode::engine::RoundOutcome;
 use crate::error::{Error, Result, foreign};
 use crate::stop::Stop;
@@ -45,6 +46,9 @@ pub(super) struct EdgeArgs {
     /// Do not guess on while a verdict travels.
     #[arg(long, requires = "cloud")]
     no_guessing_ahead: bool,
+    /// Send every guess of the draft, in place of as many as pay by the times measured on the way.
+    #[arg(long, requires = "cloud")]
+    all_guesses: bool,
 }
 
 fn encoding(text: &str) -> Result<Encoding, String> {
@@ -58,15 +62,17 @@ fn encoding(text: &str) -> Result<Encoding, String> {
 
 /// What one answer was, in numbers.
 #[derive(Debug, Serialize)]
-struct Summary {
-    tokens: usize,
-    rounds: usize,
+pub(super) struct Summary {
+    pub(super) tokens: usize,
+    pub(super) rounds: usize,
+    /// Guesses a verification.
+    pub(super) guesses: f64,
     /// Tokens a verification.
     acceptance_length: f64,
     tokens_per_second: f64,
-    seconds: f64,
+    pub(super) seconds: f64,
     /// Trees guessed ahead that were sent, and those that were not.
-    sent_ahead: u64,
+    pub(super) sent_ahead: u64,
     dropped_ahead: u64,
     sessions_opened: u64,
     sessions_resumed: u64,
@@ -75,11 +81,13 @@ struct Summary {
 }
 
 #[derive(Debug, Serialize)]
-struct Answer {
-    token_ids: Vec<u32>,
-    text: String,
+pub(super) struct Answer {
+    pub(super) token_ids: Vec<u32>,
+    pub(super) text: String,
     finish: Finish,
-    summary: Summary,
+    /// Places of tokens that a lossy policy kept though the target chose others.
+    unverified: Vec<usize>,
+    pub(super) summary: Summary,
 }
 
 /// Answers prompts with a draft that is here and a target that is not.
@@ -93,6 +101,7 @@ pub(super) struct EdgeSession<'a> {
     link: GrpcLink,
     /// Between two answers.
     drafter: Option<Box<dyn Drafter + 'a>>,
+    pace: Option<Pace>,
     turn: u64,
 }
 
@@ -104,21 +113,67 @@ impl<'a> EdgeSession<'a> {
         args: &'a EdgeArgs,
         (output, stop): (&'a Output, &'a Stop),
     ) -> Result<Self> {
+        let opened = decoding.draft(models)?;
+        opened.notes.iter().for_each(|line| note(format!("warning: {line}")));
+        Self::of(models, decoding, args, (output, stop), opened)
+    }
+
+    /// The same without a draft: the target says one token a message.
+    pub(super) fn without_guesses(
+        models: &'a Models,
+        decoding: &'a DecodingArgs,
+        args: &'a EdgeArgs,
+        (output, stop): (&'a Output, &'a Stop),
+    ) -> Result<Self> {
+        let opened = decoding.no_draft(models)?;
+        Self::of(models, decoding, args, (output, stop), opened)
+    }
+
+    fn of(
+        models: &'a Models,
+        decoding: &'a DecodingArgs,
+        args: &'a EdgeArgs,
+        (output, stop): (&'a Output, &'a Stop),
+        opened: Opened<'a>,
+    ) -> Result<Self> {
         let address = args.cloud.clone().unwrap_or_default();
         let identity = args.cloud_cert.clone().zip(args.cloud_key.clone());
         let link = GrpcLink::new(&Place { address: address.clone(), authority: args.cloud_ca.clone(), identity })?;
-        let opened = decoding.draft(models)?;
-        opened.notes.iter().for_each(|line| note(format!("warning: {line}")));
         let mut settings = decoding.settings(models, &opened, 1)?;
         settings["cloud"] = json!(address);
         settings["features"] = json!(args.cloud_features);
         settings["guessing_ahead"] = json!(!args.no_guessing_ahead);
-        let drafter = Some(opened.drafter);
-        Ok(Self { models, decoding, args, output, stop, settings, link, drafter, turn: 0 })
+        settings["all_guesses"] = json!(args.all_guesses);
+        let (drafter, pace) = (Some(opened.drafter), (!args.all_guesses).then(Pace::default));
+        Ok(Self { models, decoding, args, output, stop, settings, link, drafter, pace, turn: 0 })
     }
 
-    /// Answers one prompt and returns the text.
+    /// Answers one prompt, shows the answer as it comes, and returns the text.
     pub(super) fn answer(&mut self, prompt: Vec<u32>) -> Result<String> {
+        let output = self.output;
+        // A terminal is not told what it would obey; everything else gets the text as it is.
+        let terminal = std::io::stdout().is_terminal();
+        let answer = self.ask(prompt, &mut |fresh: &str| {
+            if !output.json && !fresh.is_empty() {
+                output.write(&if terminal { foreign::block(fresh) } else { Cow::Borrowed(fresh) });
+            }
+        })?;
+        if output.json {
+            output.result(&answer, String::new);
+        } else {
+            output.write("\n");
+            note(line(&answer.summary));
+        }
+        Ok(answer.text)
+    }
+
+    /// What decides its answers, for reports.
+    pub(super) fn settings(&self) -> &Value {
+        &self.settings
+    }
+
+    /// Answers one prompt; `heard` is told of the text as it comes.
+    pub(super) fn ask(&mut self, prompt: Vec<u32>, heard: &mut dyn FnMut(&str)) -> Result<Answer> {
         let target = &self.models.target;
         let request = EdgeRequest {
             prompt,
@@ -129,6 +184,7 @@ impl<'a> EdgeSession<'a> {
             encoding: self.args.cloud_features,
             options: (target.kind(), target.device()),
             ahead: !self.args.no_guessing_ahead,
+            pace: self.pace.clone(),
             patience: PATIENCE,
             edge: edge_name(),
         };
@@ -137,13 +193,9 @@ impl<'a> EdgeSession<'a> {
         let mut edge = Edge::new(request, drafter);
         let mut stream = TextStream::new(&self.models.tokenizer);
         let (mut text, start) = (String::new(), std::time::Instant::now());
-        // A terminal is not told what it would obey; everything else gets the text as it is.
-        let terminal = std::io::stdout().is_terminal();
         let mut show = |fresh: &str| {
             text.push_str(fresh);
-            if !self.output.json && !fresh.is_empty() {
-                self.output.write(&if terminal { foreign::block(fresh) } else { Cow::Borrowed(fresh) });
-            }
+            heard(fresh);
         };
         drive(&mut edge, &mut self.link, &Waits::default(), &|| self.stop.asked() != 0, &mut |tokens| {
             for &token in tokens {
@@ -157,17 +209,10 @@ impl<'a> EdgeSession<'a> {
             return Err(Error::Failed("stopped before the answer had ended".to_owned()));
         };
         let summary = self.summary(&edge, seconds);
-        if !self.output.json {
-            self.output.write("\n");
-            note(line(&summary));
-        }
-        let token_ids = edge.answer().to_vec();
+        let (token_ids, unverified) = (edge.answer().to_vec(), edge.unverified().to_vec());
+        self.pace = edge.pace().cloned();
         self.drafter = Some(edge.into_drafter());
-        let answer = Answer { token_ids, text, finish, summary };
-        if self.output.json {
-            self.output.result(&answer, String::new);
-        }
-        Ok(answer.text)
+        Ok(Answer { token_ids, text, finish, unverified, summary })
     }
 
     fn summary(&self, edge: &Edge<'_>, seconds: f64) -> Summary {
@@ -178,6 +223,7 @@ impl<'a> EdgeSession<'a> {
         Summary {
             tokens: edge.answer().len(),
             rounds: rounds.len(),
+            guesses: over(rounds.iter().map(|round| round.guesses).sum::<usize>() as f64, rounds.len() as f64),
             acceptance_length: over(verified as f64, rounds.len() as f64),
             tokens_per_second: over(edge.answer().len() as f64, seconds),
             seconds,

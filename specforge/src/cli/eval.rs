@@ -6,8 +6,9 @@ use clap::Args;
 use serde_json::Value;
 
 use super::decoding::DecodingArgs;
+use super::edge::EdgeArgs;
 use super::hub::{self, Place};
-use super::{LazyProgress, Output, note, numbers, ranks};
+use super::{LazyProgress, Output, edge_eval, note, numbers, ranks};
 use crate::decode::Policy;
 use crate::decode::drafter::Opened;
 use crate::decode::event::{Listener, Silent};
@@ -18,6 +19,7 @@ use crate::eval::acceptance::{html, questions, report};
 use crate::eval::calibration::{self, ConfidenceLog};
 use crate::files;
 use crate::hub::recorded;
+use crate::stop::{Answer, Stop};
 use crate::trace::Recorder;
 
 /// Ten timed passes of each size for every one of these.
@@ -49,10 +51,33 @@ pub(super) struct EvalArgs {
     /// Record every committed position with the draft in a file for `specforge compare`.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
+    #[command(flatten)]
+    edge: EdgeArgs,
 }
 
-pub(super) fn run(args: &EvalArgs, output: &Output) -> Result<()> {
+pub(super) fn run(args: &EvalArgs, stop: &Stop, output: &Output) -> Result<()> {
+    if args.edge.cloud.is_some() {
+        return on_the_edge(args, stop, output);
+    }
     ranks::together(ranks::default_timeout(), |meeting| evaluate(args, meeting, output))
+}
+
+/// Measures with the target on another machine.
+fn on_the_edge(args: &EvalArgs, stop: &Stop, output: &Output) -> Result<()> {
+    let here = [
+        ("--trace", args.trace.is_some()),
+        ("--calibrate", args.calibrate.is_some()),
+        ("--out", args.out.is_some()),
+        ("--batch", args.batch > 1),
+    ];
+    if let Some((flag, _)) = here.iter().find(|(_, is_given)| *is_given) {
+        return Err(Error::Usage(format!("{flag}: it needs the target on this machine; with --cloud there is none")));
+    }
+    let args = &mut args.clone();
+    hub::fetch(args.data.iter_mut().map(Place::Data).chain(args.decoding.places()).collect(), None)?;
+    let questions = questions::read(&args.data, args.limit)?;
+    stop.set_answer(Answer::Finish("stopping: the cloud is told"));
+    edge_eval::run(&questions, (&args.decoding, &args.edge), !args.no_baseline, (output, stop))
 }
 
 /// Measures as one of the processes that share the questions, or alone.

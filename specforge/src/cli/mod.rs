@@ -19,6 +19,7 @@ mod devices;
 mod diffusion;
 mod doctor;
 mod edge;
+mod edge_eval;
 mod eval;
 mod export;
 mod generate;
@@ -121,7 +122,7 @@ impl Cli {
             Command::Generate(args) => generate::run(&args, &stop, &output),
             Command::Images(args) => images::run(&args, &stop, &output),
             Command::Serve(args) => serve::run(&args, &stop, &output),
-            Command::Eval(args) => eval::run(&args, &output),
+            Command::Eval(args) => eval::run(&args, &stop, &output),
             Command::Compare(args) => compare::run(&args, &output),
             Command::Doctor(args) => doctor::run(&args, &output),
             Command::GpuCheck(args) => gpu_check::run(&args, &output),

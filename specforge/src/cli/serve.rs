@@ -42,6 +42,9 @@ pub(super) struct ServeArgs {
     /// Most that the target's cache may take: bytes, or a number with KiB, MiB or GiB.
     #[arg(long, value_name = "SIZE", default_value = "4GiB", value_parser = numbers::bytes)]
     cache_memory: u64,
+    /// Most that answers leave for prompts that begin with the same tokens, such as the next turn of a chat; 0 keeps nothing.
+    #[arg(long, value_name = "SIZE", default_value = "512MiB", value_parser = numbers::bytes)]
+    prefix_memory: u64,
     /// Largest body of a request.
     #[arg(long, value_name = "SIZE", default_value = "4MiB", value_parser = numbers::bytes)]
     body_limit: u64,
@@ -101,7 +104,8 @@ pub(super) fn run(args: &ServeArgs, stop: &Arc<Stop>, output: &Output) -> Result
         engine_seed: args.decoding.seed().unwrap_or(0),
         stop_tokens: engine_options.stop_tokens.clone(),
     };
-    let mut engine = Engine::new(target.as_ref(), opened.drafter, engine_options)?;
+    let engine = Engine::new(target.as_ref(), opened.drafter, engine_options)?;
+    let mut engine = engine.keeping_prefixes(args.prefix_memory);
     if let Some(budget) = args.decoding.budget()? {
         engine = engine.with_budget(budget)?;
     }

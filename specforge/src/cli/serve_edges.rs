@@ -15,7 +15,7 @@ use crate::progress;
 use crate::stop::{Answer, Stop};
 
 /// What a request decides itself, or HTTP alone has.
-const ELSEWHERE: [&str; 22] = [
+const ELSEWHERE: [&str; 23] = [
     "http",
     "api_key_file",
     "without_keys",
@@ -23,6 +23,7 @@ const ELSEWHERE: [&str; 22] = [
     "rows",
     "queue",
     "cache_memory",
+    "prefix_memory",
     "body_limit",
     "prompt_limit",
     "answer_limit",

@@ -202,14 +202,16 @@ fn behind(proposal: &Proposal, node: usize) -> Proposal {
     let score = |node: usize| proposal.scores.get(node).copied().unwrap_or(0.0);
     let mut places = vec![None; tree.len()];
     places[node] = Some(0);
-    let (mut part, mut scores) = (TokenTree::root(tree.tokens()[node]), vec![0.0]);
+    let (mut part, mut scores, mut kept) = (TokenTree::root(tree.tokens()[node]), vec![0.0], vec![node]);
     for child in node + 1..tree.len() {
         if let Some(parent) = places[topology.parents()[child]] {
             places[child] = Some(part.push(parent, tree.tokens()[child]));
             scores.push(score(child) - score(node));
+            kept.push(child);
         }
     }
-    Proposal::picked(part, scores)
+    let own = |entropies: &Vec<f64>| kept.iter().map(|&node| entropies[node]).collect();
+    Proposal::picked(part, scores).with_entropies(proposal.entropies.as_ref().map(own))
 }
 
 #[cfg(test)]

@@ -4,18 +4,21 @@
 //! at: what is known already is compared and passed over, what leaves a gap makes the edge resume. Nothing is committed that
 //! the cloud has not said, and every digest is compared.
 
+use std::time::Duration;
+
 use tch::{Device, Kind, Tensor};
 
 use super::digest::Digest;
 use super::drafting::{Ahead, Drafting};
 use super::features::{Encoding, Features};
+use super::pace::{Pace, surest};
 use super::protocol::{
     Address, Choice, CloudMessage, Code, Draft, EdgeMessage, Node, Open, Opened, Refusal, Resume, Synced, VERSION,
     Verdict, Wanted,
 };
 use crate::data::Finish;
 use crate::decode::engine::RoundOutcome;
-use crate::decode::{Drafter, Proposal};
+use crate::decode::{Drafter, Policy, Proposal};
 use crate::error::{Error, Result};
 
 /// A request of an edge.
@@ -37,6 +40,9 @@ pub struct EdgeRequest {
     pub options: (Kind, Device),
     /// Whether to guess on while a verdict travels.
     pub ahead: bool,
+    /// What is known of rounds, by which the number of guesses is chosen; without it everything that the draft guesses is
+    /// sent.
+    pub pace: Option<Pace>,
     /// How often in a row something may go wrong without a token in between.
     pub patience: u32,
     /// Names this edge; another one for each that runs.
@@ -96,6 +102,12 @@ pub struct Edge<'a> {
     /// Whether the cloud asked to be left alone for a while.
     is_busy: bool,
     rounds: Vec<RoundOutcome>,
+    /// Places in the answer of tokens that the target would not have chosen.
+    unverified: Vec<usize>,
+    /// The time, as the driver says it; when the draft on its way was sent, and how long it took to make.
+    now: Duration,
+    sent_at: Duration,
+    drafting_time: Duration,
     /// Sessions opened, and resumed.
     sessions: (u64, u64),
 }
@@ -121,6 +133,10 @@ impl<'a> Edge<'a> {
             troubles: 0,
             is_busy: false,
             rounds: Vec::new(),
+            unverified: Vec::new(),
+            now: Duration::ZERO,
+            sent_at: Duration::ZERO,
+            drafting_time: Duration::ZERO,
             sessions: (0, 0),
             request,
         }
@@ -179,6 +195,11 @@ impl<'a> Edge<'a> {
         self.lossless
     }
 
+    /// Places in the answer of tokens that a lossy gate let pass and that the target, asked afterwards, would not have chosen.
+    pub fn unverified(&self) -> &[usize] {
+        &self.unverified
+    }
+
     /// Verdicts on the edge's own drafts.
     pub fn rounds(&self) -> &[RoundOutcome] {
         &self.rounds
@@ -197,6 +218,21 @@ impl<'a> Edge<'a> {
     /// Where its session is.
     pub fn address(&self) -> Option<Address> {
         self.address
+    }
+
+    /// Hears what time it is: asked before and after what takes some.
+    pub fn at(&mut self, now: Duration) {
+        self.now = now;
+    }
+
+    /// A draft was made in the time from `begun` until now, and is on its way.
+    pub fn drafted(&mut self, begun: Duration, now: Duration) {
+        (self.now, self.sent_at, self.drafting_time) = (now, now, now.saturating_sub(begun));
+    }
+
+    /// What is known of rounds.
+    pub fn pace(&self) -> Option<&Pace> {
+        self.request.pace.as_ref()
     }
 
     /// What is to be sent now; nothing while something is waited for.
@@ -267,12 +303,17 @@ impl<'a> Edge<'a> {
     }
 
     fn draft(&mut self) -> Result<Draft> {
-        let depth = self.left().saturating_sub(1);
-        let proposal = self.drafting.propose(&self.committed, depth)?;
+        let guesses = self.request.pace.as_ref().map_or(usize::MAX, |pace| pace.guesses(usize::MAX));
+        let deepest = self.request.pace.as_ref().map_or(usize::MAX, |pace| pace.depth(guesses));
+        let depth = self.left().saturating_sub(1).min(deepest);
+        let proposal = surest(self.drafting.propose(&self.committed, depth)?, guesses.min(self.max_nodes));
         let (tree, parents) = (&proposal.tree, proposal.tree.topology().parents());
-        // Nodes that are too many are the last ones, which no other stands behind.
-        let count = tree.len().min(self.max_nodes.saturating_add(1));
-        let nodes = (1..count).map(|node| Node { parent: parents[node] as u32, token: tree.tokens()[node] }).collect();
+        let nodes =
+            (1..tree.len()).map(|node| Node { parent: parents[node] as u32, token: tree.tokens()[node] }).collect();
+        let sure = match self.request.choice.policy {
+            Policy::Entropy { most, .. } => proposal.sure(most).map(|node| node as u32).collect(),
+            _ => Vec::new(),
+        };
         self.round += 1;
         let draft = Draft {
             address: self.address.unwrap_or_default(),
@@ -280,6 +321,7 @@ impl<'a> Edge<'a> {
             base_length: self.committed.len() as u64,
             base_digest: self.digest.bits(),
             nodes,
+            sure,
         };
         self.sent = Some((draft.clone(), proposal));
         self.state = State::Waiting(self.round);
@@ -379,15 +421,19 @@ impl<'a> Edge<'a> {
         }
         let features = self.features(verdict.features.as_ref(), verdict.tokens.len())?;
         self.commit(&verdict.tokens, verdict.digest)?;
+        let first = base - self.request.prompt.len();
+        self.unverified.extend(verdict.unverified.iter().map(|&place| first + place as usize));
         self.drafting.committed(&self.committed, verdict.tokens.len(), features)?;
-        if let Some((draft, proposal)) = self.sent.take_if(|(draft, _)| draft.round == verdict.round) {
+        if let Some((_, proposal)) = self.sent.take_if(|(draft, _)| draft.round == verdict.round) {
             let (tree, topology) = (&proposal.tree, proposal.tree.topology());
             let (guesses, depth) = (topology.len() - 1, topology.depth());
-            let was_sent = |(&node, &token): (&u32, &u32)| {
-                tree.child(node as usize, token).is_some_and(|child| child <= draft.nodes.len())
-            };
-            let accepted = verdict.path.iter().zip(&verdict.tokens).filter(|&pair| was_sent(pair)).count();
+            let was_guessed = |(&node, &token): (&u32, &u32)| tree.child(node as usize, token).is_some();
+            let accepted = verdict.path.iter().zip(&verdict.tokens).filter(|&pair| was_guessed(pair)).count();
             self.rounds.push(RoundOutcome { guesses, depth, tokens: verdict.tokens.len(), accepted });
+            if let Some(pace) = &mut self.request.pace {
+                let kept: Vec<usize> = verdict.path.iter().skip(1).map(|&node| node as usize).collect();
+                pace.round(&proposal, guesses, &kept, [self.drafting_time, self.now.saturating_sub(self.sent_at)]);
+            }
         }
         (self.sent, self.troubles, self.finish) = (None, 0, verdict.finish);
         Ok(Taken::New)

@@ -23,6 +23,7 @@ mod drafting;
 mod edge;
 pub mod features;
 pub mod grpc;
+mod pace;
 pub mod protocol;
 mod session;
 pub mod transport;
@@ -32,6 +33,7 @@ pub use absent_target::AbsentTarget;
 pub use digest::Digest;
 pub use drafting::Ahead;
 pub use edge::{Edge, EdgeRequest, State};
+pub use pace::Pace;
 pub use session::LinkId;
 pub use verifier::{Cloud, CloudSettings};
 

@@ -11,7 +11,7 @@ use crate::decode::Policy;
 use crate::nn::Processors;
 
 /// Version of this protocol. Both sides have the same one, or there is no session.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// A session's name, which nobody guesses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -154,6 +154,8 @@ pub struct Draft {
     pub base_digest: u64,
     /// The guesses; none is a wish for the next token.
     pub nodes: Vec<Node>,
+    /// Numbers of nodes that the draft is sure of; see [`Policy::Entropy`].
+    pub sure: Vec<u32>,
 }
 
 /// What the target made of a draft.
@@ -169,6 +171,8 @@ pub struct Verdict {
     pub tokens: Vec<u32>,
     /// The node that each was chosen behind.
     pub path: Vec<u32>,
+    /// Places among the tokens of those that a lossy gate kept though the target chose others.
+    pub unverified: Vec<u32>,
     /// Digest of everything committed, these tokens included.
     pub digest: u64,
     /// Why the answer ends here, if it does.

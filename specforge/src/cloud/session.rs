@@ -6,10 +6,8 @@ use std::time::Duration;
 use super::digest::Digest;
 use super::features::{Encoding, Features};
 use super::protocol::{Address, CloudMessage, Code, Node, Refusal, SessionId, Verdict};
-use crate::decode::{Sequence, Step};
+use crate::decode::{Proposal, Sequence, Step};
 use crate::error::Result;
-use crate::models::TargetModel;
-use crate::tree::TokenTree;
 
 /// Names a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -26,8 +24,27 @@ pub(super) struct Kept {
 #[derive(Debug)]
 pub(super) struct Queued {
     pub(super) round: u64,
-    pub(super) tree: TokenTree,
+    pub(super) guesses: Proposal,
     pub(super) nodes: Vec<Node>,
+}
+
+impl Queued {
+    /// A wish for the next token.
+    pub(super) fn nothing(last: u32) -> Self {
+        Self { round: 0, guesses: Proposal::nothing(last), nodes: Vec::new() }
+    }
+}
+
+/// A tree that is being verified.
+#[derive(Debug)]
+pub(super) struct Round {
+    pub(super) round: u64,
+    /// As deep as the answer may still grow.
+    pub(super) guesses: Proposal,
+    /// Which node of what was sent each of its nodes is.
+    places: Vec<usize>,
+    nodes: Vec<Node>,
+    base_length: u64,
 }
 
 /// A request on its way.
@@ -61,13 +78,19 @@ impl Session {
         self.sequence.tokens().len() as u64
     }
 
-    /// Verifies what is queued. Where the pass fails everything is as it was, without the tree.
-    pub(super) fn verify(&mut self, target: &dyn TargetModel, now: Duration) -> Result<Option<Verdict>> {
-        let Some(Queued { round, tree, nodes }) = self.queued.take() else { return Ok(None) };
-        let base_length = self.length();
+    /// What is queued, to be verified now.
+    pub(super) fn take_queued(&mut self) -> Option<Round> {
+        let Queued { round, guesses, nodes } = self.queued.take()?;
         // What is deeper than the answer may grow is of no use, and has no place in the context.
-        let (tree, places) = tree.cut(self.sequence.left().saturating_sub(1));
-        let Step { verdict, features } = self.sequence.verify(target, &tree)?;
+        let depth = self.sequence.left().saturating_sub(1);
+        let (_, places) = guesses.tree.cut(depth);
+        Some(Round { round, guesses: guesses.cut(depth), places, nodes, base_length: self.length() })
+    }
+
+    /// Writes down what the target made of a round.
+    pub(super) fn verified(&mut self, of: Round, step: Step, now: Duration) -> Result<Verdict> {
+        let Round { round, places, nodes, base_length, .. } = of;
+        let Step { verdict, features } = step;
         self.digest.extend(&verdict.tokens);
         let verdict = Verdict {
             address: self.address,
@@ -75,6 +98,7 @@ impl Session {
             base_length,
             path: verdict.path.iter().filter_map(|&node| places.get(node)).map(|&node| node as u32).collect(),
             tokens: verdict.tokens,
+            unverified: verdict.unverified.iter().map(|&place| place as u32).collect(),
             digest: self.digest.bits(),
             finish: self.sequence.finish(),
             features: self.encoding.map(|encoding| Features::encode(&features, encoding)).transpose()?,
@@ -82,7 +106,7 @@ impl Session {
         self.round = self.round.max(round);
         self.moved = now;
         self.kept.push_back(Kept { verdict: verdict.clone(), nodes });
-        Ok(Some(verdict))
+        Ok(verdict)
     }
 
     /// The edge has so many tokens: verdicts of those are not asked for again. The last one is, if it was lost twice.

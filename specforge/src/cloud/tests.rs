@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::protocol::{Choice, CloudMessage, EdgeMessage, SessionId};
 use super::transport::{Link, Received, Waits, drive};
-use super::{Cloud, CloudSettings, Edge, EdgeRequest, LinkId, features};
+use super::{Cloud, CloudSettings, Edge, EdgeRequest, LinkId, Pace, features};
 use crate::decode::drafter::{Context, Drafter, Joining, Plain, Progress, PromptLookup, last};
 use crate::decode::event::Silent;
 use crate::decode::{Engine, EngineOptions, Finish, Policy, Proposal, Request};
@@ -81,6 +81,7 @@ impl Asked {
             encoding: features::Encoding::Float32,
             options: (Kind::Double, Device::Cpu),
             ahead,
+            pace: edge.is_multiple_of(2).then(Pace::default),
             patience: 30,
             edge,
         }
@@ -196,6 +197,7 @@ fn settings() -> CloudSettings {
         max_sessions: 4,
         max_tokens: 400,
         max_nodes: 24,
+        most_together: 8,
         lease: Duration::from_secs(30),
         progress_after: None,
         most_ahead: 4,
@@ -356,6 +358,10 @@ impl Link for Network<'_> {
         }
     }
 
+    fn now(&self) -> Duration {
+        self.now
+    }
+
     fn pause(&mut self, time: Duration) {
         let until = self.now + time;
         while let Some(((due, _), _)) = self.events.first_key_value() {
@@ -440,5 +446,9 @@ impl Link for Watched<'_, '_> {
 
     fn pause(&mut self, time: Duration) {
         self.network.pause(time);
+    }
+
+    fn now(&self) -> Duration {
+        self.network.now
     }
 }

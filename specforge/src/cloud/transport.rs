@@ -27,6 +27,8 @@ pub trait Link {
     fn receive(&mut self, patience: Duration) -> Received;
     /// Waits.
     fn pause(&mut self, time: Duration);
+    /// The time since some beginning.
+    fn now(&self) -> Duration;
 }
 
 /// How long a driver waits.
@@ -106,7 +108,12 @@ pub fn drive(
         if let (troubles, true) = edge.troubles() {
             link.pause(waits.pause(troubles));
         }
-        while let Some(message) = edge.next_message()? {
+        loop {
+            let begun = link.now();
+            let Some(message) = edge.next_message()? else { break };
+            if matches!(message, EdgeMessage::Draft(_)) {
+                edge.drafted(begun, link.now());
+            }
             if let Err(why) = link.send(message) {
                 edge.disconnected(&why)?;
             }
@@ -118,7 +125,10 @@ pub fn drive(
         }
         edge.go_ahead()?;
         match wait(link, waits, stopped) {
-            Received::Message(message) => edge.received(message)?,
+            Received::Message(message) => {
+                edge.at(link.now());
+                edge.received(message)?;
+            }
             Received::Nothing if stopped() => {}
             Received::Nothing => edge.disconnected("there was no answer in time")?,
             Received::Closed(why) => edge.disconnected(&why)?,

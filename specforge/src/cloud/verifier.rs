@@ -1,8 +1,8 @@
 //! The cloud's side as a state machine: sessions around a target, without a network and without a clock.
 //!
 //! Messages and times come in, answers are fetched with [`Cloud::take`]. Whatever needs the target waits in a queue for
-//! [`Cloud::work`], which makes one pass a call: who drives the machine hears of messages between passes, and never waits for
-//! a network within one. A session is with an edge or parked, and verifying or ready; every message that does not fit is
+//! [`Cloud::work`], which makes one pass a call: over a new prompt, or over the trees of all sessions that wait with one. Who
+//! drives the machine hears of messages between passes, and never waits for a network within one. A session is with an edge or parked, and verifying or ready; every message that does not fit is
 //! refused and changes nothing.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -16,9 +16,9 @@ use super::protocol::{
     Address, CloudMessage, Code, Draft, EdgeMessage, Limits, Open, Opened, Refusal, Resume, SessionId, Synced, VERSION,
     Verdict, Wanted,
 };
-use super::session::{Kept, LinkId, Queued, Session};
+use super::session::{Kept, LinkId, Queued, Round, Session};
 use crate::data::ChatTokenizer;
-use crate::decode::{EngineOptions, Policy, Request, Sequence};
+use crate::decode::{EngineOptions, Policy, Proposal, Request, Sequence, SequenceRows};
 use crate::error::{Error, Result};
 use crate::models::TargetModel;
 use crate::tree::TokenTree;
@@ -36,6 +36,8 @@ pub struct CloudSettings {
     pub max_tokens: usize,
     /// Most nodes of a tree, its root not counted.
     pub max_nodes: usize,
+    /// Most sessions that are verified in one pass; at least 1.
+    pub most_together: usize,
     /// How long a session is kept for an edge that is not heard of.
     pub lease: Duration,
     /// After how long without a draft the target goes on by itself, a token at a time; `None` waits.
@@ -52,6 +54,7 @@ impl Default for CloudSettings {
             max_sessions: 64,
             max_tokens: 1 << 18,
             max_nodes: 256,
+            most_together: 32,
             lease: Duration::from_secs(120),
             progress_after: None,
             most_ahead: 16,
@@ -76,6 +79,8 @@ pub struct Cloud<'a> {
     target: &'a dyn TargetModel,
     settings: CloudSettings,
     pub(super) sessions: BTreeMap<SessionId, Session>,
+    /// What the target keeps of them.
+    pub(super) rows: SequenceRows,
     jobs: VecDeque<Job>,
     answers: VecDeque<(LinkId, CloudMessage)>,
     epoch: u64,
@@ -92,7 +97,7 @@ impl<'a> Cloud<'a> {
         names: Box<dyn FnMut() -> u128 + Send + 'a>,
     ) -> Self {
         let (sessions, jobs, answers) = (BTreeMap::new(), VecDeque::new(), VecDeque::new());
-        Self { target, settings, sessions, jobs, answers, epoch, names }
+        Self { target, settings, sessions, rows: SequenceRows::default(), jobs, answers, epoch, names }
     }
 
     /// A cloud of this process: names that nobody guesses, and epochs that go on behind those of an earlier start.
@@ -159,42 +164,58 @@ impl<'a> Cloud<'a> {
             let late = now.saturating_sub(session.moved.max(session.heard)) >= patience;
             // An edge that does not read is not run away from: what it has not answered is kept, and that is bounded.
             if idle && late && session.kept.len() <= most_ahead {
-                let tree = TokenTree::root(session.sequence.last());
-                session.queued = Some(Queued { round: 0, tree, nodes: Vec::new() });
+                session.queued = Some(Queued::nothing(session.sequence.last()));
                 self.jobs.push_back(Job::Verify(session.id()));
             }
         }
     }
 
-    /// Makes one pass of the target for whoever has waited longest. Whether there was anything to do.
+    /// Makes one pass of the target for whoever has waited longest, and for all who wait for the same kind of pass. Whether
+    /// there was anything to do.
     pub fn work(&mut self, now: Duration) -> bool {
-        while let Some(job) = self.jobs.pop_front() {
-            match job {
-                Job::Open(link, open) => match self.open(link, &open, now) {
-                    Ok(opened) => self.answers.push_back((link, CloudMessage::Opened(Box::new(opened)))),
-                    Err(refused) => self.refuse(link, Address::default(), open.attempt, refused),
-                },
-                Job::Verify(id) => {
-                    // A session that was cancelled or resumed meanwhile has nothing queued.
-                    let Some(session) = self.sessions.get_mut(&id).filter(|session| session.queued.is_some()) else {
-                        continue;
-                    };
-                    let (link, address) = (session.link, session.address);
-                    let round = session.queued.as_ref().map_or(0, |queued| queued.round);
-                    match (session.verify(self.target, now), link) {
-                        (Ok(Some(verdict)), Some(link)) => {
-                            self.answers.push_back((link, CloudMessage::Verdict(verdict)));
-                        }
-                        (Err(error), Some(link)) => {
-                            self.refuse(link, address, round, (Code::Target, error.to_string()));
-                        }
-                        _ => {}
-                    }
-                }
-            }
-            return true;
+        // A session that was cancelled or resumed meanwhile has nothing queued.
+        let sessions = &self.sessions;
+        let waits = |id: &SessionId| sessions.get(id).is_some_and(|session| session.queued.is_some());
+        self.jobs.retain(|job| !matches!(job, Job::Verify(id) if !waits(id)));
+        match self.jobs.pop_front() {
+            None => return false,
+            Some(Job::Open(link, open)) => match self.open(link, &open, now) {
+                Ok(opened) => self.answers.push_back((link, CloudMessage::Opened(Box::new(opened)))),
+                Err(refused) => self.refuse(link, Address::default(), open.attempt, refused),
+            },
+            Some(Job::Verify(first)) => self.verify(first, now),
         }
-        false
+        true
+    }
+
+    /// One pass over the trees of a session and of those that wait behind it.
+    fn verify(&mut self, first: SessionId, now: Duration) {
+        let mut together = vec![first];
+        self.jobs.retain(|job| match job {
+            Job::Verify(id) if together.len() < self.settings.most_together => {
+                together.push(*id);
+                false
+            }
+            _ => true,
+        });
+        let chosen = self.sessions.values_mut().filter(|session| together.contains(&session.id()));
+        let mut rounds: Vec<(&mut Session, Round)> =
+            chosen.filter_map(|session| session.take_queued().map(|round| (session, round))).collect();
+        let mut wanted: Vec<(&mut Sequence, Proposal)> =
+            rounds.iter_mut().map(|(session, round)| (&mut session.sequence, round.guesses.clone())).collect();
+        let steps = self.rows.verify(self.target, &mut wanted);
+        let mut refused = Vec::new();
+        for ((session, round), step) in rounds.into_iter().zip(steps) {
+            let (link, address, number) = (session.link, session.address, round.round);
+            match (step.and_then(|step| session.verified(round, step, now)), link) {
+                (Ok(verdict), Some(link)) => self.answers.push_back((link, CloudMessage::Verdict(verdict))),
+                (Err(error), Some(link)) => refused.push((link, address, number, error.to_string())),
+                (_, None) => {}
+            }
+        }
+        for (link, address, number, problem) in refused {
+            self.refuse(link, address, number, (Code::Target, problem));
+        }
     }
 
     /// Whether something waits for the target.
@@ -217,9 +238,10 @@ impl<'a> Cloud<'a> {
         self.sessions.get(&id).map(|session| &session.sequence)
     }
 
-    /// Tokens of all sessions, each counted with what it may still grow.
-    fn reserved(&self) -> usize {
-        self.sessions.values().map(|session| session.sequence.longest()).sum()
+    /// Tokens that the cache of all sessions and of another one may take: a row for each, as long as the longest may grow.
+    fn reserved(&self, another: usize) -> usize {
+        let longest = self.sessions.values().map(|session| session.sequence.longest()).fold(another, usize::max);
+        (self.sessions.len() + 1).saturating_mul(longest)
     }
 
     fn limits(&self) -> Limits {
@@ -230,7 +252,9 @@ impl<'a> Cloud<'a> {
     }
 
     fn drop_session(&mut self, id: SessionId) {
-        self.sessions.remove(&id);
+        if let Some(session) = self.sessions.remove(&id) {
+            self.rows.remove(&session.sequence);
+        }
         self.jobs.retain(|job| !matches!(job, Job::Verify(of) if *of == id));
     }
 
@@ -262,7 +286,7 @@ impl<'a> Cloud<'a> {
                                travel; `keyed` is lossless without them";
                 return Err((Code::Policy, message.to_owned()));
             }
-            Policy::Typical { .. } if !tail.is_empty() => {
+            policy if !policy.is_lossless() && !tail.is_empty() => {
                 let message = "a lossy session cannot be opened anew: what it had committed cannot be checked";
                 return Err((Code::Policy, message.to_owned()));
             }
@@ -288,15 +312,16 @@ impl<'a> Cloud<'a> {
         let context = self.limits().max_tokens as usize;
         let wanted = (open.prompt.len() + open.max_new_tokens as usize).min(context);
         loop {
-            let (sessions, tokens) = (self.sessions.len(), self.reserved());
-            if sessions < self.settings.max_sessions && tokens + wanted <= self.settings.max_tokens {
+            let (sessions, tokens) = (self.sessions.len(), self.reserved(wanted));
+            if sessions < self.settings.max_sessions && tokens <= self.settings.max_tokens {
                 return Ok(());
             }
             let idle = |session: &&Session| {
                 session.queued.is_none() && (session.link.is_none() || session.sequence.finish().is_some())
             };
             let Some(oldest) = self.sessions.values().filter(idle).min_by_key(|session| session.heard) else {
-                let message = format!("{sessions} sessions hold {tokens} tokens, and none of them can be let go of");
+                let message =
+                    format!("with {sessions} sessions {tokens} tokens would be held, and none can be let go of");
                 return Err((Code::Busy, message));
             };
             let oldest = oldest.id();
@@ -323,9 +348,12 @@ impl<'a> Cloud<'a> {
             Error::Torch(_) | Error::Internal { .. } => (Code::Target, error.to_string()),
             _ => (Code::Request, error.to_string()),
         };
-        let (mut sequence, step) = Sequence::start(self.target, request, options, capture).map_err(refuse)?;
+        let (mut sequence, step) = self.rows.start(self.target, request, options, capture).map_err(refuse)?;
         let mut features: Vec<Vec<tch::Tensor>> = step.features.into_iter().map(|layer| vec![layer]).collect();
-        self.run_tail(&mut sequence, &open.tail, &mut features)?;
+        if let Err(refused) = self.run_tail(&mut sequence, &open.tail, &mut features) {
+            self.rows.remove(&sequence);
+            return Err(refused);
+        }
         let encoded = |wanted: &Wanted| {
             let layers = features.iter().map(|parts| tch::Tensor::f_cat(parts, 0)).collect::<Result<Vec<_>, _>>()?;
             Features::encode(&layers, wanted.encoding)
@@ -363,7 +391,7 @@ impl<'a> Cloud<'a> {
 
     /// Lets the target decide what an earlier session had committed, as guesses: it must come to the same.
     fn run_tail(
-        &self,
+        &mut self,
         sequence: &mut Sequence,
         tail: &[u32],
         features: &mut [Vec<tch::Tensor>],
@@ -383,14 +411,16 @@ impl<'a> Cloud<'a> {
             }
             let end = tail.len().min(got.len() + PIECE.min(sequence.left() - 1));
             let tree = TokenTree::chain(sequence.last(), &tail[got.len()..end]);
-            let step = sequence.verify(self.target, &tree).map_err(|error| (Code::Target, error.to_string()))?;
+            let steps = self.rows.verify(self.target, &mut [(&mut *sequence, Proposal::picked(tree, Vec::new()))]);
+            let step = steps.into_iter().next().unwrap_or_else(|| Err(Error::Failed("no verdict came".to_owned())));
+            let step = step.map_err(|error| (Code::Target, error.to_string()))?;
             features.iter_mut().zip(step.features).for_each(|(parts, new)| parts.push(new));
         }
     }
 
     fn draft(&mut self, link: LinkId, draft: Draft, now: Duration) {
         let (vocabulary, most) = (self.target.info().vocab_size, self.settings.max_nodes);
-        let Draft { address, round, base_length, base_digest, nodes } = draft;
+        let Draft { address, round, base_length, base_digest, nodes, sure } = draft;
         let session = match held(&mut self.sessions, link, address) {
             Ok(session) => session,
             Err(refused) => return self.refuse(link, address, round, refused),
@@ -418,7 +448,12 @@ impl<'a> Cloud<'a> {
                 Err(problem) => Err((Code::BadTree, problem.to_string())),
                 Ok(tree) => {
                     session.has(base_length);
-                    session.queued = Some(Queued { round, tree, nodes });
+                    // Of the others nothing is known but that the draft is not sure.
+                    let entropy = |node: usize| if sure.contains(&(node as u32)) { 0.0 } else { f64::INFINITY };
+                    let entropies = (0..tree.len()).map(entropy).collect();
+                    let scores = vec![0.0; tree.len()];
+                    let guesses = Proposal::picked(tree, scores).with_entropies(Some(entropies));
+                    session.queued = Some(Queued { round, guesses, nodes });
                     self.jobs.push_back(Job::Verify(address.session));
                     return;
                 }

@@ -30,11 +30,13 @@ use crate::device;
 use crate::error::{Error, Result};
 use crate::models::{ForwardInput, ForwardOutput, LogitRows, TargetModel};
 use crate::nn::{AttentionMask, KvCache, Processors};
+use prefixes::Prefixes;
 use rows::{Row, Waiting};
 use target_rows::TargetRows;
 
 mod admission;
 mod budget;
+mod prefixes;
 mod request;
 mod round;
 mod rows;
@@ -43,7 +45,7 @@ mod target_rows;
 mod trees;
 
 pub use request::{Clock, Decoded, Left, Request, RoundOutcome, Throughput};
-pub use sequence::{Sequence, Step};
+pub use sequence::{Sequence, SequenceRows, Step};
 pub(crate) use trees::tree_mask;
 
 /// How an engine decodes.
@@ -70,6 +72,7 @@ pub struct Engine<'a> {
     /// Row `i` is row `i` of both caches.
     rows: Vec<Row>,
     cache: Option<KvCache>,
+    prefixes: Option<Prefixes>,
     clock: Clock,
     done: Throughput,
 }
@@ -80,7 +83,19 @@ impl<'a> Engine<'a> {
         options.processors.check().map_err(Error::Usage)?;
         let (queue, rows, cache) = (VecDeque::new(), Vec::new(), None);
         let (passes, clock, done) = (Passes::default(), Clock::default(), Throughput::default());
-        Ok(Self { target, drafter, options, budget: None, passes, queue, rows, cache, clock, done })
+        Ok(Self { target, drafter, options, budget: None, passes, queue, rows, cache, prefixes: None, clock, done })
+    }
+
+    /// The same engine that keeps what finished requests leave, up to so many bytes, for prompts that begin with the same
+    /// tokens. A target with layers that keep states has nothing to leave.
+    pub fn keeping_prefixes(self, bytes: u64) -> Self {
+        let can_keep = bytes > 0 && self.target.new_cache(1, 1).can_go_back();
+        Self { prefixes: can_keep.then(|| Prefixes::new(bytes)), ..self }
+    }
+
+    /// Bytes that finished requests have left.
+    pub fn prefix_bytes(&self) -> u64 {
+        self.prefixes.as_ref().map_or(0, Prefixes::bytes)
     }
 
     /// Puts a request behind all others.
@@ -111,7 +126,9 @@ impl<'a> Engine<'a> {
         self.queue.retain(|waiting| waiting.request.tag != tag);
         let gone: Vec<bool> = self.rows.iter().map(|row| row.tag == tag).collect();
         let runs = gone.contains(&true);
-        if runs {
+        if let Some(row) = gone.iter().position(|&gone| gone) {
+            // A conversation may go on behind an answer that was cut. Where that part cannot be kept, it is run again.
+            let _ = self.keep_prefix(row);
             self.keep_rows(&rows::staying(&gone));
         }
         runs || self.queue.len() < waited
@@ -239,7 +256,8 @@ impl<'a> Engine<'a> {
                 (None, Some(sampling)) => {
                     let key = |&place: &usize| (rows[place].key, rows[place].tokens.len() as u64);
                     let keys: Vec<(u64, u64)> = places.iter().map(key).collect();
-                    sampling.choose(&own, &keys, |row| vec![rows[places[row]].tokens.as_slice()])
+                    let committed: Vec<&[u32]> = places.iter().map(|&place| rows[place].tokens.as_slice()).collect();
+                    sampling.choose(&own, &keys, |row| vec![committed[row]])
                 }
                 (None, None) => continue,
             };

@@ -16,6 +16,8 @@ pub struct Started<'a> {
     pub key: u64,
     /// Its prompt.
     pub prompt: &'a [u32],
+    /// How many of its first tokens an earlier request had left, so that they were not run.
+    pub known: usize,
     /// New tokens it may have, the context's end considered.
     pub limit: usize,
 }

@@ -20,7 +20,7 @@ pub mod verify_budget;
 
 pub use crate::data::Finish;
 pub use drafter::Drafter;
-pub use engine::{Decoded, Engine, EngineOptions, Left, Request, Sequence, Step, Throughput};
+pub use engine::{Decoded, Engine, EngineOptions, Left, Request, Sequence, SequenceRows, Step, Throughput};
 pub use policy::{Policy, Proposal};
 pub use regenerate::{Progress, RegenOptions, RegenReport};
 pub use tolerance::Tolerance;

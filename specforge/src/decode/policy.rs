@@ -7,6 +7,9 @@
 //!   `eagle/model/utils.py`). Output has the target's distribution, and depends on the draft.
 //! - [`Policy::Typical`] is Medusa's (<https://arxiv.org/abs/2401.10774>, FasterDecoding/Medusa `e2a5d20`): it keeps
 //!   what is plausible enough, and is lossy.
+//! - [`Policy::Rank`] and [`Policy::Entropy`] are the gates of systems with the draft on another machine: a guess stays that
+//!   is among the target's likeliest, or that the draft was sure of. Both are lossy, and say which tokens the target would
+//!   not have chosen.
 
 use std::rc::Rc;
 
@@ -46,12 +49,26 @@ pub enum Policy {
         /// Factor of the threshold that depends on the entropy.
         alpha: f64,
     },
+    /// Keeps guesses among the target's likeliest tokens where it chooses none of them itself; lossy.
+    Rank {
+        /// How many of the likeliest.
+        k: usize,
+        /// Key of the noise.
+        seed: u64,
+    },
+    /// Keeps guesses that the draft was sure of, whatever the target chooses; lossy.
+    Entropy {
+        /// Most entropy of the draft's distribution, in nats.
+        most: f64,
+        /// Key of the noise.
+        seed: u64,
+    },
 }
 
 impl Policy {
     /// Whether the output is the target's own.
     pub fn is_lossless(self) -> bool {
-        !matches!(self, Policy::Typical { .. })
+        matches!(self, Policy::Keyed { .. } | Policy::Maximal { .. })
     }
 }
 
@@ -61,6 +78,8 @@ impl std::fmt::Display for Policy {
             Policy::Keyed { .. } => write!(formatter, "keyed"),
             Policy::Maximal { .. } => write!(formatter, "maximal"),
             Policy::Typical { epsilon, alpha } => write!(formatter, "typical:{epsilon},{alpha}"),
+            Policy::Rank { k, .. } => write!(formatter, "rank:{k}"),
+            Policy::Entropy { most, .. } => write!(formatter, "entropy:{most}"),
         }
     }
 }
@@ -81,13 +100,26 @@ pub struct Proposal {
     /// How sure the draft is that the target accepts each guess if it accepts those before it: raw logits, one for every
     /// node but the root, in order. It may look at the guesses before its own, not at its own: see `verify_budget`.
     pub confidence: Option<Vec<f32>>,
+    /// For each node, the entropy in nats of the distribution that its guess is from; asked for by [`Policy::Entropy`].
+    pub entropies: Option<Vec<f64>>,
 }
 
 impl Proposal {
     /// Picked guesses.
     pub fn picked(tree: TokenTree, scores: Vec<f64>) -> Self {
         let drawn_from = vec![None; tree.len()];
-        Self { tree, scores, drawn_from, confidence: None }
+        Self { tree, scores, drawn_from, confidence: None, entropies: None }
+    }
+
+    /// The same with the entropy that each guess is from.
+    pub fn with_entropies(self, entropies: Option<Vec<f64>>) -> Self {
+        Self { entropies, ..self }
+    }
+
+    /// The nodes whose guesses the draft was sure of; none where it does not say.
+    pub fn sure(&self, most: f64) -> impl Iterator<Item = usize> {
+        let entropies = self.entropies.as_deref().unwrap_or_default().iter();
+        entropies.enumerate().skip(1).filter(move |(_, entropy)| **entropy <= most).map(|(node, _)| node)
     }
 
     /// The same with a raw confidence for every guess.
@@ -111,7 +143,8 @@ impl Proposal {
         let drawn_from = kept.iter().map(|&node| drawn_from[node].take()).collect();
         let own =
             |confidence: Vec<f32>| kept[1..].iter().filter_map(|&node| confidence.get(node - 1).copied()).collect();
-        Self { tree, scores, drawn_from, confidence: self.confidence.map(own) }
+        let entropies = self.entropies.map(|entropies| kept.iter().map(|&node| entropies[node]).collect());
+        Self { tree, scores, drawn_from, confidence: self.confidence.map(own), entropies }
     }
 }
 
@@ -124,6 +157,8 @@ pub struct Verdict {
     pub tokens: Vec<u32>,
     /// Where each comes from.
     pub sources: Vec<Source>,
+    /// Places of tokens that a lossy gate kept though the target chose others.
+    pub unverified: Vec<usize>,
 }
 
 /// The target's rows over a tree.
@@ -159,6 +194,22 @@ pub fn verify(
             verdict.end_at(limits);
             Ok(verdict)
         }
+        Policy::Rank { k, seed } => {
+            let mut rule = |row: &[f64], child: usize| is_likely(row, tree.tokens()[child], k);
+            gated(tree, limits, (greedy, seed.wrapping_add(key), committed), rows, &mut rule)
+        }
+        Policy::Entropy { most, seed } => {
+            if proposal.entropies.is_none() && tree.len() > 1 {
+                return Err(Error::Usage(
+                    "--policy entropy: this draft does not say how sure it is; drafts with a tree of `depth`, `top-k` and \
+                     `nodes` do (EAGLE-3, P-EAGLE, block drafters, a model of its own)"
+                        .to_owned(),
+                ));
+            }
+            let sure: Vec<usize> = proposal.sure(most).collect();
+            let mut rule = |_: &[f64], child: usize| sure.contains(&child);
+            gated(tree, limits, (greedy, seed.wrapping_add(key), committed), rows, &mut rule)
+        }
         _ if greedy => walk(tree, limits, &mut |path| rows.greedy(path)),
         Policy::Keyed { seed } => walk(tree, limits, &mut |path| {
             let position = committed + path.len() - 1;
@@ -184,7 +235,7 @@ pub fn keyed_choice(seed: u64, position: usize, row: &[f64]) -> u32 {
 
 /// Lets `choose` choose behind each node and follows the child that guessed it.
 pub fn walk(tree: &TokenTree, limits: Limits<'_>, choose: &mut dyn FnMut(&[usize]) -> Result<u32>) -> Result<Verdict> {
-    let mut verdict = Verdict { path: vec![0], tokens: Vec::new(), sources: Vec::new() };
+    let mut verdict = Verdict { path: vec![0], tokens: Vec::new(), sources: Vec::new(), unverified: Vec::new() };
     loop {
         let node = verdict.path[verdict.path.len() - 1];
         let chosen_from = verdict.path.as_slice();
@@ -217,6 +268,49 @@ impl Verdict {
         self.path.truncate(keep);
         self.tokens.truncate(keep);
         self.sources.truncate(keep);
+        self.unverified.retain(|&place| place < keep);
+    }
+}
+
+/// Whether a token is among the `k` likeliest of a row.
+fn is_likely(row: &[f64], token: u32, k: usize) -> bool {
+    let own = row.get(token as usize).copied().unwrap_or(f64::NEG_INFINITY);
+    own > f64::NEG_INFINITY && row.iter().filter(|&&other| other > own).count() < k
+}
+
+/// The target's own choice behind each node where somebody guessed it, else the first guess that `keeps` lets pass.
+fn gated(
+    tree: &TokenTree,
+    limits: Limits<'_>,
+    (greedy, seed, committed): (bool, u64, usize),
+    rows: &mut dyn Rows,
+    keeps: &mut dyn FnMut(&[f64], usize) -> bool,
+) -> Result<Verdict> {
+    let mut verdict = Verdict { path: vec![0], tokens: Vec::new(), sources: Vec::new(), unverified: Vec::new() };
+    loop {
+        let node = verdict.path[verdict.path.len() - 1];
+        let row = rows.row(&verdict.path)?;
+        let position = committed + verdict.path.len() - 1;
+        let own = if greedy { argmax(&row) as u32 } else { keyed_choice(seed, position, &row) };
+        let children: Vec<usize> = tree.topology().children(node).collect();
+        let chosen = tree.child(node, own);
+        let kept = if chosen.is_none() { children.iter().copied().find(|&child| keeps(&row, child)) } else { None };
+        if kept.is_some() {
+            verdict.unverified.push(verdict.tokens.len());
+        }
+        let token = kept.map_or(own, |child| tree.tokens()[child]);
+        let child = chosen.or(kept);
+        verdict.tokens.push(token);
+        verdict.sources.push(match (child, !children.is_empty()) {
+            (Some(_), _) => Source::Accepted,
+            (None, true) => Source::Correction,
+            (None, false) => Source::Bonus,
+        });
+        let ended = verdict.tokens.len() >= limits.tokens || limits.stop.contains(&token);
+        match child {
+            Some(child) if !ended => verdict.path.push(child),
+            _ => return Ok(verdict),
+        }
     }
 }
 
@@ -329,7 +423,7 @@ fn typical(tree: &TokenTree, (epsilon, alpha): (f64, f64), rows: &mut dyn Rows) 
     tokens.push(argmax(&rows.row(&path)?) as u32);
     let guessed = topology.children(best).next().is_some();
     sources.push(if guessed { Source::Correction } else { Source::Bonus });
-    Ok(Verdict { path, tokens, sources })
+    Ok(Verdict { path, tokens, sources, unverified: Vec::new() })
 }
 
 #[cfg(test)]

@@ -242,18 +242,11 @@ mod tests {
     use tch::Kind;
 
     use super::*;
+    use crate::nn::drawn::Drawn;
     use crate::nn::mask::Masks;
     use crate::nn::{AttentionMask, Rope, RopeConfig, RopeScaling};
 
     const OPTIONS: (Kind, Device) = (Kind::Double, Device::Cpu);
-
-    fn linear(out: i64, input: i64) -> Linear {
-        Linear { weight: Tensor::randn([out, input], OPTIONS) * 0.3, bias: Some(Tensor::randn([out], OPTIONS)) }
-    }
-
-    fn norm(width: i64) -> RmsNorm {
-        RmsNorm { weight: Tensor::randn([width], OPTIONS), epsilon: 1e-5 }
-    }
 
     fn stacked(parts: &[&Linear]) -> Linear {
         let weight = Tensor::cat(&parts.iter().map(|part| &part.weight).collect::<Vec<_>>(), 0);
@@ -263,7 +256,12 @@ mod tests {
 
     /// 6 heads in 2 groups of 4 channels, and a width of 10.
     fn layer(joined: bool) -> DecoderLayer {
-        tch::manual_seed(3);
+        let drawn = Drawn::of(3);
+        let linear = |out, input| {
+            let (weight, bias) = (drawn.normal(&[out, input]) * 0.3, drawn.normal(&[out]));
+            Linear { weight, bias: Some(bias) }
+        };
+        let norm = |width| RmsNorm { weight: drawn.normal(&[width]), epsilon: 1e-5 };
         let [query, key, value] = [24, 8, 8].map(|out| linear(out, 12));
         let [gate, up] = [10, 10].map(|out| linear(out, 12));
         let attention = SelfAttention {

@@ -74,6 +74,11 @@ pub struct KvCache {
     pass: Option<Pass>,
 }
 
+/// Lengths of rows that are out of sight; see [`KvCache::hide_behind`].
+#[derive(Debug)]
+#[must_use = "rows that are not shown again are lost"]
+pub struct HiddenRows(Vec<i64>);
+
 /// Capacity grows in steps of this many slots, at least by half.
 const GROWTH: i64 = 64;
 
@@ -287,9 +292,7 @@ impl KvCache {
         let ends = std::mem::replace(&mut self.lengths, lengths);
         let grown = self.lengths.iter().zip(&ends).find(|(keep, end)| keep > end);
         assert!(grown.is_none(), "truncating {ends:?} tokens to {:?} would show slots that hold nothing", self.lengths);
-        let mut layers = self.shelves.iter().flat_map(|shelf| &shelf.layers);
-        let has_states = layers.any(|layer| matches!(layer, Layer::State { .. }));
-        assert!(!has_states || self.lengths == ends, "states of tokens before the last are not kept");
+        assert!(self.can_go_back() || self.lengths == ends, "states of tokens before the last are not kept");
     }
 
     /// Keys and values that one row of one layer holds, `[G, len, D]` each.
@@ -431,6 +434,39 @@ impl KvCache {
             }
             self.clean_from[row] = length;
         }
+    }
+
+    /// This cache, of one row without tokens, with the first tokens that a row of another one of its kind holds. Only where
+    /// [`KvCache::can_go_back`].
+    pub fn with_row_of(mut self, other: &KvCache, row: i64, tokens: i64) -> Self {
+        self.end_pass();
+        self.reserve(tokens);
+        for (mine, theirs) in self.shelves.iter().zip(&other.shelves) {
+            for (mut mine, theirs) in mine.held(0, 1, tokens).into_iter().zip(theirs.held(row, 1, tokens)) {
+                mine.copy_(&theirs);
+            }
+        }
+        (self.lengths, self.clean_from[0]) = (vec![tokens], tokens);
+        self
+    }
+
+    /// Whether rows can be taken back to fewer tokens: not where a layer keeps a state, which is there behind the last alone.
+    pub fn can_go_back(&self) -> bool {
+        let mut layers = self.shelves.iter().flat_map(|shelf| &shelf.layers);
+        !layers.any(|layer| matches!(layer, Layer::State { .. }))
+    }
+
+    /// Hides all rows but the first: passes run over those alone, and the others hold what they hold. They are shown again
+    /// before rows come or go.
+    pub fn hide_behind(&mut self, rows: i64) -> HiddenRows {
+        self.end_pass();
+        HiddenRows(self.lengths.split_off(rows as usize))
+    }
+
+    /// Shows rows again that were hidden.
+    pub fn show(&mut self, hidden: HiddenRows) {
+        self.end_pass();
+        self.lengths.extend(hidden.0);
     }
 
     /// Rows there is room for.

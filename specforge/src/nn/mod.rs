@@ -8,6 +8,8 @@ pub mod activation;
 pub mod attention;
 pub mod conv;
 pub mod decoder_layer;
+#[cfg(test)]
+pub mod drawn;
 pub mod embedding;
 pub mod experts;
 pub mod group_norm;

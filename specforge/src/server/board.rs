@@ -35,6 +35,8 @@ pub struct Numbers {
     pub cache_bytes: u64,
     /// Tokens that it holds.
     pub cache_tokens: u64,
+    /// Bytes that answers have left for prompts that begin with the same tokens.
+    pub prefix_bytes: u64,
     /// Verifications with a guess at depth 1, 2, and so on.
     pub tried: Vec<u64>,
     /// Those in which a guess of that depth was accepted.
@@ -187,7 +189,9 @@ impl Board {
         metric("waiting", "gauge", "Answers in the queue.", &one(self.waiting() as f64));
         metric("queue_limit", "gauge", "Answers that may wait.", &one(self.queue as f64));
         metric("prompt_tokens_total", "counter", "Prompt tokens processed.", &one(numbers.prompt_tokens as f64));
-        let Counts { tokens, drafted, accepted, rounds } = numbers.counts;
+        let Counts { tokens, drafted, accepted, rounds, known } = numbers.counts;
+        let help = "Prompt tokens that earlier answers had left.";
+        metric("known_prompt_tokens_total", "counter", help, &one(known as f64));
         metric("generated_tokens_total", "counter", "Tokens of answers.", &one(tokens as f64));
         metric("drafted_tokens_total", "counter", "Guesses of the draft that were verified.", &one(drafted as f64));
         metric("accepted_tokens_total", "counter", "Guesses that are in answers.", &one(accepted as f64));
@@ -202,6 +206,8 @@ impl Board {
         metric("tokens_per_second", "gauge", "Tokens generated a second of that time, since the start.", &one(speed));
         metric("cache_bytes", "gauge", "Bytes of the target's cache.", &one(numbers.cache_bytes as f64));
         metric("cache_limit_bytes", "gauge", "Bytes that it may take.", &one(self.cache_limit as f64));
+        let help = "Bytes that answers have left for prompts that begin with the same tokens.";
+        metric("prefix_bytes", "gauge", help, &one(numbers.prefix_bytes as f64));
         metric("cache_tokens", "gauge", "Tokens that it holds.", &one(numbers.cache_tokens as f64));
         let by_depth = |counts: &[u64]| -> Vec<_> {
             counts.iter().zip(1..).map(|(count, depth): (_, u32)| (label("depth", &depth), *count as f64)).collect()
@@ -249,7 +255,7 @@ mod tests {
             numbers.accepted_at(1);
             numbers.first_token_after(Duration::from_millis(200));
             numbers.first_token_after(Duration::from_secs(100));
-            numbers.counts = Counts { tokens: 12, drafted: 9, accepted: 5, rounds: 5 };
+            numbers.counts = Counts { tokens: 12, drafted: 9, accepted: 5, rounds: 5, known: 4 };
         }
         let text = board.metrics();
         for line in [

@@ -16,7 +16,7 @@ use super::job::{End, Event, Job, Piece, What};
 use super::memory::{Cost, TREE};
 use super::refusal::Refusal;
 use crate::data::ChatTokenizer;
-use crate::decode::event::{Committed, Listener, Round, Source};
+use crate::decode::event::{Committed, Listener, Round, Source, Started};
 use crate::decode::{Engine, Finish, Left, Request};
 use crate::error::{Error, Result};
 use crate::progress;
@@ -82,6 +82,13 @@ impl Seats<'_> {
 impl Listener for Seats<'_> {
     fn wants_rows(&self) -> bool {
         self.by_tag.values().any(|seat| seat.logprobs.is_some())
+    }
+
+    fn started(&mut self, event: &Started<'_>) -> Result<()> {
+        if let Some(seat) = self.by_tag.get_mut(&event.tag) {
+            seat.answer.counts.known = event.known as u64;
+        }
+        Ok(())
     }
 
     fn round(&mut self, round: &Round<'_>) -> Result<()> {
@@ -316,7 +323,8 @@ impl<'a> Desk<'a> {
         let cache = self.engine.cache();
         let mut numbers = self.seats.board.numbers();
         numbers.running = self.seats.by_tag.len();
-        numbers.prompt_tokens = done.prompt_tokens;
+        (numbers.prompt_tokens, numbers.counts.known) = (done.prompt_tokens, done.known_tokens);
+        numbers.prefix_bytes = self.engine.prefix_bytes();
         (numbers.counts.tokens, numbers.counts.rounds) = (done.new_tokens, done.rounds);
         (numbers.passes, numbers.busy) = (done.passes, done.prefill_time + done.decode_time);
         numbers.cache_bytes = cache.map_or(0, crate::nn::KvCache::bytes);

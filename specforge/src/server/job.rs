@@ -118,6 +118,8 @@ pub struct Counts {
     pub accepted: u64,
     /// Verifications.
     pub rounds: u64,
+    /// Tokens of the prompt that an earlier answer had left.
+    pub known: u64,
 }
 
 impl std::ops::AddAssign for Counts {
@@ -126,5 +128,6 @@ impl std::ops::AddAssign for Counts {
         self.drafted += other.drafted;
         self.accepted += other.accepted;
         self.rounds += other.rounds;
+        self.known += other.known;
     }
 }

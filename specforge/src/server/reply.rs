@@ -161,7 +161,7 @@ impl Reply {
 }
 
 fn usage(prompt_tokens: usize, counts: Counts) -> Value {
-    let Counts { tokens, drafted, accepted, rounds } = counts;
+    let Counts { tokens, drafted, accepted, rounds, known } = counts;
     json!({
         "prompt_tokens": prompt_tokens,
         "completion_tokens": tokens,
@@ -169,6 +169,7 @@ fn usage(prompt_tokens: usize, counts: Counts) -> Value {
         "drafted_tokens": drafted,
         "accepted_tokens": accepted,
         "verifications": rounds,
+        "prompt_tokens_details": {"cached_tokens": known.min(prompt_tokens as u64)},
     })
 }
 

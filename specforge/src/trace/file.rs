@@ -102,6 +102,8 @@ impl Settings {
             Policy::Typical { epsilon, alpha } => {
                 format!("temperature {temperature}, typical acceptance {epsilon}/{alpha} (lossy)")
             }
+            Policy::Rank { k, .. } => format!("temperature {temperature}, rank at most {k} (lossy)"),
+            Policy::Entropy { most, .. } => format!("temperature {temperature}, draft entropy at most {most} (lossy)"),
         };
         if top_k > 0 && temperature > 0.0 {
             label += &format!(", top-k {top_k}");

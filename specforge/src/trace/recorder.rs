@@ -65,7 +65,7 @@ impl Listener for Recorder {
     }
 
     fn started(&mut self, event: &Started<'_>) -> Result<()> {
-        let &Started { tag, key, prompt, limit } = event;
+        let &Started { tag, key, prompt, known: _, limit } = event;
         self.record(&Record::Prompt(Prompt { tag, key, limit, tokens: prompt.to_vec() }))
     }
 

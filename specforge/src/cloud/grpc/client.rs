@@ -1,7 +1,7 @@
 //! An edge's way to a cloud over gRPC.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
@@ -40,6 +40,7 @@ pub struct Place {
 pub struct GrpcLink {
     runtime: Runtime,
     endpoint: Endpoint,
+    start: Instant,
     stream: Option<(mpsc::Sender<wire::EdgeMessage>, Streaming<wire::CloudMessage>)>,
 }
 
@@ -99,7 +100,7 @@ impl GrpcLink {
             .enable_all()
             .build()
             .map_err(|error| Error::Failed(format!("cannot start the network's thread: {error}")))?;
-        Ok(Self { runtime, endpoint, stream: None })
+        Ok(Self { runtime, endpoint, start: Instant::now(), stream: None })
     }
 }
 
@@ -145,6 +146,10 @@ impl Link for GrpcLink {
 
     fn pause(&mut self, time: Duration) {
         std::thread::sleep(time);
+    }
+
+    fn now(&self) -> Duration {
+        self.start.elapsed()
     }
 }
 

@@ -109,7 +109,7 @@ pub struct Choice {
     pub repetition_penalty: f64,
     #[prost(uint64, tag = "5")]
     pub key: u64,
-    #[prost(oneof = "choice::Policy", tags = "6, 7, 8")]
+    #[prost(oneof = "choice::Policy", tags = "6, 7, 8, 9, 10")]
     pub policy: Option<choice::Policy>,
 }
 
@@ -126,6 +126,10 @@ pub mod choice {
         Maximal(super::Maximal),
         #[prost(message, tag = "8")]
         Typical(super::Typical),
+        #[prost(message, tag = "9")]
+        Rank(super::Rank),
+        #[prost(message, tag = "10")]
+        Entropy(super::Entropy),
     }
 }
 
@@ -150,6 +154,24 @@ pub struct Typical {
     pub epsilon: f64,
     #[prost(double, tag = "2")]
     pub alpha: f64,
+}
+
+/// What is among the target's likeliest.
+#[derive(Clone, PartialEq, Message)]
+pub struct Rank {
+    #[prost(uint64, tag = "1")]
+    pub k: u64,
+    #[prost(uint64, tag = "2")]
+    pub seed: u64,
+}
+
+/// What the draft is sure of.
+#[derive(Clone, PartialEq, Message)]
+pub struct Entropy {
+    #[prost(double, tag = "1")]
+    pub most: f64,
+    #[prost(uint64, tag = "2")]
+    pub seed: u64,
 }
 
 /// How hidden states travel.
@@ -244,6 +266,8 @@ pub struct Draft {
     pub parents: Vec<u32>,
     #[prost(uint32, repeated, tag = "6")]
     pub tokens: Vec<u32>,
+    #[prost(uint32, repeated, tag = "7")]
+    pub sure: Vec<u32>,
 }
 
 /// What the target made of a draft.
@@ -265,6 +289,8 @@ pub struct Verdict {
     pub finish: i32,
     #[prost(message, optional, tag = "8")]
     pub features: Option<Features>,
+    #[prost(uint32, repeated, tag = "9")]
+    pub unverified: Vec<u32>,
 }
 
 /// A wish to go on.

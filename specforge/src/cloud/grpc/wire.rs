@@ -90,6 +90,8 @@ fn write_choice(Choice { processors, policy, key }: Choice) -> wire::Choice {
         Policy::Keyed { seed } => wire::choice::Policy::Keyed(wire::Keyed { seed }),
         Policy::Maximal { seed } => wire::choice::Policy::Maximal(wire::Maximal { seed }),
         Policy::Typical { epsilon, alpha } => wire::choice::Policy::Typical(wire::Typical { epsilon, alpha }),
+        Policy::Rank { k, seed } => wire::choice::Policy::Rank(wire::Rank { k: k as u64, seed }),
+        Policy::Entropy { most, seed } => wire::choice::Policy::Entropy(wire::Entropy { most, seed }),
     });
     wire::Choice { temperature, top_k: top_k as u64, top_p, repetition_penalty, key, policy }
 }
@@ -102,6 +104,10 @@ fn read_choice(choice: Option<wire::Choice>) -> Read<Choice> {
         wire::choice::Policy::Keyed(wire::Keyed { seed }) => Policy::Keyed { seed },
         wire::choice::Policy::Maximal(wire::Maximal { seed }) => Policy::Maximal { seed },
         wire::choice::Policy::Typical(wire::Typical { epsilon, alpha }) => Policy::Typical { epsilon, alpha },
+        wire::choice::Policy::Rank(wire::Rank { k, seed }) => {
+            Policy::Rank { k: usize::try_from(k).map_err(|_| format!("`k`: {k} is too large"))?, seed }
+        }
+        wire::choice::Policy::Entropy(wire::Entropy { most, seed }) => Policy::Entropy { most, seed },
     };
     Ok(Choice { processors, policy, key })
 }
@@ -111,14 +117,17 @@ pub(super) fn write_edge(message: EdgeMessage) -> wire::EdgeMessage {
     use wire::edge_message::Message;
     let message = match message {
         EdgeMessage::Open(open) => Message::Open(write_open(*open)),
-        EdgeMessage::Draft(Draft { address, round, base_length, base_digest, nodes }) => Message::Draft(wire::Draft {
-            address: write_address(address),
-            round,
-            base_length,
-            base_digest,
-            parents: nodes.iter().map(|node| node.parent).collect(),
-            tokens: nodes.iter().map(|node| node.token).collect(),
-        }),
+        EdgeMessage::Draft(Draft { address, round, base_length, base_digest, nodes, sure }) => {
+            Message::Draft(wire::Draft {
+                address: write_address(address),
+                round,
+                base_length,
+                base_digest,
+                parents: nodes.iter().map(|node| node.parent).collect(),
+                tokens: nodes.iter().map(|node| node.token).collect(),
+                sure,
+            })
+        }
         EdgeMessage::Resume(Resume { address, edge, committed_length, digest }) => {
             Message::Resume(wire::Resume { address: write_address(address), edge, committed_length, digest })
         }
@@ -142,12 +151,13 @@ pub(super) fn read_edge(message: wire::EdgeMessage) -> Read<EdgeMessage> {
     use wire::edge_message::Message;
     Ok(match there(message.message, "message")? {
         Message::Open(open) => EdgeMessage::Open(Box::new(read_open(open)?)),
-        Message::Draft(wire::Draft { address, round, base_length, base_digest, parents, tokens }) => {
+        Message::Draft(wire::Draft { address, round, base_length, base_digest, parents, tokens, sure }) => {
             if parents.len() != tokens.len() {
                 return Err(format!("a draft has {} parents and {} tokens", parents.len(), tokens.len()));
             }
             let nodes = parents.into_iter().zip(tokens).map(|(parent, token)| Node { parent, token }).collect();
-            EdgeMessage::Draft(Draft { address: read_address(address)?, round, base_length, base_digest, nodes })
+            let address = read_address(address)?;
+            EdgeMessage::Draft(Draft { address, round, base_length, base_digest, nodes, sure })
         }
         Message::Resume(wire::Resume { address, edge, committed_length, digest }) => {
             EdgeMessage::Resume(Resume { address: read_address(address)?, edge, committed_length, digest })
@@ -178,15 +188,15 @@ fn read_open(open: wire::Open) -> Read<Open> {
 }
 
 fn write_verdict(verdict: Verdict) -> wire::Verdict {
-    let Verdict { address, round, base_length, tokens, path, digest, finish, features } = verdict;
-    let (address, finish) = (write_address(address), write_finish(finish));
-    wire::Verdict { address, round, base_length, tokens, path, digest, finish, features: write_features(features) }
+    let Verdict { address, round, base_length, tokens, path, unverified, digest, finish, features } = verdict;
+    let (address, finish, features) = (write_address(address), write_finish(finish), write_features(features));
+    wire::Verdict { address, round, base_length, tokens, path, digest, finish, features, unverified }
 }
 
 fn read_verdict(verdict: wire::Verdict) -> Read<Verdict> {
-    let wire::Verdict { address, round, base_length, tokens, path, digest, finish, features } = verdict;
-    let (address, finish) = (read_address(address)?, read_finish(finish)?);
-    Ok(Verdict { address, round, base_length, tokens, path, digest, finish, features: read_features(features)? })
+    let wire::Verdict { address, round, base_length, tokens, path, digest, finish, features, unverified } = verdict;
+    let (address, finish, features) = (read_address(address)?, read_finish(finish)?, read_features(features)?);
+    Ok(Verdict { address, round, base_length, tokens, path, unverified, digest, finish, features })
 }
 
 /// Every code with its number.
@@ -304,6 +314,7 @@ mod tests {
             base_length: 9,
             tokens: vec![5, 0],
             path: vec![0, 2],
+            unverified: vec![1],
             digest: u64::MAX,
             finish,
             features: features(),
@@ -313,8 +324,13 @@ mod tests {
     #[test]
     fn every_message_survives_the_way() {
         let processors = Processors { temperature: 0.7, top_k: 5, top_p: 0.9, repetition_penalty: 1.1 };
-        let policies =
-            [Policy::Keyed { seed: 1 }, Policy::Maximal { seed: 2 }, Policy::Typical { epsilon: 0.1, alpha: 0.3 }];
+        let policies = [
+            Policy::Keyed { seed: 1 },
+            Policy::Maximal { seed: 2 },
+            Policy::Typical { epsilon: 0.1, alpha: 0.3 },
+            Policy::Rank { k: 4, seed: 5 },
+            Policy::Entropy { most: 0.5, seed: 6 },
+        ];
         let open = |policy| Open {
             version: 1,
             attempt: 2,
@@ -328,7 +344,7 @@ mod tests {
             features: Some(Wanted { layers: vec![0, 4], encoding: Encoding::Bfloat16 }),
         };
         let nodes = vec![Node { parent: 0, token: 9 }, Node { parent: 1, token: 0 }];
-        let draft = Draft { address: address(), round: 7, base_length: 4, base_digest: 5, nodes };
+        let draft = Draft { address: address(), round: 7, base_length: 4, base_digest: 5, nodes, sure: vec![2] };
         let resume = Resume { address: address(), edge: 1, committed_length: 2, digest: 3 };
         let mut edges = vec![
             EdgeMessage::Draft(draft),

@@ -26,11 +26,11 @@ fn fresh(model: &dyn TargetModel, tokens: &[u32]) -> KvCache {
     cache
 }
 
-/// The first tokens of a cache are those of a fresh prefill.
-fn assert_holds(cache: &KvCache, model: &dyn TargetModel, tokens: &[u32]) {
+/// The first tokens of a cache's row are those of a fresh prefill.
+fn assert_holds((cache, row): (&KvCache, usize), model: &dyn TargetModel, tokens: &[u32]) {
     let want = fresh(model, tokens);
     for layer in 0..cache.layers() {
-        for (got, want) in cache.contents(layer, 0).iter().zip(want.contents(layer, 0)) {
+        for (got, want) in cache.contents(layer, row).iter().zip(want.contents(layer, 0)) {
             let held = got.narrow(1, 0, tokens.len() as i64);
             assert!((held - want).abs().max().double_value(&[]) < 1e-12, "layer {layer}, {} tokens", tokens.len());
         }
@@ -54,14 +54,14 @@ impl Drafter for Looked {
         assert!(known < rows[0].tokens.len() as i64);
         if known > 0 {
             let inner = self.inner.borrow();
-            assert_holds(inner.cache().unwrap(), &self.model, &rows[0].tokens[..known as usize]);
+            assert_holds((inner.cache().unwrap(), 0), &self.model, &rows[0].tokens[..known as usize]);
         }
         *self.looks.borrow_mut() += 1;
         let proposals = self.inner.borrow_mut().propose(rows)?;
         let inner = self.inner.borrow();
         // Everything but the next root, and whatever was guessed behind it.
         assert_eq!(inner.cache_lengths()[0], rows[0].tokens.len() as i64 - 1);
-        assert_holds(inner.cache().unwrap(), &self.model, rows[0].tokens);
+        assert_holds((inner.cache().unwrap(), 0), &self.model, rows[0].tokens);
         Ok(proposals)
     }
 
@@ -94,8 +94,9 @@ impl Watching<'_, '_> {
         for session in cloud.sessions.values() {
             let tokens = session.sequence.tokens();
             let held = &tokens[..tokens.len() - 1];
-            assert_eq!(session.sequence.cache().lengths(), [held.len() as i64]);
-            assert_holds(session.sequence.cache(), self.network.target, held);
+            let (cache, row) = cloud.rows.row(&session.sequence).unwrap();
+            assert_eq!(cache.lengths()[row], held.len() as i64);
+            assert_holds((cache, row), self.network.target, held);
             self.looks += 1;
         }
     }
@@ -119,6 +120,10 @@ impl Link for Watching<'_, '_> {
 
     fn pause(&mut self, time: Duration) {
         self.network.pause(time);
+    }
+
+    fn now(&self) -> Duration {
+        self.network.now
     }
 }
 

@@ -62,6 +62,7 @@ fn draft(edge: &Edge<'_>, round: u64, nodes: &[(u32, u32)]) -> Draft {
         round,
         base_length: base.len() as u64,
         base_digest: Digest::of(base).bits(),
+        sure: Vec::new(),
         nodes: nodes.iter().map(|&(parent, token)| Node { parent, token }).collect(),
     }
 }
@@ -267,6 +268,10 @@ impl Link for CutAt<'_, '_> {
 
     fn pause(&mut self, time: Duration) {
         self.network.pause(time);
+    }
+
+    fn now(&self) -> Duration {
+        self.network.now
     }
 }
 

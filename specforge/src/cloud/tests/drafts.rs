@@ -116,3 +116,37 @@ fn what_is_guessed_ahead_is_sent_where_the_verdict_allows_it() {
     }
     assert!(promoted > 5 && dropped > 0, "{promoted} promoted, {dropped} dropped");
 }
+
+/// Lossy gates over the network are the gates beside the target: the same text, and the same marks.
+#[test]
+fn gates_travel() {
+    let target = tiny::target(1);
+    let mut unverified = 0;
+    for policy in [Policy::Rank { k: 3, seed: 3 }, Policy::Entropy { most: 4.1, seed: 3 }] {
+        for key in 0..4 {
+            let asked = asked(0.0, key);
+            let choice = Choice { policy, ..asked.choice() };
+            let sampling = DraftSampling::for_policy(policy, 0.0);
+            let make = || Box::new(eagle3(&target, 1, false, DynamicTree::chain(3), sampling)) as Box<dyn Drafter>;
+            let options =
+                EngineOptions { processors: choice.processors, policy, stop_tokens: STOP.to_vec(), max_rows: 1 };
+            let mut engine = Engine::new(&target, make(), options).unwrap();
+            let (prompt, max_new_tokens) = (asked.prompt.clone(), asked.max_new_tokens);
+            engine.submit(Request { tag: 0, prompt, max_new_tokens, key }).unwrap();
+            let want = engine.run(&mut Silent).unwrap().remove(0).decoded.unwrap();
+            let mut network = Network::new(&target, settings(), Rates::default(), key);
+            let mut edge = Edge::new(EdgeRequest { choice, ..asked.request(1, false) }, make());
+            drive(&mut edge, &mut network, &waits(), &|| false, &mut |_| Ok(())).unwrap();
+            assert_eq!(edge.answer(), want.tokens, "{policy}, {key}");
+            assert!(!edge.is_lossless());
+            // What is not marked is what the target would have chosen behind the same tokens.
+            for (place, &token) in edge.answer().iter().enumerate() {
+                let before = [&asked.prompt[..], &edge.answer()[..place]].concat();
+                let own = Asked { prompt: before, max_new_tokens: 1, temperature: 0.0, key }.alone(&target).0[0];
+                assert_eq!(own == token, !edge.unverified().contains(&place), "{policy}, token {place}");
+            }
+            unverified += edge.unverified().len();
+        }
+    }
+    assert!(unverified > 5, "{unverified} tokens were kept against the target");
+}

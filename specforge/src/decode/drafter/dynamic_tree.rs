@@ -153,6 +153,8 @@ struct Candidate {
     depth: usize,
     /// Logarithm of the probability along the path; never above the parent's.
     score: f64,
+    /// Of the distribution it is from, where that is asked for.
+    entropy: Option<f64>,
 }
 
 /// One row's tree while it grows.
@@ -218,6 +220,8 @@ struct Level {
     count: usize,
     /// What was drawn from, `[n, V]` probabilities on the draft's device.
     drawn_from: Option<Tensor>,
+    /// Nats, `[n]`, where they are asked for.
+    entropies: Vec<f64>,
 }
 
 impl Level {
@@ -238,7 +242,7 @@ impl Level {
             Ok::<_, Error>(names.noise(domain, &places, logits.device())?.unsqueeze(1)) // [B, 1, DV]
         };
         let (ranked, scored) = match sampling {
-            DraftSampling::Greedy => (logits.shallow_clone(), logits),
+            DraftSampling::Greedy | DraftSampling::Sure => (logits.shallow_clone(), logits),
             DraftSampling::Keyed { temperature, seed } => {
                 let ranked = logits.to_kind(Kind::Double) / temperature + noisy(seed, noise::TEXT)?;
                 (ranked.shallow_clone(), ranked)
@@ -265,11 +269,20 @@ impl Level {
         let count = (top_k as i64).min(names.draft_size());
         let (_, ids) = ranked.topk(count, -1, true, true); // [B, T, k]
         let total = scored.logsumexp([-1i64].as_slice(), true); // [B, T, 1]
-        let scores = scored.gather(-1, &ids, false) - total;
+        let scores = scored.gather(-1, &ids, false) - &total;
         let drawn = matches!(sampling, DraftSampling::Drawn { .. });
         let drawn_from = drawn.then(|| names.spread(&scored.flatten(0, 1))).transpose()?;
+        let entropies = match sampling {
+            DraftSampling::Sure => {
+                let logs = (&scored - &total).to_kind(Kind::Double);
+                // A token of probability zero adds nothing: 0 times minus infinity is NaN.
+                let each = (logs.exp() * &logs).nan_to_num(0.0, None::<f64>, None::<f64>);
+                Vec::try_from(-each.sum_dim_intlist([-1i64].as_slice(), false, Kind::Double).flatten(0, 1))? // [n]
+            }
+            _ => Vec::new(),
+        };
         let (scores, ids) = to_host(&scores, &ids)?;
-        Ok(Self { scores, ids, count: count as usize, drawn_from })
+        Ok(Self { scores, ids, count: count as usize, drawn_from, entropies })
     }
 
     /// Children behind guess `place`: token and score behind it. None has probability zero, and where a draft's logits are
@@ -298,7 +311,9 @@ impl Growth {
         for (place, parent) in expanded.into_iter().enumerate() {
             let above = parent.map_or(0.0, |parent| self.candidates[parent].score);
             let children = level.children(first + place, names);
-            let child = |(token, score): (u32, f64)| Candidate { token, parent, place, depth, score: above + score };
+            let entropy = level.entropies.get(first + place).copied();
+            let child =
+                |(token, score): (u32, f64)| Candidate { token, parent, place, depth, score: above + score, entropy };
             match &level.drawn_from {
                 None => self.candidates.extend(children.map(child).filter(|child| child.score >= least)),
                 Some(probabilities) => {
@@ -352,20 +367,22 @@ impl Growth {
         kept.truncate(nodes);
         kept.sort_unstable();
         let mut tree = TokenTree::root(self.root);
-        let mut scores = vec![0.0];
+        let (mut scores, mut entropies) = (vec![0.0], vec![Some(0.0)]);
         // Node of each candidate.
         let mut node_of: Vec<Option<usize>> = vec![None; self.candidates.len()];
         for &index in &kept {
-            let Candidate { token, parent, score, .. } = self.candidates[index];
+            let Candidate { token, parent, score, entropy, .. } = self.candidates[index];
             let parent = match parent {
                 None => 0,
                 Some(parent) => node_of[parent].expect("no guess is kept without its parent"),
             };
             node_of[index] = Some(tree.push(parent, token));
             scores.push(score);
+            entropies.push(entropy);
         }
         assert_eq!(tree.len(), scores.len(), "siblings guess different tokens");
-        let mut proposal = Proposal::picked(tree, scores);
+        let known: Option<Vec<f64>> = entropies.into_iter().collect();
+        let mut proposal = Proposal::picked(tree, scores).with_entropies(known);
         for (parent, probabilities) in self.drawn_from {
             if let Some(node) = parent.map_or(Some(0), |parent| node_of[parent]) {
                 proposal.drawn_from[node] = Some(probabilities);

@@ -18,6 +18,7 @@ use crate::vocab::VocabMap;
 
 mod arrivals;
 mod blocks;
+mod turns;
 
 const SEED: u64 = 3;
 

@@ -107,14 +107,17 @@ pub enum DraftSampling {
         /// Key of the draws.
         seed: u64,
     },
+    /// The most likely tokens, and how sure the draft is of each; see [`Policy::Entropy`].
+    Sure,
 }
 
 impl DraftSampling {
     /// What suits a policy and a temperature of the target.
     pub fn for_policy(policy: Policy, temperature: f64) -> Self {
         match policy {
+            Policy::Entropy { .. } => Self::Sure,
             _ if temperature == 0.0 => Self::Greedy,
-            Policy::Keyed { seed } => Self::Keyed { temperature, seed },
+            Policy::Keyed { seed } | Policy::Rank { seed, .. } => Self::Keyed { temperature, seed },
             Policy::Maximal { seed } => Self::Drawn { temperature, seed },
             Policy::Typical { .. } => Self::Greedy,
         }

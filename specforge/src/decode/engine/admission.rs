@@ -2,6 +2,7 @@
 
 use tch::Tensor;
 
+use super::prefixes::Given;
 use super::request::Left;
 use super::rows::{Row, Waiting};
 use super::target_rows::TargetRows;
@@ -25,6 +26,12 @@ impl Engine<'_> {
             let mut requests: Vec<Waiting> = self.queue.drain(..free).collect();
             requests.sort_by_key(Waiting::prompt_length);
             while !requests.is_empty() {
+                // What is there of a prompt is not run again; each of these goes alone.
+                if let Some(known) = requests.iter().position(|waiting| self.shared(waiting) > 0) {
+                    let request = requests.remove(known);
+                    self.prefill(vec![request], requests.len(), listener, left)?;
+                    continue;
+                }
                 let group = self.passes.group(requests.iter().map(Waiting::prompt_length));
                 let rest = requests.split_off(group);
                 self.prefill(requests, rest.len(), listener, left)?;
@@ -45,15 +52,18 @@ impl Engine<'_> {
         let context = self.target.info().max_position_embeddings as usize;
         let mut rows: Vec<Row> = requests.into_iter().map(|request| Row::new(request, context)).collect();
         let longest = rows.iter().map(|row| row.tokens.len()).max().unwrap_or(0);
-        let mut cache = self.target.new_cache(rows.len() as i64, longest as i64);
-        let output = self.run_prompts(&rows, &mut cache)?;
+        let empty = self.target.new_cache(rows.len() as i64, longest as i64);
+        let Given { mut cache, features } = self.known(&rows, empty);
+        let known = cache.len() as usize;
+        let output = self.run_prompts(&rows, (known, features), &mut cache)?;
         #[cfg(test)]
         self.seeded_prefill(&rows, &mut cache)?;
         let choices = self.choices(&output, 1, (&rows, None))?;
-        self.done.prompt_tokens += rows.iter().map(|row| row.tokens.len() as u64).sum::<u64>();
+        self.done.prompt_tokens += rows.iter().map(|row| (row.tokens.len() - known) as u64).sum::<u64>();
+        self.done.known_tokens += known as u64;
         let mut joining = Vec::with_capacity(rows.len());
         for (index, row) in rows.iter_mut().enumerate() {
-            listener.started(&Started { tag: row.tag, key: row.key, prompt: &row.tokens, limit: row.limit })?;
+            listener.started(&Started { tag: row.tag, key: row.key, prompt: &row.tokens, known, limit: row.limit })?;
             let chosen = choices[index].as_deref();
             let mut target = TargetRows::new(logits(&output)?, index, &row.tokens, chosen, &row.processors);
             // The first token is the target's own under every policy: there is no guess yet.
@@ -93,14 +103,37 @@ impl Engine<'_> {
         self.join(joined, &joining, (cache, &output.hidden), coming)
     }
 
-    /// The target over prompts, padded to one length, in as many passes as they take. Logits are those behind each
-    /// prompt, `[B, V]`, captured states those of all their tokens, `[B, T, H]` each.
-    fn run_prompts(&self, rows: &[Row], cache: &mut KvCache) -> Result<ForwardOutput> {
+    /// How many of a prompt's tokens need not be run.
+    fn shared(&self, waiting: &Waiting) -> usize {
+        self.prefixes.as_ref().map_or(0, |prefixes| prefixes.shared(&waiting.request.prompt))
+    }
+
+    /// What is there of a prompt that goes alone; of others nothing.
+    fn known(&mut self, rows: &[Row], empty: KvCache) -> Given {
+        match (rows, &mut self.prefixes) {
+            ([row], Some(prefixes)) => prefixes.give(&row.tokens, empty),
+            _ => Given { cache: empty, features: Vec::new() },
+        }
+    }
+
+    /// The target over prompts, padded to one length, in as many passes as they take, but for the `known` first tokens, which
+    /// the cache holds. Logits are those behind each prompt, `[B, V]`, captured states those of all their tokens, `[B, T, H]`
+    /// each.
+    fn run_prompts(
+        &self,
+        rows: &[Row],
+        (known, features): (usize, Vec<Tensor>),
+        cache: &mut KvCache,
+    ) -> Result<ForwardOutput> {
         let lengths: Vec<usize> = rows.iter().map(|row| row.tokens.len()).collect();
         let longest = lengths.iter().copied().max().unwrap_or(0);
         let mut output = ForwardOutput { hidden: Vec::new(), logits: None };
         let mut pieces = Vec::new();
-        for piece in self.passes.pieces(longest) {
+        if known > 0 {
+            pieces.push(features.iter().map(|layer| layer.unsqueeze(0)).collect::<Vec<_>>());
+        }
+        for piece in self.passes.pieces(longest - known) {
+            let piece = known + piece.start..known + piece.end;
             let (width, is_last) = (piece.len(), piece.end == longest);
             let (mut ids, mut positions) = (Vec::new(), Vec::new());
             for row in rows {
@@ -138,7 +171,7 @@ impl Engine<'_> {
     /// Adds prefilled rows behind those that run. `places` are their rows of the cache and of the captured states.
     fn join(
         &mut self,
-        joined: Vec<Row>,
+        mut joined: Vec<Row>,
         places: &[usize],
         (mut cache, hidden): (KvCache, &[Tensor]),
         coming: usize,
@@ -158,6 +191,7 @@ impl Engine<'_> {
             })
             .collect();
         self.drafter.join(&news)?;
+        let features: Vec<Vec<Tensor>> = news.into_iter().map(|new| new.features).collect();
         // Room for all who are known to come, so that they do not move those that run.
         let known = self.rows.len() + joined.len() + coming + self.queue.len();
         let room = known.min(self.options.max_rows.max(1)) as i64;
@@ -167,6 +201,9 @@ impl Engine<'_> {
                 batch.append_rows(cache);
             }
             none => none.insert(cache).reserve_rows(room),
+        }
+        if self.prefixes.is_some() {
+            joined.iter_mut().zip(features).for_each(|(row, features)| row.features.push(features));
         }
         self.rows.extend(joined);
         Ok(())

@@ -114,6 +114,8 @@ impl Clock {
 pub struct Throughput {
     /// Prompt tokens processed, without padding.
     pub prompt_tokens: u64,
+    /// Prompt tokens that an earlier request had left.
+    pub known_tokens: u64,
     /// Tokens generated.
     pub new_tokens: u64,
     /// Verifications, each request's counted: without a draft, tokens behind the first of each.

@@ -49,6 +49,9 @@ impl Engine<'_> {
         if !self.rows.is_empty() {
             let start = Instant::now();
             let features = kept_features(&output.hidden, nodes, &staying, &paths, self.target.device());
+            if self.prefixes.is_some() {
+                self.rows.iter_mut().zip(&features).for_each(|(row, features)| row.features.push(share(features)));
+            }
             let progress: Vec<Progress<'_>> = (self.rows.iter().zip(staying).zip(features))
                 .map(|((row, place), features)| Progress { tokens: &row.tokens, new: new[place], features })
                 .collect();
@@ -177,7 +180,7 @@ impl Engine<'_> {
         listener: &mut dyn Listener,
         left: &mut Vec<Left>,
     ) -> Result<(Vec<usize>, Vec<usize>)> {
-        let (mut gone, mut new) = (vec![false; verdicts.len()], vec![0; verdicts.len()]);
+        let (mut gone, mut new, mut ended) = (vec![false; verdicts.len()], vec![0; verdicts.len()], Vec::new());
         for (index, (row, verdict)) in self.rows.iter_mut().zip(verdicts).enumerate() {
             let verdict = match verdict {
                 Ok(verdict) => verdict,
@@ -196,13 +199,31 @@ impl Engine<'_> {
                 listener.ended(row.tag, Some(finish))?;
                 left.push(row.finish(finish));
                 gone[index] = true;
+                ended.push(index);
             }
         }
+        ended.into_iter().try_for_each(|index| self.keep_prefix(index))?;
         let staying = rows::staying(&gone);
         if staying.len() < gone.len() {
             self.keep_rows(&staying);
         }
         Ok((staying, new))
+    }
+
+    /// Keeps what a row that goes holds, for prompts that begin with it. Of its last round the draft has heard nothing: where it
+    /// reads the target's states, that part is not kept.
+    pub(super) fn keep_prefix(&mut self, index: usize) -> Result<()> {
+        let (Some(prefixes), Some(cache)) = (&mut self.prefixes, &self.cache) else { return Ok(()) };
+        let row = &mut self.rows[index];
+        let pieces = std::mem::take(&mut row.features);
+        let layers = pieces.first().map_or(0, Vec::len);
+        let whole = |layer: usize| Tensor::f_cat(&pieces.iter().map(|piece| &piece[layer]).collect::<Vec<_>>(), 0);
+        let features = (0..layers).map(whole).collect::<Result<Vec<_>, _>>()?; // [T, H] each
+        let held = cache.lengths()[index];
+        let tokens = features.first().map_or(held, |layer| layer.size()[0].min(held));
+        let kept = self.target.new_cache(1, tokens).with_row_of(cache, index as i64, tokens);
+        prefixes.keep(&row.tokens[..tokens as usize], kept, features);
+        Ok(())
     }
 
     /// Keeps the rows named, in that order, here and in both caches.
@@ -298,6 +319,10 @@ fn kept_features(
         kept.iter().map(|layer| layer.narrow(0, first - count, count)).collect()
     });
     rows.collect()
+}
+
+pub(super) fn share(features: &[Tensor]) -> Vec<Tensor> {
+    features.iter().map(Tensor::shallow_clone).collect()
 }
 
 fn outcome(tree: &TokenTree, verdict: &Verdict) -> RoundOutcome {

@@ -1,5 +1,7 @@
 //! The running requests: row `i` of the engine is row `i` of every cache.
 
+use tch::Tensor;
+
 use crate::data::Finish;
 use crate::decode::drafter::last;
 use crate::nn::Processors;
@@ -33,6 +35,8 @@ pub(super) struct Row {
     /// New tokens this request may have, the context's end considered.
     pub(super) limit: usize,
     pub(super) rounds: Vec<RoundOutcome>,
+    /// What the draft was given of this row so far, where it is kept: of each captured layer `[T, H]`, piece by piece.
+    pub(super) features: Vec<Vec<Tensor>>,
 }
 
 impl Row {
@@ -40,7 +44,8 @@ impl Row {
     pub(super) fn new(Waiting { request, processors }: Waiting, context: usize) -> Self {
         let Request { tag, prompt, max_new_tokens, key } = request;
         let (prompt_length, limit) = (prompt.len(), max_new_tokens.min(context - prompt.len()));
-        Self { tag, key, processors, tokens: prompt, prompt_length, limit, rounds: Vec::new() }
+        let (rounds, features) = (Vec::new(), Vec::new());
+        Self { tag, key, processors, tokens: prompt, prompt_length, limit, rounds, features }
     }
 
     pub(super) fn new_tokens(&self) -> usize {

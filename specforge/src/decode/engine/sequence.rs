@@ -1,8 +1,8 @@
-//! One request on the target alone, with a cache of its own, whose guesses come from elsewhere and whenever they come.
+//! Requests on the target alone, whose guesses come from elsewhere and whenever they come.
 //!
-//! The engine's rows go on together; a sequence waits for its trees. What is committed, and what the cache holds of it, is
-//! decided as in the engine: of `n` committed tokens the cache holds the first `n - 1`, and `tokens` is the only place that
-//! knows the last one. A pass that fails leaves the sequence as it was.
+//! The engine's rows go on together; a sequence waits for its trees, and whichever have one are verified in one pass. What is
+//! committed, and what the cache holds of it, is decided as in the engine: of `n` committed tokens the cache holds the first
+//! `n - 1`, and `tokens` is the only place that knows the last one. A pass that fails leaves its sequences as they were.
 
 use tch::{Device, Tensor};
 
@@ -32,8 +32,8 @@ pub struct Sequence {
     limit: usize,
     /// Hidden states that are wanted of every token, by Hugging Face's index.
     capture: Vec<usize>,
-    passes: Passes,
-    cache: KvCache,
+    /// Its row among those of all sequences.
+    name: RowName,
 }
 
 /// What one pass made of a sequence.
@@ -46,51 +46,224 @@ pub struct Step {
     pub features: Vec<Tensor>,
 }
 
-impl Sequence {
+/// Names a sequence's row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct RowName(u64);
+
+/// What the target keeps of all sequences: a row of one cache for each.
+///
+/// Those that are verified together stand in front for their pass, and the others are out of its sight. Who is verified with
+/// the same neighbours time and again is never moved.
+#[derive(Debug, Default)]
+pub struct SequenceRows {
+    /// Whose each row is.
+    names: Vec<RowName>,
+    cache: Option<KvCache>,
+    passes: Passes,
+    /// Sequences that there ever were.
+    named: u64,
+}
+
+/// What has room for more than so many times what it holds gives it back.
+const SPARE: i64 = 4;
+
+impl SequenceRows {
     /// Runs a prompt and chooses the first token behind it. `max_rows` of the options plays no part.
     pub fn start(
+        &mut self,
         target: &dyn TargetModel,
         request: Request,
         options: EngineOptions,
         capture: Vec<usize>,
-    ) -> Result<(Self, Step)> {
+    ) -> Result<(Sequence, Step)> {
         let _guard = tch::no_grad_guard();
         request.check(target)?;
         options.processors.check().map_err(Error::Usage)?;
         let Request { prompt, max_new_tokens, key, .. } = request;
         let context = target.info().max_position_embeddings as usize;
         let (prompt_length, limit) = (prompt.len(), max_new_tokens.min(context.saturating_sub(prompt.len())));
-        let cache = target.new_cache(1, prompt_length as i64);
-        let passes = Passes::default();
-        let mut sequence = Self { options, key, tokens: prompt, prompt_length, limit, capture, passes, cache };
-        let (output, hidden) = sequence.run_prompt(target)?;
-        let tree = TokenTree::root(sequence.last());
-        let verdict = sequence.decide(&tree, &output)?;
+        let (mut cache, name) = (target.new_cache(1, prompt_length as i64), RowName(self.named));
+        let mut sequence = Sequence { options, key, tokens: prompt, prompt_length, limit, capture, name };
+        let (output, hidden) = sequence.run_prompt(target, &self.passes, &mut cache)?;
+        let nothing = Proposal::nothing(sequence.last());
+        let verdict = sequence.decide(&nothing, logits(&output)?, 0)?;
         sequence.tokens.extend(&verdict.tokens);
         let features = hidden.iter().map(|layer| layer.get(0)).collect(); // [P, H] each
+        match &mut self.cache {
+            Some(rows) => rows.append_rows(cache),
+            none => *none = Some(cache),
+        }
+        self.names.push(name);
+        self.named += 1;
         Ok((sequence, Step { verdict, features }))
     }
 
-    /// Verifies a tree behind the last committed token, which is its root. What is deeper than the sequence may still grow
-    /// must not be in it; see [`Sequence::left`].
-    pub fn verify(&mut self, target: &dyn TargetModel, tree: &TokenTree) -> Result<Step> {
+    /// Verifies guesses of each of these sequences behind its last committed token, which is their tree's root, in one pass of
+    /// the target. What is deeper than a sequence may still grow must not be in its tree; see [`Sequence::left`]. What does
+    /// not fit is refused, and the others run without it.
+    pub fn verify(&mut self, target: &dyn TargetModel, wanted: &mut [(&mut Sequence, Proposal)]) -> Vec<Result<Step>> {
         let _guard = tch::no_grad_guard();
-        self.fits(target, tree)?;
-        let lengths = self.cache.lengths().to_vec();
-        let proposal = [Proposal::picked(tree.clone(), Vec::new())];
-        let (ids, positions) = trees::inputs(&proposal, tree.len(), &lengths);
-        let mask = trees::mask(&proposal, tree.len(), &lengths, target.device());
-        let output = self.forward(target, (&ids, &positions), &mask, LogitRows::All)?;
-        let verdict = self.decide(tree, &output)?;
-        // From here on nothing fails: the cache keeps the path, and the list of tokens says what it is.
-        let path: Vec<i64> = verdict.path.iter().map(|&node| node as i64).collect();
-        let index = device::send(&Tensor::from_slice(&path), target.device());
-        let features = output.hidden.iter().map(|layer| layer.get(0).index_select(0, &index)).collect(); // [new, H]
-        self.cache.keep(&[path]);
-        self.tokens.extend(&verdict.tokens);
-        Ok(Step { verdict, features })
+        let mut steps: Vec<Option<Result<Step>>> = Vec::new();
+        let mut fitting: Vec<&mut (&mut Sequence, Proposal)> = Vec::new();
+        for pair in wanted {
+            match pair.0.fits(target, &pair.1.tree) {
+                Ok(()) => {
+                    steps.push(None);
+                    fitting.push(pair);
+                }
+                Err(problem) => steps.push(Some(Err(problem))),
+            }
+        }
+        let made = self.pass(target, &mut fitting).unwrap_or_else(|error| {
+            let problem = error.to_string();
+            fitting.iter().map(|_| Err(Error::Failed(problem.clone()))).collect()
+        });
+        let mut made = made.into_iter();
+        steps.into_iter().map(|step| step.or_else(|| made.next()).unwrap_or_else(|| Err(nothing_came()))).collect()
     }
 
+    /// One pass over trees that fit.
+    fn pass(
+        &mut self,
+        target: &dyn TargetModel,
+        wanted: &mut [&mut (&mut Sequence, Proposal)],
+    ) -> Result<Vec<Result<Step>>> {
+        if wanted.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.bring_forward(&wanted.iter().map(|pair| pair.0.name).collect::<Vec<_>>())?;
+        // Row by row, as they stand now.
+        let place = |name: RowName| self.names.iter().position(|own| *own == name);
+        let mut order: Vec<usize> = (0..wanted.len()).collect();
+        order.sort_by_key(|&index| place(wanted[index].0.name));
+        let Some(cache) = &mut self.cache else { return Err(nothing_came()) };
+        let hidden_rows = cache.hide_behind(wanted.len() as i64);
+        let outcome = run(target, cache, wanted, &order);
+        if outcome.is_err() {
+            let lengths = cache.lengths().to_vec();
+            cache.truncate(&lengths);
+        }
+        cache.show(hidden_rows);
+        outcome
+    }
+
+    /// Moves the rows named to the front, if they are not there.
+    fn bring_forward(&mut self, names: &[RowName]) -> Result<()> {
+        let (mut order, mut behind): (Vec<usize>, usize) = ((0..self.names.len()).collect(), names.len());
+        let is_wanted = |row: usize| names.contains(&self.names[row]);
+        if names.iter().any(|name| !self.names.contains(name)) {
+            return Err(Error::Failed("a sequence that was let go of cannot be verified".to_owned()));
+        }
+        for front in 0..names.len() {
+            if is_wanted(front) {
+                continue;
+            }
+            while !is_wanted(behind) {
+                behind += 1;
+            }
+            order.swap(front, behind);
+            behind += 1;
+        }
+        self.arrange(&order);
+        Ok(())
+    }
+
+    /// Keeps the rows named, in that order.
+    fn arrange(&mut self, order: &[usize]) {
+        self.names = order.iter().map(|&row| self.names[row]).collect();
+        match &mut self.cache {
+            Some(cache) if !order.is_empty() => {
+                cache.select_rows(&order.iter().map(|&row| row as i64).collect::<Vec<_>>());
+                if cache.capacity() > SPARE * cache.len().max(1) || cache.room() > SPARE * cache.rows() {
+                    cache.shrink();
+                }
+            }
+            cache => *cache = None,
+        }
+    }
+
+    /// Lets go of a sequence's row.
+    pub fn remove(&mut self, sequence: &Sequence) {
+        let gone: Vec<bool> = self.names.iter().map(|name| *name == sequence.name).collect();
+        if gone.contains(&true) {
+            self.arrange(&super::rows::staying(&gone));
+        }
+    }
+
+    /// The cache of all rows, and which of them is a sequence's.
+    pub fn row(&self, sequence: &Sequence) -> Option<(&KvCache, usize)> {
+        self.cache.as_ref().zip(self.names.iter().position(|name| *name == sequence.name))
+    }
+
+    /// Bytes of the cache.
+    pub fn bytes(&self) -> u64 {
+        self.cache.as_ref().map_or(0, KvCache::bytes)
+    }
+}
+
+fn nothing_came() -> Error {
+    Error::Failed("nothing came of a pass of the target".to_owned())
+}
+
+/// One pass over trees whose rows are all that the cache shows; `order` says whose tree each row's is.
+fn run(
+    target: &dyn TargetModel,
+    cache: &mut KvCache,
+    wanted: &mut [&mut (&mut Sequence, Proposal)],
+    order: &[usize],
+) -> Result<Vec<Result<Step>>> {
+    let lengths = cache.lengths().to_vec();
+    let proposals: Vec<Proposal> = order.iter().map(|&index| wanted[index].1.clone()).collect();
+    let nodes = proposals.iter().map(|proposal| proposal.tree.len()).max().unwrap_or(1);
+    let (ids, positions) = trees::inputs(&proposals, nodes, &lengths);
+    let mask = trees::mask(&proposals, nodes, &lengths, target.device());
+    let mut capture: Vec<usize> = wanted.iter().flat_map(|pair| pair.0.capture.iter().copied()).collect();
+    capture.sort_unstable();
+    capture.dedup();
+    let output = forward(target, cache, (&ids, &positions), (&mask, &capture), LogitRows::All)?;
+    let logits = logits(&output)?; // [B * T, V]
+    let mut steps: Vec<Option<Result<Step>>> = wanted.iter().map(|_| None).collect();
+    let mut paths = vec![Vec::new(); order.len()];
+    for (row, &index) in order.iter().enumerate() {
+        let (sequence, proposal) = &mut *wanted[index];
+        let step = sequence.decide(proposal, logits, row * nodes).map(|verdict| {
+            let path: Vec<i64> = verdict.path.iter().map(|&node| node as i64).collect();
+            let kept = device::send(&Tensor::from_slice(&path), target.device());
+            let own = sequence.capture.iter().filter_map(|layer| capture.binary_search(layer).ok());
+            let features = own.map(|layer| output.hidden[layer].get(row as i64).index_select(0, &kept)); // [new, H]
+            let step = Step { features: features.collect(), verdict };
+            paths[row] = path;
+            step
+        });
+        steps[index] = Some(step);
+    }
+    // From here on nothing fails: the cache keeps the paths, and the lists of tokens say what they are.
+    cache.keep(&paths);
+    let steps: Vec<Result<Step>> = steps.into_iter().map(|step| step.unwrap_or_else(|| Err(nothing_came()))).collect();
+    for (pair, step) in wanted.iter_mut().zip(&steps) {
+        if let Ok(step) = step {
+            pair.0.tokens.extend(&step.verdict.tokens);
+        }
+    }
+    Ok(steps)
+}
+
+/// One pass over ids and positions of all rows that the cache shows; the caller moves its lengths.
+fn forward(
+    target: &dyn TargetModel,
+    cache: &mut KvCache,
+    (ids, positions): (&[i64], &[i64]),
+    (mask, capture): (&AttentionMask, &[usize]),
+    logits: LogitRows<'_>,
+) -> Result<ForwardOutput> {
+    // One copy to the device for both.
+    let both = Tensor::from_slice(&[ids, positions].concat()).view([2, cache.rows(), -1]);
+    let both = device::send(&both, target.device()); // [2, B, T]
+    let input = ForwardInput { ids: &both.get(0), positions: &both.get(1), mask, capture, logits };
+    target.forward(&input, Some(cache))
+}
+
+impl Sequence {
     fn fits(&self, target: &dyn TargetModel, tree: &TokenTree) -> Result<()> {
         let (deepest, left) = (tree.topology().depth(), self.left());
         if self.finish().is_some() {
@@ -114,16 +287,22 @@ impl Sequence {
 
     /// The target over the prompt, in as many passes as it takes: logits behind its end, `[1, V]`, and the captured states
     /// of all its tokens, `[1, P, H]` each.
-    fn run_prompt(&mut self, target: &dyn TargetModel) -> Result<(ForwardOutput, Vec<Tensor>)> {
+    fn run_prompt(
+        &self,
+        target: &dyn TargetModel,
+        passes: &Passes,
+        cache: &mut KvCache,
+    ) -> Result<(ForwardOutput, Vec<Tensor>)> {
         let (length, mut pieces) = (self.tokens.len(), Vec::new());
         let mut output = ForwardOutput { hidden: Vec::new(), logits: None };
-        for piece in self.passes.pieces(length) {
+        let seen = (&AttentionMask::Causal, self.capture.as_slice());
+        for piece in passes.pieces(length) {
             let ids: Vec<i64> = self.tokens[piece.clone()].iter().map(|&id| i64::from(id)).collect();
             let positions: Vec<i64> = piece.clone().map(|place| place as i64).collect();
             let end = device::upload(&[piece.len() as i64 - 1], target.device())?; // [1]
             let wanted = if piece.end == length { LogitRows::Rows(&end) } else { LogitRows::None };
-            output = self.forward(target, (&ids, &positions), &AttentionMask::Causal, wanted)?;
-            self.cache.advance(&[piece.len() as i64]);
+            output = forward(target, cache, (&ids, &positions), seen, wanted)?;
+            cache.advance(&[piece.len() as i64]);
             pieces.push(std::mem::take(&mut output.hidden));
         }
         let whole = |layer: usize| Tensor::f_cat(&pieces.iter().map(|piece| &piece[layer]).collect::<Vec<_>>(), 1);
@@ -131,34 +310,20 @@ impl Sequence {
         Ok((output, hidden))
     }
 
-    fn forward(
-        &mut self,
-        target: &dyn TargetModel,
-        (ids, positions): (&[i64], &[i64]),
-        mask: &AttentionMask,
-        logits: LogitRows<'_>,
-    ) -> Result<ForwardOutput> {
-        // One copy to the device for both.
-        let both = Tensor::from_slice(&[ids, positions].concat()).view([2, 1, -1]);
-        let both = device::send(&both, target.device()); // [2, 1, T]
-        let input = ForwardInput { ids: &both.get(0), positions: &both.get(1), mask, capture: &self.capture, logits };
-        target.forward(&input, Some(&mut self.cache))
-    }
-
-    /// What the target makes of a tree, whose rows of logits are those of a pass.
-    fn decide(&self, tree: &TokenTree, output: &ForwardOutput) -> Result<Verdict> {
+    /// What the target makes of a tree, whose rows of logits are those of a pass from `first` on.
+    fn decide(&self, proposal: &Proposal, logits: &Tensor, first: usize) -> Result<Verdict> {
         let EngineOptions { processors, policy, stop_tokens, .. } = &self.options;
-        let logits = logits(output)?;
+        let tree = &proposal.tree;
         let limits = Limits { tokens: self.left(), stop: stop_tokens };
-        let chosen = self.chosen_at_once(tree, logits)?;
-        let mut rows = TargetRows::new(logits, 0, &self.tokens, chosen.as_deref(), processors);
+        let own = logits.narrow(0, first as i64, tree.len() as i64);
+        let chosen = self.chosen_at_once(tree, &own)?;
+        let mut rows = TargetRows::new(&own, 0, &self.tokens, chosen.as_deref(), processors);
         rows.tree = Some(tree);
         match rows.chosen_at_once() {
             true => policy::walk(tree, limits, &mut |path| rows.chosen(path)),
             false => {
-                let proposal = Proposal::picked(tree.clone(), Vec::new());
                 let place = (self.tokens.len(), self.key);
-                policy::verify(*policy, processors.is_greedy(), &proposal, place, limits, &mut rows)
+                policy::verify(*policy, processors.is_greedy(), proposal, place, limits, &mut rows)
             }
         }
     }
@@ -167,7 +332,7 @@ impl Sequence {
     fn chosen_at_once(&self, tree: &TokenTree, logits: &Tensor) -> Result<Option<Vec<i64>>> {
         let EngineOptions { processors, policy, .. } = &self.options;
         match policy {
-            Policy::Typical { .. } => Ok(None),
+            Policy::Typical { .. } | Policy::Rank { .. } | Policy::Entropy { .. } => Ok(None),
             _ if processors.leaves_the_greedy_choice() => {
                 let keys = vec![(0, 0); tree.len()];
                 Ok(Some(Sampling::greedy().choose(logits, &keys, |_| Vec::new())))
@@ -221,11 +386,6 @@ impl Sequence {
     pub fn is_lossless(&self) -> bool {
         self.options.policy.is_lossless()
     }
-
-    /// The cache: one row.
-    pub fn cache(&self) -> &KvCache {
-        &self.cache
-    }
 }
 
 #[cfg(test)]
@@ -239,6 +399,10 @@ mod tests {
     use crate::nn::noise::keyed_stream;
 
     const PROMPT: [u32; 5] = [3, 60, 12, 9, 1];
+
+    fn guessed(tree: TokenTree) -> Proposal {
+        Proposal::picked(tree, Vec::new())
+    }
 
     fn options(temperature: f64) -> EngineOptions {
         let processors = Processors::at_temperature(temperature);
@@ -262,8 +426,8 @@ mod tests {
             for tag in 0..6 {
                 let want = alone(&target, options(temperature), request(tag));
                 let mut next = keyed_stream(tag, 7);
-                let (mut sequence, step) =
-                    Sequence::start(&target, request(tag), options(temperature), vec![1]).unwrap();
+                let mut rows = SequenceRows::default();
+                let (mut sequence, step) = rows.start(&target, request(tag), options(temperature), vec![1]).unwrap();
                 assert_eq!(step.features[0].size(), [PROMPT.len() as i64, 32]);
                 while sequence.finish().is_none() {
                     // Right guesses and wrong ones, in a tree.
@@ -274,9 +438,9 @@ mod tests {
                         tree.push(node, (next() % 64) as u32);
                         node = tree.push(node, want.tokens.get(done + depth).copied().unwrap_or(0));
                     }
-                    let step = sequence.verify(&target, &tree).unwrap();
+                    let step = rows.verify(&target, &mut [(&mut sequence, guessed(tree))]).remove(0).unwrap();
                     assert_eq!(step.features[0].size()[0] as usize, step.verdict.tokens.len());
-                    assert_eq!(sequence.cache().lengths(), [sequence.tokens().len() as i64 - 1]);
+                    assert_eq!(rows.row(&sequence).unwrap().0.lengths(), [sequence.tokens().len() as i64 - 1]);
                 }
                 assert_eq!(sequence.tokens()[PROMPT.len()..], want.tokens);
                 assert_eq!(sequence.finish(), Some(want.finish));
@@ -284,11 +448,70 @@ mod tests {
         }
     }
 
+    /// Sequences of unlike prompts, lengths, sampling and layers, some of them let go of in the middle; whichever have a tree
+    /// in a round are verified together.
+    #[test]
+    fn whoever_is_verified_together_gets_what_each_gets_alone() {
+        let target = tiny::target(1);
+        let asked = |tag: u64| Request { prompt: PROMPT[..1 + tag as usize % 5].to_vec(), ..request(tag) };
+        let own = |tag: u64| options((tag % 2) as f64);
+        let mut next = keyed_stream(5, 9);
+        let (mut rows, mut running) = (SequenceRows::default(), Vec::new());
+        let (mut together, mut ended) = (0, 0);
+        for tag in 0..40 {
+            let layers: Vec<usize> = [vec![], vec![1], vec![2, 1]][tag as usize % 3].clone();
+            let (sequence, step) = rows.start(&target, asked(tag), own(tag), layers.clone()).unwrap();
+            assert_eq!(step.features.len(), layers.len());
+            running.push((sequence, alone(&target, own(tag), asked(tag)), layers));
+            for _ in 0..next() % 4 {
+                let mut wanted: Vec<(&mut Sequence, Proposal)> = Vec::new();
+                let mut sizes = Vec::new();
+                for (sequence, want, layers) in &mut running {
+                    if next() % 3 == 0 || sequence.finish().is_some() {
+                        continue;
+                    }
+                    let done = sequence.tokens().len() - sequence.prompt_length();
+                    let depth = (next() % 5).min(sequence.left() as u64 - 1) as usize;
+                    let mut guesses = want.tokens[done..(done + depth).min(want.tokens.len())].to_vec();
+                    if next() % 3 == 0 {
+                        guesses.iter_mut().skip(1).for_each(|guess| *guess = (*guess + 1) % 64);
+                    }
+                    let tree = TokenTree::chain(sequence.last(), &guesses);
+                    sizes.push(layers.len());
+                    wanted.push((sequence, guessed(tree)));
+                }
+                together = together.max(wanted.len());
+                for (step, size) in rows.verify(&target, &mut wanted).into_iter().zip(sizes) {
+                    let step = step.unwrap();
+                    assert_eq!(step.features.len(), size);
+                    let count = step.verdict.tokens.len() as i64;
+                    assert!(step.features.iter().all(|layer| layer.size() == [count, 32]));
+                }
+                let is_over = |sequence: &Sequence| sequence.finish().is_some();
+                for (sequence, want, _) in &running {
+                    let (cache, row) = rows.row(sequence).unwrap();
+                    assert_eq!(cache.lengths()[row], sequence.tokens().len() as i64 - 1);
+                    let got = &sequence.tokens()[sequence.prompt_length()..];
+                    assert_eq!(got, &want.tokens[..got.len()], "a sequence of {} tokens", want.tokens.len());
+                    if is_over(sequence) || next() % 9 == 0 {
+                        ended += usize::from(is_over(sequence));
+                        rows.remove(sequence);
+                    }
+                }
+                running.retain(|(sequence, ..)| rows.row(sequence).is_some());
+            }
+        }
+        assert!(together > 4 && ended > 8, "{together} together, {ended} to their end");
+        running.iter().for_each(|(sequence, ..)| rows.remove(sequence));
+        assert_eq!(rows.bytes(), 0);
+    }
+
     #[test]
     fn what_does_not_fit_is_refused_and_changes_nothing() {
         let target = tiny::target(1);
         let endless = EngineOptions { stop_tokens: Vec::new(), ..options(0.0) };
-        let (mut sequence, _) = Sequence::start(&target, request(0), endless, Vec::new()).unwrap();
+        let mut rows = SequenceRows::default();
+        let (mut sequence, _) = rows.start(&target, request(0), endless, Vec::new()).unwrap();
         let before = sequence.tokens().to_vec();
         let root = sequence.last();
         for (tree, problem) in [
@@ -296,9 +519,10 @@ mod tests {
             (TokenTree::chain(root, &[64]), "vocabulary has 64"),
             (TokenTree::chain(root, &[1; 19]), "19 deep"),
         ] {
-            let error = sequence.verify(&target, &tree).unwrap_err().to_string();
+            let error = rows.verify(&target, &mut [(&mut sequence, guessed(tree))]).remove(0).unwrap_err().to_string();
             assert!(error.contains(problem), "{error}");
-            assert_eq!((sequence.tokens(), sequence.cache().lengths()[0]), (&before[..], before.len() as i64 - 1));
+            let held = rows.row(&sequence).unwrap().0.lengths()[0];
+            assert_eq!((sequence.tokens(), held), (&before[..], before.len() as i64 - 1));
         }
     }
 }

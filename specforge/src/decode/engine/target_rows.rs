@@ -16,7 +16,7 @@ use crate::tree::TokenTree;
 pub(super) fn at_once(policy: Policy, processors: Processors, nodes: usize) -> Option<Sampling> {
     let chosen_with = |seed| Some(Sampling { processors, seed });
     match policy {
-        Policy::Typical { .. } => None,
+        Policy::Typical { .. } | Policy::Rank { .. } | Policy::Entropy { .. } => None,
         _ if processors.leaves_the_greedy_choice() => chosen_with(0),
         _ if nodes > 1 => None,
         _ if processors.is_greedy() => chosen_with(0),
@@ -49,7 +49,7 @@ pub(super) fn sampled<'a>(
             };
             Tensor::f_cat(&nodes.chunks(piece).enumerate().map(couple).collect::<Result<Vec<_>>>()?, 0)?
         }
-        Policy::Typical { .. } => return Ok(None),
+        Policy::Typical { .. } | Policy::Rank { .. } | Policy::Entropy { .. } => return Ok(None),
     };
     Ok(Some(Vec::try_from(chosen)?))
 }

@@ -273,3 +273,56 @@ fn many_nodes_are_coupled_as_each_alone() {
     let broken = Tensor::full([1, SIZE as i64], f64::NAN, (Kind::Double, Device::Cpu));
     assert_eq!(many_rows::couple(&broken, &nodes[..1]).unwrap().int64_value(&[0]), -1);
 }
+
+/// The tree above with rows that choose 1, then neither guess behind it.
+fn gate(policy: Policy, entropies: [f64; 5]) -> Verdict {
+    // Behind token 1: 1 itself is likeliest, then 2, then 0.
+    let rows = [one_hot(1), vec![1.0, 3.0, 2.0], one_hot(0), one_hot(0), one_hot(0)];
+    let proposal = Proposal::picked(tree(), vec![0.0; 5]).with_entropies(Some(entropies.to_vec()));
+    verify(policy, true, &proposal, (10, 0), EVERYTHING, &mut Written(rows.to_vec())).unwrap()
+}
+
+#[test]
+fn gates_keep_what_the_target_would_not_choose_and_say_so() {
+    const UNSURE: [f64; 5] = [9.0; 5];
+    let rank = |k| gate(Policy::Rank { k, seed: 0 }, UNSURE);
+    // The likeliest alone is what the target chooses anyway.
+    let strict = rank(1);
+    assert_eq!((&strict.path[..], &strict.tokens[..]), (&[0, 1][..], &[1, 1][..]));
+    assert_eq!((&strict.sources[..], strict.unverified.len()), (&[Source::Accepted, Source::Correction][..], 0));
+    // Token 2 is the second: node 3 stays, and the target goes on behind it.
+    let second = rank(2);
+    assert_eq!((&second.path[..], &second.tokens[..]), (&[0, 1, 3][..], &[1, 2, 0][..]));
+    assert_eq!(
+        (&second.sources[..], &second.unverified[..]),
+        (&[Source::Accepted, Source::Accepted, Source::Bonus][..], &[1][..])
+    );
+    // With three to choose from the first guess in order stays.
+    assert_eq!(rank(3).tokens, [1, 0, 0]);
+    let entropy = |most, entropies| gate(Policy::Entropy { most, seed: 0 }, entropies);
+    assert_eq!(entropy(0.5, UNSURE), strict);
+    assert_eq!(entropy(0.5, [9.0, 9.0, 9.0, 0.5, 9.0]), second);
+    // The target's own choice comes first, whatever the draft is sure of.
+    assert_eq!(entropy(0.5, [0.0, 9.0, 9.0, 9.0, 0.0]), strict);
+    let silent = Proposal::picked(tree(), vec![0.0; 5]);
+    let (policy, mut rows) = (Policy::Entropy { most: 1.0, seed: 0 }, Written(vec![one_hot(1); 5]));
+    let error = verify(policy, true, &silent, (10, 0), EVERYTHING, &mut rows).unwrap_err();
+    assert!(error.to_string().contains("does not say how sure it is"), "{error}");
+    assert!(!policy.is_lossless() && !Policy::Rank { k: 2, seed: 0 }.is_lossless());
+}
+
+/// Under noise the target's own choice is that of `keyed`.
+#[test]
+fn a_gate_that_lets_nothing_pass_is_the_lossless_policy() {
+    let mut next = keyed_stream(4, 2);
+    for seed in 0..200 {
+        let rows: Vec<Vec<f64>> = (0..5).map(|_| (0..3).map(|_| (next() % 5) as f64).collect()).collect();
+        let proposal = Proposal::picked(tree(), vec![0.0; 5]).with_entropies(Some(vec![1.0; 5]));
+        let decide =
+            |policy| verify(policy, false, &proposal, (10, 3), EVERYTHING, &mut Written(rows.clone())).unwrap();
+        assert_eq!(decide(Policy::Entropy { most: 0.9, seed }), decide(Policy::Keyed { seed }));
+        let ranked = decide(Policy::Rank { k: 2, seed });
+        let longer = ranked.tokens.len() >= decide(Policy::Keyed { seed }).tokens.len();
+        assert!(longer || !ranked.unverified.is_empty());
+    }
+}

@@ -222,7 +222,7 @@ pub fn exact(options: &EngineOptions) -> bool {
     match options.policy {
         Policy::Keyed { .. } => true,
         Policy::Maximal { .. } => options.processors.is_greedy(),
-        Policy::Typical { .. } => false,
+        Policy::Typical { .. } | Policy::Rank { .. } | Policy::Entropy { .. } => false,
     }
 }
 

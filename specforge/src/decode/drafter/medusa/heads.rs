@@ -185,7 +185,7 @@ impl MedusaHeads {
         let logits = self.compute_logits(states, depth); // [K, B, DV]
         let logits = if logits.kind() == Kind::Double { logits } else { logits.to_kind(Kind::Float) };
         match sampling {
-            DraftSampling::Greedy => self.most_likely(&logits, count, places.len()),
+            DraftSampling::Greedy | DraftSampling::Sure => self.most_likely(&logits, count, places.len()),
             DraftSampling::Keyed { temperature, seed } => {
                 self.noisy(&logits, count, (temperature, seed, noise::TEXT), places)
             }

@@ -10,6 +10,7 @@ use crate::draft::block::config::{BlockConfig, BlockShape};
 use crate::error::{Error, Result};
 use crate::models::TargetInfo;
 use crate::nn::Head;
+use crate::nn::drawn::Drawn;
 
 const OPTIONS: (Kind, Device) = (Kind::Double, Device::Cpu);
 
@@ -28,8 +29,8 @@ pub fn configured(section: &Value) -> (BlockConfig, BlockShape) {
 }
 
 /// Random tensors of these shapes, found by name.
-pub fn tensors(specs: Vec<TensorSpec>) -> impl Fn(&str) -> Result<Tensor> {
-    let made: Vec<_> = specs.into_iter().map(|spec| (spec.name, Tensor::randn(&spec.shape, OPTIONS))).collect();
+pub fn tensors(specs: Vec<TensorSpec>, drawn: &Drawn) -> impl Fn(&str) -> Result<Tensor> {
+    let made: Vec<_> = specs.into_iter().map(|spec| (spec.name, drawn.normal(&spec.shape))).collect();
     move |name| {
         let found = made.iter().find(|(own, _)| own == name).map(|(_, tensor)| tensor.shallow_clone());
         found.ok_or_else(|| Error::Failed(format!("no tensor is called {name}")))
@@ -49,14 +50,14 @@ pub struct Blocks {
 }
 
 impl Blocks {
-    pub fn random(shape: &BlockShape) -> Self {
+    pub fn random(shape: &BlockShape, drawn: &Drawn) -> Self {
         let [blocks, hidden, vocabulary] = SIZES;
         Self {
             shape: shape.clone(),
-            hidden: Tensor::randn([blocks, shape.block_size, hidden], OPTIONS),
-            head: Head::plain(Tensor::randn([vocabulary, hidden], OPTIONS)),
-            embedding: Tensor::randn([vocabulary, hidden], OPTIONS),
-            anchors: Tensor::randint(vocabulary, [blocks], (Kind::Int64, Device::Cpu)),
+            hidden: drawn.normal(&[blocks, shape.block_size, hidden]),
+            head: Head::plain(drawn.normal(&[vocabulary, hidden])),
+            embedding: drawn.normal(&[vocabulary, hidden]),
+            anchors: drawn.below(vocabulary, &[blocks]),
         }
     }
 

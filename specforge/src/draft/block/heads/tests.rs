@@ -8,6 +8,7 @@ use crate::draft::block::chunk::{Chunk, Denominator};
 use crate::draft::block::config::{BlockConfig, BlockShape};
 use crate::models::TargetInfo;
 use crate::nn::Head;
+use crate::nn::drawn::Drawn;
 
 const VOCABULARY: i64 = 20;
 const HIDDEN: i64 = 12;
@@ -29,9 +30,8 @@ fn run((kind, head): &(&HeadKind, Value), supervised: &[[bool; 4]], element: Kin
         "target_layer_ids": [1], "conv": {"kernel_size": 2, "group_size": 6}, "loss": {"ce": 0.5, "tv": 0.5}, "head": head});
     let config = BlockConfig::read(&section).unwrap();
     let shape: BlockShape = config.shape(&TargetInfo::of(HIDDEN, VOCABULARY, 6, 64)).unwrap();
-    tch::manual_seed(31);
-    let options = (Kind::Float, Device::Cpu);
-    let random = |shape: &[i64]| Tensor::randn(shape, options).to_kind(element);
+    let drawn = Drawn::of(31);
+    let random = |shape: &[i64]| drawn.normal(shape).to_kind(element);
     let specs = (kind.tensors)(&config, &shape).unwrap();
     let leaves: Vec<(String, Tensor)> = specs
         .into_iter()
@@ -50,7 +50,7 @@ fn run((kind, head): &(&HeadKind, Value), supervised: &[[bool; 4]], element: Kin
     let rows = places.size()[0];
     let projection = Head::plain(random(&[VOCABULARY, HIDDEN]));
     let embedding = random(&[VOCABULARY, HIDDEN]);
-    let tokens = Tensor::randint(VOCABULARY, [blocks, 6], (Kind::Int64, Device::Cpu));
+    let tokens = drawn.below(VOCABULARY, &[blocks, 6]);
     let chunk = Chunk {
         shape: &shape,
         hidden: hidden.shallow_clone(),

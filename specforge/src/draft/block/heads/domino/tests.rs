@@ -5,18 +5,19 @@ use super::super::BlockHead;
 use super::super::sequential::{SequentialHead, greedy, walk};
 use super::super::test_blocks::{Blocks, SIZES, configured, tensors};
 use super::*;
+use crate::nn::drawn::Drawn;
 
 fn section(layout: &str, prefix: i64) -> Value {
     let head = json!({"gru_hidden_dim": 7, "emb_dim": 5, "pure_draft_prefix_len": prefix});
     json!({"algorithm": "domino", "block_size": 5, "layout": layout, "head": head})
 }
 
-fn case(section: &Value) -> (DominoHead, Domino, Blocks) {
+fn case(section: &Value, drawn: &Drawn) -> (DominoHead, Domino, Blocks) {
     let (config, shape) = configured(section);
     let own = DominoConfig::read(&config).unwrap();
-    let find = tensors(own.tensors(&shape).unwrap());
+    let find = tensors(own.tensors(&shape).unwrap(), drawn);
     let training = DominoHead::new(&config, &shape, &find).unwrap();
-    (training, Domino::new(&own, &shape, &find).unwrap(), Blocks::random(&shape))
+    (training, Domino::new(&own, &shape, &find).unwrap(), Blocks::random(&shape, drawn))
 }
 
 fn close(left: &Tensor, right: &Tensor) -> bool {
@@ -25,10 +26,10 @@ fn close(left: &Tensor, right: &Tensor) -> bool {
 
 #[test]
 fn a_walk_is_what_training_makes_of_its_tokens() {
-    tch::manual_seed(1);
+    let drawn = Drawn::of(1);
     for layout in ["fill_in", "shift"] {
         for prefix in [0, 1, 2] {
-            let (training, decoding, blocks) = case(&section(layout, prefix));
+            let (training, decoding, blocks) = case(&section(layout, prefix), &drawn);
             let walk = blocks.walk(&decoding);
             assert_eq!(walk.tokens.size(), [SIZES[0], 4]);
             let (logits, base) = training.outputs(&blocks.chunk(&walk.tokens)).unwrap();
@@ -46,12 +47,12 @@ fn a_walk_is_what_training_makes_of_its_tokens() {
 
 #[test]
 fn the_recurrence_is_pytorchs() {
-    tch::manual_seed(2);
+    let drawn = Drawn::of(2);
     let (config, shape) = configured(&section("shift", 1));
     let own = DominoConfig::read(&config).unwrap();
-    let find = tensors(own.tensors(&shape).unwrap());
+    let find = tensors(own.tensors(&shape).unwrap(), &drawn);
     let decoding = Domino::new(&own, &shape, &find).unwrap();
-    let blocks = Blocks::random(&shape);
+    let blocks = Blocks::random(&shape, &drawn);
     let tokens = Tensor::from_slice(&[1i64, 4, 4, 0, 16, 2, 9, 9, 9, 3, 8, 1, 0, 5, 7]).view([3, 5]);
     let embedded = Tensor::embedding(&blocks.embedding, &tokens, -1, false, false);
     let weights = [find("prefix_gru.weight_ih_l0").unwrap(), find("prefix_gru.weight_hh_l0").unwrap()];
@@ -62,8 +63,8 @@ fn the_recurrence_is_pytorchs() {
 
 #[test]
 fn a_pool_of_all_tokens_is_none_and_a_small_one_is_kept_to() {
-    tch::manual_seed(3);
-    let (_, decoding, blocks) = case(&section("fill_in", 1));
+    let drawn = Drawn::of(3);
+    let (_, decoding, blocks) = case(&section("fill_in", 1), &drawn);
     let base = blocks.base();
     assert!(decoding.pool(&base, SIZES[2]).is_none() && decoding.pool(&base, 0).is_none());
     let free = blocks.walk(&decoding);
@@ -88,8 +89,8 @@ fn the_backbones_own_loss_falls_away() {
     let own = DominoConfig { base_weight: 0.8, base_weight_until: 0.5, ..DominoConfig::default() };
     let shares = [0.0, 0.25, 0.5, 0.75, 1.0].map(|progress| own.base_share(progress));
     assert_eq!(shares, [0.8, 0.4, 0.0, 0.0, 0.0]);
-    tch::manual_seed(4);
-    let (training, decoding, blocks) = case(&section("shift", 1));
+    let drawn = Drawn::of(4);
+    let (training, decoding, blocks) = case(&section("shift", 1), &drawn);
     let names = (KIND.metrics)(&configured(&section("shift", 1)).0).unwrap();
     let mut chunk = blocks.chunk(&blocks.walk(&decoding).tokens);
     for (progress, factors) in [(0.0, vec![0.0, 1.0]), (0.25, vec![0.5, 0.5]), (0.5, vec![1.0])] {

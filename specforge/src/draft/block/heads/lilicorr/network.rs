@@ -271,6 +271,7 @@ mod tests {
     use super::*;
     use crate::draft::block::config::BlockConfig;
     use crate::models::TargetInfo;
+    use crate::nn::drawn::Drawn;
 
     const OPTIONS: (Kind, Device) = (Kind::Double, Device::Cpu);
 
@@ -285,9 +286,9 @@ mod tests {
         let own = LilicorrConfig::of(&config, &shape).unwrap();
         let specs = tensors(&own, &shape);
         assert!(!specs.iter().any(|spec| spec.name.contains("token_proj")), "as wide as the draft");
-        tch::manual_seed(41);
+        let drawn = Drawn::of(41);
         let values: Vec<(String, Tensor)> =
-            specs.into_iter().map(|spec| (spec.name, Tensor::randn(spec.shape, OPTIONS))).collect();
+            specs.into_iter().map(|spec| (spec.name, drawn.normal(&spec.shape))).collect();
         let find = |name: &str| {
             let value = &values.iter().find(|(own, _)| own == name).unwrap().1;
             Ok(if name == "lilicorr.context_proj.bias" { value + anchor_bias } else { value.shallow_clone() })
@@ -296,13 +297,13 @@ mod tests {
     }
 
     fn lattice(scorer: &Lilicorr, slots: i64, count: i64, context: f64) -> Lattice {
-        tch::manual_seed(42);
-        let logits = Tensor::randn([2, slots, 10], OPTIONS);
+        let drawn = Drawn::of(42);
+        let logits = drawn.normal(&[2, slots, 10]);
         let candidates = Candidates::likeliest(&logits, count);
         let log_q = &candidates.logits - logits.logsumexp([-1].as_slice(), true);
-        let rows = Tensor::randn([2, slots, 8], OPTIONS);
+        let rows = drawn.normal(&[2, slots, 8]);
         let context = Tensor::full([2, 8], context, OPTIONS);
-        scorer.lattice(&candidates, &log_q, &rows, &context, &Tensor::randn([10, 8], OPTIONS))
+        scorer.lattice(&candidates, &log_q, &rows, &context, &drawn.normal(&[10, 8]))
     }
 
     #[test]

@@ -4,6 +4,7 @@ use tch::{Kind, Tensor};
 use super::super::BlockHead;
 use super::super::test_blocks::{Blocks, configured, tensors};
 use super::*;
+use crate::nn::drawn::Drawn;
 
 fn section(kind: &str, layout: &str, head: Value) -> Value {
     let mut head = head;
@@ -13,12 +14,12 @@ fn section(kind: &str, layout: &str, head: Value) -> Value {
 }
 
 /// A head in training and the same in decoding, and blocks for them.
-fn case(section: &Value) -> (DSpark, Markov, Blocks) {
+fn case(section: &Value, drawn: &Drawn) -> (DSpark, Markov, Blocks) {
     let (config, shape) = configured(section);
     let own = MarkovConfig::read(&config).unwrap();
-    let find = tensors(own.tensors(&shape));
+    let find = tensors(own.tensors(&shape), drawn);
     let training = DSpark::new(&config, &shape, &find).unwrap();
-    (training, Markov::new(&own, &shape, &find).unwrap(), Blocks::random(&shape))
+    (training, Markov::new(&own, &shape, &find).unwrap(), Blocks::random(&shape, drawn))
 }
 
 fn close(left: &Tensor, right: &Tensor) -> bool {
@@ -27,14 +28,14 @@ fn close(left: &Tensor, right: &Tensor) -> bool {
 
 #[test]
 fn a_walk_is_what_training_makes_of_its_tokens() {
-    tch::manual_seed(1);
+    let drawn = Drawn::of(1);
     for kind in ["vanilla", "gated", "rnn"] {
         for layout in ["fill_in", "shift"] {
             for (with_markov, anchor_row) in [(true, false), (false, true)] {
                 let head = json!({
                     "confidence_head_with_markov": with_markov, "anchor_row_writes_state": anchor_row && kind == "rnn",
                 });
-                let (training, decoding, blocks) = case(&section(kind, layout, head));
+                let (training, decoding, blocks) = case(&section(kind, layout, head), &drawn);
                 let walk = blocks.walk(&decoding);
                 let (logits, confidence) = training.outputs(&blocks.chunk(&walk.tokens)).unwrap();
                 let walked = Tensor::stack(&walk.logits, 1);
@@ -50,13 +51,13 @@ fn a_walk_is_what_training_makes_of_its_tokens() {
 
 #[test]
 fn gates_and_states_are_the_formulas_written_out() {
-    tch::manual_seed(8);
+    let drawn = Drawn::of(8);
     for kind in ["vanilla", "gated", "rnn"] {
         let (config, shape) = configured(&section(kind, "shift", json!({})));
         let own = MarkovConfig::read(&config).unwrap();
-        let find = tensors(own.tensors(&shape));
+        let find = tensors(own.tensors(&shape), &drawn);
         let decoding = Markov::new(&own, &shape, &find).unwrap();
-        let blocks = Blocks::random(&shape);
+        let blocks = Blocks::random(&shape, &drawn);
         let tokens = Tensor::from_slice(&[1i64, 4, 4, 0, 16, 2, 9, 9, 9, 3, 8, 1]).view([3, 4]);
         let (latents, _) = decoding.slot_latents(&blocks.hidden, &tokens).unwrap(); // [3, 4, 5]
         let affine = |name: &str, input: &Tensor| {
@@ -86,11 +87,10 @@ fn gates_and_states_are_the_formulas_written_out() {
 
 #[test]
 fn the_row_of_the_anchor_matters_where_it_writes_the_state() {
-    tch::manual_seed(2);
     let logits = |anchor_row: bool| {
-        tch::manual_seed(3);
+        let drawn = Drawn::of(3);
         let head = json!({"anchor_row_writes_state": anchor_row});
-        let (_, decoding, blocks) = case(&section("rnn", "fill_in", head));
+        let (_, decoding, blocks) = case(&section("rnn", "fill_in", head), &drawn);
         blocks.walk(&decoding).logits.remove(0)
     };
     assert!(!close(&logits(true), &logits(false)));
@@ -98,9 +98,9 @@ fn the_row_of_the_anchor_matters_where_it_writes_the_state() {
 
 #[test]
 fn confidence_does_not_know_later_tokens() {
-    tch::manual_seed(4);
+    let drawn = Drawn::of(4);
     for kind in ["vanilla", "gated", "rnn"] {
-        let (training, _, blocks) = case(&section(kind, "shift", json!({})));
+        let (training, _, blocks) = case(&section(kind, "shift", json!({})), &drawn);
         let (rows, slots) = (blocks.hidden.size()[0], blocks.shape.slots());
         let confidence = |changed: Option<i64>| {
             let mut tokens = vec![3i64; (rows * slots) as usize];
@@ -126,13 +126,13 @@ fn confidence_does_not_know_later_tokens() {
 
 #[test]
 fn a_vocabulary_of_the_drafts_own_is_walked_by_the_targets_numbers() {
-    tch::manual_seed(5);
+    let drawn = Drawn::of(5);
     let (config, shape) = configured(&section("gated", "shift", json!({})));
     let own = MarkovConfig::read(&config).unwrap();
     let mut specs = own.tensors(&shape);
     specs[1].shape[0] = 4;
-    let decoding = Markov::new(&own, &shape, &tensors(specs)).unwrap();
-    let blocks = Blocks::random(&shape);
+    let decoding = Markov::new(&own, &shape, &tensors(specs, &drawn)).unwrap();
+    let blocks = Blocks::random(&shape, &drawn);
     let numbers = Tensor::from_slice(&[2i64, 3, 11, 16]);
     let base = blocks.base().index_select(2, &numbers);
     let mut drafted = blocks.drafted(&base);
@@ -148,11 +148,10 @@ fn a_vocabulary_of_the_drafts_own_is_walked_by_the_targets_numbers() {
 
 #[test]
 fn the_confidence_may_leave_the_backbone_alone() {
-    tch::manual_seed(6);
     let slope = |detach: bool| {
-        tch::manual_seed(7);
+        let drawn = Drawn::of(7);
         let section = section("vanilla", "shift", json!({"detach_confidence": detach}));
-        let (training, decoding, blocks) = case(&section);
+        let (training, decoding, blocks) = case(&section, &drawn);
         let names = (KIND.metrics)(&configured(&section).0).unwrap();
         let tokens = blocks.walk(&decoding).tokens;
         let mut chunk = blocks.chunk(&tokens);
