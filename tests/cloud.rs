@@ -99,8 +99,38 @@ fn every_draft_says_on_the_edge_what_the_target_says() {
     // A draft that reads the same features guesses as it does beside its target.
     let local = answer(&workspace, "eagle3", &["--tree", "chain:3", "--max-new-tokens", "30"]);
     let far = ["--tree", "chain:3", "--max-new-tokens", "30", "--cloud", &url, "--cloud-features", "float32"];
-    assert_eq!(answer(&workspace, "eagle3", &far)["summary"]["rounds"], local["summary"]["rounds"]);
+    let all = answer(&workspace, "eagle3", &[&far[..], &["--all-guesses"]].concat());
+    assert_eq!(all["summary"]["rounds"], local["summary"]["rounds"]);
+    // What a lossy gate lets pass depends on the guesses.
+    let gate = ["--policy", "rank:8", "--all-guesses"];
+    let (here, there) = (
+        answer(&workspace, "eagle3", &[&far[..4], &gate[..2]].concat()),
+        answer(&workspace, "eagle3", &[&far[..], &gate].concat()),
+    );
+    assert_eq!((&here["token_ids"], &there["summary"]["lossless"]), (&there["token_ids"], &json!(false)));
+    assert!(there["unverified"].as_array().is_some_and(|places| !places.is_empty()), "{there}");
+    evaluation(&workspace, &url);
     talk(&workspace, &url);
+}
+
+/// Questions over the network, each answer as without guesses; what needs the target here is refused.
+fn evaluation(workspace: &Workspace, url: &str) {
+    let questions = workspace.path("questions.jsonl");
+    let lines = [json!({"turns": ["the river", "and then"]}), json!({"prompt": "who sings"})];
+    fs::write(&questions, lines.map(|line| line.to_string()).join("\n")).unwrap();
+    let eval = |arguments: &[&str]| {
+        let mut command = specforge(&["eval", "--device", "cpu", "--max-new-tokens", "10", "--target"]);
+        command.arg(workspace.path("model")).args(["--draft"]).arg(workspace.path("eagle3")).arg("--data");
+        command.arg(&questions).args(["--cloud", url]).args(arguments);
+        command
+    };
+    let report = json_of(&mut eval(&["--json"]));
+    assert_eq!((&report["answers"], &report["faults"]), (&json!(3), &json!(0)));
+    assert_eq!(report["draft"]["tokens"], report["without"]["tokens"]);
+    assert!(report["draft"]["acceptance_length"].as_f64().unwrap() >= 1.0 && report["without"]["guesses"] == 0.0);
+    assert_eq!(report["texts"].as_array().unwrap().len(), 3);
+    let wrong = output_of(&mut eval(&["--batch", "2"]));
+    assert!(!wrong.status.success() && stderr_of(&wrong).contains("--batch: it needs the target"), "{wrong:?}");
 }
 
 /// Two turns of one talk: the draft goes from one answer to the next.

@@ -1,8 +1,9 @@
 //! A target that knows its conversations, and its hidden states document by document: what other programs would write.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use specforge::data::{DataConfig, TokenCache, assemble};
 use specforge::features::{FeatureSource, OnlineFeatures};
 use specforge::models::parts::{Part, Passing};
@@ -107,16 +108,41 @@ impl Known {
     }
 }
 
-/// Holds one store to another: every shard has the same bytes.
+/// Holds one store to another: every shard has the same tensors, as far as products of other shapes round.
 #[track_caller]
 pub(super) fn assert_same_shards(workspace: &Workspace, got: &str, want: &str) {
-    let shards = |store: &str| {
-        let mut files = files_of(&workspace.path(store));
-        files.retain(|(path, _)| path.extension().is_some_and(|extension| extension == "safetensors"));
-        files
+    let shards = |store: &str| -> Vec<PathBuf> {
+        let files = files_of(&workspace.path(store)).into_iter().map(|(path, _)| path);
+        files.filter(|path| path.extension().is_some_and(|extension| extension == "safetensors")).collect()
     };
-    let (got, want) = (shards(got), shards(want));
-    assert!(!want.is_empty());
-    let differing: Vec<_> = got.iter().zip(&want).filter(|(got, want)| got != want).map(|(got, _)| &got.0).collect();
-    assert!(got == want, "{} and {} shards, of which {differing:?} differ", got.len(), want.len());
+    let names = (shards(got), shards(want));
+    assert!(!names.1.is_empty());
+    assert_eq!(names.0, names.1);
+    for name in names.0 {
+        let [got, want] = [got, want].map(|store| {
+            let mut tensors = Tensor::read_safetensors(workspace.path(store).join(&name)).unwrap();
+            tensors.sort_by(|(one, _), (other, _)| one.cmp(other));
+            tensors
+        });
+        assert_eq!(got.len(), want.len(), "{name:?}");
+        for ((got_name, got), (want_name, want)) in got.iter().zip(&want) {
+            assert_eq!((got_name, got.size(), got.kind()), (want_name, want.size(), want.kind()), "{name:?}");
+            let [got, want] = [got, want].map(|tensor| tensor.to_kind(Kind::Double));
+            let furthest = ((&got - &want).abs() / (want.abs() + 1.0)).max().double_value(&[]);
+            assert!(furthest < 1e-5, "{name:?}: `{got_name}` differs by {furthest:e}");
+        }
+    }
+}
+
+/// Holds the figures of one run to those of another, as far as stores that were rounded otherwise allow.
+#[track_caller]
+pub(super) fn assert_same_runs(got: &Value, want: &Value) {
+    for figures in ["start", "end"] {
+        let (got, want) = (got[figures].as_object().unwrap(), want[figures].as_object().unwrap());
+        assert!(want.len() > 3 && want.keys().eq(got.keys()), "{want:?} {got:?}");
+        for (name, want) in want {
+            let (got, want) = (got[name].as_f64().unwrap(), want.as_f64().unwrap());
+            assert!((got - want).abs() < 1e-4 * (1.0 + want.abs()), "{figures}, {name}: {got} and {want}");
+        }
+    }
 }

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use specforge::weights;
 use tch::{Device, Kind, Tensor};
 
-use super::elsewhere::{Known, assert_same_shards, known, taught};
+use super::elsewhere::{Known, assert_same_runs, assert_same_shards, known, taught};
 use super::{capture, capture_command, offline, refused};
 use crate::fixture::{Workspace, json_of, litter, write_torch_file};
 
@@ -107,7 +107,7 @@ fn files_of_every_layout_become_the_store_of_an_own_capture() {
     // A run cannot tell.
     let run = |run: &str, store: &str| json_of(&mut offline(&workspace, run, store));
     let (own, theirs) = (run("run-own", "own"), run("run-theirs", "from-specforge"));
-    assert_eq!((&own["start"], &own["end"]), (&theirs["start"], &theirs["end"]));
+    assert_same_runs(&theirs, &own);
 
     // The store says who computed it, and is not continued by anybody else.
     let manifest: Value =

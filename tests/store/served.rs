@@ -14,7 +14,7 @@ use specforge::features::{FeatureSource, Recognition, ServedFeatures};
 use specforge::weights;
 use tch::{Kind, Tensor};
 
-use super::elsewhere::{Known, LAYERS, assert_same_shards, known, taught};
+use super::elsewhere::{Known, LAYERS, assert_same_runs, assert_same_shards, known, taught};
 use super::{capture, capture_command, offline, refused};
 use crate::fixture::{Workspace, json_of};
 use crate::http_server::{Reply, Server};
@@ -401,5 +401,5 @@ fn a_served_store_is_the_own_one_and_is_continued() {
     assert_eq!(json_of(&mut command(&today))["tokens_captured"], 0);
     let run = |run: &str, store: &str| json_of(&mut offline(&workspace, run, store));
     let (own, served) = (run("run-own", "own"), run("run-served", "served"));
-    assert_eq!((&own["start"], &own["end"]), (&served["start"], &served["end"]));
+    assert_same_runs(&served, &own);
 }

@@ -24,7 +24,8 @@ def main() -> None:
     asked = json.loads(sys.argv[1])
     parameters = llama.CommonParams()
     parameters.model.path = asked["model"]
-    parameters.n_parallel, parameters.n_ctx, parameters.n_gpu_layers = 1, 2048, 0
+    rows = asked.get("rows", 1)
+    parameters.n_parallel, parameters.n_ctx, parameters.n_gpu_layers = rows, 2048 * rows, 0
     parameters.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     draft = parameters.speculative.draft
     for one in (parameters, draft):
