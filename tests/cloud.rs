@@ -109,6 +109,18 @@ fn every_draft_says_on_the_edge_what_the_target_says() {
     );
     assert_eq!((&here["token_ids"], &there["summary"]["lossless"]), (&there["token_ids"], &json!(false)));
     assert!(there["unverified"].as_array().is_some_and(|places| !places.is_empty()), "{there}");
+    // An edge has tokenizer and tables of the target, and no layer of it.
+    let written = json_of(
+        specforge(&["import", "--json", "--tables"])
+            .arg(workspace.path("model"))
+            .arg("--out")
+            .arg(workspace.path("tables")),
+    );
+    assert!(written["tensors"].as_array().is_some_and(|names| (1..=2).contains(&names.len())), "{written}");
+    let mut bare = generate(&workspace, "tables", &["--json", "--draft"]);
+    assert_eq!(json_of(bare.arg(workspace.path("eagle3")).args(&far))["token_ids"], all["token_ids"]);
+    let mut here = generate(&workspace, "tables", &[]);
+    assert!(stderr_of(&output_of(&mut here)).contains("missing"));
     evaluation(&workspace, &url);
     talk(&workspace, &url);
 }

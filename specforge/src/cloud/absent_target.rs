@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::decode::drafter::open::{PROMPT_LOOKUP, is_model};
 use crate::error::{Error, Result};
-use crate::models::{ForwardInput, ForwardOutput, TargetInfo, TargetModel, TargetTables, load_tables, read_info};
+use crate::models::{ForwardInput, ForwardOutput, TargetInfo, TargetModel, TargetTables, load_tables_alone, read_info};
 use crate::nn::{Embedding, Head, KvCache};
 
 /// What is known of a target without running it.
@@ -23,7 +23,7 @@ impl AbsentTarget {
     pub fn read(folder: &Path, draft: Option<&str>, (kind, device): (Kind, Device)) -> Result<Self> {
         let reads_tables = draft.is_some_and(|draft| draft != PROMPT_LOOKUP && !is_model(Path::new(draft)));
         let tables = match reads_tables {
-            true => load_tables(folder, kind, device)?,
+            true => load_tables_alone(folder, kind, device)?,
             false => {
                 let nothing = || Tensor::zeros([0, 0], (kind, device));
                 let (embedding, head) = (Embedding::plain(nothing()), Head::plain(nothing()));

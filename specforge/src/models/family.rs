@@ -226,10 +226,30 @@ impl TargetConfig {
         if let Some(words) = weights.scaled_words() {
             progress::say(&format!("warning: {}: {words}", folder.display()));
         }
-        let Some(correct) = config.family.correct else { return Ok((config, weights)) };
-        let (values, warnings) = correct(config.values, &weights)?;
+        Ok((config.corrected(&weights)?, weights))
+    }
+
+    /// The same for embedding and head alone: the layers need not be in the files.
+    fn open_tables(folder: &Path) -> Result<(Self, WeightsFolder)> {
+        let weights = text_model::open_weights(folder)?;
+        let config = Self::read(folder)?.corrected(&weights)?;
+        weights.check(&config.tables()?, |_| true)?;
+        Ok((config, weights))
+    }
+
+    /// Embedding and head among [`TargetConfig::tensors`].
+    fn tables(&self) -> Result<Shapes> {
+        let mut tensors = self.tensors()?;
+        tensors.retain(|(name, _)| self.family.table_names.contains(&name.as_str()));
+        Ok(tensors)
+    }
+
+    /// As the files of weights say, where they know better.
+    fn corrected(self, weights: &WeightsFolder) -> Result<Self> {
+        let Some(correct) = self.family.correct else { return Ok(self) };
+        let (values, warnings) = correct(self.values, weights)?;
         warnings.iter().for_each(|warning| progress::say(&format!("warning: {warning}")));
-        Ok((Self::of(config.family, values).map_err(Error::Failed)?, weights))
+        Self::of(self.family, values).map_err(Error::Failed)
     }
 }
 
@@ -344,10 +364,18 @@ pub fn load_tables(path: &Path, kind: Kind, device: Device) -> Result<TargetTabl
 /// As [`load_tables`], perhaps together with the other processes of this machine.
 pub fn load_tables_with(path: &Path, loading: &Loading<'_>) -> Result<TargetTables> {
     TargetConfig::read(path)?.causal(path)?;
-    let (config, weights) = TargetConfig::open(path)?;
-    let tables = config.family.table_names;
-    let names = config.tensors()?.into_iter().map(|(name, _)| name).filter(|name| tables.contains(&name.as_str()));
-    let weights = loading.arrange(weights, &names.collect::<Vec<_>>());
+    tables_of(TargetConfig::open(path)?, loading)
+}
+
+/// As [`load_tables`], of a folder that need not have the layers; see [`write_tables`](super::write_tables).
+pub fn load_tables_alone(path: &Path, kind: Kind, device: Device) -> Result<TargetTables> {
+    TargetConfig::read(path)?.causal(path)?;
+    tables_of(TargetConfig::open_tables(path)?, &Loading { kind, device, layers: None, copies: None })
+}
+
+fn tables_of((config, weights): (TargetConfig, WeightsFolder), loading: &Loading<'_>) -> Result<TargetTables> {
+    let names: Vec<String> = config.tables()?.into_iter().map(|(name, _)| name).collect();
+    let weights = loading.arrange(weights, &names);
     let mut load = |name: &str, _: &[i64]| weights.load(name, loading.kind, loading.device);
     let (embedding, head) = (config.family.tables)(&config.values, &mut load)?;
     Ok(TargetTables { info: config.info, embedding, head })
@@ -371,6 +399,20 @@ pub fn read_info(path: &Path) -> Result<TargetInfo> {
 /// anything is made as large as config.json says.
 pub fn check(path: &Path) -> Result<()> {
     TargetConfig::read(path)?.check(&text_model::open_weights(path)?)
+}
+
+/// Embedding and head of a causal model's folder under their names, in the element types they are stored in.
+pub(super) fn stored_tables(path: &Path) -> Result<Vec<(String, Tensor)>> {
+    TargetConfig::read(path)?.causal(path)?;
+    let (config, weights) = TargetConfig::open_tables(path)?;
+    let plain = |kind: &Kind| matches!(kind, Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16);
+    let load = |(name, _): (String, Vec<i64>)| {
+        // Of numbers of a few bits, what they stand for.
+        let kind = weights.kind(&name).filter(plain).unwrap_or(Kind::Float);
+        let value = weights.load(&name, kind, Device::Cpu)?;
+        Ok((name, value))
+    };
+    config.tables()?.into_iter().map(load).collect()
 }
 
 /// Names of the tensors that embedding and head of a Hugging Face folder may be made of.

@@ -38,13 +38,14 @@ pub mod smollm3;
 pub mod spread;
 pub mod stored_kind;
 pub mod stretch;
+pub mod tables;
 pub mod text_model;
 pub mod var;
 pub mod vqvae;
 
 pub use family::{
     Block, Correct, Family, GetTensor, Loading, TargetConfig, add_family, check, families, load_diffusion, load_head,
-    load_tables, load_tables_with, load_target, load_target_with, read_info,
+    load_tables, load_tables_alone, load_tables_with, load_target, load_target_with, read_info,
 };
 pub use identity::TargetIdentity;
 pub use info::{LayerKind, LayerShape, MaskedDiffusion, ParameterCounts, PlainModel, TargetInfo};
@@ -54,6 +55,7 @@ pub use shared_target::{SharedTarget, TargetInUse};
 pub use spread::Spread;
 pub use stored_kind::stored_kind;
 pub use stretch::{InStretches, Stretch};
+pub use tables::write_tables;
 pub use text_model::open_weights;
 
 /// Which rows get logits. Rows count over the flattened batch: row `b * T + t`.

@@ -467,13 +467,13 @@ mod tests {
                 let mut wanted: Vec<(&mut Sequence, Proposal)> = Vec::new();
                 let mut sizes = Vec::new();
                 for (sequence, want, layers) in &mut running {
-                    if next() % 3 == 0 || sequence.finish().is_some() {
+                    if next().is_multiple_of(3) || sequence.finish().is_some() {
                         continue;
                     }
                     let done = sequence.tokens().len() - sequence.prompt_length();
                     let depth = (next() % 5).min(sequence.left() as u64 - 1) as usize;
                     let mut guesses = want.tokens[done..(done + depth).min(want.tokens.len())].to_vec();
-                    if next() % 3 == 0 {
+                    if next().is_multiple_of(3) {
                         guesses.iter_mut().skip(1).for_each(|guess| *guess = (*guess + 1) % 64);
                     }
                     let tree = TokenTree::chain(sequence.last(), &guesses);
@@ -493,7 +493,7 @@ mod tests {
                     assert_eq!(cache.lengths()[row], sequence.tokens().len() as i64 - 1);
                     let got = &sequence.tokens()[sequence.prompt_length()..];
                     assert_eq!(got, &want.tokens[..got.len()], "a sequence of {} tokens", want.tokens.len());
-                    if is_over(sequence) || next() % 9 == 0 {
+                    if is_over(sequence) || next().is_multiple_of(9) {
                         ended += usize::from(is_over(sequence));
                         rows.remove(sequence);
                     }

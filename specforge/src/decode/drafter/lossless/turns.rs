@@ -32,11 +32,9 @@ fn turns(target: &LlamaTarget, drafter: Box<dyn Drafter>, temperature: f64, memo
 #[test]
 fn a_next_turn_begins_where_the_last_one_ended() {
     let target = target(1, 3.0, Kind::Double);
-    let drafters: [(&str, &dyn Fn() -> Box<dyn Drafter>); 2] = [
-        ("none", &|| Box::new(Plain)),
-        ("eagle3", &|| Box::new(eagle3(&target, 1, true, SMALL, DraftSampling::Greedy))),
-    ];
-    for (name, new) in drafters {
+    let plain = || Box::new(Plain) as Box<dyn Drafter>;
+    let eagle = || Box::new(eagle3(&target, 1, true, SMALL, DraftSampling::Greedy)) as Box<dyn Drafter>;
+    for (name, new) in [("none", &plain as &dyn Fn() -> Box<dyn Drafter>), ("eagle3", &eagle)] {
         for temperature in [0.0, 1.0] {
             let (alone, none) = turns(&target, new(), temperature, 0);
             let (kept, known) = turns(&target, new(), temperature, 1 << 30);
