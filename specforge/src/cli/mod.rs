@@ -40,7 +40,6 @@ mod serve_edges;
 mod signals;
 mod template;
 mod train;
-mod train_vqvae;
 mod tree;
 mod validate;
 mod vocab;
