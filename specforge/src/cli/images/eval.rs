@@ -131,7 +131,7 @@ fn write(folder: &Path, report: &Report, pictures: &[Tensor]) -> Result<()> {
 
 fn text(report: &Report) -> String {
     let mut text = format!(
-        "{} images of {} scales and {} codes\n{:<34} {:>7} {:>8} {:>8} {:>7} {:>9} {:>7} {:>8}\n",
+        "{} images of {} scales and {} codes\n{:<40} {:>7} {:>8} {:>8} {:>7} {:>9} {:>7} {:>8}\n",
         report.pictures,
         report.scales,
         report.codes,
@@ -147,7 +147,7 @@ fn text(report: &Report) -> String {
     for row in std::iter::once(&report.alone).chain(&report.drafted) {
         let _ = writeln!(
             text,
-            "{:<34} {:>7.2} {:>8.1} {:>8.2} {:>7.2} {:>9} {:>7} {:>8}",
+            "{:<40} {:>7.2} {:>8.1} {:>8.2} {:>7.2} {:>9} {:>7} {:>8}",
             row.plan,
             report.calls(row),
             row.target_tokens as f64 / report.pictures.max(1) as f64,
