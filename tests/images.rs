@@ -42,7 +42,7 @@ impl Models {
     }
 }
 
-fn config() -> VarConfig {
+pub(crate) fn config() -> VarConfig {
     VarConfig {
         depth: 2,
         embed_dim: 16,
@@ -58,7 +58,7 @@ fn config() -> VarConfig {
     }
 }
 
-fn write_var(folder: &Path, config: &VarConfig, seed: u64) {
+pub(crate) fn write_var(folder: &Path, config: &VarConfig, seed: u64) {
     let tensors = config.tensors().into_iter().enumerate();
     let tensors: Vec<(String, Tensor)> =
         tensors.map(|(stream, (name, shape))| (name, noise::normal(&shape, 0.3, seed, stream as u64))).collect();
@@ -68,7 +68,7 @@ fn write_var(folder: &Path, config: &VarConfig, seed: u64) {
     fs::write(folder.join("config.json"), values.to_string()).unwrap();
 }
 
-fn write_vae(folder: &Path, codes: i64) {
+pub(crate) fn write_vae(folder: &Path, codes: i64) {
     let values = json!({
         "vocab_size": codes, "z_channels": 4, "ch": 4, "ch_mult": [1, 2], "num_res_blocks": 1, "patch_nums": [1, 2, 4],
         "share_quant_resi": 2, "groupnorm_groups": 2
@@ -80,7 +80,7 @@ fn write_vae(folder: &Path, codes: i64) {
     vqvae::write(folder, &config, &tensors).unwrap();
 }
 
-fn maps(report: &Value) -> Vec<Value> {
+pub(crate) fn maps(report: &Value) -> Vec<Value> {
     report["images"].as_array().unwrap().iter().map(|image| image["maps"].clone()).collect()
 }
 

@@ -41,6 +41,7 @@ mod narrow_gradients;
 mod parallel;
 mod peagle_exports;
 mod peagle_runs;
+mod picture_runs;
 mod plugin_runs;
 mod plugins;
 mod processes;

@@ -177,6 +177,31 @@ pub fn chart(page: &mut String, below: &str, lines: &[Line]) {
     page.push_str("</p>");
 }
 
+/// A PNG file in the page itself.
+pub fn picture(page: &mut String, png: &[u8], what: &str) {
+    let _ = write!(
+        page,
+        "<img style=\"image-rendering:pixelated;max-width:100%\" alt=\"{}\" src=\"data:image/png;base64,{}\">",
+        escape(what),
+        base64(png)
+    );
+}
+
+/// Bytes as text (RFC 4648, section 4).
+fn base64(bytes: &[u8]) -> String {
+    const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
+    for three in bytes.chunks(3) {
+        let byte = |place: usize| u32::from(three.get(place).copied().unwrap_or(0));
+        let bits = byte(0) << 16 | byte(1) << 8 | byte(2);
+        for letter in 0..4 {
+            let index = (bits >> (18 - 6 * letter)) & 63;
+            text.push(if letter <= three.len() { char::from(LETTERS[index as usize]) } else { '=' });
+        }
+    }
+    text
+}
+
 /// What one side of a chart goes over.
 struct Axis {
     least: f64,
@@ -264,6 +289,14 @@ mod tests {
         assert!(page.contains("a&lt;b") && !page.contains("a<b"));
         assert!(!page.contains("NaN") && !page.contains("inf"));
         assert_eq!(page.matches("<polyline").count(), 1);
+    }
+
+    /// The vectors of RFC 4648, section 10.
+    #[test]
+    fn bytes_become_text() {
+        let texts = ["", "f", "fo", "foo", "foob", "fooba", "foobar"].map(|text| base64(text.as_bytes()));
+        assert_eq!(texts, ["", "Zg==", "Zm8=", "Zm9v", "Zm9vYg==", "Zm9vYmE=", "Zm9vYmFy"]);
+        assert_eq!(base64(&[0xfb, 0xff]), "+/8=");
     }
 
     #[test]

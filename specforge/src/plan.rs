@@ -14,7 +14,8 @@ use crate::draft::{self, Documents, Footprint, vocabulary};
 use crate::error::{Error, Result};
 use crate::features::store::{MANIFEST_FILE, StoreManifest};
 use crate::gguf::packed;
-use crate::models::{Spread, TargetConfig, TargetInfo};
+use crate::images;
+use crate::models::{PictureTarget, Pictures, Spread, TargetConfig, TargetInfo};
 
 /// Bytes of a token in English text, for corpora that cannot be tokenised because the tokenizer is not there.
 const BYTES_PER_TOKEN: f64 = 4.0;
@@ -154,7 +155,10 @@ impl Plan {
         let target_parameters = target.parameters.all;
         let width = config.target.element_type().kind().elt_size_in_bytes() as u64;
         let masters = if config.target.element_type() == Dtype::Float32 { 0 } else { 4 };
-        let counted = data_plan(config, world_size as usize)?;
+        let counted = match &target.pictures {
+            Some(pictures) => picture_plan(config, pictures, world_size as usize)?,
+            None => data_plan(config, world_size as usize)?,
+        };
         let whole_optimizer = size.trainable * (8 + masters);
         let optimizer = match config.parallel.shard_optimizer {
             true => whole_optimizer.div_ceil(world_size),
@@ -257,7 +261,10 @@ fn activations(config: &RunConfig, target: &TargetInfo, captured: u64, width: u6
 
 /// What the target is, from its folder or from the configuration. No weight is read.
 pub fn target_info(config: &RunConfig) -> Result<TargetInfo> {
-    Ok(target_config(config)?.info().clone())
+    match draft::algorithm(&config.draft)?.pictures {
+        true => PictureTarget::find(&config.target.path)?.info(),
+        false => Ok(target_config(config)?.info().clone()),
+    }
 }
 
 fn target_config(config: &RunConfig) -> Result<TargetConfig> {
@@ -294,6 +301,54 @@ fn evaluation_plan(config: &RunConfig, counted: &Counted, target: f64, draft: f6
     Some(EvaluationPlan { tokens, evaluations, share: evaluating / (evaluating + training) })
 }
 
+/// The plan of documents whose lengths are known, with the supervised tokens of the corpus and those of an evaluation.
+fn counted(
+    config: &RunConfig,
+    world_size: usize,
+    lengths: Vec<usize>,
+    (supervised, held_out): (u64, u64),
+) -> Result<Counted> {
+    let keeps = config.target.keep_hidden_states;
+    let (documents, tokens) = (lengths.len() as u64, lengths.iter().sum::<usize>() as u64);
+    let order = config.train.order(lengths)?;
+    let steps = config.train.total_steps(&order)?;
+    config.optim.schedule.check_length(steps)?;
+    let kept_tokens = match keeps && world_size > 1 {
+        true => Some(order.clone().with_owners(world_size)?.most_owned_tokens()),
+        false => Some(tokens).filter(|_| keeps),
+    };
+    let of_epoch = order.epoch(0)?.len().max(1);
+    Ok(Counted {
+        data: DataPlan { tokens: Some(tokens), supervised: Some(supervised), estimated: false },
+        steps: Some(steps),
+        documents: Some(documents),
+        trained_tokens: Some(tokens as f64 * steps as f64 / of_epoch as f64),
+        kept_tokens,
+        held_out_tokens: Some(held_out),
+    })
+}
+
+/// The same for pictures, which are counted and not encoded.
+fn picture_plan(config: &RunConfig, pictures: &Pictures, world_size: usize) -> Result<Counted> {
+    let files = |paths: &[PathBuf]| Ok::<_, Error>(images::Pictures::read(paths)?.origins());
+    let all = files(&config.data.train)?;
+    let fraction = config.data.eval_fraction;
+    let trains = |origin: &&u64| !config.data.eval.is_empty() || data::is_trained(**origin, fraction);
+    let trained = all.iter().filter(trains).count();
+    let held_out = match config.data.eval.is_empty() {
+        true => all.len() - trained,
+        false => files(&config.data.eval)?.len(),
+    };
+    let (codes, length) = (pictures.codes() as u64, pictures.codes() as usize + 1);
+    // As many as fit, but at least one.
+    let most = match config.eval.max_tokens {
+        0 => held_out,
+        most => held_out.min((most / length).max(1)),
+    };
+    let evaluated = (most * length) as u64;
+    counted(config, world_size, vec![length; trained], (all.len() as u64 * codes, evaluated))
+}
+
 fn data_plan(config: &RunConfig, world_size: usize) -> Result<Counted> {
     let keeps = config.target.keep_hidden_states;
     if packed::has_file(&config.target.path, "tokenizer.json") {
@@ -310,23 +365,8 @@ fn data_plan(config: &RunConfig, world_size: usize) -> Result<Counted> {
         let held_out = data::by_content(eval_cache, held_out);
         let evaluated = data::first_tokens(eval_cache, &held_out, config.eval.max_tokens);
         let lengths: Vec<usize> = documents.iter().map(|&index| cache.length(index)).collect();
-        let tokens = lengths.iter().sum::<usize>() as u64;
-        let order = config.train.order(lengths)?;
-        let steps = config.train.total_steps(&order)?;
-        config.optim.schedule.check_length(steps)?;
-        let kept_tokens = match keeps && world_size > 1 {
-            true => Some(order.clone().with_owners(world_size)?.most_owned_tokens()),
-            false => Some(tokens).filter(|_| keeps),
-        };
-        let of_epoch = order.epoch(0)?.len().max(1);
-        return Ok(Counted {
-            data: DataPlan { tokens: Some(tokens), supervised: Some(cache.supervised_tokens()), estimated: false },
-            steps: Some(steps),
-            documents: Some(documents.len() as u64),
-            trained_tokens: Some(tokens as f64 * steps as f64 / of_epoch as f64),
-            kept_tokens,
-            held_out_tokens: Some(evaluated.iter().map(|&index| eval_cache.length(index) as u64).sum()),
-        });
+        let held_out = evaluated.iter().map(|&index| eval_cache.length(index) as u64).sum();
+        return counted(config, world_size, lengths, (cache.supervised_tokens(), held_out));
     }
     let bytes = |path: &Path| std::fs::metadata(path).map(|metadata| metadata.len()).ok();
     let estimated = |paths: &[PathBuf]| {

@@ -53,6 +53,7 @@ static ALGORITHM: Algorithm = Algorithm {
     },
     free_on_resume: &[],
     follows_length: |section| Config::read(section).is_ok_and(|config| config.fading),
+    pictures: false,
     resolve: |section| Ok(json!(Config::read(section)?)),
     size: |section, target| {
         let config = Config::read(section)?;

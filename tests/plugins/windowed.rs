@@ -114,6 +114,7 @@ impl Config {
                 rope: self.rope(self.head_dim),
             },
             diffusion: None,
+            pictures: None,
         }
     }
 

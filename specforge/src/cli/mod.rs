@@ -41,7 +41,6 @@ mod serve_edges;
 mod signals;
 mod template;
 mod train;
-mod train_vqvae;
 mod tree;
 mod validate;
 mod vocab;

@@ -22,6 +22,7 @@ use sha2::{Digest, Sha256};
 use super::report::BuildReport;
 use super::tokenizer::hex;
 use crate::error::{Error, Result};
+use crate::files::{self, Maker};
 
 // Token ids are used in the mapped bytes as they lie.
 const _: () = assert!(cfg!(target_endian = "little"), "the token cache needs a little-endian machine");
@@ -162,6 +163,40 @@ impl TokenCache {
         Entry::from_bytes(&self.map[start..start + ENTRY_LENGTH])
     }
 
+    /// Opens the cache of a key in a folder, or makes it of the documents that `fill` adds. Of several processes one makes
+    /// it, and the others wait as long as that takes. `key` is a digest of everything that decides what it holds. For documents
+    /// that are no conversations: those have [`TokenCache::build_or_open`].
+    pub fn open_or_fill(
+        folder: &Path,
+        key: [u8; 32],
+        progress: &dyn Fn(u64, u64),
+        fill: impl FnOnce(&mut NewDocuments<'_, '_>) -> Result<()>,
+    ) -> Result<(Self, BuildReport)> {
+        let path = folder.join(format!("{}.tokens", &hex(&key)[..24]));
+        let mut note = None;
+        let reopen = || match path.is_file() {
+            false => Ok(None),
+            true => match Self::open(&path, &key) {
+                Ok((cache, report)) => Ok(Some((cache, BuildReport { from_cache: true, ..report }))),
+                Err(problem) => {
+                    note = Some(format!("{}: {problem}; built again", path.display()));
+                    Ok(None)
+                }
+            },
+        };
+        let make = |maker: &Maker<'_>| {
+            maker.write(|temporary| {
+                let mut documents = NewDocuments { writer: CacheWriter::create(temporary, &path, key)?, maker };
+                fill(&mut documents)?;
+                documents.finish()
+            })?;
+            Self::open(&path, &key).map_err(|problem| Error::bad_file(&path, problem))
+        };
+        let (cache, mut report) = files::open_or_make(&path, "", progress, reopen, make)?;
+        report.note = note.filter(|_| !report.from_cache);
+        Ok((cache, report))
+    }
+
     /// Opens a file made for `key`, or says what is wrong with it.
     pub(super) fn open(path: &Path, key: &[u8; 32]) -> Result<(Self, BuildReport), String> {
         let file = File::open(path).map_err(|error| error.to_string())?;
@@ -240,6 +275,37 @@ impl TokenCache {
             Some(format!("document `{}` holds token {token}, the model has {limit}", document.id))
         };
         (0..self.len()).into_par_iter().find_map_first(beyond).map_or(Ok(()), Err)
+    }
+}
+
+/// Documents on their way into a cache.
+pub struct NewDocuments<'a, 'm> {
+    writer: CacheWriter<'a>,
+    maker: &'a Maker<'m>,
+}
+
+impl NewDocuments<'_, '_> {
+    /// Adds a document. `origin` is a hash of what it comes from: documents of one origin stay together where some are held
+    /// out.
+    pub fn add(&mut self, id: &str, origin: u64, tokens: &[u32], supervised: &[u8]) -> Result<()> {
+        self.writer.add(id, origin, tokens, supervised)
+    }
+
+    /// Tells everybody who waits how much is done, and of how much.
+    pub fn report(&self, done: usize, total: usize) {
+        self.maker.report(done as u64, total as u64);
+    }
+
+    fn finish(self) -> Result<()> {
+        let (documents, tokens, supervised_tokens) = self.writer.counts();
+        let (conversations, documents) = (documents as usize, documents as usize);
+        self.writer.finish(&BuildReport {
+            conversations,
+            documents,
+            tokens,
+            supervised_tokens,
+            ..BuildReport::default()
+        })
     }
 }
 
@@ -418,8 +484,12 @@ fn read_u64(bytes: &[u8], at: usize) -> u64 {
 /// Indices to train on and indices to evaluate on. A conversation's hash decides, so neither the order of files nor what
 /// else they hold moves it, and all documents of one conversation are on one side.
 pub fn split(cache: &TokenCache, eval_fraction: f64) -> (Vec<usize>, Vec<usize>) {
-    let to_train = |index: &usize| (cache.conversation_key(*index) >> 11) as f64 / (1u64 << 53) as f64 >= eval_fraction;
-    (0..cache.len()).partition(to_train)
+    (0..cache.len()).partition(|&index| is_trained(cache.conversation_key(index), eval_fraction))
+}
+
+/// Whether documents of this origin are trained on where such a share is held out.
+pub fn is_trained(origin: u64, eval_fraction: f64) -> bool {
+    (origin >> 11) as f64 / (1u64 << 53) as f64 >= eval_fraction
 }
 
 #[cfg(test)]

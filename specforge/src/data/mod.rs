@@ -47,7 +47,7 @@ pub mod text_stream;
 pub mod tokenizer;
 mod validate;
 
-pub use cache::{Document, TokenCache, split};
+pub use cache::{Document, NewDocuments, TokenCache, is_trained, split};
 pub use conversation::{Conversation, Message, Rejections, Sample};
 pub use counts::{all_supervised_counts, supervised_counts};
 pub use fault::{Fault, FaultKind};

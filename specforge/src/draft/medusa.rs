@@ -47,6 +47,7 @@ pub const ALGORITHM: Algorithm = Algorithm {
     figures,
     free_on_resume: &[],
     follows_length: |_| false,
+    pictures: false,
     resolve: |section| Ok(json!(MedusaConfig::read(section)?)),
     size: |section, target| {
         let draft_vocabulary = vocabulary::draft_size(section, target.vocab_size)?;

@@ -23,6 +23,7 @@ mod lift;
 pub mod loss;
 pub mod losses;
 pub mod medusa;
+pub mod next_scale;
 mod objective;
 mod parameter;
 pub mod peagle;
@@ -161,6 +162,8 @@ pub struct Algorithm {
     pub free_on_resume: &'static [&'static str],
     /// Whether updates depend on how much of the run is over ([`StepKey::progress`]): the run then keeps its length.
     pub follows_length: fn(&Value) -> bool,
+    /// Whether documents are pictures as codes of an image tokenizer, and the target an image model; else they are text.
+    pub pictures: bool,
     /// Checks a configuration and fills in defaults.
     pub resolve: fn(&Value) -> Result<Value>,
     /// Size from configuration and target dimensions, before any weight is loaded.
@@ -204,7 +207,7 @@ const BUILT_IN: [Algorithm; OTHERS.len() + block::heads::HEADS.len()] = {
 };
 
 /// Those that are no block drafters: an algorithm of its own is a line here.
-const OTHERS: &[Algorithm] = &[medusa::ALGORITHM, eagle3::ALGORITHM, peagle::ALGORITHM];
+const OTHERS: &[Algorithm] = &[medusa::ALGORITHM, eagle3::ALGORITHM, peagle::ALGORITHM, next_scale::ALGORITHM];
 
 static TABLE: Table<Algorithm> = Table::new("the algorithm", |row| row.name, ALGORITHMS);
 

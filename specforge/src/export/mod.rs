@@ -19,6 +19,7 @@ use crate::vocab::VocabMap;
 pub mod block;
 pub mod eagle3;
 pub mod medusa;
+pub mod next_scale;
 pub mod peagle;
 
 /// A serving engine whose rules are known.
@@ -183,6 +184,7 @@ pub const FORMATS: &[Format] = &[
     peagle::FORMAT,
     block::ZLAB,
     block::SPECULATORS,
+    next_scale::FORMAT,
 ];
 
 static TABLE: Table<Format> = Table::new("the format", |row| row.name, FORMATS);

@@ -24,6 +24,7 @@ mod page_locked;
 pub mod pending;
 pub mod recognition;
 pub mod remembered;
+pub mod scales;
 pub mod served;
 mod states_file;
 pub mod store;
@@ -35,6 +36,7 @@ pub use online::OnlineFeatures;
 pub use pending::Pending;
 pub use recognition::Recognition;
 pub use remembered::RememberedFeatures;
+pub use scales::{PackedPictures, ScaleFeatures};
 pub use served::ServedFeatures;
 pub use stored::StoredFeatures;
 
@@ -63,5 +65,19 @@ pub trait FeatureSource {
     /// Whether a document costs less the second time, so that it should always come to the same rank.
     fn remembers(&self) -> bool {
         false
+    }
+}
+
+impl FeatureSource for Box<dyn FeatureSource> {
+    fn begin(&self, batch: Arc<PackedBatch>, capture: &[usize]) -> Pending<'_> {
+        self.as_ref().begin(batch, capture)
+    }
+
+    fn ahead(&self) -> usize {
+        self.as_ref().ahead()
+    }
+
+    fn remembers(&self) -> bool {
+        self.as_ref().remembers()
     }
 }

@@ -51,6 +51,24 @@ impl MaskedDiffusion {
     }
 }
 
+/// What documents are where a target's are pictures: maps of codes, scale by scale.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Pictures {
+    /// Side of each scale's map, in codes.
+    pub patch_nums: Vec<i64>,
+    /// Channels of a code.
+    pub z_channels: i64,
+    /// The labels that the target knows; nothing where it is an image tokenizer alone, whose pictures have any.
+    pub num_classes: Option<i64>,
+}
+
+impl Pictures {
+    /// Codes of a picture, over all scales.
+    pub fn codes(&self) -> i64 {
+        self.patch_nums.iter().map(|side| side * side).sum()
+    }
+}
+
 /// What a target is.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TargetInfo {
@@ -74,6 +92,8 @@ pub struct TargetInfo {
     pub template: LayerShape,
     /// What it is beside its layers, where its tokens see those behind them; nothing for a causal model.
     pub diffusion: Option<MaskedDiffusion>,
+    /// What its documents are where they are pictures; nothing for a model of text.
+    pub pictures: Option<Pictures>,
 }
 
 impl TargetInfo {
@@ -104,6 +124,7 @@ impl TargetInfo {
             embedding_scale: 1.0,
             template,
             diffusion: None,
+            pictures: None,
         }
     }
 

@@ -28,6 +28,7 @@ pub mod olmo2;
 pub mod olmo3;
 pub mod parts;
 pub mod phi3;
+pub mod picture_target;
 pub mod qwen2;
 pub mod qwen2_moe;
 pub mod qwen3;
@@ -48,9 +49,10 @@ pub use family::{
     load_tables, load_tables_alone, load_tables_with, load_target, load_target_with, read_info,
 };
 pub use identity::TargetIdentity;
-pub use info::{LayerKind, LayerShape, MaskedDiffusion, ParameterCounts, PlainModel, TargetInfo};
+pub use info::{LayerKind, LayerShape, MaskedDiffusion, ParameterCounts, Pictures, PlainModel, TargetInfo};
 pub use layerwise::LayerWise;
 pub use llama::plain_model;
+pub use picture_target::PictureTarget;
 pub use shared_target::{SharedTarget, TargetInUse};
 pub use spread::Spread;
 pub use stored_kind::stored_kind;

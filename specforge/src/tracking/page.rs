@@ -60,7 +60,7 @@ fn logged(path: &Path) -> Result<BTreeMap<String, Vec<Point>>> {
 }
 
 /// A chart: what it is called, what it shows, and which metrics by the last part of their names.
-const CHARTS: [(&str, &str, &[&str]); 8] = [
+const CHARTS: [(&str, &str, &[&str]); 9] = [
     (
         "Acceptance length",
         "Tokens a verification on held-out prompts, decoded with the draft of that step; simulated lengths follow the text of the \
@@ -70,6 +70,11 @@ const CHARTS: [(&str, &str, &[&str]); 8] = [
     ("Guesses accepted at each depth", "Decoded, of the verifications that are that deep.", &["accepted"]),
     ("Loss", "", &["loss"]),
     ("Accuracy", "Share of the supervised tokens that are the draft's first choice.", &["accuracy"]),
+    (
+        "Scales of pictures",
+        "Share of maps in which draws from teacher and draft can agree everywhere, and how many scales in a row.",
+        &["whole", "expected_scales"],
+    ),
     ("Confidence", "", &["confidence_loss", "confidence_error"]),
     ("Learning rate", "", &["learning_rate"]),
     ("Norm of the gradient", "Before it is clipped.", &["gradient_norm"]),

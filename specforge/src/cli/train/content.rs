@@ -54,6 +54,13 @@ impl<'a> Content<'a> {
         self.compare(&[inputs::TOKENIZER, inputs::TEMPLATE, inputs::SPECIAL_TOKENS])
     }
 
+    /// The image tokenizer and the transformer of a run on pictures: digests of both.
+    pub(super) fn pictures(&mut self, tokenizer: &str, transformer: Option<&str>) -> Result<()> {
+        self.name(inputs::TOKENIZER, Some(tokenizer.to_owned()));
+        self.name(inputs::TARGET_WEIGHTS, transformer.map(str::to_owned));
+        self.compare(&[inputs::TOKENIZER, inputs::TARGET_WEIGHTS])
+    }
+
     pub(super) fn data(&mut self, train: &TokenCache, held_out: Option<&TokenCache>) -> Result<()> {
         self.name(inputs::DATA, Some(train.token_hash()));
         self.name(inputs::HELD_OUT, held_out.map(TokenCache::token_hash));

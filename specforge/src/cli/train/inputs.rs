@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use tch::Device;
+
 use super::super::devices::Devices;
 use super::super::{LazyProgress, note};
 use crate::config::RunConfig;
@@ -15,7 +17,7 @@ use crate::files::Digests;
 use crate::memory;
 use crate::models::{self, Loading, SharedTarget, TargetIdentity, TargetTables};
 use crate::plan;
-use crate::weights::SharedCopies;
+use crate::weights::{SharedCopies, WeightsFolder};
 
 /// The draft's own vocabulary, where the configuration asks for one.
 pub(super) fn vocabulary(
@@ -53,15 +55,28 @@ pub(in crate::cli) fn fits_vocabulary(tokenizer: &ChatTokenizer, target_size: i6
 
 /// Where hidden states come from.
 pub(super) enum Source {
-    Online(OnlineFeatures),
-    Remembered(RememberedFeatures<OnlineFeatures>),
+    Computed(Box<dyn FeatureSource>),
+    Remembered(RememberedFeatures<Box<dyn FeatureSource>>),
     Stored(Box<StoredFeatures>),
 }
 
 impl Source {
+    /// States that are computed here, kept where the configuration says so.
+    pub(super) fn computed(
+        source: Box<dyn FeatureSource>,
+        config: &RunConfig,
+        home: Device,
+        ranks_here: usize,
+    ) -> Self {
+        match config.target.keep_hidden_states {
+            true => Source::Remembered(RememberedFeatures::new(source, home, kept_bytes(config, ranks_here))),
+            false => Source::Computed(source),
+        }
+    }
+
     pub(super) fn as_dyn(&self) -> &dyn FeatureSource {
         match self {
-            Source::Online(source) => source,
+            Source::Computed(source) => source.as_ref(),
             Source::Remembered(source) => source,
             Source::Stored(source) => source.as_ref(),
         }
@@ -76,6 +91,8 @@ pub(super) struct Target {
     pub(super) source: Source,
     /// The target itself, where it was loaded.
     pub(super) model: Option<SharedTarget>,
+    /// The files that a draft may begin with tensors of.
+    pub(super) weights: WeightsFolder,
 }
 
 /// Loads the target that `identity` was read of. With a store, the layers are loaded only to decode with. On the CPU, the
@@ -111,16 +128,14 @@ pub(super) fn target(
         let progress = check_progress("check the store");
         let stored =
             StoredFeatures::open(folder, identity, &tables, tokenizer.fingerprint(), &digests, local, &progress)?;
-        return Ok(Target { tables, source: Source::Stored(Box::new(stored)), model });
+        let weights = models::open_weights(path)?;
+        return Ok(Target { tables, source: Source::Stored(Box::new(stored)), model, weights });
     }
     let model = SharedTarget::from(models::load_target_with(path, &loading)?);
     let tables = TargetTables::of(&*model.in_use());
-    let online = OnlineFeatures::new(model.clone());
-    let source = match config.target.keep_hidden_states {
-        true => Source::Remembered(RememberedFeatures::new(online, devices.home, kept_bytes(config, local.of))),
-        false => Source::Online(online),
-    };
-    Ok(Target { tables, source, model: Some(model) })
+    let online = Box::new(OnlineFeatures::new(model.clone()));
+    let source = Source::computed(online, config, devices.home, local.of);
+    Ok(Target { tables, source, model: Some(model), weights: models::open_weights(path)? })
 }
 
 /// Loads the target that a configuration names; on the CPU, the `local_world_size` processes of this machine share the
@@ -212,7 +227,7 @@ pub(in crate::cli) fn fits_context(cache: &TokenCache, context: i64) -> Result<(
     Err(Error::config("data.max_length", problem).with_hint(format!("set data.max_length to {context} or less")))
 }
 
-fn data_line(cache: &TokenCache, report: &BuildReport) -> String {
+pub(super) fn data_line(cache: &TokenCache, report: &BuildReport) -> String {
     let supervised = 100.0 * cache.supervised_tokens() as f64 / cache.total_tokens().max(1) as f64;
     format!(
         "{} documents, {} tokens, {supervised:.1} % supervised, {} without supervision dropped{}",

@@ -24,7 +24,7 @@ use crate::export;
 use crate::features::store::Share;
 use crate::files;
 use crate::hub::{Wanted, recorded as name_of};
-use crate::models::{self, TargetModel};
+use crate::models::TargetModel;
 use crate::plan::Plan;
 use crate::progress;
 use crate::shim;
@@ -36,6 +36,7 @@ use crate::train::{self, Provenance, Split, Trainer, TrainerParts};
 mod content;
 mod folder;
 mod inputs;
+mod material;
 mod page;
 mod report;
 
@@ -43,6 +44,7 @@ use content::Content;
 use folder::{Resume, RunFolder};
 use inputs::{Source, Target};
 pub(super) use inputs::{check_progress, fits_context, fits_vocabulary, load_shared, tokens};
+use material::Material;
 
 #[derive(Debug, Args)]
 pub(super) struct TrainArgs {
@@ -126,12 +128,12 @@ fn train(
     // Data: tokens first, so that mistakes in it show before any weight is loaded.
     config.data.check()?;
     let mut content = Content::new(config, checkpoint);
-    let tokenizer = config.data.tokenizer(&config.target.path)?;
-    content.tokenizer(&tokenizer)?;
-    let train_cache = inputs::tokens(config, &config.data.train, &tokenizer)?;
+    let material = Material::open(config, algorithm)?;
+    material.name(&mut content)?;
+    let train_cache = material.tokens(config, &config.data.train)?;
     let eval_cache = match config.data.eval.is_empty() {
         true => None,
-        false => Some(inputs::tokens(config, &config.data.eval, &tokenizer)?),
+        false => Some(material.tokens(config, &config.data.eval)?),
     };
     let mut data_hashes = BTreeMap::from([("train".to_owned(), train_cache.content_hash().to_owned())]);
     if let Some(cache) = &eval_cache {
@@ -144,7 +146,7 @@ fn train(
     };
     // An evaluation that reads a part of them reads the same part whatever their order.
     let eval_documents = data::by_content(eval_cache.as_ref().unwrap_or(&train_cache), eval_documents);
-    let vocabulary = inputs::vocabulary(config, &tokenizer, &train_cache, &train_documents)?;
+    let vocabulary = material.vocabulary(config, &train_cache, &train_documents)?;
     if let Some(vocabulary) = &vocabulary {
         data_hashes.insert("vocabulary".to_owned(), vocabulary.file.map.hash());
     }
@@ -177,14 +179,11 @@ fn train(
         Share { rank, of }
     });
     note(format!("loading {} on {}", name_of(&config.target.path).display(), device::name(device)));
-    let identity = content.target()?;
-    let Target { tables, source, model } = inputs::target(config, &devices, local, &tokenizer, &identity)?;
+    let Target { tables, source, model, weights } = material.target(config, &devices, local, &mut content)?;
     let dimensions = &tables.info;
-    inputs::fits_vocabulary(&tokenizer, dimensions.vocab_size, &config.target.path)?;
     for cache in [Some(&train_cache), eval_cache.as_ref()].into_iter().flatten() {
         inputs::fits_context(cache, dimensions.max_position_embeddings)?;
     }
-    let weights = models::open_weights(&config.target.path)?;
     let context = DraftContext {
         target: dimensions.clone(),
         embedding: &tables.embedding,
@@ -225,7 +224,7 @@ fn train(
             stored.require(&draft.capture(), &splits)?;
             checkpoint::inputs::stored(stored.is_exact(config.target.element_type().name()), &stored.digest(&splits))
         }
-        Source::Online(_) | Source::Remembered(_) => checkpoint::inputs::COMPUTED.to_owned(),
+        Source::Computed(_) | Source::Remembered(_) => checkpoint::inputs::COMPUTED.to_owned(),
     };
     content.states(states)?;
     if let Source::Remembered(kept) = &source {
@@ -253,7 +252,7 @@ fn train(
         }
         None => ProcessGroup::single(),
     };
-    let stop_tokens = tokenizer.eos_token_ids();
+    let stop_tokens = material.stop_tokens();
     let decodes_with = model.as_ref().filter(|_| config.eval.every > 0);
     let last_answers = RefCell::new(Vec::new());
     let decoding = |draft: &dyn DraftModel| {
@@ -313,7 +312,7 @@ fn train(
     }
     if is_first {
         files::write_json(&out.join("report.json"), &report)?;
-        let samples = page::samples(&last_answers.borrow(), &prompts, &tokenizer)?;
+        let samples = material.samples(&last_answers.borrow(), &prompts)?;
         let run = page::of(&report, &resolved, &Versions::current(), &samples);
         files::write_text(&out.join(PAGE_FILE), &tracking::page::page(&out.join(METRICS_FILE), &run)?)?;
         note(format!("report: {}", foreign::path(&out.join(PAGE_FILE))));

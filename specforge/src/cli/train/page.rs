@@ -28,6 +28,7 @@ pub(super) fn of<'a>(
     for (name, what) in [
         ("acceptance_length", "tokens a verification, held out"),
         ("simulated_acceptance_length", "simulated, held out"),
+        ("expected_scales", "scales in a row, held out"),
         ("loss", "held-out loss"),
     ] {
         if let Some(&value) = report.end.get(name) {

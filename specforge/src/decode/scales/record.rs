@@ -75,6 +75,17 @@ pub struct Seconds {
     pub quantizer: f64,
 }
 
+impl Seconds {
+    /// Adds another decode's.
+    pub fn add(&mut self, more: &Self) {
+        self.total += more.total;
+        self.target += more.target;
+        self.draft += more.draft;
+        self.choosing += more.choosing;
+        self.quantizer += more.quantizer;
+    }
+}
+
 /// Decoded images.
 #[derive(Debug)]
 pub struct Decoded {

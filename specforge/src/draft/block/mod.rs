@@ -48,6 +48,7 @@ pub const fn algorithm(kind: &HeadKind) -> Algorithm {
         figures,
         free_on_resume: &[],
         follows_length: |section| BlockConfig::read(section).is_ok_and(|config| config.kind().follows_length),
+        pictures: false,
         resolve: |section| Ok(json!(BlockConfig::read(section)?)),
         size: |section, target| size(&BlockConfig::read(section)?, target),
         capture: |section, target| {

@@ -51,6 +51,7 @@ pub const ALGORITHM: Algorithm = Algorithm {
     figures,
     free_on_resume: &["recompute"],
     follows_length: |_| false,
+    pictures: false,
     resolve: |section| Ok(json!(Eagle3Config::read(section)?)),
     size: |section, target| size(&Eagle3Config::read(section)?, target),
     capture: |section, target| Ok(capture(&Eagle3Config::read(section)?.shape(target)?)),

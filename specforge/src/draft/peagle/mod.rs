@@ -51,6 +51,7 @@ pub const ALGORITHM: Algorithm = Algorithm {
     figures,
     free_on_resume: &[],
     follows_length: |_| false,
+    pictures: false,
     resolve: |section| Ok(json!(PeagleConfig::read(section)?)),
     size: |section, target| size(&PeagleConfig::read(section)?, target),
     capture: |section, target| Ok(capture(&PeagleConfig::read(section)?.shape(target)?)),

@@ -410,6 +410,7 @@ impl Design {
             embedding_scale: self.embedding_scale,
             template: self.template(),
             diffusion: self.diffusion,
+            pictures: None,
         }
     }
 

@@ -3,7 +3,7 @@
 //! The original checkpoints have no configuration beside them, so everything that shapes say is read from shapes; a config.json
 //! adds what they do not say (heads where attention is not normed) and is held against them.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::models::family::Shapes;
 use crate::models::keys::Keys;
@@ -108,6 +108,32 @@ impl VarConfig {
             norm_eps: keys.positive_or("norm_eps", 1e-6)?,
         };
         Ok((config, keys.strange()))
+    }
+
+    /// Multiply-adds of one token in a forward pass, attention between tokens and the modulations of the norms left out: the
+    /// latter belong to the label.
+    pub fn token_multiply_adds(&self) -> u64 {
+        let width = self.embed_dim;
+        let block = 4 * width * width + 2 * width * self.mlp_hidden;
+        (self.depth * block + self.vocab_size * width + self.z_channels * width) as u64
+    }
+
+    /// The values of a config.json that [`VarConfig::read`] reads as this.
+    pub fn values(&self) -> Value {
+        json!({
+            "model_type": "var",
+            "depth": self.depth,
+            "embed_dim": self.embed_dim,
+            "num_heads": self.num_heads,
+            "mlp_ratio": self.mlp_hidden as f64 / self.embed_dim as f64,
+            "patch_nums": self.patch_nums,
+            "vocab_size": self.vocab_size,
+            "z_channels": self.z_channels,
+            "num_classes": self.num_classes,
+            "shared_aln": self.shared_aln,
+            "attn_l2_norm": self.attn_l2_norm,
+            "norm_eps": self.norm_eps,
+        })
     }
 
     /// The label that stands for none: what the other half of guidance is given.

@@ -32,12 +32,21 @@ pub struct LoadedVar {
 /// weights, whose configuration is the file of its name that ends in `.json`.
 pub fn load_var(path: &Path, device: Device) -> Result<LoadedVar> {
     let weights = torch::open_either(path)?;
+    let (config, strange) = config_at(path, &weights)?;
+    Ok(LoadedVar { model: var_of(&weights, config, device)?, strange })
+}
+
+/// The configuration of the same, from its config.json and headers alone.
+pub fn read_config(path: &Path) -> Result<VarConfig> {
+    Ok(config_at(path, &torch::open_either(path)?)?.0)
+}
+
+fn config_at(path: &Path, weights: &WeightsFolder) -> Result<(VarConfig, Vec<String>)> {
     let (values, place) = match beside(path) {
         Some(file) => (Some(read_json(&file)?), file),
         None => (None, path.to_path_buf()),
     };
-    let (config, strange) = config_of(&weights, values.as_ref()).map_err(|problem| Error::bad_file(&place, problem))?;
-    Ok(LoadedVar { model: var_of(&weights, config, device)?, strange })
+    config_of(weights, values.as_ref()).map_err(|problem| Error::bad_file(&place, problem))
 }
 
 /// The configuration of tensors and, where there is one, of a config.json; and the keys that nobody read.

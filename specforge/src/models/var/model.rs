@@ -7,7 +7,7 @@ use super::cache::ScaleCache;
 use super::config::VarConfig;
 use crate::error::{Error, Result};
 use crate::models::family::GetTensor;
-use crate::nn::{Embedding, Linear};
+use crate::nn::{Embedding, Head, Linear};
 
 /// What the input of a scale is: for the first one the label alone, for every other one the map of codebook channels
 /// `[B, Z, p, p]` that the scales before it add up to, at the scale's own size.
@@ -140,6 +140,21 @@ impl Var {
 
     /// The same; `see` is shown every block's steps.
     pub fn forward_seen(&self, labels: &Tensor, inputs: &Tensor, see: &mut dyn FnMut(&BlockSteps)) -> Result<Tensor> {
+        Ok(self.head.forward(&self.states_seen(labels, inputs, see)?))
+    }
+
+    /// What the head reads for [`Var::forward`]: `[B, L, C]`, behind the last norm.
+    pub fn states(&self, labels: &Tensor, inputs: &Tensor) -> Result<Tensor> {
+        self.states_seen(labels, inputs, &mut |_| ())
+    }
+
+    /// The projection of states onto codes; nothing is copied.
+    pub fn head(&self) -> Head {
+        let bias = self.head.bias.as_ref().map(Tensor::shallow_clone);
+        Head { bias, ..Head::plain(self.head.weight.shallow_clone()) }
+    }
+
+    fn states_seen(&self, labels: &Tensor, inputs: &Tensor, see: &mut dyn FnMut(&BlockSteps)) -> Result<Tensor> {
         let conditions = self.conditions(labels)?;
         let want = [conditions.rows(), self.config.length() - self.config.tokens(0), self.config.z_channels];
         if inputs.size() != want {
@@ -148,7 +163,7 @@ impl Var {
         let rest = self.word.forward(inputs); // [B, L - F, C]
         let states = Tensor::cat(&[self.first(&conditions), rest], 1) + self.places(0, self.config.scales())?;
         let (states, _) = self.through(states, &conditions, &ScaleCache::new(), self.config.scales(), see)?;
-        Ok(self.logits(&states, &conditions))
+        Ok(self.normed(&states, &conditions))
     }
 
     /// Logits `[B, p * p, V]` of the scales that follow those of `cache`, one for each of `inputs`, in one pass, and the
@@ -239,9 +254,13 @@ impl Var {
 
     /// Logits `[B, T, V]` of states `[B, T, C]`.
     fn logits(&self, states: &Tensor, conditions: &Conditions) -> Tensor {
+        self.head.forward(&self.normed(states, conditions))
+    }
+
+    /// States `[B, T, C]` behind the last norm.
+    fn normed(&self, states: &Tensor, conditions: &Conditions) -> Tensor {
         let (scale, shift) = (conditions.head.i((.., .., 0)), conditions.head.i((.., .., 1))); // [B, 1, C] each
-        let normed = norm(states, self.config.norm_eps) * (scale + 1.0) + shift;
-        self.head.forward(&normed)
+        norm(states, self.config.norm_eps) * (scale + 1.0) + shift
     }
 }
 

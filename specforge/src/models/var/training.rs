@@ -61,30 +61,30 @@ pub fn token_weights(config: &VarConfig, by_scale: &[f64]) -> Result<Tensor> {
     if !fits || sum <= 0.0 {
         let scales = config.scales();
         return Err(Error::config(
-            "weights by scale",
+            "draft.scale_weights",
             format!("expected {scales} numbers of at least 0, got {by_scale:?}"),
         ));
     }
     Ok(Tensor::from_slice(&each) / sum)
 }
 
-/// Cross-entropy of logits `[B, L, V]` and true tokens `[B, L]`: mean over images of the weighted sum over tokens `[L]`.
-pub fn cross_entropy(logits: &Tensor, tokens: &Tensor, weights: &Tensor) -> Result<Tensor> {
+/// Cross-entropy of logits `[B, L, V]` and true tokens `[B, L]`, of each token: `[B, L]`.
+pub fn cross_entropies(logits: &Tensor, tokens: &Tensor) -> Result<Tensor> {
     let (_, _, vocabulary) = logits.size3()?;
     let (rows, labels) = (logits.f_reshape([-1, vocabulary])?, tokens.f_reshape([-1])?);
     let each = rows.f_cross_entropy_loss(&labels, None::<&Tensor>, Reduction::None, -100, 0.0)?;
-    weighted(&each.f_view_as(tokens)?, weights)
+    Ok(each.f_view_as(tokens)?)
 }
 
-/// `KL(target, draft)` in nats of logits `[B, L, V]` of both, weighted in the same way. Gradients reach the draft alone.
-pub fn distillation(draft: &Tensor, target: &Tensor, weights: &Tensor) -> Result<Tensor> {
+/// `KL(target, draft)` in nats of logits `[B, L, V]` of both, of each token: `[B, L]`. Gradients reach the draft alone.
+pub fn divergences(draft: &Tensor, target: &Tensor) -> Result<Tensor> {
     let target = target.detach().log_softmax(-1, draft.kind());
     let draft = draft.f_log_softmax(-1, draft.kind())?;
-    let each = (target.exp() * (&target - draft)).f_sum_dim_intlist([-1i64].as_slice(), false, target.kind())?; // [B, L]
-    weighted(&each, weights)
+    Ok((target.exp() * (&target - draft)).f_sum_dim_intlist([-1i64].as_slice(), false, target.kind())?)
 }
 
-fn weighted(each: &Tensor, weights: &Tensor) -> Result<Tensor> {
+/// Mean over images of the weighted sum over tokens: `each [B, L]`, `weights [L]`.
+pub fn weighted(each: &Tensor, weights: &Tensor) -> Result<Tensor> {
     let weights = weights.to_device(each.device()).to_kind(each.kind());
     Ok((each * weights).f_sum_dim_intlist([1i64].as_slice(), false, each.kind())?.f_mean(None::<Kind>)?)
 }
@@ -137,10 +137,11 @@ mod tests {
         let want = (entropy.select(1, 0) * 0.5
             + entropy.narrow(1, 1, 4).sum_dim_intlist([1i64].as_slice(), false, Kind::Double) * 0.125)
             .mean(Kind::Double);
-        let got = cross_entropy(&draft, &tokens, &weights).unwrap();
+        let got = weighted(&cross_entropies(&draft, &tokens).unwrap(), &weights).unwrap();
         assert!((got - want).abs().double_value(&[]) < 1e-12);
-        assert!(distillation(&target, &target, &weights).unwrap().abs().double_value(&[]) < 1e-12);
-        assert!(distillation(&draft, &target, &weights).unwrap().double_value(&[]) > 0.1);
+        let diverges =
+            |draft: &Tensor| weighted(&divergences(draft, &target).unwrap(), &weights).unwrap().double_value(&[]);
+        assert!(diverges(&target).abs() < 1e-12 && diverges(&draft) > 0.1);
     }
 
     /// A draft that follows its target's distribution agrees with it more and more often.
@@ -173,7 +174,7 @@ mod tests {
         let (mut first, mut last) = (None, (0.0, 0.0));
         for _ in 0..60 {
             let logits = draft.forward(&labels, &inputs).unwrap();
-            let loss = distillation(&logits, &wanted, &weights).unwrap();
+            let loss = weighted(&divergences(&logits, &wanted).unwrap(), &weights).unwrap();
             last = (loss.double_value(&[]), agreement(&logits));
             first.get_or_insert(last);
             loss.backward();

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 use tch::{Device, Kind, Tensor};
 
-use super::Vqvae;
 use super::config::{MODEL_TYPE, PUBLISHED_PATCHES, VqvaeConfig, inferred};
+use super::{Quantizer, Vqvae};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::progress;
@@ -15,6 +15,9 @@ use crate::weights::{self, WeightsFolder, torch};
 
 /// How often each code was used in training, `[S, V]`: nothing reads it.
 pub const COUNTERS: &str = "quantize.ema_vocab_hit_SV";
+
+/// What the names of the quantiser's tensors begin with.
+const PREFIX: &str = "quantize.";
 
 /// Loads a model: a folder with config.json and `model.safetensors` or a `.pth`, or a file of weights, whose configuration is
 /// the file of its name that ends in `.json`. What no configuration says is taken from the shapes of the tensors.
@@ -26,6 +29,14 @@ pub fn load(path: &Path, patch_nums: Option<&[i64]>, kind: Kind, device: Device)
     notes.iter().for_each(|note| progress::say(&format!("warning: {}: {note}", path.display())));
     weights.check_numbers(&Vqvae::tensors(&config)?)?;
     Vqvae::build(config, &mut |name, _| weights.load(name, kind, device))
+}
+
+/// Loads the quantiser of an opened model alone; everything is copied out of the file.
+pub fn load_quantizer(weights: &WeightsFolder, patch_nums: &[i64], kind: Kind, device: Device) -> Result<Quantizer> {
+    let (config, _) = read_config(weights.path(), weights, Some(patch_nums))?;
+    weights.check_numbers(&config.quantizer.tensors(PREFIX))?;
+    let load = |name: &str| Ok(weights.load(name, kind, Device::Cpu)?.f_to_device(device)?.copy());
+    Quantizer::build(config.quantizer, PREFIX, &mut |name, _| load(name))
 }
 
 /// What a model is by its configuration and the shapes of its weights, which must agree; and what the user should know.

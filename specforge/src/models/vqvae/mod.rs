@@ -24,7 +24,7 @@ use blocks::{See, Source};
 use coders::{COLOURS, Decoder, Encoder};
 
 pub use config::VqvaeConfig;
-pub use files::{load, write};
+pub use files::{load, load_quantizer, write};
 pub use quantizer::{Encoded, PhiSharing, Quantized, Quantizer, QuantizerConfig};
 
 /// A VQVAE. It has no state.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::Output;
+use super::super::Output;
 use crate::data::GreyImages;
 use crate::device;
 use crate::error::Result;

@@ -8,9 +8,8 @@ use std::time::Instant;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 use serde_json::json;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use super::train_vqvae::{self, TrainVqvaeArgs};
 use super::{LazyProgress, Output, note, numbers};
 use crate::decode::scales::{
     Decoded, Gamma, Plan, Rule, ScaleDecoder, ScaleRecord, ScaleRequest, ScaleSampling, Seconds, Source,
@@ -23,6 +22,12 @@ use crate::models::vqvae;
 use crate::stop::Stop;
 use crate::trace::ModelName;
 use crate::trace::scales::{ScaleHeader, ScaleRecorder};
+
+mod eval;
+mod train_vqvae;
+
+use eval::EvalArgs;
+use train_vqvae::TrainVqvaeArgs;
 
 /// File name of the report in an output folder.
 const REPORT: &str = "images.json";
@@ -42,6 +47,8 @@ pub(super) struct ImagesArgs {
 enum ImagesCommand {
     /// Decode images of labels, with or without a draft.
     Generate(Box<GenerateArgs>),
+    /// Measure a draft by decoding images with it and without it.
+    Eval(Box<EvalArgs>),
     /// Train the image tokenizer of such a model on small grey pictures.
     TrainVqvae(TrainVqvaeArgs),
 }
@@ -61,21 +68,8 @@ struct GenerateArgs {
     /// Label of each image, a number; `none` is an image without one.
     #[arg(long, required = true, value_delimiter = ',', value_name = "LABELS", allow_hyphen_values = true)]
     labels: Vec<Label>,
-    /// Seed of sampling: the noise of an image depends on it and on the image's number alone.
-    #[arg(long, default_value_t = 0, allow_hyphen_values = true, value_parser = numbers::at_least(0u64))]
-    seed: u64,
-    /// Strength of guidance at the last scale; 0 is none.
-    #[arg(long, default_value_t = 1.5, allow_hyphen_values = true, value_parser = numbers::any)]
-    cfg: f64,
-    /// Only this many of the likeliest tokens; 0 is all.
-    #[arg(long, default_value_t = 900, allow_hyphen_values = true, value_parser = numbers::at_least(0usize))]
-    top_k: usize,
-    /// Only the likeliest tokens that together have this probability; 0 is all.
-    #[arg(long, default_value_t = 0.96, allow_hyphen_values = true, value_parser = numbers::any)]
-    top_p: f64,
-    /// 0 is greedy.
-    #[arg(long, default_value_t = 1.0, allow_hyphen_values = true, value_parser = numbers::any)]
-    temperature: f64,
+    #[command(flatten)]
+    sampling: SamplingArgs,
     /// How many scales are drafted before the target looks: a number, or auto, which measures what pays.
     #[arg(long, default_value = "auto", requires = "draft", value_name = "N|auto")]
     gamma: GammaArg,
@@ -99,6 +93,35 @@ struct GenerateArgs {
     /// auto, cpu, cuda or cuda:N.
     #[arg(long, default_value = "auto")]
     device: String,
+}
+
+/// How tokens are drawn.
+#[derive(Debug, Clone, Args)]
+struct SamplingArgs {
+    /// Seed of sampling: the noise of an image depends on it and on the image's number alone.
+    #[arg(long, default_value_t = 0, allow_hyphen_values = true, value_parser = numbers::at_least(0u64))]
+    seed: u64,
+    /// Strength of guidance at the last scale; 0 is none.
+    #[arg(long, default_value_t = 1.5, allow_hyphen_values = true, value_parser = numbers::any)]
+    cfg: f64,
+    /// Only this many of the likeliest tokens; 0 is all.
+    #[arg(long, default_value_t = 900, allow_hyphen_values = true, value_parser = numbers::at_least(0usize))]
+    top_k: usize,
+    /// Only the likeliest tokens that together have this probability; 0 is all.
+    #[arg(long, default_value_t = 0.96, allow_hyphen_values = true, value_parser = numbers::any)]
+    top_p: f64,
+    /// 0 is greedy.
+    #[arg(long, default_value_t = 1.0, allow_hyphen_values = true, value_parser = numbers::any)]
+    temperature: f64,
+}
+
+impl SamplingArgs {
+    fn sampling(&self) -> Result<ScaleSampling> {
+        let Self { seed, cfg, top_k, top_p, temperature } = *self;
+        let sampling = ScaleSampling { cfg, top_k, top_p, temperature, seed };
+        sampling.check().map_err(|problem| Error::Usage(format!("--{}", problem.replacen('_', "-", 1))))?;
+        Ok(sampling)
+    }
 }
 
 /// Value of `--labels`: nothing is an image without a label.
@@ -138,6 +161,15 @@ impl FromStr for GammaArg {
 enum RuleArg {
     Keep(Rule),
     HandOver(usize),
+}
+
+impl RuleArg {
+    fn plan(self, gamma: Gamma, bonus: bool) -> Plan {
+        match self {
+            Self::Keep(rule) => Plan::Speculate { gamma, bonus, rule },
+            Self::HandOver(scales) => Plan::HandOver(scales),
+        }
+    }
 }
 
 impl FromStr for RuleArg {
@@ -222,38 +254,21 @@ struct Agreement {
 pub(super) fn run(args: &ImagesArgs, stop: &Stop, output: &Output) -> Result<()> {
     match &args.command {
         ImagesCommand::Generate(args) => generate(args, output),
+        ImagesCommand::Eval(args) => eval::run(args, output),
         ImagesCommand::TrainVqvae(args) => train_vqvae::run(args, stop, output),
     }
 }
 
 fn generate(args: &GenerateArgs, output: &Output) -> Result<()> {
-    let sampling = ScaleSampling {
-        cfg: args.cfg,
-        top_k: args.top_k,
-        top_p: args.top_p,
-        temperature: args.temperature,
-        seed: args.seed,
-    };
-    sampling.check().map_err(|problem| Error::Usage(format!("--{}", problem.replacen('_', "-", 1))))?;
+    let sampling = args.sampling.sampling()?;
     free_folder(&args.out)?;
     let place = device::choose(&args.device)?;
-    let load = |path: &Path| -> Result<Var> {
-        let loaded = load_var(path, place)?;
-        if !loaded.strange.is_empty() {
-            let keys = loaded.strange.join("`, `");
-            note(format!("warning: {}: passed over what is not known: `{keys}`", path.display()));
-        }
-        Ok(loaded.model)
-    };
-    let target = load(&args.target)?;
+    let target = load(&args.target, place)?;
     let labels = labels(&args.labels, target.config())?;
     let vae = vae_of(args.vae.as_deref(), &args.target)?;
     let tokenizer = vqvae::load(&vae, Some(&target.config().patch_nums), target.kind(), target.device())?;
-    let draft = args.draft.as_deref().map(load).transpose()?;
-    let plan = match args.rule {
-        RuleArg::Keep(rule) => Plan::Speculate { gamma: args.gamma.0, bonus: !args.no_bonus, rule },
-        RuleArg::HandOver(scales) => Plan::HandOver(scales),
-    };
+    let draft = args.draft.as_deref().map(|path| load(path, place)).transpose()?;
+    let plan = args.rule.plan(args.gamma.0, !args.no_bonus);
     let rows = args.max_rows.unwrap_or(if draft.is_some() { 1 } else { 8 });
     let with = draft.as_ref().map(|draft| (draft, plan));
     let mut decoder = ScaleDecoder::new(&target, tokenizer.quantizer(), with, sampling)?;
@@ -320,6 +335,16 @@ fn generate(args: &GenerateArgs, output: &Output) -> Result<()> {
     Ok(())
 }
 
+/// Loads a model, and says what of its files was passed over.
+fn load(path: &Path, place: Device) -> Result<Var> {
+    let loaded = load_var(path, place)?;
+    if !loaded.strange.is_empty() {
+        let keys = loaded.strange.join("`, `");
+        note(format!("warning: {}: passed over what is not known: `{keys}`", path.display()));
+    }
+    Ok(loaded.model)
+}
+
 /// Refuses a folder that holds something: what is written takes its place.
 fn free_folder(out: &Path) -> Result<()> {
     let holds = match std::fs::read_dir(out) {
@@ -336,7 +361,7 @@ fn free_folder(out: &Path) -> Result<()> {
 }
 
 /// Where the image tokenizer of a target lies: where it was said, or beside the target.
-pub(super) fn vae_of(named: Option<&Path>, target: &Path) -> Result<PathBuf> {
+pub(in crate::cli) fn vae_of(named: Option<&Path>, target: &Path) -> Result<PathBuf> {
     let beside = target.join("vae");
     match named {
         Some(path) => Ok(path.to_path_buf()),
@@ -390,12 +415,7 @@ impl Report {
         self.draft_tokens += count * decoded.draft_tokens;
         self.scales += decoded.scales.len();
         self.tokens += count * config.length();
-        let (sum, more) = (&mut self.seconds.decoding, &decoded.seconds);
-        sum.total += more.total;
-        sum.target += more.target;
-        sum.draft += more.draft;
-        sum.choosing += more.choosing;
-        sum.quantizer += more.quantizer;
+        self.seconds.decoding.add(&decoded.seconds);
         for ScaleRecord { scale, source, agreed, positions, .. } in &decoded.scales {
             if let (Some(row), Some(agreed)) = (self.agreement.get_mut(*scale), agreed) {
                 row.drafted += 1;
