@@ -6,6 +6,8 @@ use clap::Args;
 use serde_json::Value;
 
 use super::decoding::DecodingArgs;
+use super::diffusion::DiffusionArgs;
+use super::diffusion_eval::{self, Asked};
 use super::hub::{self, Place};
 use super::{LazyProgress, Output, note, numbers, ranks};
 use crate::decode::Policy;
@@ -18,6 +20,7 @@ use crate::eval::acceptance::{html, questions, report};
 use crate::eval::calibration::{self, ConfidenceLog};
 use crate::files;
 use crate::hub::recorded;
+use crate::models;
 use crate::trace::Recorder;
 
 /// Ten timed passes of each size for every one of these.
@@ -49,6 +52,11 @@ pub(super) struct EvalArgs {
     /// Record every committed position with the draft in a file for `specforge compare`.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
+    /// For masked diffusion models: masked copies of each answer by which its likelihood is estimated; 0 leaves it out.
+    #[arg(long, default_value_t = 8, value_name = "N", allow_hyphen_values = true, value_parser = numbers::at_least(0usize))]
+    likelihood_samples: usize,
+    #[command(flatten)]
+    diffusion: DiffusionArgs,
 }
 
 pub(super) fn run(args: &EvalArgs, output: &Output) -> Result<()> {
@@ -69,6 +77,10 @@ fn evaluate(args: &EvalArgs, meeting: Option<&Meeting>, output: &Output) -> Resu
     }
     let placement = meeting.map(Meeting::placement);
     let questions = questions::read(&args.data, args.limit)?;
+    if models::read_info(&args.decoding.target)?.diffusion.is_some() {
+        return fill_in(args, &questions, work.world_size(), output);
+    }
+    args.diffusion.refuse()?;
     let models = args.decoding.models_of(placement)?;
     let opened = args.decoding.draft(&models)?;
     opened.notes.iter().for_each(|line| note(format!("warning: {line}")));
@@ -132,6 +144,25 @@ fn evaluate(args: &EvalArgs, meeting: Option<&Meeting>, output: &Output) -> Resu
             "{faults} answers with the draft are not those of the target; record both with --trace and run `specforge compare`"
         ))),
     }
+}
+
+/// Measures a target of masked diffusion, which has no draft but several ways to decode.
+fn fill_in(args: &EvalArgs, questions: &[Question], processes: usize, output: &Output) -> Result<()> {
+    let refused = [
+        ("--calibrate", args.calibrate.is_some()),
+        ("--trace", args.trace.is_some()),
+        ("--batch", args.batch != 1),
+        ("several processes", processes > 1),
+    ];
+    if let Some((what, _)) = refused.into_iter().find(|(_, given)| *given) {
+        return Err(Error::Usage(format!(
+            "{what}: the target is a masked diffusion model, whose ways to decode are timed one after the other in one process; \
+             `specforge generate --trace` records one of them"
+        )));
+    }
+    let asked =
+        Asked { questions, baseline: !args.no_baseline, samples: args.likelihood_samples, out: args.out.as_deref() };
+    diffusion_eval::run(&args.diffusion, &args.decoding, &asked, output)
 }
 
 /// Drafted tokens of a request that the draft gives a confidence for.

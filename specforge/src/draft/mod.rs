@@ -22,6 +22,7 @@ pub mod gradients;
 mod lift;
 pub mod loss;
 pub mod losses;
+pub mod masked_diffusion;
 pub mod medusa;
 mod objective;
 mod parameter;
@@ -204,7 +205,7 @@ const BUILT_IN: [Algorithm; OTHERS.len() + block::heads::HEADS.len()] = {
 };
 
 /// Those that are no block drafters: an algorithm of its own is a line here.
-const OTHERS: &[Algorithm] = &[medusa::ALGORITHM, eagle3::ALGORITHM, peagle::ALGORITHM];
+const OTHERS: &[Algorithm] = &[medusa::ALGORITHM, eagle3::ALGORITHM, peagle::ALGORITHM, masked_diffusion::ALGORITHM];
 
 static TABLE: Table<Algorithm> = Table::new("the algorithm", |row| row.name, ALGORITHMS);
 

@@ -5,3 +5,4 @@ pub mod bench;
 pub mod bench_train;
 pub mod calibration;
 pub mod gpu_check;
+pub mod infilling;

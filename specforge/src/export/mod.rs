@@ -18,6 +18,7 @@ use crate::vocab::VocabMap;
 
 pub mod block;
 pub mod eagle3;
+pub mod masked_diffusion;
 pub mod medusa;
 pub mod peagle;
 
@@ -183,6 +184,7 @@ pub const FORMATS: &[Format] = &[
     peagle::FORMAT,
     block::ZLAB,
     block::SPECULATORS,
+    masked_diffusion::FORMAT,
 ];
 
 static TABLE: Table<Format> = Table::new("the format", |row| row.name, FORMATS);
