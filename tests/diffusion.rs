@@ -102,6 +102,17 @@ fn what_another_kind_of_target_has_is_refused_with_what_this_one_has() {
     {
         refused(&run(&causal, flags), &[flags[0], "causal", "--draft"]);
     }
+    // An evaluation too has no draft, no batches, and no options of the other kind.
+    for (workspace, flags, word) in [
+        (&diffusion, &["--draft", "prompt-lookup"][..], "--draft"),
+        (&diffusion, &["--batch", "2"], "--batch"),
+        (&diffusion, &["--no-baseline", "--cache", "none", "--cfg", "-1"], "--cfg"),
+        (&causal, &["--cache", "dual"], "--cache"),
+    ] {
+        let mut eval = specforge(&["eval", "--device", "cpu", "--max-new-tokens", "8", "--target"]);
+        eval.arg(workspace.path("model")).arg("--data").arg(workspace.path("conversations.jsonl"));
+        refused(&output_of(eval.args(["--limit", "1"]).args(flags)), &[word]);
+    }
     for (flags, word) in [
         (&["--block-length", "7"][..], "--block-length"),
         (&["--steps", "9"], "--steps"),
@@ -220,8 +231,6 @@ fn what_needs_a_causal_model_names_the_family() {
     workspace.set("train.max_steps", 2);
     refused(&output_of(&mut workspace.train_command("run", &[])), &words);
     refused(&output_of(&mut workspace.train_command("run", &["--plan"])), &words);
-    let mut eval = specforge(&["eval", "--device", "cpu", "--target"]);
-    refused(&output_of(eval.arg(&model).arg("--data").arg(workspace.path("conversations.jsonl"))), &words);
     // The other way round.
     let causal = Workspace::new();
     let loading = models::Loading { kind: Kind::Float, device: Device::Cpu, layers: None, copies: None };

@@ -11,6 +11,8 @@
 //!
 //! Shape legend: `B` documents, `T` tokens of the longest, `R` masked rows, `H` hidden size, `V` vocabulary.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -91,6 +93,10 @@ pub struct MaskedDiffusionConfig {
     pub num_attention_heads: Option<i64>,
     /// Keys and values; the target's without it.
     pub num_key_value_heads: Option<i64>,
+    /// Refused, as is the next: the model has the target's whole vocabulary.
+    pub vocab_map: Option<PathBuf>,
+    /// See `vocab_map`.
+    pub draft_vocab_size: Option<i64>,
 }
 
 impl Default for MaskedDiffusionConfig {
@@ -106,6 +112,8 @@ impl Default for MaskedDiffusionConfig {
             intermediate_size: None,
             num_attention_heads: None,
             num_key_value_heads: None,
+            vocab_map: None,
+            draft_vocab_size: None,
         }
     }
 }
@@ -113,13 +121,12 @@ impl Default for MaskedDiffusionConfig {
 impl MaskedDiffusionConfig {
     /// Reads and checks a `draft` section.
     pub fn read(section: &Value) -> Result<Self> {
-        for key in ["vocab_map", "draft_vocab_size"] {
-            if section.get(key).is_some_and(|value| !value.is_null()) {
-                let problem = "a masked diffusion model has the target's whole vocabulary: leave the key out";
-                return Err(Error::config("draft.vocab_map", problem));
-            }
-        }
         let config: Self = strict::from_value(section, "draft")?;
+        if config.vocab_map.is_some() || config.draft_vocab_size.is_some() {
+            let problem = "a masked diffusion model has the target's whole vocabulary: leave draft.vocab_map and \
+                           draft.draft_vocab_size out";
+            return Err(Error::config("draft.vocab_map", problem));
+        }
         let sizes = [
             ("hidden_size", config.hidden_size),
             ("intermediate_size", config.intermediate_size),
