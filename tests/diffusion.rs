@@ -102,9 +102,17 @@ fn what_another_kind_of_target_has_is_refused_with_what_this_one_has() {
     {
         refused(&run(&causal, flags), &[flags[0], "causal", "--draft"]);
     }
-    let trace = diffusion.path("a.trace");
-    refused(&run(&diffusion, &["--trace", trace.to_str().unwrap()]), &["--trace"]);
-    assert!(!trace.exists());
+    // An evaluation too has no draft, no batches, and no options of the other kind.
+    for (workspace, flags, word) in [
+        (&diffusion, &["--draft", "prompt-lookup"][..], "--draft"),
+        (&diffusion, &["--batch", "2"], "--batch"),
+        (&diffusion, &["--no-baseline", "--cache", "none", "--cfg", "-1"], "--cfg"),
+        (&causal, &["--cache", "dual"], "--cache"),
+    ] {
+        let mut eval = specforge(&["eval", "--device", "cpu", "--max-new-tokens", "8", "--target"]);
+        eval.arg(workspace.path("model")).arg("--data").arg(workspace.path("conversations.jsonl"));
+        refused(&output_of(eval.args(["--limit", "1"]).args(flags)), &[word]);
+    }
     for (flags, word) in [
         (&["--block-length", "7"][..], "--block-length"),
         (&["--steps", "9"], "--steps"),
@@ -115,6 +123,92 @@ fn what_another_kind_of_target_has_is_refused_with_what_this_one_has() {
         (&["--block-length", "64", "--max-new-tokens", "64"], "context 64"),
     ] {
         refused(&run(&diffusion, flags), &[word]);
+    }
+}
+
+/// Passes are recorded, and two records are compared and judged by the program.
+#[test]
+fn decodes_are_recorded_and_compared() {
+    let workspace = workspace("llada");
+    let target = workspace.path("model").display().to_string();
+    let record = |name: &str, more: &[&str]| {
+        let path = workspace.path(name).display().to_string();
+        let summary = answer(&workspace, &[&["--trace", &path][..], more].concat());
+        assert!(summary["summary"]["tokens"].as_u64() > Some(0), "{summary}");
+        path
+    };
+    let rule = |threshold: &str| format!("layer=1,threshold={threshold},outlier=-1,refresh=0");
+    let exact = record("exact.trace", &[]);
+    let parallel = record("parallel.trace", &["--exact-parallel", "states=3"]);
+    let plain = record("dual.trace", &["--cache", "dual"]);
+    let never = record("never.trace", &["--cache", "dual", "--token-skip", &rule("1")]);
+    let often = record("often.trace", &["--cache", "dual", "--token-skip", &rule("-1")]);
+    let compare =
+        |a: &str, b: &str| output_of(&mut specforge(&["compare", a, b, "--target", &target, "--device", "cpu"]));
+    let said = |output: &Output| String::from_utf8(output.stdout.clone()).unwrap();
+    let same = compare(&exact, &parallel);
+    assert!(same.status.success() && said(&same).ends_with("verdict: equal\n"), "{}", said(&same));
+    // The dual cache alone, and with a rule that never skips: the same numbers; it has no rows that could be skipped.
+    let unskipped = compare(&plain, &never);
+    assert!(unskipped.status.success(), "{}{}", said(&unskipped), stderr_of(&unskipped));
+    let skipped = compare(&never, &often);
+    assert_eq!(skipped.status.code(), Some(1), "{}", said(&skipped));
+    for part in ["first difference: text 0, block 0, pass 1, `active`", "0 of ", "rows skipped", "the exact decoder"] {
+        assert!(said(&skipped).contains(part), "{part}: {}", said(&skipped));
+    }
+    // A trace of another kind, and another model, are refused.
+    let causal = Workspace::new();
+    let other = causal.path("other.trace").display().to_string();
+    let mut generate =
+        specforge(&["generate", "--device", "cpu", "--raw", "--prompt", "The", "--trace", &other, "--target"]);
+    json_of(generate.arg(causal.path("model")).args(["--json", "--max-new-tokens", "4"]));
+    refused(&output_of(&mut specforge(&["compare", &exact, &other])), &["texts", "masked diffusion"]);
+    let mut foreign = specforge(&["compare", &exact, &plain, "--target"]);
+    refused(&output_of(foreign.arg(causal.path("model"))), &["is not the target of"]);
+}
+
+/// What a causal model becomes is trained, exported, decoded and measured in every way.
+#[test]
+fn a_causal_model_is_trained_exported_decoded_and_measured() {
+    for (shift, start) in [(true, "target"), (false, "target"), (false, "nothing")] {
+        let mut workspace = Workspace::with_model(&json!({"vocab_size": TOKENIZER_SIZE + 1}));
+        workspace.configuration["draft"] = json!({
+            "algorithm": "masked_diffusion", "mask_token_id": TOKENIZER_SIZE, "shift": shift, "start": start,
+        });
+        if start == "nothing" {
+            workspace.set("draft.hidden_size", 48).set("draft.num_layers", 1).set("draft.intermediate_size", 40);
+        }
+        workspace.set("train.max_steps", 8).set("optim.learning_rate", 3e-3);
+        let report = workspace.train("run", &[]);
+        let bound = |when: &str| report[when]["bound"].as_f64().unwrap();
+        assert!(bound("end") < bound("start"), "{report}");
+        let model = workspace.path("exported");
+        let mut export = specforge(&["export", "--json", "--format", "masked-diffusion", "--checkpoint"]);
+        let exported = json_of(export.arg(workspace.path("run")).arg("--out").arg(&model));
+        assert_eq!((&exported["format"], &exported["dtype"]), (&json!("masked-diffusion"), &json!("float32")));
+        assert!(output_of(specforge(&["export", "--check"]).arg(&model)).status.success());
+        // The numbers are the checkpoint's, under the family's own names.
+        let loading = models::Loading { kind: Kind::Float, device: Device::Cpu, layers: None, copies: None };
+        let loaded = models::load_diffusion(&model, &loading).unwrap();
+        assert_eq!(loaded.info().diffusion, Some(models::MaskedDiffusion { mask: TOKENIZER_SIZE, shift }));
+        let mut generate =
+            specforge(&["generate", "--json", "--device", "cpu", "--prompt", "seven stones", "--target"]);
+        let told = json_of(generate.arg(&model).args(["--max-new-tokens", "16", "--block-length", "8"]));
+        assert!(told["summary"]["lossless"] == true && told["summary"]["tokens"].as_u64() > Some(0), "{told}");
+        // Every way side by side.
+        fs::write(workspace.path("questions.jsonl"), "{\"prompt\": \"seven stones\"}\n{\"prompt\": \"The sky\"}\n")
+            .unwrap();
+        let mut eval =
+            specforge(&["eval", "--json", "--device", "cpu", "--max-new-tokens", "16", "--block-length", "8"]);
+        eval.args(["--exact-parallel", "states=3", "--likelihood-samples", "2", "--target"]).arg(&model);
+        let report = json_of(eval.arg("--data").arg(workspace.path("questions.jsonl")));
+        let ways = report["ways"].as_array().unwrap();
+        let names: Vec<&str> = ways.iter().map(|way| way["name"].as_str().unwrap()).collect();
+        assert_eq!(names, ["no cache", "no cache, exact parallel", "prefix cache", "dual cache"]);
+        let lossless: Vec<bool> = ways.iter().map(|way| way["lossless"].as_bool().unwrap()).collect();
+        assert_eq!(lossless, [true, true, false, false]);
+        assert_eq!((&ways[1]["agreement"], &ways[1]["same_answers"]), (&json!(1.0), &json!(2)), "{report}");
+        assert!(ways.iter().all(|way| way["log_likelihood"].as_f64().unwrap() < 0.0), "{report}");
     }
 }
 
@@ -137,8 +231,6 @@ fn what_needs_a_causal_model_names_the_family() {
     workspace.set("train.max_steps", 2);
     refused(&output_of(&mut workspace.train_command("run", &[])), &words);
     refused(&output_of(&mut workspace.train_command("run", &["--plan"])), &words);
-    let mut eval = specforge(&["eval", "--device", "cpu", "--target"]);
-    refused(&output_of(eval.arg(&model).arg("--data").arg(workspace.path("conversations.jsonl"))), &words);
     // The other way round.
     let causal = Workspace::new();
     let loading = models::Loading { kind: Kind::Float, device: Device::Cpu, layers: None, copies: None };

@@ -43,6 +43,14 @@ pub fn drafts() -> Vec<(&'static str, Value)> {
         ),
         ("anchors", json!({"algorithm": "anchors"})),
     ];
+    for (name, shift, objective) in [("fine-tuned", true, "fine_tuning"), ("pretrained", false, "pretraining")] {
+        drafts.push((
+            name,
+            json!({
+                "algorithm": "masked_diffusion", "mask_token_id": unseen(), "shift": shift, "objective": objective,
+            }),
+        ));
+    }
     drafts.extend(block_drafts());
     drafts
 }
@@ -94,9 +102,16 @@ pub fn vocabulary(section: &Value) -> Option<VocabMap> {
         .map(|_| VocabMap::new(own_tokens().collect(), TOKENIZER_SIZE).unwrap())
 }
 
+/// A token that no document has.
+fn unseen() -> i64 {
+    let documents = documents();
+    (0..TOKENIZER_SIZE).find(|token| documents.iter().all(|document| !document.ids.contains(token))).unwrap()
+}
+
 /// Whether chance decides what a step of a draft trains.
 fn is_by_chance(section: &Value) -> bool {
-    section["algorithm"] == "anchors" || section["algorithm"] == "peagle" || section.get("num_anchors").is_some()
+    ["anchors", "peagle", "masked_diffusion"].iter().any(|name| section["algorithm"] == *name)
+        || section.get("num_anchors").is_some()
 }
 
 /// A draft in float64 on a small target, away from its start.
@@ -231,13 +246,14 @@ fn a_draft_that_chance_takes_part_in_follows_the_key_alone() {
     }
 }
 
-/// Gradients of block drafters are the slopes of their objective, in float64: along a random direction of each tensor, by
+/// Gradients of block drafters and of masked diffusion models are the slopes of their objective, in float64: along a random direction of each tensor, by
 /// central differences. Left out is what an objective does not follow on purpose: weights that the draft's own chances give
 /// (`d_pace`), and the acceptance that a confidence learns.
 #[test]
 fn gradients_are_the_slopes_of_the_objective() {
     let batch = packed(&documents());
-    for (name, mut section) in block_drafts() {
+    let infilling = drafts().into_iter().filter(|(_, section)| section["algorithm"] == "masked_diffusion");
+    for (name, mut section) in block_drafts().into_iter().chain(infilling) {
         match name {
             "d_pace" => section["weights"] = json!({"name": "fixed", "gamma": 2.0}),
             "dspark" => section["head"]["confidence_weight"] = json!(0.0),
@@ -246,7 +262,7 @@ fn gradients_are_the_slopes_of_the_objective() {
             _ => {}
         }
         // Total variation has a kink wherever a token is as likely for either.
-        if section["algorithm"] != "domino" && name != "dflash2" {
+        if !["domino", "dflash2", "masked_diffusion"].iter().any(|other| section["algorithm"] == *other) {
             section["loss"] = json!({"ce": 0.5, "kl": 0.5});
         }
         let setup = Setup::new(&section);

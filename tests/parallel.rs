@@ -8,7 +8,7 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use crate::fixture::{Workspace, json_of, largest_difference, specforge, tensors_of};
+use crate::fixture::{TOKENIZER_SIZE, Workspace, json_of, largest_difference, specforge, tensors_of, write_model};
 
 mod failures;
 mod launchers;
@@ -183,6 +183,33 @@ fn peagle_makes_the_same_updates_at_any_world_size() {
         "algorithm": "peagle", "capture": [0, 1], "draft_vocab_size": 300, "num_layers": 1, "num_depths": 4,
         "mask_token_id": 5,
     }));
+}
+
+/// A model that is trained whole, whose documents are masked by chance.
+#[test]
+fn masked_diffusion_makes_the_same_updates_at_any_world_size() {
+    let draft = json!({"algorithm": "masked_diffusion", "mask_token_id": TOKENIZER_SIZE});
+    let mut workspace = workspace(draft);
+    write_model(&workspace.path("model"), &json!({"vocab_size": TOKENIZER_SIZE + 1}));
+    workspace.set("train.save_every", 3).set("optim.schedule", json!({"kind": "constant"}));
+    workspace.train("alone", &[]);
+    for (ranks, micro_batch) in [(1, 64), (2, 256), (2, 64)] {
+        let run = format!("{ranks}x{micro_batch}");
+        let micro_batch = format!("train.micro_batch_tokens={micro_batch}");
+        let arguments = ["--set", &micro_batch];
+        match ranks {
+            1 => workspace.train(&run, &arguments),
+            _ => json_of(&mut launch_command(&workspace, ranks, &run, &arguments)),
+        };
+        assert_same_run(&workspace, &run, "alone", 6);
+    }
+    // Stopped and gone on with, a run ends in the same bytes.
+    workspace.train("resumed", &["--set", "train.max_steps=3"]);
+    workspace.train("resumed", &["--resume"]);
+    for name in ["model.safetensors", "optimizer.safetensors"] {
+        let read = |run: &str| fs::read(workspace.path(run).join("step-00000006").join(name)).unwrap();
+        assert!(read("resumed") == read("alone"), "{name} differs");
+    }
 }
 
 /// With and without the optimizer's state spread over the ranks; more ranks than a batch has documents.

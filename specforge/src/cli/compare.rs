@@ -1,6 +1,6 @@
 //! `specforge compare`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use tch::Kind;
@@ -9,11 +9,14 @@ use super::devices::DeviceArgs;
 use super::hub::{self, Place};
 use super::{Output, note};
 use crate::data::ChatTokenizer;
+use crate::decode::diffusion::Network;
 use crate::decode::drafter::{self, DraftSampling};
 use crate::error::{Error, Result};
 use crate::hub::Wanted;
 use crate::models::var::load_var;
 use crate::models::vqvae;
+use crate::trace::compare::Verdict;
+use crate::trace::diffusion::{DiffusionJudge, DiffusionTrace};
 use crate::trace::judge::NewDrafter;
 use crate::trace::scales::{self, ScaleJudge, ScaleTrace};
 use crate::trace::{self, Judge, ModelName, Trace};
@@ -41,17 +44,52 @@ pub(super) struct CompareArgs {
 }
 
 pub(super) fn run(args: &CompareArgs, output: &Output) -> Result<()> {
-    match (ScaleTrace::is_one(&args.a), ScaleTrace::is_one(&args.b)) {
-        (false, false) => {}
-        (true, true) => return images(args, output),
-        (first, _) => {
-            let (other, one) = if first { (&args.b, &args.a) } else { (&args.a, &args.b) };
-            return Err(Error::bad_file(other, format!("is no trace of images, and {} is one", one.display())));
-        }
+    let (kind, other) = (TraceOf::read(&args.a), TraceOf::read(&args.b));
+    if kind != other {
+        let (kind, other, first) = (kind.words(), other.words(), args.a.display());
+        return Err(Error::bad_file(&args.b, format!("is a trace of {other}, and {first} one of {kind}")));
+    }
+    if kind == TraceOf::Images {
+        return images(args, output);
     }
     if args.vae.is_some() {
         return Err(Error::Usage("--vae: these are no traces of images".to_owned()));
     }
+    match kind {
+        TraceOf::Diffusion => diffusion(args, output),
+        _ => texts(args, output),
+    }
+}
+
+/// What a trace is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum TraceOf {
+    Text,
+    Images,
+    Diffusion,
+}
+
+impl TraceOf {
+    /// By a file's first line; a file that is no trace is refused where it is read whole.
+    fn read(path: &Path) -> Self {
+        match path {
+            path if ScaleTrace::is_one(path) => Self::Images,
+            path if DiffusionTrace::is_one(path) => Self::Diffusion,
+            _ => Self::Text,
+        }
+    }
+
+    fn words(self) -> &'static str {
+        match self {
+            Self::Text => "texts",
+            Self::Images => "images",
+            Self::Diffusion => "a masked diffusion model",
+        }
+    }
+}
+
+/// Compares traces of a causal model.
+fn texts(args: &CompareArgs, output: &Output) -> Result<()> {
     let args = &mut args.clone();
     hub::fetch(args.target.iter_mut().map(|target| Place::Model(target, Wanted::Target)).collect(), None)?;
     let args = &*args;
@@ -59,23 +97,8 @@ pub(super) fn run(args: &CompareArgs, output: &Output) -> Result<()> {
     let target = match &args.target {
         None => None,
         Some(folder) => {
-            let identity = ModelName::target(folder)?.identity;
-            for trace in [&a, &b] {
-                if trace.header.target.identity != identity {
-                    let other = trace.header.target.path.display();
-                    return Err(Error::bad_file(
-                        folder,
-                        format!("is not the target of {}: {other}", trace.path.display()),
-                    ));
-                }
-            }
-            let kind = match a.header.dtype.as_str() {
-                "bfloat16" => Kind::BFloat16,
-                "float16" => Kind::Half,
-                "float64" => Kind::Double,
-                _ => Kind::Float,
-            };
-            Some(args.devices.alone()?.load(folder, kind)?)
+            same_target(folder, [(&a.path, &a.header.target), (&b.path, &b.header.target)])?;
+            Some(args.devices.alone()?.load(folder, kind_of(&a.header.dtype))?)
         }
     };
     let folder = args.target.as_ref().unwrap_or(&a.header.target.path);
@@ -95,9 +118,60 @@ pub(super) fn run(args: &CompareArgs, output: &Output) -> Result<()> {
     }
     let word = |token| tokenizer.as_ref().and_then(|tokenizer| tokenizer.decode(&[token], false).ok());
     output.result(&comparison, || trace::text::text(&comparison, &word));
-    match comparison.verdict.is_sound() {
+    sound(comparison.verdict)
+}
+
+/// Refuses a folder that is not the target of traces.
+fn same_target(folder: &Path, traces: [(&PathBuf, &ModelName); 2]) -> Result<()> {
+    let identity = ModelName::target(folder)?.identity;
+    match traces.into_iter().find(|(_, target)| target.identity != identity) {
+        None => Ok(()),
+        Some((trace, target)) => {
+            let (trace, other) = (trace.display(), target.path.display());
+            Err(Error::bad_file(folder, format!("is not the target of {trace}: {other}")))
+        }
+    }
+}
+
+/// The element type of a name in files.
+fn kind_of(dtype: &str) -> Kind {
+    match dtype {
+        "bfloat16" => Kind::BFloat16,
+        "float16" => Kind::Half,
+        "float64" => Kind::Double,
+        _ => Kind::Float,
+    }
+}
+
+/// Compares traces of a masked diffusion model.
+fn diffusion(args: &CompareArgs, output: &Output) -> Result<()> {
+    let args = &mut args.clone();
+    hub::fetch(args.target.iter_mut().map(|target| Place::Model(target, Wanted::Target)).collect(), None)?;
+    let (a, b) = (DiffusionTrace::read(&args.a)?, DiffusionTrace::read(&args.b)?);
+    let target = match &args.target {
+        None => None,
+        Some(folder) => {
+            same_target(folder, [(&a.path, &a.header.target), (&b.path, &b.header.target)])?;
+            Some(args.devices.alone()?.load_diffusion(folder, kind_of(&a.header.dtype))?)
+        }
+    };
+    let judge = match &target {
+        Some(target) => Some(DiffusionJudge { network: Network::of(target.as_ref())? }),
+        None => None,
+    };
+    let comparison = trace::diffusion::compare(&a, &b, judge.as_ref())?;
+    let folder = args.target.as_ref().unwrap_or(&a.header.target.path);
+    let tokenizer = ChatTokenizer::load(folder, None).ok();
+    let word = |token| tokenizer.as_ref().and_then(|tokenizer| tokenizer.decode(&[token], false).ok());
+    output.result(&comparison, || trace::diffusion::text(&comparison, &word));
+    sound(comparison.verdict)
+}
+
+/// Traces that are not as good as each other are a failure.
+fn sound(verdict: Verdict) -> Result<()> {
+    match verdict.is_sound() {
         true => Ok(()),
-        false => Err(Error::Failed(format!("the traces differ: {}", comparison.verdict.words()))),
+        false => Err(Error::Failed(format!("the traces differ: {}", verdict.words()))),
     }
 }
 
@@ -127,10 +201,7 @@ fn images(args: &CompareArgs, output: &Output) -> Result<()> {
     let judge = models.as_ref().map(|(target, tokenizer)| ScaleJudge { target, quantizer: tokenizer.quantizer() });
     let comparison = scales::compare(&a, &b, judge.as_ref())?;
     output.result(&comparison, || scales::text(&comparison));
-    match comparison.verdict.is_sound() {
-        true => Ok(()),
-        false => Err(Error::Failed(format!("the traces differ: {}", comparison.verdict.words()))),
-    }
+    sound(comparison.verdict)
 }
 
 /// What the first trace was drafted with, as `--draft` names it; nothing where it is not there as it was.

@@ -14,6 +14,7 @@ use super::template::TemplateArgs;
 use crate::cloud::AbsentTarget;
 use crate::config::Dtype;
 use crate::data::ChatTokenizer;
+use crate::decode::diffusion::{Network, Options};
 use crate::decode::drafter::{DraftSampling, Opened, open};
 use crate::decode::{EngineOptions, Policy, VerifyBudget};
 use crate::dist::Placement;
@@ -21,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::hub::{self, Wanted};
 use crate::models::TargetModel;
 use crate::nn::Processors;
+use crate::trace::diffusion::DiffusionHeader;
 use crate::trace::{Header, ModelName, Settings};
 
 #[derive(Debug, Clone, Args)]
@@ -269,6 +271,25 @@ impl DecodingArgs {
                 max_new_tokens: self.max_new_tokens,
                 max_rows,
             },
+        })
+    }
+
+    /// Head of a trace of a decode with a masked diffusion model.
+    pub(super) fn diffusion_header(
+        &self,
+        models: &Models,
+        (network, options): (&Network<'_>, &Options),
+        seed: u64,
+    ) -> Result<DiffusionHeader> {
+        Ok(DiffusionHeader {
+            target: ModelName::target(&self.target)?,
+            dtype: models.dtype.name().to_owned(),
+            device: devices::of_target(models.target.as_ref()),
+            vocabulary: models.target.info().vocab_size,
+            mask: network.diffusion().mask,
+            shift: usize::try_from(network.shift()).unwrap_or(0),
+            seed,
+            options: options.clone(),
         })
     }
 

@@ -1,6 +1,7 @@
 //! `specforge generate` for targets of masked diffusion: their options, and how an answer is told.
 
 use std::io::{IsTerminal, Write};
+use std::path::Path;
 use std::time::Instant;
 
 use clap::Args;
@@ -14,6 +15,8 @@ use crate::decode::diffusion::{
     Cache, Decoder, Keyed, Network, Options, Parallel, Prompt, Remasking, Rule, Step, TokenSkip, Watcher, Work,
 };
 use crate::error::{Error, Result, foreign};
+use crate::eval::infilling::Mode;
+use crate::trace::diffusion::DiffusionRecorder;
 
 /// Options of masked diffusion alone.
 #[derive(Debug, Clone, Default, Args)]
@@ -89,6 +92,33 @@ impl DiffusionArgs {
         }
     }
 
+    /// The ways that an evaluation compares: without a cache first, unless `baseline` leaves that out, then those that were asked
+    /// for, or else all that these options have.
+    pub(super) fn modes(&self, decoding: &DecodingArgs, stop_tokens: &[u32], baseline: bool) -> Result<Vec<Mode>> {
+        let asked = self.options(decoding, stop_tokens)?;
+        let plain = Options { cache: Cache::None, skip: None, parallel: None, ..asked.clone() };
+        let mode = |name: &str, options: Options| Mode { name: name.to_owned(), options };
+        let mut modes = Vec::new();
+        if baseline || self.cache == Some(Cache::None) {
+            modes.push(mode("no cache", plain.clone()));
+        }
+        if asked.parallel.is_some() {
+            modes.push(mode("no cache, exact parallel", Options { parallel: asked.parallel, ..plain.clone() }));
+        }
+        for cache in [Cache::Prefix, Cache::Dual] {
+            if self.cache.is_none_or(|asked| asked == cache) {
+                modes.push(mode(&format!("{} cache", cache.name()), Options { cache, ..plain.clone() }));
+            }
+        }
+        if asked.skip.is_some() {
+            modes.push(mode("dual cache, token skip", Options { cache: Cache::Dual, skip: asked.skip, ..plain }));
+        }
+        match modes.is_empty() {
+            false => Ok(modes),
+            true => Err(Error::Usage("--no-baseline: nothing else was asked for".to_owned())),
+        }
+    }
+
     /// How answers of so many tokens are decoded.
     fn options(&self, decoding: &DecodingArgs, stop_tokens: &[u32]) -> Result<Options> {
         let length = decoding.max_new_tokens;
@@ -156,11 +186,17 @@ pub(super) struct Session<'a> {
     draws: Keyed,
     settings: Value,
     mask: i64,
+    recorder: Option<DiffusionRecorder>,
 }
 
 impl<'a> Session<'a> {
-    /// Refuses what makes no sense for the target.
-    pub(super) fn open(models: &'a Models, args: &DiffusionArgs, decoding: &DecodingArgs) -> Result<Self> {
+    /// Refuses what makes no sense for the target. Passes are recorded in `trace`.
+    pub(super) fn open(
+        models: &'a Models,
+        args: &DiffusionArgs,
+        decoding: &DecodingArgs,
+        trace: Option<&Path>,
+    ) -> Result<Self> {
         let network = Network::of(models.target.as_ref())?;
         let options = args.options(decoding, models.tokenizer.eos_token_ids())?;
         let mut settings = decoding.place(models);
@@ -169,7 +205,20 @@ impl<'a> Session<'a> {
         }
         let mask = network.diffusion().mask;
         let draws = Keyed { seed: decoding.seed().unwrap_or(0) };
-        Ok(Self { models, decoder: Decoder::new(network, options)?, draws, settings, mask })
+        let decoder = Decoder::new(network, options)?;
+        let recorder = match trace {
+            Some(path) => {
+                let header = decoding.diffusion_header(models, (&network, decoder.options()), draws.seed)?;
+                Some(DiffusionRecorder::create(path, header)?)
+            }
+            None => None,
+        };
+        Ok(Self { models, decoder, draws, settings, mask, recorder })
+    }
+
+    /// Gives the trace its name.
+    pub(super) fn finish(self) -> Result<()> {
+        self.recorder.map_or(Ok(()), DiffusionRecorder::finish)
     }
 
     /// Answers one prompt and returns the text.
@@ -184,8 +233,12 @@ impl<'a> Session<'a> {
             block: options.block,
             stop_tokens: options.stop_tokens.clone(),
             has_ended: false,
+            recorder: self.recorder.as_mut(),
         };
         let prompts = [Prompt { tokens: prompt, key: turn }];
+        if let Some(recorder) = printer.recorder.as_deref_mut() {
+            recorder.texts(&prompts)?;
+        }
         let answers = self.decoder.decode(&prompts, &mut self.draws, &mut printer)?;
         let answer =
             answers.into_iter().next().ok_or_else(|| Error::Failed("the decoder gave no answer".to_owned()))?;
@@ -232,7 +285,7 @@ fn line(summary: &Summary) -> String {
     )
 }
 
-/// Prints the text of each block once it is known, up to the first stop token.
+/// Prints the text of each block once it is known, up to the first stop token, and hands everything on to the recorder.
 struct Printer<'a> {
     stream: TextStream<'a>,
     text: String,
@@ -241,6 +294,7 @@ struct Printer<'a> {
     block: usize,
     stop_tokens: Vec<u32>,
     has_ended: bool,
+    recorder: Option<&'a mut DiffusionRecorder>,
 }
 
 impl Printer<'_> {
@@ -265,7 +319,14 @@ impl Printer<'_> {
 }
 
 impl Watcher for Printer<'_> {
+    fn wants_rows(&self) -> bool {
+        self.recorder.is_some()
+    }
+
     fn step(&mut self, step: &Step, ids: &[i64]) -> Result<()> {
+        if let Some(recorder) = self.recorder.as_deref_mut() {
+            recorder.step(step, ids)?;
+        }
         let Some(block) = ids.get(step.start..step.start + self.block) else { return Ok(()) };
         if block.contains(&self.mask) {
             return Ok(());

@@ -6,7 +6,12 @@ use clap::Args;
 use serde_json::Value;
 
 use super::decoding::DecodingArgs;
+<<<<<<< HEAD
 use super::edge::EdgeArgs;
+=======
+use super::diffusion::DiffusionArgs;
+use super::diffusion_eval::{self, Asked};
+>>>>>>> diffusion
 use super::hub::{self, Place};
 use super::{LazyProgress, Output, edge_eval, note, numbers, ranks};
 use crate::decode::Policy;
@@ -19,7 +24,11 @@ use crate::eval::acceptance::{html, questions, report};
 use crate::eval::calibration::{self, ConfidenceLog};
 use crate::files;
 use crate::hub::recorded;
+<<<<<<< HEAD
 use crate::stop::{Answer, Stop};
+=======
+use crate::models;
+>>>>>>> diffusion
 use crate::trace::Recorder;
 
 /// Ten timed passes of each size for every one of these.
@@ -51,8 +60,16 @@ pub(super) struct EvalArgs {
     /// Record every committed position with the draft in a file for `specforge compare`.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
+<<<<<<< HEAD
     #[command(flatten)]
     edge: EdgeArgs,
+=======
+    /// For masked diffusion models: masked copies of each answer by which its likelihood is estimated; 0 leaves it out.
+    #[arg(long, default_value_t = 8, value_name = "N", allow_hyphen_values = true, value_parser = numbers::at_least(0usize))]
+    likelihood_samples: usize,
+    #[command(flatten)]
+    diffusion: DiffusionArgs,
+>>>>>>> diffusion
 }
 
 pub(super) fn run(args: &EvalArgs, stop: &Stop, output: &Output) -> Result<()> {
@@ -94,6 +111,10 @@ fn evaluate(args: &EvalArgs, meeting: Option<&Meeting>, output: &Output) -> Resu
     }
     let placement = meeting.map(Meeting::placement);
     let questions = questions::read(&args.data, args.limit)?;
+    if models::read_info(&args.decoding.target)?.diffusion.is_some() {
+        return fill_in(args, &questions, work.world_size(), output);
+    }
+    args.diffusion.refuse()?;
     let models = args.decoding.models_of(placement)?;
     let opened = args.decoding.draft(&models)?;
     opened.notes.iter().for_each(|line| note(format!("warning: {line}")));
@@ -157,6 +178,25 @@ fn evaluate(args: &EvalArgs, meeting: Option<&Meeting>, output: &Output) -> Resu
             "{faults} answers with the draft are not those of the target; record both with --trace and run `specforge compare`"
         ))),
     }
+}
+
+/// Measures a target of masked diffusion, which has no draft but several ways to decode.
+fn fill_in(args: &EvalArgs, questions: &[Question], processes: usize, output: &Output) -> Result<()> {
+    let refused = [
+        ("--calibrate", args.calibrate.is_some()),
+        ("--trace", args.trace.is_some()),
+        ("--batch", args.batch != 1),
+        ("several processes", processes > 1),
+    ];
+    if let Some((what, _)) = refused.into_iter().find(|(_, given)| *given) {
+        return Err(Error::Usage(format!(
+            "{what}: the target is a masked diffusion model, whose ways to decode are timed one after the other in one process; \
+             `specforge generate --trace` records one of them"
+        )));
+    }
+    let asked =
+        Asked { questions, baseline: !args.no_baseline, samples: args.likelihood_samples, out: args.out.as_deref() };
+    diffusion_eval::run(&args.diffusion, &args.decoding, &asked, output)
 }
 
 /// Drafted tokens of a request that the draft gives a confidence for.

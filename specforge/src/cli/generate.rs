@@ -103,16 +103,14 @@ pub(super) fn run(args: &GenerateArgs, stop: &Stop, output: &Output) -> Result<(
 
 /// Answers with a target of masked diffusion.
 fn fill_in(args: &GenerateArgs, output: &Output) -> Result<()> {
-    if args.trace.is_some() {
-        return Err(Error::Usage("--trace: a decode of a masked diffusion model is not recorded".to_owned()));
-    }
     let models = args.decoding.diffusion_models()?;
-    let mut session = diffusion::Session::open(&models, &args.diffusion, &args.decoding)?;
+    let mut session = diffusion::Session::open(&models, &args.diffusion, &args.decoding, args.trace.as_deref())?;
     let mut turn = 0;
     answer_all(args, &models.tokenizer, &mut |ids| {
         turn += 1;
         session.answer(ids, turn - 1, output)
-    })
+    })?;
+    session.finish()
 }
 
 /// The same with the target on another machine.

@@ -17,6 +17,7 @@ mod compare;
 mod decoding;
 mod devices;
 mod diffusion;
+mod diffusion_eval;
 mod doctor;
 mod edge;
 mod edge_eval;

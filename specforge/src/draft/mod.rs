@@ -22,6 +22,7 @@ pub mod gradients;
 mod lift;
 pub mod loss;
 pub mod losses;
+pub mod masked_diffusion;
 pub mod medusa;
 pub mod next_scale;
 mod objective;
@@ -207,7 +208,11 @@ const BUILT_IN: [Algorithm; OTHERS.len() + block::heads::HEADS.len()] = {
 };
 
 /// Those that are no block drafters: an algorithm of its own is a line here.
+<<<<<<< HEAD
 const OTHERS: &[Algorithm] = &[medusa::ALGORITHM, eagle3::ALGORITHM, peagle::ALGORITHM, next_scale::ALGORITHM];
+=======
+const OTHERS: &[Algorithm] = &[medusa::ALGORITHM, eagle3::ALGORITHM, peagle::ALGORITHM, masked_diffusion::ALGORITHM];
+>>>>>>> diffusion
 
 static TABLE: Table<Algorithm> = Table::new("the algorithm", |row| row.name, ALGORITHMS);
 

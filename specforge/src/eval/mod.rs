@@ -5,4 +5,8 @@ pub mod bench;
 pub mod bench_train;
 pub mod calibration;
 pub mod gpu_check;
+<<<<<<< HEAD
 pub mod pictures;
+=======
+pub mod infilling;
+>>>>>>> diffusion

@@ -18,6 +18,7 @@ use crate::vocab::VocabMap;
 
 pub mod block;
 pub mod eagle3;
+pub mod masked_diffusion;
 pub mod medusa;
 pub mod next_scale;
 pub mod peagle;
@@ -184,7 +185,11 @@ pub const FORMATS: &[Format] = &[
     peagle::FORMAT,
     block::ZLAB,
     block::SPECULATORS,
+<<<<<<< HEAD
     next_scale::FORMAT,
+=======
+    masked_diffusion::FORMAT,
+>>>>>>> diffusion
 ];
 
 static TABLE: Table<Format> = Table::new("the format", |row| row.name, FORMATS);

@@ -50,6 +50,9 @@ fn forward(target: &dyn TargetModel, batch: &PackedBatch, capture: &[usize]) -> 
 
 /// The features of a batch, document by document where that decides about bits.
 fn compute(target: &dyn TargetModel, batch: Arc<PackedBatch>, capture: &[usize]) -> Result<FeatureBatch> {
+    if capture.is_empty() {
+        return Ok(FeatureBatch { batch, hidden: Vec::new() });
+    }
     if target.device() != Device::Cpu || batch.lengths.len() < 2 {
         let hidden = forward(target, &batch, capture)?;
         return Ok(FeatureBatch { batch, hidden });

@@ -232,6 +232,14 @@ impl InStretches for Decoder {
         Ok(Decoder::run(self, stretch, cache, see))
     }
 
+    fn normed(&self, ids: &Tensor, positions: &Tensor, mask: &AttentionMask) -> Result<Tensor> {
+        let hidden = self.embedding.look_up(ids)?; // [B, T, H]
+        let stretch = Stretch { layers: 0..self.layers.len(), hidden: &hidden, positions, mask };
+        stretch.check(self.layers.len(), None)?;
+        self.sees(mask)?;
+        Ok(self.norm.forward(&Decoder::run(self, &stretch, None, &mut |_, _| {})))
+    }
+
     fn logits(&self, hidden: &Tensor) -> Tensor {
         let _guard = tch::no_grad_guard();
         self.head.logits(&self.norm.forward(hidden))

@@ -11,7 +11,7 @@ use super::decoder::names::{EMBEDDING, HEAD, NORM, Spelling};
 use super::decoder::{self, DecoderFamily, Design, GatedDesign, LayerDesign, Sizes, mlp};
 use super::keys::Keys;
 use super::rope_keys::RopeDesign;
-use super::{Family, MaskedDiffusion, limits};
+use super::{Family, Infilling, LayerShape, MaskedDiffusion, limits};
 use crate::nn::{RopeConfig, RopeScaling};
 
 /// Row of the table of families.
@@ -77,6 +77,35 @@ impl DecoderFamily for Llada {
     }
 }
 
+/// config.json of a model of plain layers.
+pub(super) fn written(model: &Infilling) -> Value {
+    let LayerShape { intermediate_size, num_attention_heads, num_key_value_heads, rms_norm_eps, rope, .. } =
+        model.layer;
+    json!({
+        "architectures": ["LLaDAModelLM"],
+        "model_type": "llada",
+        "block_type": "llama",
+        "activation_type": "silu",
+        "layer_norm_type": "rms",
+        "rms_norm_eps": rms_norm_eps,
+        "d_model": model.hidden_size,
+        "n_layers": model.num_layers,
+        "n_heads": num_attention_heads,
+        "n_kv_heads": num_key_value_heads,
+        "mlp_hidden_size": intermediate_size,
+        "vocab_size": model.vocab_size,
+        "embedding_size": model.vocab_size,
+        "max_sequence_length": rope.max_position_embeddings,
+        "rope": true,
+        "rope_theta": rope.theta,
+        "alibi": false,
+        "include_bias": false,
+        "include_qkv_bias": false,
+        "weight_tying": model.tied,
+        "mask_token_id": model.diffusion.mask,
+    })
+}
+
 /// Refuses what its configuration can say and no published model has.
 fn plain_arithmetic(keys: &Keys<'_>) -> Result<(), String> {
     let no = json!(false);
@@ -135,7 +164,7 @@ fn sizes(keys: &Keys<'_>) -> Result<Sizes, String> {
 }
 
 /// Its name of a tensor.
-fn own_name(usual: &str) -> String {
+pub(super) fn own_name(usual: &str) -> String {
     match usual {
         EMBEDDING => return TABLE.to_owned(),
         HEAD => return OUTPUT.to_owned(),

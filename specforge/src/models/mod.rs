@@ -2,6 +2,7 @@
 //!
 //! A model is immutable in its forward pass; the cache is an argument.
 
+use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
@@ -16,6 +17,7 @@ pub mod gemma3;
 pub mod gpt_oss;
 pub mod granite;
 pub mod identity;
+pub mod infilling;
 pub mod info;
 pub mod keys;
 pub mod layerwise;
@@ -49,7 +51,12 @@ pub use family::{
     load_tables, load_tables_alone, load_tables_with, load_target, load_target_with, read_info,
 };
 pub use identity::TargetIdentity;
+<<<<<<< HEAD
 pub use info::{LayerKind, LayerShape, MaskedDiffusion, ParameterCounts, Pictures, PlainModel, TargetInfo};
+=======
+pub use infilling::Infilling;
+pub use info::{LayerKind, LayerShape, MaskedDiffusion, ParameterCounts, PlainModel, TargetInfo};
+>>>>>>> diffusion
 pub use layerwise::LayerWise;
 pub use llama::plain_model;
 pub use picture_target::PictureTarget;
@@ -59,6 +66,16 @@ pub use stored_kind::stored_kind;
 pub use stretch::{InStretches, Stretch};
 pub use tables::write_tables;
 pub use text_model::open_weights;
+
+/// config.json of a masked diffusion model of plain layers, as the family whose rows stand where its do writes it.
+pub fn infilling_config(model: &Infilling) -> Value {
+    if model.diffusion.shift { dream::written(model) } else { llada::written(model) }
+}
+
+/// The name of a tensor in that family's files, by its usual one.
+pub fn infilling_name(model: &Infilling, usual: &str) -> String {
+    if model.diffusion.shift { usual.to_owned() } else { llada::own_name(usual) }
+}
 
 /// Which rows get logits. Rows count over the flattened batch: row `b * T + t`.
 #[derive(Debug)]

@@ -54,6 +54,9 @@ pub trait InStretches {
         cache: Option<&mut KvCache>,
         see: &mut dyn FnMut(usize, &Tensor),
     ) -> Result<Tensor>;
+    /// What the last norm makes of texts `[B, T]` at absolute positions `[B, T]`, `[B, T, H]`: all that stands before the head,
+    /// with a graph where the weights ask for gradients.
+    fn normed(&self, ids: &Tensor, positions: &Tensor, mask: &AttentionMask) -> Result<Tensor>;
     /// Logits of what the last layer gives, `[.., H]` to `[.., V]`: its norm and the head.
     fn logits(&self, hidden: &Tensor) -> Tensor;
 }

@@ -12,6 +12,7 @@ use memmap2::Mmap;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::lines::{Format, Opening};
 use super::metrics::Real;
 use crate::decode::Finish;
 use crate::decode::event::Source;
@@ -20,11 +21,8 @@ use crate::error::{Error, Result};
 use crate::models::TargetIdentity;
 use crate::nn::Processors;
 
-/// Version of the format.
-pub const FORMAT: u32 = 1;
-
-/// What the first line calls the file.
-pub(super) const KIND: &str = "specforge-trace";
+/// What the first line says of the format.
+pub(super) const FORMAT: Format = Format { kind: "specforge-trace", version: 1 };
 
 /// A model folder and what tells it from others.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -134,17 +132,6 @@ pub struct Header {
     pub vocabulary: usize,
     /// How was decoded.
     pub settings: Settings,
-}
-
-/// First line.
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Opening {
-    pub kind: String,
-    pub format: u32,
-    /// The program that wrote the file.
-    pub program: String,
-    pub header: Header,
 }
 
 /// A request.
@@ -326,14 +313,15 @@ impl Trace {
             _ => return Err(foreign()),
         };
         let outline: serde_json::Value = serde_json::from_str(&first).map_err(|_| foreign())?;
-        if outline["kind"] != KIND {
+        let Format { kind, version } = FORMAT;
+        if outline["kind"] != kind {
             return Err(foreign());
         }
-        if outline["format"] != FORMAT {
-            let problem = format!("is a trace of format {}; this program reads format {FORMAT}", outline["format"]);
+        if outline["format"] != version {
+            let problem = format!("is a trace of format {}; this program reads format {version}", outline["format"]);
             return Err(Error::bad_file(path, problem));
         }
-        let Opening { program, header, .. } =
+        let Opening::<Header> { program, header, .. } =
             serde_json::from_str(&first).map_err(|error| bad(1, error.to_string()))?;
         row_bytes(&header).map_err(|problem| bad(1, problem))?;
         let mut trace = Self { path: path.to_path_buf(), program, header, requests: Vec::new(), rows: None };

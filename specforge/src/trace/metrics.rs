@@ -74,6 +74,11 @@ pub fn length(row: &[f64]) -> f64 {
     scale * row.iter().filter(|logit| logit.is_finite()).map(|logit| (logit / scale).powi(2)).sum::<f64>().sqrt()
 }
 
+/// The larger of two differences; NaN is larger than all.
+pub fn worst(one: f64, other: f64) -> f64 {
+    if one.is_nan() || one > other { one } else { other }
+}
+
 /// How far two rows are apart.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Difference {

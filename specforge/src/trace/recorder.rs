@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use serde::Serialize;
 use tch::{Device, Kind};
 
-use super::file::{self, EndRecord, FORMAT, Header, KIND, Opening, Prompt, Record, RoundRecord, TokenRecord};
+use super::file::{self, EndRecord, FORMAT, Header, Prompt, Record, RoundRecord, TokenRecord};
+use super::lines::LineWriter;
 use super::metrics::{self, Real};
 use crate::decode::Finish;
 use crate::decode::event::{Committed, Listener, Round, Started};
@@ -18,44 +18,28 @@ const TOP: usize = 8;
 /// Records everything an engine tells.
 #[derive(Debug)]
 pub struct Recorder {
-    lines: StagedFile,
+    lines: LineWriter,
     rows: StagedFile,
     vocabulary: usize,
     /// Bytes of a row.
     size: usize,
     written: u64,
-    records: u64,
 }
 
 impl Recorder {
     /// Starts a trace at `path`, with its rows beside it.
     pub fn create(path: &Path, header: Header) -> Result<Self> {
         let size = file::row_bytes(&header).map_err(Error::Usage)?;
-        let (lines, rows) = (StagedFile::new(path)?, StagedFile::new(&file::rows_path(path))?);
         let vocabulary = header.vocabulary;
-        let mut recorder = Self { lines, rows, vocabulary, size, written: 0, records: 0 };
-        let program = format!("specforge {}", env!("CARGO_PKG_VERSION"));
-        recorder.line(&Opening { kind: KIND.to_owned(), format: FORMAT, program, header })?;
-        Ok(recorder)
+        let (lines, rows) = (LineWriter::create(path, FORMAT, header)?, StagedFile::new(&file::rows_path(path))?);
+        Ok(Self { lines, rows, vocabulary, size, written: 0 })
     }
 
     /// Gives the trace its name.
-    pub fn finish(mut self) -> Result<()> {
-        let close = Record::Close { records: self.records, row_bytes: self.written };
-        self.line(&close)?;
+    pub fn finish(self) -> Result<()> {
+        let row_bytes = self.written;
         self.rows.commit()?;
-        self.lines.commit()
-    }
-
-    fn record(&mut self, record: &Record) -> Result<()> {
-        self.records += 1;
-        self.line(record)
-    }
-
-    fn line(&mut self, value: &impl Serialize) -> Result<()> {
-        let mut line = serde_json::to_vec(value).map_err(|error| Error::Failed(error.to_string()))?;
-        line.push(b'\n');
-        self.lines.write(&line)
+        self.lines.close(|records| Record::Close { records, row_bytes })
     }
 }
 
@@ -65,12 +49,17 @@ impl Listener for Recorder {
     }
 
     fn started(&mut self, event: &Started<'_>) -> Result<()> {
+<<<<<<< HEAD
         let &Started { tag, key, prompt, known: _, limit } = event;
         self.record(&Record::Prompt(Prompt { tag, key, limit, tokens: prompt.to_vec() }))
+=======
+        let &Started { tag, key, prompt, limit } = event;
+        self.lines.record(&Record::Prompt(Prompt { tag, key, limit, tokens: prompt.to_vec() }))
+>>>>>>> diffusion
     }
 
     fn round(&mut self, event: &Round<'_>) -> Result<()> {
-        self.record(&Record::Round(RoundRecord {
+        self.lines.record(&Record::Round(RoundRecord {
             tag: event.tag,
             round: event.round,
             committed: event.committed,
@@ -114,10 +103,10 @@ impl Listener for Recorder {
         };
         self.rows.write(&bytes)?;
         self.written += bytes.len() as u64;
-        self.record(&Record::Token(record))
+        self.lines.record(&Record::Token(record))
     }
 
     fn ended(&mut self, tag: u64, finish: Option<Finish>) -> Result<()> {
-        self.record(&Record::End(EndRecord { tag, finish }))
+        self.lines.record(&Record::End(EndRecord { tag, finish }))
     }
 }

@@ -4,11 +4,13 @@ use tch::{Device, Tensor};
 
 use super::choice::Draws;
 use super::exact;
+#[cfg(test)]
+use super::fault::{self, DiffusionFault};
 use super::network::{Network, Rows, Text, View, guided};
 use super::options::{Cache, Options};
-use super::report::{Watcher, Work};
-use super::state::{BlockState, TokenSkip};
-use super::steps::{State, row_of};
+use super::report::{CacheSeen, Step, Watcher, Work};
+use super::state::{BlockState, Stepped, TokenSkip};
+use super::steps::State;
 use crate::data::Finish;
 use crate::error::{Error, Result};
 use crate::nn::KvCache;
@@ -44,8 +46,22 @@ pub struct Decoder<'a> {
 /// What is kept between the passes over a block.
 enum Memory {
     None,
-    Kept(KvCache),
-    Skipping(KvCache, BlockState),
+    Kept(BlockCache),
+    Skipping(BlockCache, BlockState),
+}
+
+/// Keys and values of one block's passes, and what is told of them.
+struct BlockCache {
+    kept: KvCache,
+    seen: CacheSeen,
+}
+
+impl BlockCache {
+    /// What the next pass writes to.
+    fn written(&mut self) -> &mut KvCache {
+        self.seen.passes += 1;
+        &mut self.kept
+    }
 }
 
 impl<'a> Decoder<'a> {
@@ -75,8 +91,9 @@ impl<'a> Decoder<'a> {
                 }
             }
             None => {
+                let mut caches = 0;
                 for _ in 0..self.options.length / self.options.block {
-                    self.block(&mut states, &mut work, draws, watcher)?;
+                    self.block((&mut states, &mut work), &mut caches, draws, watcher)?;
                 }
             }
         }
@@ -124,11 +141,11 @@ impl<'a> Decoder<'a> {
         Ok(Answer { tokens, finish, text, work })
     }
 
-    /// Makes the next block of every text known.
+    /// Makes the next block of every text known. `caches` counts those of the decode.
     fn block(
         &self,
-        states: &mut [State],
-        work: &mut [Work],
+        (states, work): (&mut [State], &mut [Work]),
+        caches: &mut u64,
         draws: &mut dyn Draws,
         watcher: &mut dyn Watcher,
     ) -> Result<()> {
@@ -137,13 +154,16 @@ impl<'a> Decoder<'a> {
         let block = states[first].block;
         let mut memory = None;
         while !live.is_empty() {
-            let (logits, seen) = self.pass(states, work, &live, &mut memory)?; // [B, L, V]
+            let (logits, seen) = self.pass((states, work), &live, &mut memory, caches)?; // [B, L, V]
             for (row, &text) in live.iter().enumerate() {
                 let state = &mut states[text];
-                let mut step = state.advance(&logits.get(row as i64), &self.network, &self.options, draws)?;
-                let view = seen.view(row);
-                step.view = view;
-                (step.active, step.cosines) = seen.rows(row)?;
+                let logits = (&logits.get(row as i64), watcher.wants_rows());
+                let mut step = state.advance(logits, &self.network, &self.options, draws)?;
+                seen.tell(row, &mut step)?;
+                #[cfg(test)]
+                if fault::active(DiffusionFault::StepBudget) && state.step >= 2 {
+                    (state.block, state.step) = (state.block + 1, 0);
+                }
                 work[text].steps += 1;
                 watcher.step(&step, &state.text.ids)?;
             }
@@ -166,9 +186,9 @@ impl<'a> Decoder<'a> {
         }
         match memory {
             Memory::None => {}
-            Memory::Kept(cache) => cache.select_rows(&rows),
+            Memory::Kept(cache) => cache.kept.select_rows(&rows),
             Memory::Skipping(cache, state) => {
-                cache.select_rows(&rows);
+                cache.kept.select_rows(&rows);
                 state.select_rows(&rows);
             }
         }
@@ -181,10 +201,10 @@ impl<'a> Decoder<'a> {
     /// A pass over texts of which each is at the same block: logits of their blocks, `[B, L, V]`.
     fn pass(
         &self,
-        states: &[State],
-        work: &mut [Work],
+        (states, work): (&[State], &mut [Work]),
         live: &[usize],
         memory: &mut Option<Memory>,
+        caches: &mut u64,
     ) -> Result<(Tensor, Seen)> {
         let Self { network, options } = self;
         let texts: Vec<&Text> = live.iter().map(|&text| &states[text].text).collect();
@@ -194,7 +214,7 @@ impl<'a> Decoder<'a> {
         let sides = if rows.guided { 2 } else { 1 };
         let of_block = |last: &Tensor| network.logits(&last.narrow(1, 0, block));
         let view = View::new(&rows, &origin, block + shift);
-        let mut seen = Seen { views: Vec::new(), skipped: None };
+        let mut seen = Seen { views: Vec::new(), skipped: None, cache: None };
         let logits = match memory {
             None => {
                 for (&text, whole) in live.iter().zip(&texts) {
@@ -202,7 +222,7 @@ impl<'a> Decoder<'a> {
                     work[text].whole_passes += 1;
                     seen.views.push((0, whole.ids.len()));
                 }
-                let (logits, kept) = self.first(&rows, view, of_block)?;
+                let (logits, kept) = self.first(&rows, view, of_block, caches)?;
                 // Without a cache every pass is a first one.
                 *memory = Some(kept).filter(|kept| !matches!(kept, Memory::None));
                 logits
@@ -217,12 +237,18 @@ impl<'a> Decoder<'a> {
                     work[text].pass(sides * width as usize);
                     seen.views.push((origin as usize, width as usize));
                 }
-                of_block(&network.view(&rows, &View::new(&rows, &origin, width), cache)?)
+                of_block(&network.view(&rows, &View::new(&rows, &origin, width), cache.written())?)
             }
             Some(Memory::Skipping(cache, state)) => {
                 let skip =
                     options.skip.ok_or_else(|| Error::Failed("a state is kept that nobody asked for".to_owned()))?;
-                let stepped = state.step(network, &rows, &skip, cache)?;
+                #[cfg(test)]
+                if fault::active(DiffusionFault::SharedCache) {
+                    let further = fault::further_on(&texts, network.diffusion().mask);
+                    let texts: Vec<&Text> = further.iter().collect();
+                    let _ = network.view(&Rows { texts: &texts, ..rows }, &view, cache.written())?;
+                }
+                let stepped = state.step(network, &rows, &skip, cache.written())?;
                 let active = stepped.active.to_device(Device::Cpu);
                 for (row, (&text, &origin)) in live.iter().zip(&origin).enumerate() {
                     let width = (block + shift) as usize;
@@ -238,28 +264,44 @@ impl<'a> Decoder<'a> {
                     work[text].skipping((sides * width, ran as usize), skip.layer);
                     seen.views.push((origin as usize, width));
                 }
-                seen.skipped = Some((active, stepped.cosines.to_device(Device::Cpu)));
+                let cosines = stepped.cosines.to_device(Device::Cpu);
+                seen.skipped = Some(Stepped { active, cosines, ..stepped });
                 state.logits().shallow_clone()
             }
         }; // [R, L, V]
+        seen.cache = match memory {
+            Some(Memory::Kept(cache) | Memory::Skipping(cache, _)) => Some(cache.seen),
+            Some(Memory::None) | None => None,
+        };
         let logits = if rows.guided { guided(&logits, options.guidance) } else { logits };
         Ok((logits, seen))
     }
 
     /// A block's first pass, and what later ones need of it.
-    fn first(&self, rows: &Rows<'_>, view: View, of_block: impl Fn(&Tensor) -> Tensor) -> Result<(Tensor, Memory)> {
+    fn first(
+        &self,
+        rows: &Rows<'_>,
+        view: View,
+        of_block: impl Fn(&Tensor) -> Tensor,
+        caches: &mut u64,
+    ) -> Result<(Tensor, Memory)> {
         let network = &self.network;
         let longest = rows.texts.iter().map(|text| text.ids.len() as i64).max().unwrap_or(0);
+        let mut new = || {
+            *caches += 1;
+            let seen = CacheSeen { number: *caches - 1, passes: 0 };
+            BlockCache { kept: network.new_cache(rows.count(), longest), seen }
+        };
         match (self.options.cache, self.options.skip) {
             (Cache::None, _) => Ok((of_block(&network.whole(rows, &view, None, &mut |_, _| {})?), Memory::None)),
             (Cache::Prefix | Cache::Dual, None) => {
-                let mut cache = network.new_cache(rows.count(), longest);
-                let last = network.whole(rows, &view, Some(&mut cache), &mut |_, _| {})?;
+                let mut cache = new();
+                let last = network.whole(rows, &view, Some(cache.written()), &mut |_, _| {})?;
                 Ok((of_block(&last), Memory::Kept(cache)))
             }
             (Cache::Prefix | Cache::Dual, Some(TokenSkip { .. })) => {
-                let mut cache = network.new_cache(rows.count(), longest);
-                let state = BlockState::whole(network, rows, view, self.options.block as i64, &mut cache)?;
+                let mut cache = new();
+                let state = BlockState::whole(network, rows, view, self.options.block as i64, cache.written())?;
                 Ok((state.logits().shallow_clone(), Memory::Skipping(cache, state)))
             }
         }
@@ -270,21 +312,24 @@ impl<'a> Decoder<'a> {
 struct Seen {
     /// Absolute positions of each text: the first, and how many.
     views: Vec<(usize, usize)>,
-    /// Rows that ran all layers, `[R, W]`, and their cosines, `[R, k, W]`.
-    skipped: Option<(Tensor, Tensor)>,
+    /// Where rows may leave later layers out, what became of them; its tensors are on the CPU.
+    skipped: Option<Stepped>,
+    /// What the pass left.
+    cache: Option<CacheSeen>,
 }
 
-/// Which rows ran all layers, and their cosines by layer.
-type SkippedRows = (Option<Vec<bool>>, Option<Vec<Vec<f64>>>);
-
 impl Seen {
-    fn view(&self, row: usize) -> (usize, usize) {
-        self.views[row]
-    }
-
-    fn rows(&self, row: usize) -> Result<SkippedRows> {
-        let Some((active, cosines)) = &self.skipped else { return Ok((None, None)) };
-        let (active, cosines) = row_of(active, cosines, row as i64)?;
-        Ok((Some(active), Some(cosines)))
+    /// Adds what is known of one text's row.
+    fn tell(&self, row: usize, step: &mut Step) -> Result<()> {
+        step.view = self.views[row];
+        step.cache = self.cache;
+        let Some(Stepped { active, cosines, compared, turned }) = &self.skipped else { return Ok(()) };
+        step.active = Some(Vec::try_from(active.get(row as i64))?);
+        let cosines = cosines.get(row as i64); // [k, W]
+        step.cosines = Some(Vec::try_from(cosines)?);
+        let [before, now] = compared;
+        step.compared = Some((before[row] as usize, now[row] as usize));
+        step.turned = Some(turned[row].clone());
+        Ok(())
     }
 }

@@ -16,7 +16,7 @@ use tch::Tensor;
 use super::choice::Draws;
 use super::network::{Network, Rows, Text, View, guided};
 use super::options::{Guess, Options, Parallel};
-use super::report::{Watcher, Work};
+use super::report::{Step, Watcher, Work};
 use super::steps::State;
 use crate::error::Result;
 use crate::nn::KvCache;
@@ -38,7 +38,7 @@ pub(super) fn decode(
         let mut last = 0;
         loop {
             let logits = pass.logits.get(last as i64); // [L, V]
-            let step = known.advance(&logits, network, options, draws)?;
+            let step = known.advance((&logits, watcher.wants_rows()), network, options, draws)?;
             work.steps += 1;
             watcher.step(&step, &known.text.ids)?;
             match states.get(last + 1) {
@@ -51,6 +51,21 @@ pub(super) fn decode(
         }
     }
     Ok(())
+}
+
+/// The step that the decoder without a cache takes from a text of which everything before a block is known, and of the block
+/// perhaps something: `(block, step)` says where that is, `key` whose noise it has.
+pub fn step_from(
+    (network, options): (&Network<'_>, &Options),
+    text: &Text,
+    (block, step): (usize, usize),
+    key: u64,
+    draws: &mut dyn Draws,
+) -> Result<Step> {
+    let mut state = State { text: text.clone(), number: 0, key, block, step };
+    let mut work = Work::none(network.layers());
+    let pass = Pass::over(network, options, std::slice::from_ref(&state), false, &mut work)?;
+    state.advance((&pass.logits.get(0), true), network, options, draws)
 }
 
 /// A pass over several states of one text.
@@ -106,7 +121,7 @@ impl Pass {
                 None if state.block == known.block && known.step > 0 => logits.shallow_clone(),
                 None => break,
             };
-            state.advance(&logits, network, options, draws)?;
+            state.advance((&logits, false), network, options, draws)?;
             if state.is_done(options) {
                 break;
             }

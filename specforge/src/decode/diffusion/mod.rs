@@ -13,7 +13,9 @@
 
 pub mod choice;
 pub mod decoder;
-mod exact;
+pub mod exact;
+#[cfg(test)]
+pub(crate) mod fault;
 pub mod network;
 pub mod options;
 pub mod report;
@@ -23,11 +25,14 @@ mod steps;
 
 pub use choice::{Draw, Draws, Keyed};
 pub use decoder::{Answer, Decoder, Prompt};
+pub use exact::step_from;
 pub use network::{Network, Rows, Text, View};
 pub use options::{Cache, Guess, Options, Parallel, Remasking};
-pub use report::{Step, Unwatched, Watcher, Work};
+pub use report::{CacheSeen, RowDigests, Step, Unwatched, Watcher, Work};
 pub use rule::Rule;
 pub use state::{BlockState, TokenSkip};
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+pub(crate) mod tiny;

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::network::Network;
@@ -11,7 +12,8 @@ use super::state::TokenSkip;
 
 /// What is kept between passes over a block. Everything but `None` is approximate: keys and values outside the view are those
 /// of the block's first pass.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Cache {
     /// Nothing: every pass is over the whole text.
     #[default]
@@ -44,7 +46,8 @@ impl FromStr for Cache {
 }
 
 /// In which order tokens become known.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Remasking {
     /// The surest first.
     #[default]
@@ -55,7 +58,8 @@ pub enum Remasking {
 
 /// Several states of a text side by side in one pass: exactly the tokens of a decoder without a cache, which takes a pass for
 /// each step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Parallel {
     /// States of a pass, the one that is known included.
     pub states: usize,
@@ -64,7 +68,8 @@ pub struct Parallel {
 }
 
 /// Where guessed states come from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Guess {
     /// Passes over the block, with everything else from the last verified pass.
     Cache,
@@ -101,7 +106,8 @@ impl fmt::Display for Parallel {
 }
 
 /// How a masked diffusion model decodes.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Options {
     /// Tokens of an answer.
     pub length: usize,

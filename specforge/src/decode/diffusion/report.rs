@@ -1,7 +1,11 @@
 //! What decodes tell: after each pass what became known, and in the end what it took.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
 
+#[cfg(test)]
+use super::fault::{self, DiffusionFault};
+use crate::device;
 use crate::error::Result;
 
 /// One pass over the block of one text, and what became of it.
@@ -31,10 +35,56 @@ pub struct Step {
     pub active: Option<Vec<bool>>,
     /// The same: cosines of each row, by layer.
     pub cosines: Option<Vec<Vec<f64>>>,
+    /// The same: at which absolute positions the states begin that were compared, those of the pass before and those of this.
+    pub compared: Option<(usize, usize)>,
+    /// The same: absolute positions of the rows that ran the later layers, as their heads were turned.
+    pub turned: Option<Vec<i64>>,
+    /// Shape of the block's logits, `[L, V]`.
+    pub logits: (usize, usize),
+    /// What the logits of each candidate were, where somebody asks for it.
+    pub rows: Option<RowDigests>,
+    /// The keys and values that the pass left; nothing without a cache.
+    pub cache: Option<CacheSeen>,
+}
+
+/// Of rows of logits, whole.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RowDigests {
+    /// Logit of the token that was chosen.
+    pub logit: Vec<f64>,
+    /// Logarithms of the sums of their exponentials.
+    pub logsumexp: Vec<f64>,
+}
+
+impl RowDigests {
+    /// Of `logits [n, V]` and a token of each, in float64.
+    pub fn of(logits: &Tensor, tokens: &[i64]) -> Result<Self> {
+        let wide = logits.to_kind(Kind::Double);
+        let tokens = device::send(&Tensor::from_slice(tokens), wide.device()).unsqueeze(1); // [n, 1]
+        let logit = wide.gather(1, &tokens, false).squeeze_dim(1);
+        #[cfg(test)]
+        let wide = fault::seen(DiffusionFault::FirstLogitsOnly, wide, |wide| wide.narrow(-1, 0, wide.size()[1] / 4));
+        let list = |numbers: Tensor| Vec::<f64>::try_from(numbers.to_device(Device::Cpu));
+        Ok(Self { logit: list(logit)?, logsumexp: list(wide.logsumexp([-1i64].as_slice(), false))? })
+    }
+}
+
+/// Which keys and values a pass left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CacheSeen {
+    /// Number of the cache among those of the decode: each block has its own.
+    pub number: u64,
+    /// Passes that have written to it, this one included.
+    pub passes: u64,
 }
 
 /// Who is told of every pass.
 pub trait Watcher {
+    /// Whether [`Step::rows`] are wanted.
+    fn wants_rows(&self) -> bool {
+        false
+    }
     /// A pass over one text, which is now `ids`.
     fn step(&mut self, step: &Step, ids: &[i64]) -> Result<()>;
 }

@@ -9,15 +9,19 @@
 use std::fmt;
 use std::str::FromStr;
 
-use tch::{Kind, Tensor};
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
 
+#[cfg(test)]
+use super::fault::{self, DiffusionFault};
 use super::network::{Network, Rows, View};
 use crate::device;
 use crate::error::{Error, Result};
 use crate::nn::KvCache;
 
 /// When a row leaves the later layers out.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct TokenSkip {
     /// Layers that every row runs, and is compared by.
     pub layer: usize,
@@ -82,7 +86,7 @@ impl TokenSkip {
     }
 
     /// Whether nothing is skipped in pass number `step` over a block, of which the first is over the whole text.
-    fn forces(&self, step: usize) -> bool {
+    pub fn forces(&self, step: usize) -> bool {
         self.refresh > 0 && step.is_multiple_of(self.refresh)
     }
 }
@@ -105,14 +109,23 @@ impl Outputs {
             let (mine, theirs) = (of(&self.view), of(&other.view));
             return Err(Error::Failed(format!("states of different positions cannot be compared: {mine}, {theirs}")));
         }
+        Ok(self.cosines(other, count))
+    }
+
+    /// [`Outputs::similarity`] of the same positions.
+    fn cosines(&self, other: &Self, count: usize) -> Tensor {
         let cosine = |(before, now): (&Tensor, &Tensor)| {
             let [before, now] = [before, now].map(|state| state.to_kind(Kind::Double));
+            #[cfg(test)]
+            if fault::active(DiffusionFault::NarrowCosines) {
+                return fault::narrow_cosine(&before, &now);
+            }
             let sum = |product: Tensor| product.sum_dim_intlist([-1i64].as_slice(), false, Kind::Double); // [R, W]
             let norms = sum(before.square()).sqrt() * sum(now.square()).sqrt();
             (sum(before * now) / norms).clamp_max(1.0)
         };
         let cosines: Vec<Tensor> = self.layers.iter().zip(&other.layers).take(count).map(cosine).collect();
-        Ok(Tensor::stack(&cosines, 1)) // [R, k, W]
+        Tensor::stack(&cosines, 1) // [R, k, W]
     }
 
     /// Of each layer, `[R, W, H]`, before the last norm.
@@ -124,6 +137,7 @@ impl Outputs {
 /// What the model made of a view in its last pass.
 #[derive(Debug)]
 pub struct BlockState {
+    view: View,
     outputs: Outputs,
     /// Rows of the view that have logits, the first of it.
     block: i64,
@@ -144,6 +158,10 @@ pub struct Stepped {
     pub active: Tensor,
     /// Cosines of the first layers' outputs with those of the pass before, `[R, k, W]` float64.
     pub cosines: Tensor,
+    /// First positions of the states that were compared, `[R]` each: those of the pass before, and those of this.
+    pub compared: [Vec<i64>; 2],
+    /// Positions by which the heads of the active rows were turned, of each row.
+    pub turned: Vec<Vec<i64>>,
 }
 
 impl BlockState {
@@ -155,7 +173,13 @@ impl BlockState {
         let logits = network.logits(&last.narrow(1, 0, block));
         let ids = network.ids(rows, &view);
         let skipped = Tensor::zeros_like(&ids).to_kind(Kind::Bool);
-        Ok(Self { outputs: Outputs { view, layers: hidden }, block, ids, logits, skipped, step: 0 })
+        let outputs = Outputs { view: view.clone(), layers: hidden };
+        #[cfg(test)]
+        let outputs = match fault::active(DiffusionFault::OtherOrigin) {
+            true => Self::from_the_start(network, rows, view.width)?,
+            false => outputs,
+        };
+        Ok(Self { view, outputs, block, ids, logits, skipped, step: 0 })
     }
 
     /// Logits of the block, `[R, L, V]`.
@@ -177,7 +201,9 @@ impl BlockState {
         cache: &mut KvCache,
     ) -> Result<Stepped> {
         let (device, layers) = (network.device(), network.layers());
-        let view = self.outputs.view.clone();
+        #[cfg(test)]
+        let skip = &fault::seen(DiffusionFault::OtherThreshold, *skip, |skip| TokenSkip { threshold: -1.0, ..skip });
+        let view = self.view.clone();
         let ids = network.ids(rows, &view);
         let positions = view.positions(device);
         // 1. The first layers, for every row.
@@ -187,7 +213,14 @@ impl BlockState {
             outputs.layers.push(state);
         })?;
         // 2. Which rows have hardly moved. NaN is not more than a threshold.
+        let compared = [&self.outputs, &outputs].map(|outputs| outputs.view.origin.clone());
+        #[cfg(not(test))]
         let cosines = self.outputs.similarity(&outputs, skip.layer)?; // [R, k, W]
+        #[cfg(test)]
+        let cosines = match fault::active(DiffusionFault::OtherOrigin) {
+            true => self.outputs.cosines(&outputs, skip.layer),
+            false => self.outputs.similarity(&outputs, skip.layer)?,
+        };
         let step = self.step + 1;
         let stable = match skip.forces(step) {
             true => self.skipped.zeros_like(),
@@ -203,17 +236,35 @@ impl BlockState {
         let chosen = Chosen::of(&active);
         outputs.layers.extend(self.outputs.layers[skip.layer..].iter().map(Tensor::copy));
         let mut logits = self.logits.copy();
+        #[cfg(test)]
+        if fault::active(DiffusionFault::EarlyLogits) {
+            let early = network.logits(&split.narrow(1, 0, self.block)); // [R, L, V]
+            logits = early.where_self(&stable.narrow(1, 0, self.block).unsqueeze(2), &logits);
+        }
+        let mut turned = vec![Vec::new(); rows.count() as usize];
         if let Some(chosen) = &chosen {
             let some = chosen.gather(&split); // [R, A, H]
             let places = chosen.gather(&positions.unsqueeze(2)).squeeze_dim(2); // [R, A]
             let slots = places.where_self(&chosen.real, &Tensor::from(cache.len()).to_device(device));
+            #[cfg(test)]
+            let places = fault::seen(DiffusionFault::LocalPositions, places, |_| chosen.place.shallow_clone());
+            turned = chosen.of_rows(&places)?;
             let last = network.some((skip.layer, layers), &some, (&places, &slots), cache, &mut |layer, state| {
                 chosen.scatter(&mut outputs.layers[layer], &state);
             })?;
             chosen.project(&mut logits, self.block, &last, |rows| network.logits(rows));
         }
         (self.ids, self.outputs, self.logits, self.skipped, self.step) = (ids, outputs, logits, stable, step);
-        Ok(Stepped { active, cosines })
+        Ok(Stepped { active, cosines, compared, turned })
+    }
+
+    /// What layers made of the first positions of whole texts, for a mistake that tests seed.
+    #[cfg(test)]
+    fn from_the_start(network: &Network<'_>, rows: &Rows<'_>, width: i64) -> Result<Outputs> {
+        let view = View { origin: vec![0; rows.count() as usize], width };
+        let mut layers = Vec::new();
+        let _ = network.whole(rows, &view, None, &mut |_, state| layers.push(state))?;
+        Ok(Outputs { view, layers })
     }
 
     /// Says which rows left the later layers out in the last pass, `[R, W]`, so that a test can choose who runs in the next.
@@ -227,7 +278,9 @@ impl BlockState {
         let index = device::send(&Tensor::from_slice(rows), self.ids.device());
         let kept = |tensor: &Tensor| tensor.index_select(0, &index);
         let Outputs { view, layers } = &mut self.outputs;
-        view.origin = rows.iter().map(|&row| view.origin[row as usize]).collect();
+        for view in [&mut self.view, view] {
+            view.origin = rows.iter().map(|&row| view.origin[row as usize]).collect();
+        }
         *layers = layers.iter().map(kept).collect();
         self.ids = kept(&self.ids);
         self.logits = kept(&self.logits);
@@ -269,6 +322,16 @@ impl Chosen {
     /// `[R, W, H]` to `[R, A, H]`
     fn gather(&self, states: &Tensor) -> Tensor {
         states.gather(1, &self.place.unsqueeze(2).expand([-1, -1, states.size()[2]], false), false)
+    }
+
+    /// What is no padding of `[R, A]` whole numbers, row by row.
+    fn of_rows(&self, numbers: &Tensor) -> Result<Vec<Vec<i64>>> {
+        let numbers = Vec::<Vec<i64>>::try_from(numbers.to_device(Device::Cpu))?;
+        let real = Vec::<Vec<bool>>::try_from(self.real.to_device(Device::Cpu))?;
+        let kept = |(numbers, real): (Vec<i64>, Vec<bool>)| {
+            numbers.into_iter().zip(real).filter_map(|(number, real)| real.then_some(number)).collect()
+        };
+        Ok(numbers.into_iter().zip(real).map(kept).collect())
     }
 
     /// Puts `[R, A, H]` into the rows of `[R, W, H]` that they are of.

@@ -1,11 +1,11 @@
 //! One step of a decode: from the logits of a block to the tokens that become known, the same for every decoder.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::choice::{Choice, Draw, Draws};
 use super::network::{Network, Text};
 use super::options::{Options, Remasking};
-use super::report::Step;
+use super::report::{RowDigests, Step};
 use crate::device;
 use crate::error::Result;
 
@@ -44,10 +44,10 @@ impl State {
     }
 
     /// What becomes known by `logits [L, V]` of the current block. The state moves on: to the next pass, or to the next block
-    /// where no mask is left in this one.
+    /// where no mask is left in this one. `digests` asks for [`Step::rows`].
     pub fn advance(
         &mut self,
-        logits: &Tensor,
+        (logits, digests): (&Tensor, bool),
         network: &Network<'_>,
         options: &Options,
         draws: &mut dyn Draws,
@@ -74,6 +74,7 @@ impl State {
         for &place in &chosen {
             self.text.ids[candidates[place]] = tokens[place];
         }
+        let digests = digests.then(|| RowDigests::of(&rows, &tokens)).transpose()?;
         let step = Step {
             text: self.number,
             block: self.block,
@@ -87,6 +88,11 @@ impl State {
             quota,
             active: None,
             cosines: None,
+            compared: None,
+            turned: None,
+            logits: (options.block, logits.size()[1] as usize),
+            rows: digests,
+            cache: None,
         };
         self.step += 1;
         if step.transferred.len() == step.candidates.len() {
@@ -94,11 +100,4 @@ impl State {
         }
         Ok(step)
     }
-}
-
-/// A row of `[R, W]` booleans, and one of `[R, k, W]` numbers.
-pub(super) fn row_of(active: &Tensor, cosines: &Tensor, row: i64) -> Result<(Vec<bool>, Vec<Vec<f64>>)> {
-    let cosines = cosines.get(row); // [k, W]
-    let layers = (0..cosines.size()[0]).map(|layer| Vec::<f64>::try_from(cosines.get(layer).to_kind(Kind::Double)));
-    Ok((Vec::<bool>::try_from(active.get(row))?, layers.collect::<std::result::Result<_, _>>()?))
 }

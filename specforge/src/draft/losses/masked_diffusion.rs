@@ -8,6 +8,7 @@
 //!
 //! Shape legend: `B` texts, `T` tokens of the longest, `V` vocabulary.
 
+use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
@@ -47,12 +48,34 @@ impl Corrupted {
 }
 
 /// What sums are divided by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Divisor {
-    /// All tokens of the batch: pretraining.
+    /// All tokens of the batch.
+    #[serde(rename = "pretraining")]
     Tokens,
-    /// Tokens of each text that may be masked, and then the texts: fine-tuning.
+    /// Tokens of each text that may be masked, and then the texts.
+    #[serde(rename = "fine_tuning")]
+    #[default]
     Answers,
+}
+
+impl Divisor {
+    /// Weight of a masked token of a text before the whole batch divides it; `may` tokens of the text may be masked.
+    pub fn within(self, text: &Corrupted, may: usize) -> f64 {
+        match self {
+            Self::Tokens => 1.0 / text.probability,
+            Self::Answers => 1.0 / (text.probability * may as f64),
+        }
+    }
+
+    /// What a text adds to the batch's divisor.
+    pub fn of(self, text: &Corrupted, may: usize) -> f64 {
+        match self {
+            Self::Tokens => text.masked.len() as f64,
+            Self::Answers => f64::from(u8::from(may > 0)),
+        }
+    }
 }
 
 /// Weight of each token in the objective, `[B, T]` float64; texts that are shorter than the longest are padded with zeros.
@@ -62,15 +85,11 @@ pub fn weights(texts: &[Corrupted], may: &[usize], divisor: Divisor) -> Result<T
         return Err(Error::Failed(format!("weights: {} texts and {} lengths", texts.len(), may.len())));
     }
     let longest = texts.iter().map(|text| text.masked.len()).max().unwrap_or(0);
-    let all: usize = texts.iter().map(|text| text.masked.len()).sum();
+    let by: f64 = texts.iter().zip(may).map(|(text, &may)| divisor.of(text, may)).sum();
     let mut weights = vec![0.0; texts.len() * longest];
     for (index, (text, &may)) in texts.iter().zip(may).enumerate() {
-        let by = match divisor {
-            Divisor::Tokens => all,
-            Divisor::Answers => may * texts.len(),
-        };
         for (place, _) in text.masked.iter().enumerate().filter(|(_, masked)| **masked) {
-            weights[index * longest + place] = 1.0 / (text.probability * by as f64);
+            weights[index * longest + place] = divisor.within(text, may) / by;
         }
     }
     Ok(Tensor::from_slice(&weights).view([texts.len() as i64, longest as i64]))

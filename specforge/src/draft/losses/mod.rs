@@ -6,7 +6,7 @@
 //! | a loss, [`RowLoss`], and what those of a chunk have in common, [`Rows`] | `elementwise.rs` |
 //! | a sum of losses as a configuration writes it, [`Compound`] | `compound.rs` |
 //! | the right token, [`Labels`] | here |
-//! | the objective of masked diffusion models, which are no drafts | `masked_diffusion.rs` |
+//! | the objective of masked diffusion models | `masked_diffusion.rs` |
 //!
 //! Block drafters add weights and denominators ([`super::block::losses`]), P-EAGLE has the chunks of
 //! [`super::distillation::compound`].

@@ -13,7 +13,7 @@ use crate::decode::scales::Source;
 use crate::error::Result;
 use crate::trace::compare::Verdict;
 use crate::trace::finding::Side;
-use crate::trace::metrics::Real;
+use crate::trace::metrics::{Real, worst};
 
 /// One side of a divergence.
 #[derive(Debug, Clone, Serialize)]
@@ -209,11 +209,6 @@ impl ScaleComparison {
             _ => Verdict::Equal,
         }
     }
-}
-
-/// The larger of two differences; NaN is larger than all.
-fn worst(one: f64, other: f64) -> f64 {
-    if one.is_nan() || one > other { one } else { other }
 }
 
 /// The outcome in words.

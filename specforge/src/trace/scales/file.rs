@@ -1,21 +1,18 @@
 //! The format of a trace of scales, and its reader: a JSON object a line. The first says what was decoded how, the last how many
 //! records there are; a file without its last line was not written to its end, and is refused.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::decode::scales::{ScaleRecord, ScaleSampling};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::trace::file::ModelName;
+use crate::trace::lines::{self, Format};
 use crate::trace::metrics::Real;
 
-/// Version of the format.
-pub const FORMAT: u32 = 1;
-/// What the first line calls the file.
-pub(super) const KIND: &str = "specforge-scale-trace";
+/// What the first line says of the format.
+pub(super) const FORMAT: Format = Format { kind: "specforge-scale-trace", version: 1 };
 
 /// What was decoded how.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -41,17 +38,6 @@ pub struct ScaleHeader {
     pub patch_nums: Vec<i64>,
     /// Tokens of the vocabulary.
     pub vocabulary: i64,
-}
-
-/// First line.
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Opening {
-    pub kind: String,
-    pub format: u32,
-    /// The program that wrote the file.
-    pub program: String,
-    pub header: ScaleHeader,
 }
 
 /// Images that were decoded together.
@@ -95,7 +81,6 @@ pub struct ScaleLine {
 pub(super) enum Record {
     Images(ImagesRecord),
     Scale(Box<ScaleLine>),
-    Close { records: u64 },
 }
 
 /// What was recorded of images that were decoded together.
@@ -121,59 +106,30 @@ pub struct ScaleTrace {
 impl ScaleTrace {
     /// Whether a file's first line says that it is one.
     pub fn is_one(path: &Path) -> bool {
-        let Ok(file) = File::open(path) else { return false };
-        let mut first = String::new();
-        let read = std::io::Read::take(file, 200);
-        let _ = BufReader::new(read).read_line(&mut first);
-        first.contains(KIND)
+        FORMAT.is_of(path)
     }
 
     /// Reads a trace. One that does not say what it says it says is refused: lists of other lengths, unknown tokens.
     pub fn read(path: &Path) -> Result<Self> {
-        let bad = |line: usize, problem: String| Error::BadLine { path: path.to_path_buf(), line, problem };
-        let file = File::open(path).map_err(Error::io("open", path))?;
-        let mut lines = BufReader::new(file).lines().enumerate();
-        let (_, first) = lines.next().ok_or_else(|| Error::bad_file(path, "is empty; expected a trace of scales"))?;
-        let first = first.map_err(Error::io("read", path))?;
-        let opening: Opening = serde_json::from_str(&first).map_err(|error| bad(1, error.to_string()))?;
-        if opening.kind != KIND || opening.format != FORMAT {
-            let (kind, format) = (opening.kind, opening.format);
-            return Err(bad(1, format!("expected a {KIND} of format {FORMAT}, got {kind} of format {format}")));
-        }
-        let header = opening.header;
-        let mut batches: Vec<ImagesTrace> = Vec::new();
-        let (mut count, mut closed) = (0, false);
-        for (number, text) in lines {
-            let line = number + 1;
-            let text = text.map_err(Error::io("read", path))?;
-            if closed {
-                return Err(bad(line, "stands behind the last record".to_owned()));
+        let begin = |header| Ok(Self { path: path.to_path_buf(), header, batches: Vec::new() });
+        lines::read(path, FORMAT, begin, Self::add)
+    }
+
+    fn add(&mut self, record: Record, line: usize) -> Result<(), String> {
+        match record {
+            Record::Images(images) => {
+                if images.labels.len() != images.images.len() || images.images.is_empty() {
+                    return Err("expected a label and a number for each image".to_owned());
+                }
+                self.batches.push(ImagesTrace { images, scales: Vec::new() });
             }
-            match serde_json::from_str(&text).map_err(|error| bad(line, error.to_string()))? {
-                Record::Images(images) => {
-                    if images.labels.len() != images.images.len() || images.images.is_empty() {
-                        return Err(bad(line, "expected a label and a number for each image".to_owned()));
-                    }
-                    batches.push(ImagesTrace { images, scales: Vec::new() });
-                }
-                Record::Scale(scale) => {
-                    let Some(batch) = batches.last_mut() else {
-                        return Err(bad(line, "a scale of no images".to_owned()));
-                    };
-                    fits(&scale, batch.images.images.len(), &header).map_err(|problem| bad(line, problem))?;
-                    batch.scales.push(ScaleLine { line, ..*scale });
-                }
-                Record::Close { records } if records == count => closed = true,
-                Record::Close { records } => {
-                    return Err(bad(line, format!("expected {records} records before it, got {count}")));
-                }
+            Record::Scale(scale) => {
+                let batch = self.batches.last_mut().ok_or("a scale of no images")?;
+                fits(&scale, batch.images.images.len(), &self.header)?;
+                batch.scales.push(ScaleLine { line, ..*scale });
             }
-            count += u64::from(!closed);
         }
-        match closed {
-            true => Ok(Self { path: path.to_path_buf(), header, batches }),
-            false => Err(Error::bad_file(path, "has no last line: it was not written to its end")),
-        }
+        Ok(())
     }
 }
 

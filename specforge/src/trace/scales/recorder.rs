@@ -2,38 +2,33 @@
 
 use std::path::Path;
 
-use serde::Serialize;
 use tch::{Kind, Tensor};
 
-use super::file::{FORMAT, ImagesRecord, KIND, Opening, Record, ScaleHeader, ScaleLine};
+use super::file::{FORMAT, ImagesRecord, Record, ScaleHeader, ScaleLine};
 use crate::decode::scales::{ScaleSampling, ScaleSeen};
-use crate::error::{Error, Result};
-use crate::files::StagedFile;
+use crate::error::Result;
+use crate::trace::lines::{Close, LineWriter};
 use crate::trace::metrics::Real;
 
 /// Records every scale that a decoder commits.
 #[derive(Debug)]
 pub struct ScaleRecorder {
-    lines: StagedFile,
+    lines: LineWriter,
     sampling: ScaleSampling,
     images: Vec<u64>,
-    records: u64,
 }
 
 impl ScaleRecorder {
     /// Starts a trace.
     pub fn create(path: &Path, header: ScaleHeader) -> Result<Self> {
         let sampling = header.sampling;
-        let mut recorder = Self { lines: StagedFile::new(path)?, sampling, images: Vec::new(), records: 0 };
-        let program = format!("specforge {}", env!("CARGO_PKG_VERSION"));
-        recorder.line(&Opening { kind: KIND.to_owned(), format: FORMAT, program, header })?;
-        Ok(recorder)
+        Ok(Self { lines: LineWriter::create(path, FORMAT, header)?, sampling, images: Vec::new() })
     }
 
     /// Images that are decoded together from now on.
     pub fn images(&mut self, labels: &[i64], images: &[u64]) -> Result<()> {
         self.images = images.to_vec();
-        self.record(&Record::Images(ImagesRecord { labels: labels.to_vec(), images: images.to_vec() }))
+        self.lines.record(&Record::Images(ImagesRecord { labels: labels.to_vec(), images: images.to_vec() }))
     }
 
     /// A scale of theirs.
@@ -46,7 +41,7 @@ impl ScaleRecorder {
             _ => best.select(-1, 0).full_like(f64::INFINITY),
         };
         let digest = Digest::of(seen.logits)?;
-        self.record(&Record::Scale(Box::new(ScaleLine {
+        self.lines.record(&Record::Scale(Box::new(ScaleLine {
             scale: seen.record.clone(),
             map: whole(seen.map)?,
             drafted: seen.drafted.map(whole).transpose()?,
@@ -60,21 +55,8 @@ impl ScaleRecorder {
     }
 
     /// Gives the trace its name.
-    pub fn finish(mut self) -> Result<()> {
-        let close = Record::Close { records: self.records };
-        self.line(&close)?;
-        self.lines.commit()
-    }
-
-    fn record(&mut self, record: &Record) -> Result<()> {
-        self.records += 1;
-        self.line(record)
-    }
-
-    fn line(&mut self, value: &impl Serialize) -> Result<()> {
-        let mut line = serde_json::to_vec(value).map_err(|error| Error::Failed(error.to_string()))?;
-        line.push(b'\n');
-        self.lines.write(&line)
+    pub fn finish(self) -> Result<()> {
+        self.lines.close(|records| Close { records })
     }
 }
 
