@@ -1,7 +1,8 @@
-//! Measurements of what exists: speed of targets, acceptance of drafts, what a GPU makes of both.
+//! Measurements of what exists: speed of targets, acceptance of drafts, the trees that decode fastest, what a GPU makes of it.
 
 pub mod acceptance;
 pub mod bench;
 pub mod bench_train;
 pub mod calibration;
 pub mod gpu_check;
+pub mod tune;
