@@ -81,10 +81,11 @@ fn evaluate(args: &EvalArgs, meeting: Option<&Meeting>, output: &Output) -> Resu
     for (number, decoding) in (1..).zip(&each) {
         let name = decoding.draft_name()?.unwrap_or_default();
         note(format!("draft {number} of {}: {name}", each.len()));
-        let report = measure(args, decoding, &models, &questions, &work)?;
+        // What was handed out for the draft before is done.
+        let report = measure(args, decoding, &models, &questions, &SharedWork::alone())?;
         drafts.extend(report.map(|report| Contender::new(Some(Path::new(name)), report)));
     }
-    let beside = Beside { drafts };
+    let beside = Beside::new(drafts);
     write(args, &beside, || beside::page(&beside))?;
     output.result(&beside, || beside::text(&beside));
     judge(&beside.drafts.iter().map(|draft| &draft.report).collect::<Vec<_>>())

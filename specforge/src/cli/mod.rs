@@ -96,7 +96,7 @@ enum Command {
     Serve(serve::ServeArgs),
     /// Measure a draft by decoding with it: acceptance, speed, losslessness.
     Eval(eval::EvalArgs),
-    /// Say what acceptance to expect of more data and compute, by the curves of training runs.
+    /// Say what acceptance to expect of more data and compute, by the curves of runs.
     Scale(scale::ScaleArgs),
     /// Say where two recorded decodes differ, and which of them is wrong.
     Compare(compare::CompareArgs),

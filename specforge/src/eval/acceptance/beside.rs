@@ -15,6 +15,8 @@ use crate::weights::WeightsFolder;
 /// What was measured of one of several drafts.
 #[derive(Debug, Clone, Serialize)]
 pub struct Contender {
+    /// What it is called beside the others.
+    pub label: String,
     /// Numbers in its files, the target's own tables included where a file repeats them; none where it has no files.
     pub parameters: Option<u64>,
     /// Seconds of drafting for each verification.
@@ -33,6 +35,18 @@ pub struct Beside {
     pub drafts: Vec<Contender>,
 }
 
+impl Beside {
+    /// Drafts, each called by the end of its path, and by its tree too where another one has that name.
+    pub fn new(mut drafts: Vec<Contender>) -> Self {
+        let names: Vec<String> = drafts.iter().map(Contender::name).collect();
+        for (draft, name) in drafts.iter_mut().zip(&names) {
+            let is_alone = names.iter().filter(|other| *other == name).count() == 1;
+            draft.label = if is_alone { name.clone() } else { format!("{name} {}", draft.setting("tree")) };
+        }
+        Self { drafts }
+    }
+}
+
 impl Contender {
     /// Of a draft by the place of its files.
     pub fn new(draft: Option<&Path>, report: AcceptanceReport) -> Self {
@@ -40,7 +54,7 @@ impl Contender {
         let rounds = report.all.acceptance.rounds.max(1) as f64;
         let seconds = |share: f64| share * speed.decode_seconds / rounds;
         let (draft_seconds, verify_seconds) = (seconds(speed.draft_share), seconds(speed.verify_share));
-        Self { parameters: draft.and_then(parameters), draft_seconds, verify_seconds, report }
+        Self { label: String::new(), parameters: draft.and_then(parameters), draft_seconds, verify_seconds, report }
     }
 
     fn setting(&self, key: &str) -> String {
@@ -61,7 +75,7 @@ impl Contender {
         let depths: Vec<String> =
             self.report.per_depth.iter().take(DEPTHS).map(|share| format!("{share:.2}")).collect();
         [
-            self.name(),
+            self.label.clone(),
             self.setting("method"),
             self.parameters.map_or("-".to_owned(), |count| format!("{:.1} M", count as f64 / 1e6)),
             format!("{:.3}", all.acceptance.acceptance_length),
@@ -142,7 +156,7 @@ pub fn text(beside: &Beside) -> String {
     lines.extend(rows.iter().map(line));
     for draft in &beside.drafts {
         let lossless = report::lossless(&draft.report.lossless);
-        lines.push(format!("{}: tree {}; {lossless}", foreign::name(&draft.name()), draft.setting("tree")));
+        lines.push(format!("{}: tree {}; {lossless}", foreign::name(&draft.label), draft.setting("tree")));
     }
     lines.join("\n")
 }
@@ -164,7 +178,7 @@ pub fn page(beside: &Beside) -> String {
     let all = |of: fn(&Contender) -> (f64, String)| {
         let bar = move |draft: &Contender| {
             let (value, shown) = of(draft);
-            Bar { label: draft.name(), value, shown }
+            Bar { label: draft.label.clone(), value, shown }
         };
         beside.drafts.iter().map(bar).collect::<Vec<Bar>>()
     };
@@ -198,7 +212,7 @@ pub fn page(beside: &Beside) -> String {
     section(&mut page, "Guesses accepted at each depth", "Share of the verifications whose tree is that deep.");
     let lines: Vec<Line> = (beside.drafts.iter().enumerate())
         .map(|(colour, draft)| Line {
-            name: draft.name(),
+            name: draft.label.clone(),
             points: (1..).zip(&draft.report.per_depth).map(|(depth, &share)| (f64::from(depth), share)).collect(),
             colour,
             is_dashed: false,
@@ -206,7 +220,7 @@ pub fn page(beside: &Beside) -> String {
         .collect();
     chart(&mut page, "depth", &lines);
     for draft in &beside.drafts {
-        section(&mut page, &draft.name(), &format!("tree {}", draft.setting("tree")));
+        section(&mut page, &draft.label, &format!("tree {}", draft.setting("tree")));
         let wrong = if draft.report.lossless.faults > 0 { " class=\"bad\"" } else { "" };
         let _ = write!(page, "<p{wrong}>{}</p>", escape(&report::lossless(&draft.report.lossless)));
         let settings = serde_json::to_string_pretty(&draft.report.settings).unwrap_or_default();
@@ -247,7 +261,7 @@ mod tests {
 
     #[test]
     fn drafts_stand_side_by_side_in_text_and_on_the_page() {
-        let beside = Beside { drafts: vec![contender("runs/one/export"), contender("runs/two/export")] };
+        let beside = Beside::new(vec![contender("runs/one/export"), contender("runs/two/export")]);
         assert_eq!(beside.drafts[0].draft_seconds, 0.05);
         let text = text(&beside);
         let lines: Vec<&str> = text.lines().collect();
@@ -258,6 +272,8 @@ mod tests {
         assert!(page.contains("a &lt;b&gt;") && !page.contains("a <b>") && !page.contains("NaN"), "{page}");
         assert_eq!(page.matches("<polyline").count(), 2, "{page}");
         assert!(!page.contains("http"), "{page}");
+        let same = Beside::new(vec![contender("runs/one/export"), contender("runs/one/export")]);
+        assert_eq!(same.drafts[1].label, "one/export chain:2");
         let value = serde_json::to_value(&beside).unwrap();
         assert_eq!(value["drafts"][1]["settings"]["draft"], "runs/two/export");
         assert_eq!(value["drafts"][1]["parameters"], json!(null));

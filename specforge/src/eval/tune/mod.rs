@@ -461,7 +461,7 @@ mod tests {
     }
 
     /// Everything that is tried on paper.
-    fn guessed(target: &LlamaTarget, prompts: &[Prompt], options: &TuneOptions, open: Open<'_, '_>) -> Guessed {
+    fn guessed<'a>(target: &'a LlamaTarget, prompts: &[Prompt], options: &TuneOptions, open: Open<'_, 'a>) -> Guessed {
         let timing = Timing { target, prompts, options: &options.engine, rows: &[1], repeat: 1 };
         let mut silent = |_: &'static str, _: u64, _: u64| {};
         let draft = Vec::new();
@@ -506,7 +506,7 @@ mod tests {
     #[test]
     fn trees_of_a_draft_s_probabilities_are_foreseen_round_by_round() {
         let target = tiny::target(1);
-        let prompts = some_prompts(4);
+        let prompts = some_prompts(2);
         for temperature in [0.0, 1.0] {
             let options = options(temperature);
             let sampling = DraftSampling::for_policy(options.engine.policy, temperature);

@@ -80,10 +80,14 @@ pub fn verdict(batch: &Batch) -> String {
             format!("{together}: plain decoding is faster; the best tree was {measured:.2} x")
         }
         (true, true) => format!("{together}: {:.2} x, as predicted within {:.0} %", tested.speedup, off(batch)),
-        _ => format!(
-            "{together}: {:.2} x was predicted and {:.2} x measured: near 1 neither says much",
-            best.speedup, tested.speedup
-        ),
+        (foreseen, _) => {
+            let first = if foreseen { "plain decoding was faster" } else { "the tree was faster" };
+            let (predicted, measured) = (best.speedup, tested.speedup);
+            format!(
+                "{together}: {first}, {measured:.2} x where {predicted:.2} x was predicted; the two are too close to tell, or the \
+                 machine was busy: tune again"
+            )
+        }
     };
     if tested.faults > 0 {
         line += &format!("; {} ANSWERS ARE WRONG", tested.faults);
