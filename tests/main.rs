@@ -62,6 +62,7 @@ mod target_rules;
 mod tracing;
 mod training;
 mod tree;
+mod tuning;
 mod vocab;
 mod vqvae_files;
 mod windowed;

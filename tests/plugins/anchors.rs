@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use specforge::data::PackedBatch;
-use specforge::decode::drafter::{self, Asked, Context, Drafter, DrafterKind, Guesser, Joining, Progress};
+use specforge::decode::drafter::{self, Asked, Context, Drafter, DrafterKind, Guesser, Joining, Progress, Trees};
 use specforge::decode::policy::Proposal;
 use specforge::draft::loss::{self, Hard, Projection, RowLosses, Rows, Scale};
 use specforge::draft::supervision::{MaskAlignment, trained_rows};
@@ -328,6 +328,7 @@ static DRAFTER: DrafterKind = DrafterKind {
         guesser(config.block, &tensors, asked)
     },
     default_tree: "block",
+    trees: Trees::Own,
 };
 
 /// Guesses one block behind everything committed.

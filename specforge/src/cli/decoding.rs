@@ -33,13 +33,13 @@ pub(super) struct DecodingArgs {
     #[command(flatten)]
     template: TemplateArgs,
     /// Who guesses: an exported draft, a run's output folder or checkpoint, a smaller model with the same tokenizer, a
-    /// GGUF file or the name on a hub of either, or `prompt-lookup`.
+    /// GGUF file or the name on a hub of either, or `prompt-lookup`. `eval` takes several and puts them side by side.
     #[arg(long, value_name = "DIR")]
-    pub(super) draft: Option<String>,
+    draft: Vec<String>,
     /// Which guesses are tried: chain:N, dynamic:depth=D,top_k=K,nodes=N[,min_probability=P], a shipped Medusa tree by
-    /// its name, or a file that `specforge tree` wrote. For prompt-lookup: depth=D,nodes=N[,match=M].
+    /// its name, or a file that `specforge tree` or `specforge tune` wrote. For prompt-lookup: depth=D,nodes=N[,match=M].
     #[arg(long)]
-    pub(super) tree: Option<String>,
+    tree: Vec<String>,
     /// Most tokens of an answer.
     #[arg(long, default_value_t = 256, allow_hyphen_values = true, value_parser = numbers::at_least(1usize))]
     pub(super) max_new_tokens: usize,
@@ -86,8 +86,30 @@ type Load = fn(&Devices, &Path, Kind) -> Result<Box<dyn TargetModel>>;
 
 impl DecodingArgs {
     /// Where names of a hub may stand.
-    pub(super) fn places(&mut self) -> [Place<'_>; 2] {
-        [Place::Model(&mut self.target, Wanted::Target), Place::Drafter(&mut self.draft)]
+    pub(super) fn places(&mut self) -> Vec<Place<'_>> {
+        let drafts = self.draft.iter_mut().map(Place::Drafter);
+        std::iter::once(Place::Model(&mut self.target, Wanted::Target)).chain(drafts).collect()
+    }
+
+    /// The same for each of several drafts alone. One tree is that of all of them, several are theirs in order.
+    pub(super) fn each(&self) -> Result<Vec<Self>> {
+        let (drafts, trees) = (self.draft.len(), self.tree.len());
+        if drafts < 2 {
+            return Ok(vec![self.clone()]);
+        }
+        if trees > 1 && trees != drafts {
+            let problem = format!("--tree: expected one for all of the {drafts} drafts or one for each, got {trees}");
+            return Err(Error::Usage(problem));
+        }
+        let tree = |place: usize| self.tree.get(place).or(self.tree.first()).cloned().into_iter().collect();
+        let alone =
+            |(place, draft): (usize, &String)| Self { draft: vec![draft.clone()], tree: tree(place), ..self.clone() };
+        Ok(self.draft.iter().enumerate().map(alone).collect())
+    }
+
+    /// The draft, where there is one.
+    pub(super) fn draft_name(&self) -> Result<Option<&str>> {
+        only("--draft", &self.draft)
     }
 
     /// Loads target and tokenizer.
@@ -109,8 +131,8 @@ impl DecodingArgs {
     /// Refuses what a target of masked diffusion has not.
     fn refuse_causal_options(&self) -> Result<()> {
         let flags = [
-            ("--draft", self.draft.is_some()),
-            ("--tree", self.tree.is_some()),
+            ("--draft", !self.draft.is_empty()),
+            ("--tree", !self.tree.is_empty()),
             ("--top-k", self.top_k != 0),
             ("--top-p", self.top_p != 1.0),
             ("--repetition-penalty", self.repetition_penalty != 1.0),
@@ -131,8 +153,7 @@ impl DecodingArgs {
     }
 
     fn models_by(&self, devices: &Devices, load: Load) -> Result<Models> {
-        self.processors()?;
-        self.policy()?;
+        self.check()?;
         let tokenizer = Arc::new(self.template.tokenizer(&self.target)?);
         let dtype = Dtype::of_target(self.dtype, &self.target, devices.home)?;
         let target = load(devices, &self.target, dtype.kind())?;
@@ -142,8 +163,7 @@ impl DecodingArgs {
 
     /// Loads what a draft needs of a target that runs elsewhere.
     pub(super) fn models_elsewhere(&self) -> Result<Models> {
-        self.processors()?;
-        self.policy()?;
+        self.check()?;
         if self.verify_budget.is_some() {
             return Err(Error::Usage(
                 "--verify-budget: it goes by this machine's target; with --cloud there is none".to_owned(),
@@ -152,7 +172,7 @@ impl DecodingArgs {
         let home = self.devices.alone()?.home;
         let tokenizer = Arc::new(self.template.tokenizer(&self.target)?);
         let dtype = Dtype::of_target(self.dtype, &self.target, home)?;
-        let target = AbsentTarget::read(&self.target, self.draft.as_deref(), (dtype.kind(), home))?;
+        let target = AbsentTarget::read(&self.target, self.draft_name()?, (dtype.kind(), home))?;
         super::train::fits_vocabulary(&tokenizer, target.info().vocab_size, &self.target)?;
         Ok(Models { target: Box::new(target), tokenizer, dtype })
     }
@@ -167,14 +187,23 @@ impl DecodingArgs {
         self.draft_that(models, DraftSampling::for_any_request(self.policy()?, self.processors()?.temperature))
     }
 
+<<<<<<< HEAD
     /// Nothing that guesses.
     pub(super) fn no_draft<'a>(&self, models: &'a Models) -> Result<Opened<'a>> {
         let sampling = DraftSampling::for_policy(self.policy()?, self.processors()?.temperature);
         open(None, None, (models.target.as_ref(), &self.target), sampling)
+=======
+    /// Refuses what is wrong whatever the models are.
+    fn check(&self) -> Result<()> {
+        self.processors()?;
+        self.policy()?;
+        self.draft_name()?;
+        only("--tree", &self.tree).map(drop)
+>>>>>>> tune
     }
 
     fn draft_that<'a>(&self, models: &'a Models, sampling: DraftSampling) -> Result<Opened<'a>> {
-        open(self.draft.as_deref(), self.tree.as_deref(), (models.target.as_ref(), &self.target), sampling)
+        open(self.draft_name()?, only("--tree", &self.tree)?, (models.target.as_ref(), &self.target), sampling)
     }
 
     pub(super) fn processors(&self) -> Result<Processors> {
@@ -297,7 +326,7 @@ impl DecodingArgs {
     pub(super) fn settings(&self, models: &Models, opened: &Opened<'_>, max_rows: usize) -> Result<Value> {
         let mut settings = json!({
             "target": hub::recorded(&self.target),
-            "draft": hub::recorded(Path::new(self.draft.as_deref().unwrap_or("none"))),
+            "draft": hub::recorded(Path::new(self.draft_name()?.unwrap_or("none"))),
             "method": opened.method,
             "tree": opened.tree,
             "policy": self.policy()?.to_string(),
@@ -313,5 +342,19 @@ impl DecodingArgs {
             settings["verify_budget"] = json!(folder);
         }
         Ok(settings)
+    }
+}
+
+/// The only one of what a flag was given.
+fn only<'a>(flag: &str, given: &'a [String]) -> Result<Option<&'a str>> {
+    match given {
+        [] => Ok(None),
+        [one] => Ok(Some(one)),
+        several => {
+            let count = several.len();
+            Err(Error::Usage(format!(
+                "{flag}: expected one, got {count}; `specforge eval` takes several drafts side by side"
+            )))
+        }
     }
 }

@@ -1,10 +1,12 @@
 //! `specforge eval`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
+use serde::Serialize;
 use serde_json::Value;
 
+<<<<<<< HEAD
 use super::decoding::DecodingArgs;
 <<<<<<< HEAD
 use super::edge::EdgeArgs;
@@ -12,6 +14,9 @@ use super::edge::EdgeArgs;
 use super::diffusion::DiffusionArgs;
 use super::diffusion_eval::{self, Asked};
 >>>>>>> diffusion
+=======
+use super::decoding::{DecodingArgs, Models};
+>>>>>>> tune
 use super::hub::{self, Place};
 use super::{LazyProgress, Output, edge_eval, note, numbers, ranks};
 use crate::decode::Policy;
@@ -19,6 +24,7 @@ use crate::decode::drafter::Opened;
 use crate::decode::event::{Listener, Silent};
 use crate::dist::{Meeting, SharedWork};
 use crate::error::{Error, Result};
+use crate::eval::acceptance::beside::{self, Beside, Contender};
 use crate::eval::acceptance::{self, AcceptanceOptions, AcceptanceReport, Contestants, Question};
 use crate::eval::acceptance::{html, questions, report};
 use crate::eval::calibration::{self, ConfidenceLog};
@@ -53,6 +59,9 @@ pub(super) struct EvalArgs {
     /// Folder for report.json and report.html.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Page to write: the figures of one draft, or of several side by side.
+    #[arg(long, value_name = "FILE")]
+    report: Option<PathBuf>,
     /// Fit temperatures to the confidences of the draft, time this machine's decoding steps, and write both into a folder:
     /// sts.json and sps.json, for --verify-budget and SGLang.
     #[arg(long, value_name = "DIR", conflicts_with = "verify_budget")]
@@ -103,41 +112,92 @@ fn evaluate(args: &EvalArgs, meeting: Option<&Meeting>, output: &Output) -> Resu
     hub::fetch(args.data.iter_mut().map(Place::Data).chain(args.decoding.places()).collect(), meeting)?;
     let args = &*args;
     let work = SharedWork::of(meeting, "eval");
-    if args.trace.is_some() && work.world_size() > 1 {
-        return Err(Error::Usage("--trace: one process records a decode; this run has several".to_owned()));
-    }
-    if args.calibrate.is_some() && work.world_size() > 1 {
-        return Err(Error::Usage("--calibrate: one process measures a machine; this run has several".to_owned()));
-    }
+    refuse_several(args, work.world_size())?;
     let placement = meeting.map(Meeting::placement);
     let questions = questions::read(&args.data, args.limit)?;
+<<<<<<< HEAD
     if models::read_info(&args.decoding.target)?.diffusion.is_some() {
         return fill_in(args, &questions, work.world_size(), output);
     }
     args.diffusion.refuse()?;
     let models = args.decoding.models_of(placement)?;
     let opened = args.decoding.draft(&models)?;
+=======
+    let each = args.decoding.each()?;
+    let models = each[0].models_of(placement)?;
+    if let [alone] = each.as_slice() {
+        let Some(report) = measure(args, alone, &models, &questions, &work)? else { return Ok(()) };
+        write(args, &report, || html::page(&report))?;
+        output.result(&report, || report::text(&report));
+        return judge(&[&report]);
+    }
+    let mut drafts = Vec::new();
+    for (number, decoding) in (1..).zip(&each) {
+        let name = decoding.draft_name()?.unwrap_or_default();
+        note(format!("draft {number} of {}: {name}", each.len()));
+        // What was handed out for the draft before is done.
+        let report = measure(args, decoding, &models, &questions, &SharedWork::alone())?;
+        drafts.extend(report.map(|report| Contender::new(Some(Path::new(name)), report)));
+    }
+    let beside = Beside::new(drafts);
+    write(args, &beside, || beside::page(&beside))?;
+    output.result(&beside, || beside::text(&beside));
+    judge(&beside.drafts.iter().map(|draft| &draft.report).collect::<Vec<_>>())
+}
+
+/// Refuses what one process alone, or one draft alone, can do.
+fn refuse_several(args: &EvalArgs, processes: usize) -> Result<()> {
+    let drafts = args.decoding.each()?.len();
+    let flags = [
+        ("--trace", args.trace.is_some(), "records a decode"),
+        ("--calibrate", args.calibrate.is_some(), "measures a machine"),
+    ];
+    for (flag, _, what) in flags.into_iter().filter(|(_, given, _)| *given) {
+        if processes > 1 {
+            return Err(Error::Usage(format!("{flag}: one process {what}; this run has several")));
+        }
+        if drafts > 1 {
+            return Err(Error::Usage(format!("{flag}: expected one --draft, got {drafts}")));
+        }
+    }
+    if drafts > 1 && processes > 1 {
+        let problem = format!("--draft: expected one for a run of several processes, got {drafts}");
+        return Err(Error::Usage(problem));
+    }
+    Ok(())
+}
+
+/// Answers the questions with one draft. The first process has the report.
+fn measure(
+    args: &EvalArgs,
+    decoding: &DecodingArgs,
+    models: &Models,
+    questions: &[Question],
+    work: &SharedWork<'_>,
+) -> Result<Option<AcceptanceReport>> {
+    let opened = decoding.draft(models)?;
+>>>>>>> tune
     opened.notes.iter().for_each(|line| note(format!("warning: {line}")));
-    let settings = args.decoding.settings(&models, &opened, args.batch)?;
+    let settings = decoding.settings(models, &opened, args.batch)?;
     let slots = match &args.calibrate {
         Some(_) => confident_drafts(&opened)?,
         None => 0,
     };
     let options = AcceptanceOptions {
-        engine: args.decoding.engine(&models, args.batch)?,
-        max_new_tokens: args.decoding.max_new_tokens,
+        engine: decoding.engine(models, args.batch)?,
+        max_new_tokens: decoding.max_new_tokens,
         baseline: !args.no_baseline,
-        budget: args.decoding.budget()?,
+        budget: decoding.budget()?,
     };
-    let promise = match args.decoding.policy()? {
+    let promise = match decoding.policy()? {
         _ if acceptance::exact(&options.engine) => "exact",
         Policy::Maximal { .. } => "distribution",
         _ => "lossy",
     };
-    same_questions(&work, &settings, &questions)?;
+    same_questions(work, &settings, questions)?;
     let mut listener = match &args.trace {
         Some(path) => {
-            Traced::Recorded(Box::new(Recorder::create(path, args.decoding.header(&models, &opened, args.batch)?)?))
+            Traced::Recorded(Box::new(Recorder::create(path, decoding.header(models, &opened, args.batch)?)?))
         }
         None => Traced::Not(Silent),
     };
@@ -147,9 +207,9 @@ fn evaluate(args: &EvalArgs, meeting: Option<&Meeting>, output: &Output) -> Resu
         Contestants { target: models.target.as_ref(), tokenizer: &models.tokenizer, drafter: opened.drafter };
     let report = |done: usize| progress.set(done as u64, questions.len() as u64);
     let mut log = ConfidenceLog::new(listener.get(), slots);
-    let measured = acceptance::measure(contestants, &questions, &options, &work, &mut log, &report)?;
+    let measured = acceptance::measure(contestants, questions, &options, work, &mut log, &report)?;
     let heard = log.finish();
-    let Some(measured) = measured else { return Ok(()) }; // the first process has it
+    let Some(measured) = measured else { return Ok(None) }; // the first process has it
     progress.finish("done");
     if let Traced::Recorded(recorder) = listener {
         recorder.finish()?;
@@ -165,14 +225,27 @@ fn evaluate(args: &EvalArgs, meeting: Option<&Meeting>, output: &Output) -> Resu
         note(format!("calibration: {}", folder.display()));
         report.calibration = Some(measured);
     }
+    Ok(Some(report))
+}
+
+/// Writes the report where it was asked for.
+fn write<T: Serialize>(args: &EvalArgs, report: &T, page: impl Fn() -> String) -> Result<()> {
     if let Some(folder) = &args.out {
         files::create_dir_all(folder)?;
-        files::write_json(&folder.join("report.json"), &report)?;
-        files::write_text(&folder.join("report.html"), &html::page(&report))?;
+        files::write_json(&folder.join("report.json"), report)?;
+        files::write_text(&folder.join("report.html"), &page())?;
         note(format!("report: {}", folder.join("report.html").display()));
     }
-    output.result(&report, || report::text(&report));
-    match report.lossless.faults {
+    if let Some(path) = &args.report {
+        files::write_text(path, &page())?;
+        note(format!("report: {}", path.display()));
+    }
+    Ok(())
+}
+
+/// An answer that is not the target's is an error.
+fn judge(reports: &[&AcceptanceReport]) -> Result<()> {
+    match reports.iter().map(|report| report.lossless.faults).sum() {
         0 => Ok(()),
         faults => Err(Error::Failed(format!(
             "{faults} answers with the draft are not those of the target; record both with --trace and run `specforge compare`"

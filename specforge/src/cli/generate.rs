@@ -70,7 +70,7 @@ struct Answer {
 
 pub(super) fn run(args: &GenerateArgs, stop: &Stop, output: &Output) -> Result<()> {
     let args = &mut args.clone();
-    hub::fetch(args.decoding.places().into(), None)?;
+    hub::fetch(args.decoding.places(), None)?;
     let args = &*args;
     if args.edge.cloud.is_some() {
         return on_the_edge(args, stop, output);

@@ -19,7 +19,7 @@ pub(super) enum Place<'a> {
     /// A model.
     Model(&'a mut PathBuf, Wanted),
     /// Who guesses: a draft, or no path at all.
-    Drafter(&'a mut Option<String>),
+    Drafter(&'a mut String),
     /// The draft that a run starts from. Where it is not needed any more, it need not be there.
     Start(&'a mut Value, bool),
     /// A file of data.
@@ -31,7 +31,7 @@ impl Place<'_> {
     fn text(&self) -> Option<PathBuf> {
         match self {
             Place::Model(path, _) | Place::Data(path) => Some((*path).clone()),
-            Place::Drafter(text) => text.as_deref().filter(|text| *text != PROMPT_LOOKUP).map(PathBuf::from),
+            Place::Drafter(text) => Some(&**text).filter(|text| *text != PROMPT_LOOKUP).map(PathBuf::from),
             Place::Start(value, _) => value.as_str().map(PathBuf::from),
         }
     }
@@ -72,7 +72,7 @@ impl Place<'_> {
         };
         match self {
             Place::Model(place, _) | Place::Data(place) => **place = path,
-            Place::Drafter(place) => **place = Some(utf8(&path)?),
+            Place::Drafter(place) => **place = utf8(&path)?,
             Place::Start(place, _) => **place = Value::from(utf8(&path)?),
         }
         Ok(())

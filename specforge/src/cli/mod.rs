@@ -37,12 +37,14 @@ mod program;
 mod ranks;
 mod record;
 mod regen;
+mod scale;
 mod serve;
 mod serve_edges;
 mod signals;
 mod template;
 mod train;
 mod tree;
+mod tune;
 mod validate;
 mod vocab;
 
@@ -77,6 +79,8 @@ enum Command {
     Vocab(vocab::VocabArgs),
     /// Choose the static draft tree of Medusa heads by how often each of its paths is right.
     Tree(tree::TreeArgs),
+    /// Find the tree and batch that decode fastest here, and what to start engines with.
+    Tune(tune::TuneArgs),
     /// Write or check the files that serving engines load.
     Export(export::ExportArgs),
     /// Make a Hugging Face folder from a GGUF file.
@@ -93,6 +97,8 @@ enum Command {
     Serve(serve::ServeArgs),
     /// Measure a draft by decoding with it: acceptance, speed, losslessness.
     Eval(eval::EvalArgs),
+    /// Say what acceptance to expect of more data and compute, by the curves of runs.
+    Scale(scale::ScaleArgs),
     /// Say where two recorded decodes differ, and which of them is wrong.
     Compare(compare::CompareArgs),
     /// Say what is wrong with a draft, or what this machine can do.
@@ -115,6 +121,7 @@ impl Cli {
             Command::Validate(args) => validate::run(&args, &output),
             Command::Vocab(args) => vocab::run(&args, &output),
             Command::Tree(args) => tree::run(&args, &output),
+            Command::Tune(args) => tune::run(&args, &output),
             Command::Export(args) => export::run(&args, &output),
             Command::Import(args) => import::run(&args, &output),
             Command::Bench(args) => bench::run(&args, &output),
@@ -122,7 +129,12 @@ impl Cli {
             Command::Generate(args) => generate::run(&args, &stop, &output),
             Command::Images(args) => images::run(&args, &stop, &output),
             Command::Serve(args) => serve::run(&args, &stop, &output),
+<<<<<<< HEAD
             Command::Eval(args) => eval::run(&args, &stop, &output),
+=======
+            Command::Eval(args) => eval::run(&args, &output),
+            Command::Scale(args) => scale::run(&args, &output),
+>>>>>>> tune
             Command::Compare(args) => compare::run(&args, &output),
             Command::Doctor(args) => doctor::run(&args, &output),
             Command::GpuCheck(args) => gpu_check::run(&args, &output),

@@ -67,14 +67,14 @@ pub(super) struct ServeArgs {
 pub(super) fn run(args: &ServeArgs, stop: &Arc<Stop>, output: &Output) -> Result<()> {
     let args = &mut args.clone();
     if args.edges.is_asked() {
-        hub::fetch(args.decoding.places().into(), None)?;
+        hub::fetch(args.decoding.places(), None)?;
         return serve_edges::run(&args.edges, &args.decoding, stop, output);
     }
     let model = name_of(args)?;
     let keys = args.api_key_file.as_deref().map(Keys::read).transpose()?.unwrap_or_default();
     // Before the weights are loaded, which may take minutes.
     let listener = listen(args)?;
-    hub::fetch(args.decoding.places().into(), None)?;
+    hub::fetch(args.decoding.places(), None)?;
     let args = &*args;
     let models = args.decoding.models()?;
     let opened = args.decoding.draft_for_any_request(&models)?;

@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::acceptance::Measured;
 use super::case::Case;
 use crate::error::{Error, Result};
+use crate::eval::tune::{Batch, Choice, Tuned};
 use crate::export::Engine;
 use crate::strict;
 
@@ -131,6 +132,107 @@ pub fn lines(case: &Case<'_>, guesses: usize) -> Vec<Launch> {
     }
     found.retain(|launch| case.engine.is_none_or(|engine| engine.name() == launch.engine));
     found
+}
+
+/// What one engine is told for a number of requests that run together.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct EngineFlags {
+    /// The engine.
+    pub engine: &'static str,
+    /// Requests that run together.
+    pub rows: usize,
+    /// Flags, besides those that name the models; none where plain decoding is expected to be faster.
+    pub flags: Option<String>,
+    /// Expected times of plain decoding, by what rounds cost in this program.
+    pub speedup: f64,
+}
+
+/// What engines call an algorithm: vLLM's method, SGLang's algorithm, llama.cpp's type.
+struct Served {
+    algorithm: &'static str,
+    vllm: Option<&'static str>,
+    sglang: Option<&'static str>,
+    llama_cpp: Option<&'static str>,
+    /// Whether it drafts whole blocks: with fewer guesses than in training engines run a shorter block, which guesses
+    /// something else.
+    has_blocks: bool,
+}
+
+/// See docs/engines.md.
+const SERVED: &[Served] = &[
+    served("eagle3", Some("eagle3"), Some("EAGLE3"), Some("draft-eagle3"), false),
+    served("peagle", Some("eagle3"), None, None, false),
+    served("medusa", Some("medusa"), None, None, false),
+    served("dflash", Some("dflash"), Some("DFLASH"), Some("draft-dflash"), true),
+    served("dflash2", Some("dflash"), Some("DFLASH"), Some("draft-dflash"), true),
+    served("dspark", Some("dspark"), Some("DSPARK"), Some("draft-dspark"), true),
+    served("lilicorr", Some("dflash"), Some("DFLASH"), None, true),
+    served("xpress", Some("dflash"), None, None, true),
+    served("domino", None, Some("DFLASH"), None, true),
+];
+
+const fn served(
+    algorithm: &'static str,
+    vllm: Option<&'static str>,
+    sglang: Option<&'static str>,
+    llama_cpp: Option<&'static str>,
+    has_blocks: bool,
+) -> Served {
+    Served { algorithm, vllm, sglang, llama_cpp, has_blocks }
+}
+
+/// The number of guesses and the tree for each engine that serves drafts of this kind, by what tuning predicts for a batch.
+pub fn flags(tuned: &Tuned, batch: &Batch) -> Vec<EngineFlags> {
+    let Some(served) = SERVED.iter().find(|served| served.algorithm == tuned.method) else { return Vec::new() };
+    let whole = tuned.default_tree.strip_prefix("chain:").and_then(|length| length.parse::<usize>().ok());
+    let chain = match served.has_blocks {
+        true => batch.chains.iter().find(|chain| Some(chain.depth) == whole),
+        false => batch.best_chain(),
+    };
+    let Some(chain) = chain else { return Vec::new() };
+    let told = |engine, choice: &Choice, flags: String| EngineFlags {
+        engine,
+        rows: batch.rows,
+        flags: (choice.speedup > 1.0).then_some(flags),
+        speedup: choice.speedup,
+    };
+    let mut all = Vec::new();
+    if let Some(method) = served.vllm {
+        let section =
+            format!(r#"{{"method": "{method}", "model": "DRAFT", "num_speculative_tokens": {}}}"#, chain.guesses);
+        all.push(told(Engine::Vllm.name(), chain, format!("--speculative-config {}", quoted(&section))));
+    }
+    if let Some(algorithm) = served.sglang {
+        // Blocks are drafted in chains there.
+        let branched = batch.best_branched.as_ref().filter(|_| !served.has_blocks);
+        let choice = branched.filter(|tree| tree.tokens_per_second > chain.tokens_per_second).unwrap_or(chain);
+        let Choice { depth, top_k, guesses, .. } = choice;
+        let shape = match served.has_blocks {
+            true => String::new(),
+            false => format!(" --speculative-num-steps {depth} --speculative-eagle-topk {top_k}"),
+        };
+        // The root is a draft token there; a block has it among its own.
+        let tokens = guesses + 1;
+        let flags = format!("--speculative-algorithm {algorithm}{shape} --speculative-num-draft-tokens {tokens}");
+        all.push(told(Engine::Sglang.name(), choice, flags));
+    }
+    if let Some(kind) = served.llama_cpp {
+        let flags = format!("--spec-type {kind} --spec-draft-n-max {} --spec-draft-p-min 0.0", chain.guesses);
+        all.push(told(Engine::LlamaCpp.name(), chain, flags));
+    }
+    all
+}
+
+/// The same for people.
+pub fn flags_text(all: &[EngineFlags]) -> String {
+    let mut lines = vec!["to start engines with, by what rounds cost here:".to_owned()];
+    let mut sorted: Vec<&EngineFlags> = all.iter().collect();
+    sorted.sort_by_key(|flags| flags.engine);
+    for EngineFlags { engine, rows, flags, speedup } in sorted {
+        let told = flags.as_deref().unwrap_or("no draft: plain decoding is expected to be faster");
+        lines.push(format!("{engine:<9}  {rows:>3} together  {speedup:>5.2}x  {told}"));
+    }
+    lines.join("\n")
 }
 
 /// A word for a shell.

@@ -1,4 +1,4 @@
-//! Measurements of what exists: speed of targets, acceptance of drafts, what a GPU makes of both.
+//! Measurements of what exists: speed of targets, acceptance of drafts, the trees that decode fastest, what a GPU makes of it.
 
 pub mod acceptance;
 pub mod bench;
@@ -6,7 +6,11 @@ pub mod bench_train;
 pub mod calibration;
 pub mod gpu_check;
 <<<<<<< HEAD
+<<<<<<< HEAD
 pub mod pictures;
 =======
 pub mod infilling;
 >>>>>>> diffusion
+=======
+pub mod tune;
+>>>>>>> tune

@@ -11,6 +11,8 @@
 
 pub mod jsonl;
 pub mod page;
+pub mod scale;
+pub mod series;
 pub mod tensorboard;
 
 use std::path::Path;

@@ -134,7 +134,8 @@ pub(super) fn run(args: &RegenArgs, stop: &Stop, output: &Output) -> Result<()> 
         let args = &mut args.clone();
         // Where servers answer, the target's tokenizer and template are enough.
         let wanted = if args.served.is_given() { Wanted::Description } else { Wanted::Target };
-        let mut places = vec![Place::Drafter(&mut args.draft), Place::Data(&mut args.prompts)];
+        let mut places = vec![Place::Data(&mut args.prompts)];
+        places.extend(args.draft.iter_mut().map(Place::Drafter));
         places.extend(args.target.iter_mut().map(|target| Place::Model(target, wanted)));
         hub::fetch(places, meeting)?;
         let args = &*args;

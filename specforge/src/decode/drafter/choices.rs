@@ -1,7 +1,7 @@
 //! Static trees by name: those that Medusa ships, chains, and files of paths.
 //!
 //! A file is a JSON list of paths of ranks, such as `[[0], [1], [0, 0]]`, or an object with such a list as `choices`,
-//! which is what `specforge tree` writes. `choices.json` holds the shipped trees and names their source.
+//! which is what `specforge tree` writes. Such a list may stand for itself too. `choices.json` holds the shipped trees and names their source.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -37,8 +37,12 @@ pub fn names() -> Result<Vec<String>> {
     Ok(shipped()?.into_keys().collect())
 }
 
-/// A tree by what a user calls it: a shipped one's name, `chain:N`, or the path of a file.
+/// A tree by what a user calls it: a shipped one's name, `chain:N`, a list of paths, or the path of a file.
 pub fn parse(text: &str) -> Result<ChoiceTree> {
+    if text.starts_with('[') {
+        let wrong = |problem: String| Error::Usage(format!("tree `{text}`: {problem}"));
+        return read_choices(text).and_then(|choices| tree_of(&choices)).map_err(wrong);
+    }
     if let Some(length) = text.strip_prefix("chain:") {
         return match length.parse() {
             Ok(length) if (1..=LONGEST_CHAIN).contains(&length) => Ok(ChoiceTree::chain(length)),
@@ -76,27 +80,35 @@ fn read(path: &Path) -> Result<ChoiceTree> {
     let wrong = |problem: String| {
         Error::bad_file(path, problem).with_hint("a tree is written as [[0],[1],[0,0]]; `specforge tree` makes one")
     };
-    let value: serde_json::Value =
-        serde_json::from_str(&text).map_err(|error| wrong(format!("is not JSON: {error}")))?;
+    read_choices(&text).and_then(|choices| tree_of(&choices)).map_err(wrong)
+}
+
+fn tree_of(choices: &[Vec<usize>]) -> Result<ChoiceTree, String> {
+    ChoiceTree::from_choices(choices).map_err(|error| error.to_string())
+}
+
+/// The paths of a JSON text.
+fn read_choices(text: &str) -> Result<Vec<Vec<usize>>, String> {
+    let value: serde_json::Value = serde_json::from_str(text).map_err(|error| format!("is not JSON: {error}"))?;
     let choices = match serde_json::from_value(value) {
         Ok(File::Paths(choices) | File::Record { choices }) => choices,
         Err(_) => {
-            return Err(wrong(
+            return Err(
                 "expected a list of paths, or an object with one as `choices`; a path is a list of ranks from 0"
                     .to_owned(),
-            ));
+            );
         }
     };
     if choices.len() > MOST_PATHS {
-        return Err(wrong(format!("expected at most {MOST_PATHS} paths, got {}", choices.len())));
+        return Err(format!("expected at most {MOST_PATHS} paths, got {}", choices.len()));
     }
     if let Some(rank) = choices.iter().flatten().find(|&&rank| rank > LARGEST_RANK) {
-        return Err(wrong(format!("expected ranks from 0 to {LARGEST_RANK}, got {rank}")));
+        return Err(format!("expected ranks from 0 to {LARGEST_RANK}, got {rank}"));
     }
     if choices.is_empty() {
-        return Err(wrong("holds no path: nothing would be guessed".to_owned()));
+        return Err("holds no path: nothing would be guessed".to_owned());
     }
-    ChoiceTree::from_choices(&choices).map_err(|error| wrong(error.to_string()))
+    Ok(choices)
 }
 
 #[cfg(test)]
@@ -113,6 +125,7 @@ mod tests {
             assert!((3..=4).contains(&tree.topology().depth()), "{name}");
         }
         assert_eq!(parse("chain:5").unwrap(), ChoiceTree::chain(5));
+        assert_eq!(parse("[[0], [0, 0]]").unwrap(), ChoiceTree::chain(2));
     }
 
     #[test]
@@ -142,6 +155,7 @@ mod tests {
     fn what_is_no_tree_is_answered_with_what_is_possible() {
         let message = parse("mc_sim").unwrap_err().to_string();
         assert!(message.contains("chain:N") && message.contains("mc_sim_7b_63, vicuna_13b_stage1"), "{message}");
+        assert!(parse("[[0,1]]").unwrap_err().to_string().contains("[[0,1]]`: draft tree: path [0, 1] has no parent"));
         for text in ["chain:", "chain:0", "chain:-1", "chain:many", "chain:129"] {
             assert!(parse(text).unwrap_err().to_string().contains("from 1 to 128"), "{text}");
         }

@@ -12,7 +12,9 @@ use tch::{Device, Kind, Tensor};
 
 use super::branches::Branches;
 use super::dynamic_tree::{DynamicTree, Expand, Names, grow};
-use super::{Asked, Branch, Context, DraftSampling, Drafter, DrafterKind, Guesser, Joining, Progress, tree_text};
+use super::{
+    Asked, Branch, Context, DraftSampling, Drafter, DrafterKind, Guesser, Joining, Progress, Trees, tree_text,
+};
 use crate::decode::policy::Proposal;
 use crate::decode::prefill::Passes;
 use crate::device;
@@ -48,6 +50,7 @@ pub const KIND: DrafterKind = DrafterKind {
         guesser(Eagle3Parts::from(imported), asked, notes)
     },
     default_tree: tree_text::DEFAULT,
+    trees: Trees::Dynamic,
 };
 
 fn guesser<'a>(parts: Eagle3Parts, asked: Asked<'a, '_>, notes: Vec<String>) -> Result<Guesser<'a>> {

@@ -23,6 +23,23 @@ pub struct DrafterKind {
     pub from_export: for<'a> fn(&Path, Asked<'a, '_>) -> Result<Guesser<'a>>,
     /// The tree where nobody asks for one.
     pub default_tree: &'static str,
+    /// What its trees are like.
+    pub trees: Trees,
+}
+
+/// What decides the shape of a drafter's trees, and with it how they are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Trees {
+    /// Nothing is guessed.
+    None,
+    /// Paths of ranks, chosen beforehand; what a level guesses does not depend on the guesses before it.
+    Static,
+    /// The draft's own probabilities, up to a depth, a number of children and a number of guesses.
+    Dynamic,
+    /// What stood in the text before.
+    Lookup,
+    /// Something of its own: only its default is known.
+    Own,
 }
 
 /// What a checkpoint holds of a draft. The tensors of a draft in training are the live ones.

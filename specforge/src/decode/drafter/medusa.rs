@@ -9,7 +9,7 @@
 
 use tch::Tensor;
 
-use super::{Asked, Context, DraftSampling, Drafter, DrafterKind, Guesser, Joining, Progress, choices, last};
+use super::{Asked, Context, DraftSampling, Drafter, DrafterKind, Guesser, Joining, Progress, Trees, choices, last};
 use crate::decode::policy::Proposal;
 use crate::draft::medusa::MedusaConfig;
 use crate::error::{Error, Result};
@@ -32,6 +32,7 @@ pub const KIND: DrafterKind = DrafterKind {
     },
     from_export: |folder, asked| guesser(MedusaHeads::read(folder, asked.target)?, asked),
     default_tree: WHOLE_CHAIN,
+    trees: Trees::Static,
 };
 
 /// A chain of one guess of every head.

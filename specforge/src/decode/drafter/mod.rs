@@ -26,12 +26,13 @@ pub mod open;
 pub mod path_rates;
 pub mod peagle;
 pub mod prompt_lookup;
+pub mod tree_file;
 pub mod tree_text;
 
 pub use branches::Branch;
 pub use dynamic_tree::DynamicTree;
 pub use eagle3::{Eagle3Drafter, Eagle3Parts};
-pub use kind::{Asked, DrafterKind, Guesser, Trained};
+pub use kind::{Asked, DrafterKind, Guesser, Trained, Trees};
 pub use medusa::{MedusaDrafter, MedusaHeads};
 pub use model::ModelDrafter;
 pub use open::{Opened, of_training, open};

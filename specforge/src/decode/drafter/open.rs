@@ -6,8 +6,8 @@ use serde_json::Value;
 use tch::Tensor;
 
 use super::{
-    Asked, DraftSampling, Drafter, Guesser, ModelDrafter, Plain, PromptLookup, Trained, of_algorithm, of_format,
-    tree_text,
+    Asked, DraftSampling, Drafter, Guesser, ModelDrafter, Plain, PromptLookup, Trained, Trees, of_algorithm, of_format,
+    tree_file, tree_text,
 };
 use crate::checkpoint;
 use crate::data::ChatTokenizer;
@@ -26,6 +26,8 @@ pub struct Opened<'a> {
     pub method: String,
     /// Its tree, as it was understood.
     pub tree: String,
+    /// What its trees are like.
+    pub trees: Trees,
     /// Folder it was read from.
     pub folder: Option<PathBuf>,
     /// What the user should know.
@@ -38,19 +40,22 @@ pub const PROMPT_LOOKUP: &str = "prompt-lookup";
 /// The target, and where it was read from.
 type Target<'a, 'p> = (&'a dyn TargetModel, &'p Path);
 
-/// Opens what `draft` names with the tree that `tree` describes; a draft's own default where that is not given.
+/// Opens what `draft` names with the tree that `tree` describes or a file names; a draft's own default where that is not
+/// given.
 pub fn open<'a>(
     draft: Option<&str>,
     tree: Option<&str>,
     target: Target<'a, '_>,
     sampling: DraftSampling,
 ) -> Result<Opened<'a>> {
+    let named = tree.map(tree_file::named).transpose()?;
+    let tree = named.as_deref();
     match draft {
         None => match tree {
             None => {
                 let plain =
                     Guesser { drafter: Box::new(Plain), tree: "none".to_owned(), notes: Vec::new(), method: None };
-                Ok(opened(plain, "none"))
+                Ok(opened(plain, "none", Trees::None))
             }
             Some(tree) => Err(Error::Usage(format!("--tree {tree}: there is no --draft to guess with"))),
         },
@@ -58,7 +63,8 @@ pub fn open<'a>(
             let lookup = tree_text::lookup(tree.unwrap_or_default())?;
             let PromptLookup { longest_match, depth, nodes } = lookup;
             let tree = format!("depth={depth},nodes={nodes},match={longest_match}");
-            Ok(opened(Guesser { drafter: Box::new(lookup), tree, notes: Vec::new(), method: None }, PROMPT_LOOKUP))
+            let guesser = Guesser { drafter: Box::new(lookup), tree, notes: Vec::new(), method: None };
+            Ok(opened(guesser, PROMPT_LOOKUP, Trees::Lookup))
         }
         Some(folder) => {
             let folder = Path::new(folder);
@@ -92,7 +98,8 @@ pub fn of_training<'a>(
 ) -> Result<Opened<'a>> {
     let parameters = draft.parameters().iter().map(|parameter| (parameter.name.clone(), parameter.value.detach()));
     let tensors: Vec<(String, Tensor)> = parameters.chain(draft.buffers()).collect();
-    trained(&draft.description(), &tensors, tree, target, sampling)
+    let named = tree.map(tree_file::named).transpose()?;
+    trained(&draft.description(), &tensors, named.as_deref(), target, sampling)
 }
 
 fn from_folder<'a>(
@@ -149,7 +156,7 @@ fn from_export<'a>(
     })?;
     let asked = Asked { tree: tree.unwrap_or(kind.default_tree), target, sampling };
     let guesser = (kind.from_export)(path, asked).map_err(|error| of_folder(path, error))?;
-    Ok(opened(guesser, kind.algorithm))
+    Ok(opened(guesser, kind.algorithm, kind.trees))
 }
 
 /// The drafter that a smaller model is.
@@ -164,7 +171,8 @@ fn from_model<'a>(
     ModelDrafter::check_tokenizers(&tokenizers[0], &tokenizers[1]).map_err(|error| of_folder(folder, error))?;
     let (tree, text) = tree_text::dynamic(tree.unwrap_or(tree_text::DEFAULT))?;
     let drafter = ModelDrafter::new(model, target.info(), tree, sampling).map_err(|error| of_folder(folder, error))?;
-    Ok(opened(Guesser { drafter: Box::new(drafter), tree: text, notes: Vec::new(), method: None }, "model"))
+    let guesser = Guesser { drafter: Box::new(drafter), tree: text, notes: Vec::new(), method: None };
+    Ok(opened(guesser, "model", Trees::Dynamic))
 }
 
 fn of_folder(folder: &Path, error: Error) -> Error {
@@ -185,9 +193,9 @@ fn of_checkpoint(folder: &Path, error: Error) -> Error {
     }
 }
 
-fn opened<'a>(guesser: Guesser<'a>, method: &str) -> Opened<'a> {
+fn opened<'a>(guesser: Guesser<'a>, method: &str, trees: Trees) -> Opened<'a> {
     let Guesser { drafter, tree, notes, method: own } = guesser;
-    Opened { drafter, method: own.unwrap_or(method).to_owned(), tree, folder: None, notes }
+    Opened { drafter, method: own.unwrap_or(method).to_owned(), tree, trees, folder: None, notes }
 }
 
 /// The drafter of a checkpoint's description and tensors.
@@ -204,5 +212,5 @@ fn trained<'a>(
     })?;
     let trained = Trained { description, tensors, vocabulary: vocabulary::from_tensors(tensors)? };
     let asked = Asked { tree: tree.unwrap_or(kind.default_tree), target, sampling };
-    Ok(opened((kind.from_checkpoint)(&trained, asked)?, kind.algorithm))
+    Ok(opened((kind.from_checkpoint)(&trained, asked)?, kind.algorithm, kind.trees))
 }

@@ -12,7 +12,9 @@
 use tch::{Device, Kind, Tensor};
 
 use super::dynamic_tree::{DynamicTree, Expand, Names, grow};
-use super::{Asked, Branch, Context, DraftSampling, Drafter, DrafterKind, Guesser, Joining, Progress, tree_text};
+use super::{
+    Asked, Branch, Context, DraftSampling, Drafter, DrafterKind, Guesser, Joining, Progress, Trees, tree_text,
+};
 use crate::decode::policy::Proposal;
 use crate::decode::prefill::Passes;
 use crate::device;
@@ -41,6 +43,7 @@ pub const KIND: DrafterKind = DrafterKind {
         guesser(PeagleParts { shape, tensors, vocabulary }, asked, warnings)
     },
     default_tree: WHOLE_CHAIN,
+    trees: Trees::Dynamic,
 };
 
 /// A chain of a guess of every depth that was trained.

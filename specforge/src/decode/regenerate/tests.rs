@@ -2,7 +2,7 @@ use std::fs;
 
 use serde_json::json;
 
-use super::super::drafter::{DraftSampling, Drafter, DynamicTree, ModelDrafter, Plain, PromptLookup};
+use super::super::drafter::{DraftSampling, Drafter, DynamicTree, ModelDrafter, Plain, PromptLookup, Trees};
 use super::super::tiny;
 use super::answer_file::AnswerFile;
 use super::*;
@@ -47,7 +47,14 @@ impl Chat for Letters {
 
 /// A drafter as it is opened.
 fn of(drafter: Box<dyn Drafter + '_>) -> Opened<'_> {
-    Opened { drafter, method: "some".to_owned(), tree: String::new(), folder: None, notes: Vec::new() }
+    Opened {
+        drafter,
+        method: "some".to_owned(),
+        tree: String::new(),
+        trees: Trees::Own,
+        folder: None,
+        notes: Vec::new(),
+    }
 }
 
 struct Bench {

@@ -24,6 +24,7 @@ use crate::error::{Error, Result};
 use crate::models::{ForwardInput, LogitRows, TargetModel};
 use crate::nn::{AttentionMask, noise};
 
+pub mod beside;
 pub mod html;
 pub mod in_training;
 pub mod questions;
@@ -175,7 +176,7 @@ pub fn measure(
         let mut divergences = Vec::new();
         if let Some(without) = without.as_ref().filter(|_| exact(&options.engine)) {
             for (left, right) in without.answers.iter().zip(&with.answers) {
-                divergences.extend(compare(target, &questions[left.question], options, left, right)?);
+                divergences.extend(compare(target, &questions[left.question].id, &options.engine, left, right)?);
             }
         }
         let group = Group { dataset: questions[range.start].dataset.clone(), drafted: with, plain: without };
@@ -239,6 +240,17 @@ fn warm_up(
     answer(engine, tokenizer, &[once], &[0], &few, &mut Silent).map(|_| ())
 }
 
+/// Key of the noise of an answer: it depends on its question alone, not on who else runs.
+pub(super) fn key(question: usize, turn: usize) -> u64 {
+    noise::keyed_bits(0, 1 << 8, question as u64, turn as u64)
+}
+
+/// A conversation of a question so far, as a prompt.
+pub(super) fn encode(tokenizer: &ChatTokenizer, question: &Question, messages: &[Message]) -> Result<Vec<u32>> {
+    let prepared = tokenizer.prepare(messages, question.tools.as_ref())?;
+    tokenizer.encode(&prepared.with_arguments(&question.template_arguments)?.render(messages.len(), true)?)
+}
+
 /// Answers some questions, turn by turn.
 fn answer(
     engine: &mut Engine<'_>,
@@ -255,13 +267,10 @@ fn answer(
     let mut prompts: HashMap<u64, Vec<u32>> = HashMap::new();
     let mut submit = |engine: &mut Engine<'_>, question: usize, turn: usize, messages: &mut Vec<Message>| {
         messages.push(Message::new("user", questions[question].turns[turn].as_str()));
-        let Question { tools, template_arguments, .. } = &questions[question];
-        let prepared = tokenizer.prepare(messages, tools.as_ref())?.with_arguments(template_arguments)?;
-        let prompt = tokenizer.encode(&prepared.render(messages.len(), true)?)?;
+        let prompt = encode(tokenizer, &questions[question], messages)?;
         let tag = question as u64 * TURNS + turn as u64;
         prompts.insert(tag, prompt.clone());
-        // The noise of an answer depends on its question alone, not on who else runs.
-        let key = noise::keyed_bits(0, 1 << 8, question as u64, turn as u64);
+        let key = key(question, turn);
         let name = &questions[question].id;
         engine
             .submit(Request { tag, prompt, max_new_tokens: options.max_new_tokens, key })
@@ -306,10 +315,10 @@ fn answer(
 }
 
 /// Where two answers to one prompt part. Answers to different prompts are not compared: an earlier turn has parted.
-fn compare(
+pub(super) fn compare(
     target: &dyn TargetModel,
-    question: &Question,
-    options: &AcceptanceOptions,
+    question: &str,
+    options: &EngineOptions,
     plain: &Answered,
     drafted: &Answered,
 ) -> Result<Option<Divergence>> {
@@ -322,15 +331,14 @@ fn compare(
     let margin = match tokens {
         [Some(left_token), Some(right_token)] => {
             let committed: Vec<u32> = plain.prompt.iter().chain(&left[..at]).copied().collect();
-            let key = noise::keyed_bits(0, 1 << 8, plain.question as u64, plain.turn as u64);
-            let row = fresh_scores(target, &committed, &options.engine, key)?;
+            let row = fresh_scores(target, &committed, options, key(plain.question, plain.turn))?;
             Some((row[left_token as usize] - row[right_token as usize]).abs())
         }
         _ => None,
     };
     let near_tie = margin.is_some_and(|margin| margin <= Tolerance::of_kind(target.kind()).near_tie);
     let position = plain.prompt.len() + at;
-    Ok(Some(Divergence { question: question.id.clone(), turn: plain.turn + 1, position, tokens, margin, near_tie }))
+    Ok(Some(Divergence { question: question.to_owned(), turn: plain.turn + 1, position, tokens, margin, near_tie }))
 }
 
 /// What the target's choice behind `committed` is the largest of, from a forward pass without a cache: `[V]`.

@@ -18,7 +18,7 @@ use tch::{Kind, Tensor};
 
 use super::dynamic_tree::{DynamicTree, Expand, Names, grow};
 use super::{
-    Asked, Branch, Context, DraftSampling, Drafter, DrafterKind, Guesser, Joining, Progress, Trained, tree_text,
+    Asked, Branch, Context, DraftSampling, Drafter, DrafterKind, Guesser, Joining, Progress, Trained, Trees, tree_text,
 };
 use crate::decode::policy::Proposal;
 use crate::decode::prefill::Passes;
@@ -43,6 +43,7 @@ pub const fn kind(algorithm: &'static str) -> DrafterKind {
         from_checkpoint,
         from_export,
         default_tree: WHOLE_CHAIN,
+        trees: Trees::Dynamic,
     }
 }
 
