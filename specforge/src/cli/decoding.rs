@@ -187,19 +187,18 @@ impl DecodingArgs {
         self.draft_that(models, DraftSampling::for_any_request(self.policy()?, self.processors()?.temperature))
     }
 
-<<<<<<< HEAD
     /// Nothing that guesses.
     pub(super) fn no_draft<'a>(&self, models: &'a Models) -> Result<Opened<'a>> {
         let sampling = DraftSampling::for_policy(self.policy()?, self.processors()?.temperature);
         open(None, None, (models.target.as_ref(), &self.target), sampling)
-=======
+    }
+
     /// Refuses what is wrong whatever the models are.
     fn check(&self) -> Result<()> {
         self.processors()?;
         self.policy()?;
         self.draft_name()?;
         only("--tree", &self.tree).map(drop)
->>>>>>> tune
     }
 
     fn draft_that<'a>(&self, models: &'a Models, sampling: DraftSampling) -> Result<Opened<'a>> {

@@ -6,17 +6,10 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::Value;
 
-<<<<<<< HEAD
-use super::decoding::DecodingArgs;
-<<<<<<< HEAD
-use super::edge::EdgeArgs;
-=======
+use super::decoding::{DecodingArgs, Models};
 use super::diffusion::DiffusionArgs;
 use super::diffusion_eval::{self, Asked};
->>>>>>> diffusion
-=======
-use super::decoding::{DecodingArgs, Models};
->>>>>>> tune
+use super::edge::EdgeArgs;
 use super::hub::{self, Place};
 use super::{LazyProgress, Output, edge_eval, note, numbers, ranks};
 use crate::decode::Policy;
@@ -30,11 +23,8 @@ use crate::eval::acceptance::{html, questions, report};
 use crate::eval::calibration::{self, ConfidenceLog};
 use crate::files;
 use crate::hub::recorded;
-<<<<<<< HEAD
-use crate::stop::{Answer, Stop};
-=======
 use crate::models;
->>>>>>> diffusion
+use crate::stop::{Answer, Stop};
 use crate::trace::Recorder;
 
 /// Ten timed passes of each size for every one of these.
@@ -69,16 +59,13 @@ pub(super) struct EvalArgs {
     /// Record every committed position with the draft in a file for `specforge compare`.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
-<<<<<<< HEAD
     #[command(flatten)]
     edge: EdgeArgs,
-=======
     /// For masked diffusion models: masked copies of each answer by which its likelihood is estimated; 0 leaves it out.
     #[arg(long, default_value_t = 8, value_name = "N", allow_hyphen_values = true, value_parser = numbers::at_least(0usize))]
     likelihood_samples: usize,
     #[command(flatten)]
     diffusion: DiffusionArgs,
->>>>>>> diffusion
 }
 
 pub(super) fn run(args: &EvalArgs, stop: &Stop, output: &Output) -> Result<()> {
@@ -115,14 +102,10 @@ fn evaluate(args: &EvalArgs, meeting: Option<&Meeting>, output: &Output) -> Resu
     refuse_several(args, work.world_size())?;
     let placement = meeting.map(Meeting::placement);
     let questions = questions::read(&args.data, args.limit)?;
-<<<<<<< HEAD
     if models::read_info(&args.decoding.target)?.diffusion.is_some() {
         return fill_in(args, &questions, work.world_size(), output);
     }
     args.diffusion.refuse()?;
-    let models = args.decoding.models_of(placement)?;
-    let opened = args.decoding.draft(&models)?;
-=======
     let each = args.decoding.each()?;
     let models = each[0].models_of(placement)?;
     if let [alone] = each.as_slice() {
@@ -176,7 +159,6 @@ fn measure(
     work: &SharedWork<'_>,
 ) -> Result<Option<AcceptanceReport>> {
     let opened = decoding.draft(models)?;
->>>>>>> tune
     opened.notes.iter().for_each(|line| note(format!("warning: {line}")));
     let settings = decoding.settings(models, &opened, args.batch)?;
     let slots = match &args.calibrate {

@@ -129,12 +129,8 @@ impl Cli {
             Command::Generate(args) => generate::run(&args, &stop, &output),
             Command::Images(args) => images::run(&args, &stop, &output),
             Command::Serve(args) => serve::run(&args, &stop, &output),
-<<<<<<< HEAD
             Command::Eval(args) => eval::run(&args, &stop, &output),
-=======
-            Command::Eval(args) => eval::run(&args, &output),
             Command::Scale(args) => scale::run(&args, &output),
->>>>>>> tune
             Command::Compare(args) => compare::run(&args, &output),
             Command::Doctor(args) => doctor::run(&args, &output),
             Command::GpuCheck(args) => gpu_check::run(&args, &output),

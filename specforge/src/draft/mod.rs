@@ -208,11 +208,13 @@ const BUILT_IN: [Algorithm; OTHERS.len() + block::heads::HEADS.len()] = {
 };
 
 /// Those that are no block drafters: an algorithm of its own is a line here.
-<<<<<<< HEAD
-const OTHERS: &[Algorithm] = &[medusa::ALGORITHM, eagle3::ALGORITHM, peagle::ALGORITHM, next_scale::ALGORITHM];
-=======
-const OTHERS: &[Algorithm] = &[medusa::ALGORITHM, eagle3::ALGORITHM, peagle::ALGORITHM, masked_diffusion::ALGORITHM];
->>>>>>> diffusion
+const OTHERS: &[Algorithm] = &[
+    medusa::ALGORITHM,
+    eagle3::ALGORITHM,
+    peagle::ALGORITHM,
+    next_scale::ALGORITHM,
+    masked_diffusion::ALGORITHM,
+];
 
 static TABLE: Table<Algorithm> = Table::new("the algorithm", |row| row.name, ALGORITHMS);
 

@@ -216,11 +216,7 @@ mod tests {
                 // Some draft from the whole vocabulary, and say so by the key.
                 Err(error) => {
                     assert!(
-<<<<<<< HEAD
-                        ["dflash2", "lilicorr", "domino", "next_scale"].contains(&algorithm.name),
-=======
-                        ["dflash2", "lilicorr", "domino", "masked_diffusion"].contains(&algorithm.name),
->>>>>>> diffusion
+                        ["dflash2", "lilicorr", "domino", "next_scale", "masked_diffusion"].contains(&algorithm.name),
                         "{}: {error}",
                         algorithm.name
                     );

@@ -5,12 +5,6 @@ pub mod bench;
 pub mod bench_train;
 pub mod calibration;
 pub mod gpu_check;
-<<<<<<< HEAD
-<<<<<<< HEAD
 pub mod pictures;
-=======
 pub mod infilling;
->>>>>>> diffusion
-=======
 pub mod tune;
->>>>>>> tune

@@ -185,11 +185,8 @@ pub const FORMATS: &[Format] = &[
     peagle::FORMAT,
     block::ZLAB,
     block::SPECULATORS,
-<<<<<<< HEAD
     next_scale::FORMAT,
-=======
     masked_diffusion::FORMAT,
->>>>>>> diffusion
 ];
 
 static TABLE: Table<Format> = Table::new("the format", |row| row.name, FORMATS);

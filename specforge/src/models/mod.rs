@@ -51,12 +51,8 @@ pub use family::{
     load_tables, load_tables_alone, load_tables_with, load_target, load_target_with, read_info,
 };
 pub use identity::TargetIdentity;
-<<<<<<< HEAD
-pub use info::{LayerKind, LayerShape, MaskedDiffusion, ParameterCounts, Pictures, PlainModel, TargetInfo};
-=======
 pub use infilling::Infilling;
-pub use info::{LayerKind, LayerShape, MaskedDiffusion, ParameterCounts, PlainModel, TargetInfo};
->>>>>>> diffusion
+pub use info::{LayerKind, LayerShape, MaskedDiffusion, ParameterCounts, Pictures, PlainModel, TargetInfo};
 pub use layerwise::LayerWise;
 pub use llama::plain_model;
 pub use picture_target::PictureTarget;

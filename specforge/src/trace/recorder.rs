@@ -49,13 +49,8 @@ impl Listener for Recorder {
     }
 
     fn started(&mut self, event: &Started<'_>) -> Result<()> {
-<<<<<<< HEAD
         let &Started { tag, key, prompt, known: _, limit } = event;
-        self.record(&Record::Prompt(Prompt { tag, key, limit, tokens: prompt.to_vec() }))
-=======
-        let &Started { tag, key, prompt, limit } = event;
         self.lines.record(&Record::Prompt(Prompt { tag, key, limit, tokens: prompt.to_vec() }))
->>>>>>> diffusion
     }
 
     fn round(&mut self, event: &Round<'_>) -> Result<()> {
