@@ -44,6 +44,7 @@ pub const ALGORITHM: Algorithm = Algorithm {
         Ok(ALGORITHM.figures_with(METRICS.map(str::to_owned).to_vec()))
     },
     free_on_resume: &[],
+    pictures: false,
     follows_length: |_| false,
     resolve: |section| Ok(json!(MaskedDiffusionConfig::read(section)?)),
     size: |section, target| {

@@ -208,13 +208,8 @@ const BUILT_IN: [Algorithm; OTHERS.len() + block::heads::HEADS.len()] = {
 };
 
 /// Those that are no block drafters: an algorithm of its own is a line here.
-const OTHERS: &[Algorithm] = &[
-    medusa::ALGORITHM,
-    eagle3::ALGORITHM,
-    peagle::ALGORITHM,
-    next_scale::ALGORITHM,
-    masked_diffusion::ALGORITHM,
-];
+const OTHERS: &[Algorithm] =
+    &[medusa::ALGORITHM, eagle3::ALGORITHM, peagle::ALGORITHM, next_scale::ALGORITHM, masked_diffusion::ALGORITHM];
 
 static TABLE: Table<Algorithm> = Table::new("the algorithm", |row| row.name, ALGORITHMS);
 

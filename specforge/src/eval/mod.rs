@@ -5,6 +5,6 @@ pub mod bench;
 pub mod bench_train;
 pub mod calibration;
 pub mod gpu_check;
-pub mod pictures;
 pub mod infilling;
+pub mod pictures;
 pub mod tune;
