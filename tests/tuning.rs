@@ -80,10 +80,10 @@ fn tuning_speaks_to_people_and_refuses_what_cannot_be() {
     let data = workspace.path("bench.jsonl");
     questions(&data);
     let tune = |arguments: &[&str]| {
-        let mut command = on_model(&workspace, "tune", &["--max-new-tokens", "12", "--repeat", "1", "--data"]);
+        let mut command = on_model(&workspace, "tune", &["--repeat", "1", "--data"]);
         output_of(command.arg(&data).args(arguments))
     };
-    let output = tune(&["--draft", "prompt-lookup", "--batches", "1"]);
+    let output = tune(&["--draft", "prompt-lookup", "--batches", "1", "--max-new-tokens", "12"]);
     let (text, progress) = (String::from_utf8(output.stdout.clone()).unwrap(), stderr_of(&output));
     assert!(output.status.success(), "{progress}");
     assert!(text.contains("verification, ms by tokens") && text.contains("one request alone: "), "{text}");

@@ -152,7 +152,7 @@ struct Served {
     algorithm: &'static str,
     vllm: Option<&'static str>,
     sglang: Option<&'static str>,
-    llama_cpp: Option<&'static str>,
+    gguf: Option<&'static str>,
     /// Whether it drafts whole blocks: with fewer guesses than in training engines run a shorter block, which guesses
     /// something else.
     has_blocks: bool,
@@ -175,10 +175,10 @@ const fn served(
     algorithm: &'static str,
     vllm: Option<&'static str>,
     sglang: Option<&'static str>,
-    llama_cpp: Option<&'static str>,
+    gguf: Option<&'static str>,
     has_blocks: bool,
 ) -> Served {
-    Served { algorithm, vllm, sglang, llama_cpp, has_blocks }
+    Served { algorithm, vllm, sglang, gguf, has_blocks }
 }
 
 /// The number of guesses and the tree for each engine that serves drafts of this kind, by what tuning predicts for a batch.
@@ -216,7 +216,7 @@ pub fn flags(tuned: &Tuned, batch: &Batch) -> Vec<EngineFlags> {
         let flags = format!("--speculative-algorithm {algorithm}{shape} --speculative-num-draft-tokens {tokens}");
         all.push(told(Engine::Sglang.name(), choice, flags));
     }
-    if let Some(kind) = served.llama_cpp {
+    if let Some(kind) = served.gguf {
         let flags = format!("--spec-type {kind} --spec-draft-n-max {} --spec-draft-p-min 0.0", chain.guesses);
         all.push(told(Engine::LlamaCpp.name(), chain, flags));
     }

@@ -526,7 +526,7 @@ mod tests {
                     decoded.iter().flat_map(|decoded| &decoded.rounds).map(|round| round.accepted).sum::<usize>();
                 assert_as_decoded(candidate, &decoded);
             }
-            assert!(accepted > guessed.candidates.len(), "the draft is never right: nothing was tried");
+            assert!(accepted > 5, "the draft is never right: nothing was tried");
         }
     }
 
