@@ -358,7 +358,8 @@ mod tests {
         assert_eq!(error, "configuration: `draft.num_hedas`: unknown key; did you mean `num_heads`?");
         set(&mut value, "draft.algorithm=medsua").unwrap();
         let error = RunConfig::from_value(&value).unwrap_err().to_string();
-        let names = "medusa, eagle3, peagle, dflash, dflash2, dspark, lilicorr, domino, xpress";
+        let names =
+            "medusa, eagle3, peagle, next_scale, masked_diffusion, dflash, dflash2, dspark, lilicorr, domino, xpress";
         assert_eq!(error, format!("configuration: `draft.algorithm`: expected one of {names}, got `medsua`"));
     }
 }

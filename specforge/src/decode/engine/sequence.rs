@@ -501,7 +501,7 @@ mod tests {
                 running.retain(|(sequence, ..)| rows.row(sequence).is_some());
             }
         }
-        assert!(together > 4 && ended > 8, "{together} together, {ended} to their end");
+        assert!(together > 3 && ended > 8, "{together} together, {ended} to their end");
         running.iter().for_each(|(sequence, ..)| rows.remove(sequence));
         assert_eq!(rows.bytes(), 0);
     }
