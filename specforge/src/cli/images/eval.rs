@@ -18,7 +18,7 @@ use crate::files::{self, png::Pixels};
 use crate::html::short;
 use crate::models::vqvae;
 
-/// Files of an output folder: report, page, and the sheet of all ways of decoding.
+/// Files of an output folder: report, page, and a sheet of the target's images above those with the draft.
 const REPORT: &str = "report.json";
 const PAGE: &str = "report.html";
 const SHEET: &str = "contact-sheet.png";
@@ -124,7 +124,8 @@ fn write(folder: &Path, report: &Report, pictures: &[Tensor]) -> Result<()> {
     let shown = pictures.iter().map(first).collect::<Result<Vec<_>>>()?;
     let sheet = |images: &Tensor| Pixels::sheet(images, SHOWN)?.to_png().map_err(Error::io("compress", folder));
     let sheets = shown.iter().map(sheet).collect::<Result<Vec<_>>>()?;
-    Pixels::sheet(&Tensor::f_cat(&shown, 0)?, SHOWN)?.write(&folder.join(SHEET))?;
+    let both: Vec<&Tensor> = shown.iter().take(2).collect();
+    Pixels::sheet(&Tensor::f_cat(&both, 0)?, SHOWN)?.write(&folder.join(SHEET))?;
     files::write_text(&folder.join(PAGE), &html::page(report, &sheets))?;
     files::write_json(&folder.join(REPORT), report)
 }

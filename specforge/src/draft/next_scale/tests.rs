@@ -159,7 +159,7 @@ fn losses_and_metrics_are_their_formulas() {
         let plan = draft.plan(&all, STEP).unwrap();
         let lost = plan.own::<Vec<bool>>().unwrap().clone();
         assert!(lost.contains(&true) && lost.contains(&false), "a step that loses some");
-        let (_, figures) = outcome(&world, &draft, &[all.clone()], STEP);
+        let (_, figures) = outcome(&world, &draft, std::slice::from_ref(&all), STEP);
         let _no_grad = tch::no_grad_guard();
         let (mut objective, mut first, mut chain) = (0.0, [0.0, 0.0], 0.0);
         for (document, lost) in all.each().zip(&lost) {
