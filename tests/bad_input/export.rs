@@ -25,7 +25,7 @@ fn exports() {
             },
             exit_code: 2,
             expected: &[
-                "--format: expected one of medusa, medusa-vllm, eagle3, speculators, gguf, peagle, block, block-speculators, got `onnx`",
+                "--format: expected one of medusa, medusa-vllm, eagle3, speculators, gguf, peagle, block, block-speculators, var, masked-diffusion, got `onnx`",
             ],
         },
     ]);
