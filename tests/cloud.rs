@@ -118,7 +118,7 @@ fn every_draft_says_on_the_edge_what_the_target_says() {
     );
     assert!(written["tensors"].as_array().is_some_and(|names| (1..=2).contains(&names.len())), "{written}");
     let mut bare = generate(&workspace, "tables", &["--json", "--draft"]);
-    assert_eq!(json_of(bare.arg(workspace.path("eagle3")).args(&far))["token_ids"], all["token_ids"]);
+    assert_eq!(json_of(bare.arg(workspace.path("eagle3")).args(far))["token_ids"], all["token_ids"]);
     let mut here = generate(&workspace, "tables", &[]);
     assert!(stderr_of(&output_of(&mut here)).contains("missing"));
     evaluation(&workspace, &url);

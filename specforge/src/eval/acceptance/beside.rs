@@ -161,6 +161,9 @@ pub fn text(beside: &Beside) -> String {
     lines.join("\n")
 }
 
+/// The length of a draft's bar, and what stands behind it.
+type Measure = fn(&Contender) -> (f64, String);
+
 /// The page.
 pub fn page(beside: &Beside) -> String {
     let first = beside.drafts.first();
@@ -175,14 +178,14 @@ pub fn page(beside: &Beside) -> String {
         first.map_or(0, |draft| draft.report.all.answers)
     );
     table(&mut page, beside);
-    let all = |of: fn(&Contender) -> (f64, String)| {
+    let all = |of: Measure| {
         let bar = move |draft: &Contender| {
             let (value, shown) = of(draft);
             Bar { label: draft.label.clone(), value, shown }
         };
         beside.drafts.iter().map(bar).collect::<Vec<Bar>>()
     };
-    let charts: [(&str, &str, fn(&Contender) -> (f64, String)); 4] = [
+    let charts: [(&str, &str, Measure); 4] = [
         ("Acceptance length", "Tokens a verification, the target's own one included.", |draft| {
             let length = draft.report.all.acceptance.acceptance_length;
             (length, format!("{length:.3}"))

@@ -184,7 +184,7 @@ impl RankedAnswers {
         let room = noted.iter().map(|noted| noted.room.min(self.levels));
         self.answers[place] = best.iter().zip(answer.continuations()).map(ranks).zip(room).collect();
         let [all, even, odd] = &mut self.rates;
-        let half = if place % 2 == 0 { even } else { odd };
+        let half = if place.is_multiple_of(2) { even } else { odd };
         [all, half].into_iter().for_each(|rates| rates.add(&answer.tokens, &best, answer.ended));
     }
 
