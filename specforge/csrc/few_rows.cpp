@@ -33,6 +33,11 @@ struct Sixteen {
   typedef float lanes __attribute__((vector_size(64)));
   static constexpr std::int64_t lane_count = 16, vectors = 1, block = 8, rows = lane_count * vectors;
 };
+// The same for 16 vector registers: 12 sums, two columns and a scalar. With the sums above half of them would live in memory.
+struct NarrowSixteen {
+  typedef float lanes __attribute__((vector_size(32)));
+  static constexpr std::int64_t lane_count = 8, vectors = 2, block = 6, rows = lane_count * vectors;
+};
 struct ThirtyTwo {
   typedef float lanes __attribute__((vector_size(64)));
   static constexpr std::int64_t lane_count = 16, vectors = 2, block = 8, rows = lane_count * vectors;
@@ -135,6 +140,12 @@ FOR_EVERY_PROCESSOR void of_sixteen(const float *weight, const float *rows, floa
   of_groups<Sixteen>(weight, rows, result, begin, end, width, out, live);
 }
 
+FOR_EVERY_PROCESSOR void of_narrow_sixteen(const float *weight, const float *rows, float *result, std::int64_t begin,
+                                           std::int64_t end, std::int64_t width, std::int64_t out,
+                                           std::int64_t live) {
+  of_groups<NarrowSixteen>(weight, rows, result, begin, end, width, out, live);
+}
+
 FOR_EVERY_PROCESSOR void of_thirty_two(const float *weight, const float *rows, float *result, std::int64_t begin,
                                        std::int64_t end, std::int64_t width, std::int64_t out, std::int64_t live) {
   of_groups<ThirtyTwo>(weight, rows, result, begin, end, width, out, live);
@@ -155,8 +166,9 @@ Kernel kernel_of(std::int64_t live) {
   if (live == 1) return {&of_one, 1, 8};
   if (live <= Eight::rows) return kernel<Eight>(&of_eight);
 #if defined(__x86_64__)
+  if (!__builtin_cpu_supports("avx512f")) return kernel<NarrowSixteen>(&of_narrow_sixteen);
   // Sixteen sums of two vectors each want the 32 registers of AVX-512.
-  if (live > Sixteen::rows && __builtin_cpu_supports("avx512f")) return kernel<ThirtyTwo>(&of_thirty_two);
+  if (live > Sixteen::rows) return kernel<ThirtyTwo>(&of_thirty_two);
 #endif
   return kernel<Sixteen>(&of_sixteen);
 }
