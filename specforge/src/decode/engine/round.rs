@@ -321,7 +321,7 @@ fn kept_features(
     rows.collect()
 }
 
-pub(super) fn share(features: &[Tensor]) -> Vec<Tensor> {
+fn share(features: &[Tensor]) -> Vec<Tensor> {
     features.iter().map(Tensor::shallow_clone).collect()
 }
 
