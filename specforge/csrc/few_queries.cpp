@@ -21,34 +21,31 @@
 
 namespace {
 
-typedef float lanes __attribute__((vector_size(64)));
-typedef std::int32_t whole __attribute__((vector_size(64)));
-constexpr std::int64_t LANES = 16;
-constexpr int QUERIES = 4;  // held side by side
-constexpr int VECTORS = 2;  // of a key or value, side by side
-constexpr std::int64_t WIDTH = VECTORS * LANES;
+constexpr int QUERIES = 4;           // held side by side
+constexpr int VECTORS = 2;           // of a key or value, side by side
+constexpr std::int64_t WIDTH = 32;   // keys and values are multiples of it
+constexpr std::int64_t PADDING = 16;  // scores of a query are a multiple of it
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
 
-inline __attribute__((always_inline)) lanes load(const float *from) {
+template <typename lanes>
+INLINE lanes load(const float *from) {
   lanes vector;
   std::memcpy(&vector, from, sizeof vector);
   return vector;
 }
 
-inline __attribute__((always_inline)) float sum_of(lanes vector) {
-  typedef float half __attribute__((vector_size(32)));
-  typedef float quarter __attribute__((vector_size(16)));
-  half halves[2];
-  std::memcpy(halves, &vector, sizeof halves);
-  const half eight = halves[0] + halves[1];
-  quarter quarters[2];
-  std::memcpy(quarters, &eight, sizeof quarters);
-  const quarter four = quarters[0] + quarters[1];
-  return (four[0] + four[2]) + (four[1] + four[3]);
+template <int LANES, typename lanes>
+INLINE float sum_of(lanes vector) {
+  float sums[LANES];
+  std::memcpy(sums, &vector, sizeof sums);
+  for (int left = LANES / 2; left > 0; left /= 2)
+    for (int lane = 0; lane < left; lane++) sums[lane] += sums[lane + left];
+  return sums[0];
 }
 
 // e to the power of numbers that are not positive, to two units in the last place: 2^n times a polynomial of the rest.
-inline __attribute__((always_inline)) lanes exp_of(lanes x) {
+template <int LANES, typename lanes = typename Vectors<LANES>::lanes>
+INLINE lanes exp_of(lanes x) {
   const lanes least = lanes{} - 87.3f;
   x = x < least ? least : x;
   const lanes rounds = lanes{} + 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits behind the point
@@ -56,6 +53,7 @@ inline __attribute__((always_inline)) lanes exp_of(lanes x) {
   const lanes r = x - n * 0.693359375f + n * 2.12194440e-4f;  // ln 2 in two parts
   lanes p = lanes{} + 1.0f / 5040;
   for (float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + term;
+  using whole = typename Vectors<LANES>::whole;
   const whole power = (__builtin_convertvector(n, whole) + 127) << 23;
   lanes scale;
   std::memcpy(&scale, &power, sizeof scale);
@@ -73,9 +71,12 @@ struct Shared {
 };
 
 // `count` of four queries, of which those behind them repeat the first. `scores` holds four rows of `padded` numbers.
-inline __attribute__((always_inline)) void attend(const Shared &at, int count, float *scores, std::int64_t padded) {
-  const auto hidden = [&](int query, std::int64_t slot) { return at.seen[query] != nullptr && !at.seen[query][slot]; };
-  const auto hidden_from_all = [&](std::int64_t slot) {
+template <int LANES>
+INLINE void attend(const Shared &at, int count, float *scores, std::int64_t padded) {
+  using lanes = typename Vectors<LANES>::lanes;
+  constexpr std::int64_t STEP = VECTORS * LANES;
+  const auto hidden = [&](int query, std::int64_t slot) INLINED { return at.seen[query] != nullptr && !at.seen[query][slot]; };
+  const auto hidden_from_all = [&](std::int64_t slot) INLINED {
     for (int query = 0; query < count; query++)
       if (!hidden(query, slot)) return false;
     return true;
@@ -89,16 +90,17 @@ inline __attribute__((always_inline)) void attend(const Shared &at, int count, f
     }
     const float *key = at.key + slot * at.key_stride;
     lanes sum[QUERIES] = {};
-    for (std::int64_t place = 0; place < at.key_width; place += WIDTH) {
-      const lanes keys[VECTORS] = {load(key + place), load(key + place + LANES)};
+    for (std::int64_t place = 0; place < at.key_width; place += STEP) {
+      lanes keys[VECTORS];
+      for (int vector = 0; vector < VECTORS; vector++) keys[vector] = load<lanes>(key + place + vector * LANES);
 #pragma GCC unroll 4
       for (int query = 0; query < QUERIES; query++)
         for (int vector = 0; vector < VECTORS; vector++)
-          sum[query] += load(at.query[query] + place + vector * LANES) * keys[vector];
+          sum[query] += load<lanes>(at.query[query] + place + vector * LANES) * keys[vector];
     }
 #pragma GCC unroll 4
     for (int query = 0; query < QUERIES; query++)
-      scores[query * padded + slot] = hidden(query, slot) ? NOTHING : sum_of(sum[query]) * at.scale;
+      scores[query * padded + slot] = hidden(query, slot) ? NOTHING : sum_of<LANES>(sum[query]) * at.scale;
   }
   // Softmax, in place; the sums' inverses.
   const std::int64_t whole_vectors = (end + LANES - 1) / LANES;
@@ -108,23 +110,23 @@ inline __attribute__((always_inline)) void attend(const Shared &at, int count, f
     for (std::int64_t slot = end; slot < whole_vectors * LANES; slot++) row[slot] = NOTHING;
     lanes maxima = lanes{} + NOTHING;
     for (std::int64_t vector = 0; vector < whole_vectors; vector++) {
-      const lanes some = load(row + vector * LANES);
+      const lanes some = load<lanes>(row + vector * LANES);
       maxima = some > maxima ? some : maxima;
     }
     float most = NOTHING;
     for (int lane = 0; lane < LANES; lane++) most = std::max(most, maxima[lane]);
     lanes total = {};
     for (std::int64_t vector = 0; vector < whole_vectors; vector++) {
-      const lanes some = load(row + vector * LANES);
+      const lanes some = load<lanes>(row + vector * LANES);
       // Not a number stays one: only what is minus infinity counts nothing.
-      const lanes shares = some == lanes{} + NOTHING ? lanes{} : exp_of(some - most);
+      const lanes shares = some == lanes{} + NOTHING ? lanes{} : exp_of<LANES>(some - most);
       std::memcpy(row + vector * LANES, &shares, sizeof shares);
       total += shares;
     }
-    const float sum = sum_of(total);
+    const float sum = sum_of<LANES>(total);
     inverse[query] = sum == 0.0f ? 0.0f : 1.0f / sum;
   }
-  for (std::int64_t place = 0; place < at.value_width; place += WIDTH) {
+  for (std::int64_t place = 0; place < at.value_width; place += STEP) {
     lanes sum[QUERIES][VECTORS] = {};
     for (std::int64_t slot = 0; slot < end; slot++) {
       float share[QUERIES];
@@ -132,7 +134,8 @@ inline __attribute__((always_inline)) void attend(const Shared &at, int count, f
       for (int query = 0; query < QUERIES; query++) any += share[query] = scores[query * padded + slot];
       if (any == 0.0f) continue;
       const float *value = at.value + slot * at.value_stride + place;
-      const lanes values[VECTORS] = {load(value), load(value + LANES)};
+      lanes values[VECTORS];
+      for (int vector = 0; vector < VECTORS; vector++) values[vector] = load<lanes>(value + vector * LANES);
 #pragma GCC unroll 4
       for (int query = 0; query < QUERIES; query++)
         for (int vector = 0; vector < VECTORS; vector++) sum[query][vector] += values[vector] * share[query];
@@ -145,9 +148,12 @@ inline __attribute__((always_inline)) void attend(const Shared &at, int count, f
   }
 }
 
-FOR_EVERY_PROCESSOR void attend_here(const Shared &at, int count, float *scores, std::int64_t padded) {
-  attend(at, count, scores, padded);
-}
+struct Attend {
+  template <int LANES>
+  static INLINE void run(const Shared *at, int count, float *scores, std::int64_t padded) {
+    attend<LANES>(*at, count, scores, padded);
+  }
+};
 
 }  // namespace
 
@@ -174,7 +180,7 @@ int specforge_few_queries_attention(const at::Tensor *query, const at::Tensor *k
         at::Tensor result = at::empty({rows, tokens, heads, width}, query->options());
         const std::int64_t times = heads / groups, sharing = times * tokens;  // queries of one key head
         const std::int64_t parts = (sharing + QUERIES - 1) / QUERIES;
-        const std::int64_t padded = (slots + LANES - 1) / LANES * LANES;
+        const std::int64_t padded = (slots + PADDING - 1) / PADDING * PADDING;
         at::parallel_for(0, rows * groups * parts, /*grain_size=*/1, [&](std::int64_t begin, std::int64_t end) {
           std::vector<float> scores(QUERIES * padded);
           for (std::int64_t unit = begin; unit < end; unit++) {
@@ -198,7 +204,7 @@ int specforge_few_queries_attention(const at::Tensor *query, const at::Tensor *k
                                                      (mask->size(0) == 1 ? 0 : row * mask->stride(0)) +
                                                      token * mask->stride(2);
             }
-            attend_here(at, count, scores.data(), padded);
+            dispatch<Attend>(static_cast<const Shared *>(&at), count, scores.data(), padded);
           }
         });
         *output = new at::Tensor(result.transpose(1, 2));

@@ -21,32 +21,26 @@
 
 namespace {
 
+constexpr std::int64_t LINE = 16;      // numbers of a line of the cache
 constexpr std::int64_t STRETCH = 128;  // terms added up before they join the total: keeps the rounding error small
 
 // Rows of one vector, the vectors that are multiplied side by side, and the outputs whose sums are held in registers: enough
-// of them to hide an addition's latency.
-struct Eight {
-  typedef float lanes __attribute__((vector_size(32)));
-  static constexpr std::int64_t lane_count = 8, vectors = 1, block = 12, rows = lane_count * vectors;
+// of them to hide an addition's latency, and no more than fit beside the columns and a scalar (16 registers of eight lanes,
+// 32 of sixteen).
+template <int LANES, int VECTORS, int BLOCK>
+struct Group {
+  using lanes = typename Vectors<LANES>::lanes;
+  static constexpr std::int64_t lane_count = LANES, vectors = VECTORS, block = BLOCK, rows = LANES * VECTORS;
 };
-struct Sixteen {
-  typedef float lanes __attribute__((vector_size(64)));
-  static constexpr std::int64_t lane_count = 16, vectors = 1, block = 8, rows = lane_count * vectors;
-};
-// The same for 16 vector registers: 12 sums, two columns and a scalar. With the sums above half of them would live in memory.
-struct NarrowSixteen {
-  typedef float lanes __attribute__((vector_size(32)));
-  static constexpr std::int64_t lane_count = 8, vectors = 2, block = 6, rows = lane_count * vectors;
-};
-struct ThirtyTwo {
-  typedef float lanes __attribute__((vector_size(64)));
-  static constexpr std::int64_t lane_count = 16, vectors = 2, block = 8, rows = lane_count * vectors;
-};
+using Eight = Group<8, 1, 12>;
+using NarrowSixteen = Group<8, 2, 6>;
+using Sixteen = Group<16, 1, 8>;
+using ThirtyTwo = Group<16, 2, 8>;
 
 // `COUNT` outputs of a group of rows: `weight` is [out, width], `rows` is [width, rows], `result` [row][out].
 template <typename Group, int COUNT>
-inline __attribute__((always_inline)) void outputs(const float *weight, const float *rows, float *result,
-                                                   std::int64_t width, std::int64_t out, std::int64_t live) {
+INLINE void outputs(const float *weight, const float *rows, float *result, std::int64_t width, std::int64_t out,
+                    std::int64_t live) {
   using lanes = typename Group::lanes;
   constexpr int VECTORS = Group::vectors;
   lanes total[COUNT][VECTORS];
@@ -57,14 +51,22 @@ inline __attribute__((always_inline)) void outputs(const float *weight, const fl
     lanes sum[COUNT][VECTORS];
     for (int output = 0; output < COUNT; output++)
       for (int vector = 0; vector < VECTORS; vector++) sum[output][vector] = lanes{};
-    for (std::int64_t term = start; term < end; term++) {
-      lanes column[VECTORS];
-      std::memcpy(column, rows + term * Group::rows, sizeof column);
+    for (std::int64_t line = start; line < end; line += LINE) {
+      // The same place of the outputs that come next, while there is time: every one is a line of its own in memory.
 #pragma GCC unroll 12
-      for (int output = 0; output < COUNT; output++) {
-        const float scalar = weight[output * width + term];
+      for (int output = 0; output < COUNT; output++) __builtin_prefetch(weight + (COUNT + output) * width + line, 0, 2);
+      const std::int64_t stop = std::min(end, line + LINE);
+      for (std::int64_t term = line; term < stop; term++) {
+        lanes column[VECTORS];
+        // A vector at a time: all in one copy go by narrower ones through memory, where the next read waits for them.
+        for (int vector = 0; vector < VECTORS; vector++)
+          std::memcpy(&column[vector], rows + term * Group::rows + vector * Group::lane_count, sizeof(lanes));
+#pragma GCC unroll 12
+        for (int output = 0; output < COUNT; output++) {
+          const float scalar = weight[output * width + term];
 #pragma GCC unroll 2
-        for (int vector = 0; vector < VECTORS; vector++) sum[output][vector] += column[vector] * scalar;
+          for (int vector = 0; vector < VECTORS; vector++) sum[output][vector] += column[vector] * scalar;
+        }
       }
     }
     for (int output = 0; output < COUNT; output++)
@@ -77,9 +79,8 @@ inline __attribute__((always_inline)) void outputs(const float *weight, const fl
 
 // Outputs `begin .. end` of `live` rows in groups: `rows` is [groups, width, rows].
 template <typename Group>
-inline __attribute__((always_inline)) void of_groups(const float *weight, const float *rows, float *result,
-                                                     std::int64_t begin, std::int64_t end, std::int64_t width,
-                                                     std::int64_t out, std::int64_t live) {
+INLINE void of_groups(const float *weight, const float *rows, float *result, std::int64_t begin, std::int64_t end,
+                      std::int64_t width, std::int64_t out, std::int64_t live) {
   for (std::int64_t output = begin; output < end;) {
     const std::int64_t count = end - output >= Group::block ? Group::block : 1;
     for (std::int64_t first = 0; first < live; first += Group::rows) {
@@ -96,28 +97,32 @@ inline __attribute__((always_inline)) void of_groups(const float *weight, const 
 }
 
 // Outputs `begin .. end` of a single row. `rows` is [width].
-inline __attribute__((always_inline)) void of_row(const float *weight, const float *row, float *result,
-                                                  std::int64_t begin, std::int64_t end, std::int64_t width) {
-  typedef float lanes __attribute__((vector_size(64)));
-  constexpr std::int64_t LANES = 16, SUMS = 4, STEP = LANES * SUMS, AHEAD = 1024;  // numbers that are asked for ahead
+template <int LANES>
+INLINE void of_row(const float *weight, const float *row, float *result, std::int64_t begin, std::int64_t end,
+                   std::int64_t width) {
+  using lanes = typename Vectors<LANES>::lanes;
+  constexpr std::int64_t STEP = 4 * LINE, SUMS = STEP / LANES, AHEAD = 1024;  // numbers that are asked for ahead
   for (std::int64_t output = begin; output < end; output++) {
     const float *line = weight + output * width;
     lanes sum[SUMS] = {};
     std::int64_t term = 0;
     for (; term + STEP <= width; term += STEP)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int part = 0; part < SUMS; part++) {
+        const std::int64_t place = term + part * LANES;
         lanes scalars, column;
-        std::memcpy(&scalars, line + term + part * LANES, sizeof scalars);
-        std::memcpy(&column, row + term + part * LANES, sizeof column);
-        __builtin_prefetch(line + term + part * LANES + AHEAD);
+        std::memcpy(&scalars, line + place, sizeof scalars);
+        std::memcpy(&column, row + place, sizeof column);
+        if (part * LANES % LINE == 0) __builtin_prefetch(line + place + AHEAD);
         sum[part] += scalars * column;
       }
     float rest = 0.0f;
     for (; term < width; term++) rest += line[term] * row[term];
-    const lanes both = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    for (int left = SUMS / 2; left > 0; left /= 2)
+#pragma GCC unroll 4
+      for (int part = 0; part < left; part++) sum[part] += sum[part + left];
     float total = 0.0f;
-    for (int lane = 0; lane < LANES; lane++) total += both[lane];
+    for (int lane = 0; lane < LANES; lane++) total += sum[0][lane];
     result[output] = total + rest;
   }
 }
@@ -125,31 +130,22 @@ inline __attribute__((always_inline)) void of_row(const float *weight, const flo
 using Stretch = void(const float *, const float *, float *, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
                      std::int64_t);
 
-FOR_EVERY_PROCESSOR void of_one(const float *weight, const float *rows, float *result, std::int64_t begin,
-                                std::int64_t end, std::int64_t width, std::int64_t, std::int64_t) {
-  of_row(weight, rows, result, begin, end, width);
-}
+struct One {
+  template <int LANES>
+  static INLINE void run(const float *weight, const float *row, float *result, std::int64_t begin, std::int64_t end,
+                         std::int64_t width, std::int64_t, std::int64_t) {
+    of_row<LANES>(weight, row, result, begin, end, width);
+  }
+};
 
-FOR_EVERY_PROCESSOR void of_eight(const float *weight, const float *rows, float *result, std::int64_t begin,
-                                  std::int64_t end, std::int64_t width, std::int64_t out, std::int64_t live) {
-  of_groups<Eight>(weight, rows, result, begin, end, width, out, live);
-}
-
-FOR_EVERY_PROCESSOR void of_sixteen(const float *weight, const float *rows, float *result, std::int64_t begin,
-                                    std::int64_t end, std::int64_t width, std::int64_t out, std::int64_t live) {
-  of_groups<Sixteen>(weight, rows, result, begin, end, width, out, live);
-}
-
-FOR_EVERY_PROCESSOR void of_narrow_sixteen(const float *weight, const float *rows, float *result, std::int64_t begin,
-                                           std::int64_t end, std::int64_t width, std::int64_t out,
-                                           std::int64_t live) {
-  of_groups<NarrowSixteen>(weight, rows, result, begin, end, width, out, live);
-}
-
-FOR_EVERY_PROCESSOR void of_thirty_two(const float *weight, const float *rows, float *result, std::int64_t begin,
-                                       std::int64_t end, std::int64_t width, std::int64_t out, std::int64_t live) {
-  of_groups<ThirtyTwo>(weight, rows, result, begin, end, width, out, live);
-}
+template <typename Group>
+struct Several {
+  template <int>
+  static INLINE void run(const float *weight, const float *rows, float *result, std::int64_t begin, std::int64_t end,
+                         std::int64_t width, std::int64_t out, std::int64_t live) {
+    of_groups<Group>(weight, rows, result, begin, end, width, out, live);
+  }
+};
 
 // What multiplies so many rows, and how many of them and of the outputs it takes at a time.
 struct Kernel {
@@ -158,19 +154,15 @@ struct Kernel {
 };
 
 template <typename Group>
-Kernel kernel(Stretch *stretch) {
-  return {stretch, Group::rows, Group::block};
+Kernel kernel() {
+  return {&dispatch<Several<Group>>, Group::rows, Group::block};
 }
 
 Kernel kernel_of(std::int64_t live) {
-  if (live == 1) return {&of_one, 1, 8};
-  if (live <= Eight::rows) return kernel<Eight>(&of_eight);
-#if defined(__x86_64__)
-  if (!__builtin_cpu_supports("avx512f")) return kernel<NarrowSixteen>(&of_narrow_sixteen);
-  // Sixteen sums of two vectors each want the 32 registers of AVX-512.
-  if (live > Sixteen::rows) return kernel<ThirtyTwo>(&of_thirty_two);
-#endif
-  return kernel<Sixteen>(&of_sixteen);
+  if (live == 1) return {&dispatch<One>, 1, 8};
+  if (live <= Eight::rows) return kernel<Eight>();
+  if (!has_sixteen_lanes()) return kernel<NarrowSixteen>();
+  return live <= Sixteen::rows ? kernel<Sixteen>() : kernel<ThirtyTwo>();
 }
 
 }  // namespace
@@ -178,13 +170,7 @@ Kernel kernel_of(std::int64_t live) {
 extern "C" {
 
 // Whether this processor has the vectors that make the product below worth it.
-int specforge_few_rows_pay() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return 0;
-#endif
-}
+int specforge_few_rows_pay() { return has_eight_lanes(); }
 
 // `input [.., in]` times the transpose of `weight [out, in]`, both contiguous float32 on the CPU, without autograd.
 int specforge_few_rows_linear(const at::Tensor *input, const at::Tensor *weight, at::Tensor **output, char *error,

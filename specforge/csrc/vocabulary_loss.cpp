@@ -15,200 +15,19 @@
 #include <vector>
 
 #include "guarded.h"
+#include "processors.h"
 
 namespace {
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define FOR_EVERY_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FOR_EVERY_PROCESSOR
-#endif
-#define INLINE inline __attribute__((always_inline))
-// Of a lambda: a piece of a loop that is compiled for each processor has to be compiled with it.
-#define INLINED __attribute__((always_inline))
-
-typedef float lanes __attribute__((vector_size(64)));
-typedef std::int32_t marks __attribute__((vector_size(64)));
-constexpr std::int64_t LANES = 16;
 // Vectors added up in float32 before they join a float64 total: keeps the rounding error small.
 constexpr std::int64_t STRETCH = 64;
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
-
-INLINE lanes load(const float *from) {
-  lanes values;
-  std::memcpy(&values, from, sizeof values);
-  return values;
-}
-
-INLINE void store(float *to, const lanes &values) { std::memcpy(to, &values, sizeof values); }
-
-// e^x of numbers up to 88, to a few units in the last place; 0 below e^-87. (Cephes' polynomial.)
-INLINE lanes exponential(lanes x) {
-  const lanes shifted = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;  // the nearest integer
-  lanes rest = x - shifted * 0.693359375f;
-  rest = rest + shifted * 2.12194440e-4f;
-  lanes y = rest * 1.9875691500e-4f + 1.3981999507e-3f;
-  y = y * rest + 8.3334519073e-3f;
-  y = y * rest + 4.1665795894e-2f;
-  y = y * rest + 1.6666665459e-1f;
-  y = y * rest + 5.0000001201e-1f;
-  y = y * (rest * rest) + rest + 1.0f;
-  const marks power = (__builtin_convertvector(shifted, marks) + 127) << 23;
-  lanes factor;
-  std::memcpy(&factor, &power, sizeof factor);
-  return x < -87.0f ? lanes{} : y * factor;
-}
-
-INLINE float exponential(float x) { return x < -87.0f ? 0.0f : std::exp(x); }
-
-// A sum of vectors in float32 for a stretch, in float64 beyond it.
-struct Sum {
-  lanes part{};
-  double total = 0;
-
-  INLINE void add(const lanes &values) { part += values; }
-  INLINE void add(float value) { total += value; }
-  INLINE void flush() {
-    for (std::int64_t lane = 0; lane < LANES; lane++) total += part[lane];
-    part = lanes{};
-  }
-};
-
-// Calls `vector(index)` for every full vector, `flush()` after each stretch of them, and `single(index)` for the rest.
-template <typename Vector, typename Flush, typename Single>
-INLINE void walk(std::int64_t count, Vector vector, Flush flush, Single single) {
-  const std::int64_t full = count / LANES * LANES;
-  for (std::int64_t start = 0; start < full; start += STRETCH * LANES) {
-    const std::int64_t end = std::min(full, start + STRETCH * LANES);
-    for (std::int64_t index = start; index < end; index += LANES) vector(index);
-    flush();
-  }
-  for (std::int64_t index = full; index < count; index++) single(index);
-}
-
-// The largest of a row, and how many of it are at least `own`; numbers that are none are neither.
-struct Ranked {
-  float most;
-  std::int64_t rank;
-};
-
-INLINE Ranked ranked(const float *row, std::int64_t count, float own) {
-  lanes most{};
-  marks least{};
-  most += NOTHING;
-  Ranked found{NOTHING, 0};
-  walk(
-      count,
-      [&](std::int64_t index) INLINED {
-        const lanes values = load(row + index);
-        most = values > most ? values : most;
-        least -= values >= own;
-      },
-      [&]() INLINED {},
-      [&](std::int64_t index) INLINED {
-        found.most = std::max(found.most, row[index]);
-        found.rank += row[index] >= own;
-      });
-  for (std::int64_t lane = 0; lane < LANES; lane++) {
-    found.most = std::max(found.most, most[lane]);
-    found.rank += least[lane];
-  }
-  return found;
-}
-
-// Sum of e^(x - most), which `into` receives where it is given.
-INLINE double exponentials(const float *row, std::int64_t count, float most, float *into) {
-  Sum sum;
-  walk(
-      count,
-      [&](std::int64_t index) INLINED {
-        const lanes values = exponential(load(row + index) - most);
-        if (into != nullptr) store(into + index, values);
-        sum.add(values);
-      },
-      [&]() INLINED { sum.flush(); },
-      [&](std::int64_t index) INLINED {
-        const float value = exponential(row[index] - most);
-        if (into != nullptr) into[index] = value;
-        sum.add(value);
-      });
-  return sum.total;
-}
-
-// ---- one label a row -------------------------------------------------------------------------------------------------
-
-FOR_EVERY_PROCESSOR void hard_row(float *row, std::int64_t count, std::int64_t label, float *loss, float *rank,
-                                  bool with_slope) {
-  const float own = row[label];
-  const auto found = ranked(row, count, own);
-  const double sum = exponentials(row, count, found.most, with_slope ? row : nullptr);
-  const float value = static_cast<float>(std::log(sum) + (static_cast<double>(found.most) - own));
-  *loss = value;
-  *rank = static_cast<float>(found.rank);
-  if (!with_slope) return;
-  const float share = static_cast<float>(1.0 / sum);
-  walk(
-      count, [&](std::int64_t index) INLINED { store(row + index, load(row + index) * share); }, []() INLINED {},
-      [&](std::int64_t index) INLINED { row[index] *= share; });
-  // Before any rounding: a confident row's slope would be lost otherwise.
-  row[label] = std::expm1(-value);
-}
-
-// ---- distributions ---------------------------------------------------------------------------------------------------
 
 struct Teacher {
   float *log_reachable, *reachable;  // [u, D] log p_S and p_S
   float *log_mass, *entropy;         // [u] log of the target's own probability of S; sum p_S log p_S
   std::int64_t *top;                 // [u] likeliest token as a draft id, -1 where there is none
 };
-
-// The first of the largest; numbers that are none count as larger, as argmax has it.
-INLINE std::int64_t first_largest(const float *row, std::int64_t count, float most, bool sound) {
-  for (std::int64_t index = 0; index < count; index++)
-    if (sound ? row[index] == most : row[index] != row[index]) return index;
-  return 0;
-}
-
-FOR_EVERY_PROCESSOR void teacher_row(const float *row, std::int64_t size, const std::int64_t *target_ids,
-                                     const std::int64_t *draft_ids, std::int64_t draft_size, std::int64_t place,
-                                     const Teacher &into, bool with_entropy) {
-  const float most = ranked(row, size, 0.0f).most;
-  const double sum = exponentials(row, size, most, nullptr);
-  const std::int64_t top = first_largest(row, size, most, sum == sum);
-  into.top[place] = draft_ids == nullptr ? top : draft_ids[top];
-  float *log_own = into.log_reachable + place * draft_size, *own = into.reachable + place * draft_size;
-  double own_sum = sum;
-  float own_most = most;
-  const float *from = row;
-  if (target_ids != nullptr) {
-    for (std::int64_t token = 0; token < draft_size; token++) log_own[token] = row[target_ids[token]];
-    own_most = ranked(log_own, draft_size, 0.0f).most;
-    own_sum = exponentials(log_own, draft_size, own_most, nullptr);
-    from = log_own;
-  }
-  into.log_mass[place] =
-      target_ids == nullptr
-          ? 0.0f
-          : static_cast<float>((static_cast<double>(own_most) - most) + (std::log(own_sum) - std::log(sum)));
-  const float log_sum = static_cast<float>(std::log(own_sum));
-  Sum entropy;
-  walk(
-      draft_size,
-      [&](std::int64_t index) INLINED {
-        const lanes logs = (load(from + index) - own_most) - log_sum, values = exponential(logs);
-        store(log_own + index, logs);
-        store(own + index, values);
-        if (with_entropy) entropy.add(values * logs);
-      },
-      [&]() INLINED { entropy.flush(); },
-      [&](std::int64_t index) INLINED {
-        const float log = (from[index] - own_most) - log_sum, value = exponential(log);
-        log_own[index] = log;
-        own[index] = value;
-        if (with_entropy) entropy.add(value * log);
-      });
-  into.entropy[place] = static_cast<float>(entropy.total);
-}
 
 // In the order of `DistillationLoss`.
 enum class Loss : std::int64_t { cross_entropy, kl, reverse_kl, total_variation, lk_alpha, lk_lambda };
@@ -225,117 +44,313 @@ struct Row {
   float parity_weight, parity_mean;  // as SpecForge divides; NaN where it does not
 };
 
-// Values of a row of logits, and in its place the gradient of the weighted loss where it is wanted.
-FOR_EVERY_PROCESSOR void soft_row(float *row, float *scratch, std::int64_t size, const Teacher &teacher, Loss loss,
-                                  float lambda_scale, float lambda_decay, const Row &at, const Outcomes &into,
-                                  bool with_slope) {
-  const std::int64_t top = teacher.top[at.teacher];
-  const bool covered = top >= 0;
-  const float *log_target = teacher.log_reachable + at.teacher * size, *target = teacher.reachable + at.teacher * size;
-  const float log_mass = teacher.log_mass[at.teacher], mass = std::exp(log_mass);
-  const auto found = ranked(row, size, row[std::max<std::int64_t>(top, 0)]);
-  const double sum = exponentials(row, size, found.most, scratch);
-  const float share = static_cast<float>(1.0 / sum), log_sum = static_cast<float>(std::log(sum)), most = found.most;
-  // alpha = sum min(p, q); the part of q that is the smaller one; cross-entropy; sum q (log q - log p_S).
-  Sum accepted, smaller, cross, reverse;
-  const bool is_reverse = loss == Loss::reverse_kl;
-  walk(
-      size,
-      [&](std::int64_t index) INLINED {
-        const lanes draft = load(scratch + index) * share, log_draft = (load(row + index) - most) - log_sum;
-        const lanes p = load(target + index), log_p = load(log_target + index), own = p * mass;
-        store(scratch + index, draft);
-        // Numbers that are none stay so.
-        accepted.add(draft < own ? draft : (draft == draft ? own : draft));
-        smaller.add(log_draft < log_p + log_mass ? draft : lanes{});
-        cross.add(p * log_draft);
-        if (is_reverse) reverse.add(draft * (log_draft - log_p));
-      },
-      [&]() INLINED { accepted.flush(), smaller.flush(), cross.flush(), reverse.flush(); },
-      [&](std::int64_t index) INLINED {
-        const float draft = scratch[index] * share, log_draft = (row[index] - most) - log_sum;
-        const float p = target[index], log_p = log_target[index], own = p * mass;
-        scratch[index] = draft;
-        accepted.add(draft < own ? draft : (draft == draft ? own : draft));
-        smaller.add(log_draft < log_p + log_mass ? draft : 0.0f);
-        cross.add(p * log_draft);
-        if (is_reverse) reverse.add(draft * (log_draft - log_p));
-      });
-  const float alpha = sum == sum ? static_cast<float>(accepted.total) : std::numeric_limits<float>::quiet_NaN();
-  const float cross_entropy = static_cast<float>(-cross.total), inside = static_cast<float>(smaller.total);
-  const auto lambda = [&](float acceptance) { return lambda_scale * std::exp(-lambda_decay * acceptance); };
-  float value = 0;
-  switch (loss) {
-    case Loss::cross_entropy: value = cross_entropy; break;
-    case Loss::kl: value = static_cast<float>(teacher.entropy[at.teacher] - cross.total); break;
-    case Loss::reverse_kl: value = static_cast<float>(reverse.total); break;
-    case Loss::total_variation: value = 1.0f - alpha; break;
-    case Loss::lk_alpha: value = -std::log(alpha); break;
-    case Loss::lk_lambda: value = lambda(alpha) * cross_entropy + (1.0f - lambda(alpha)) * (1.0f - alpha); break;
-  }
-  // No acceptance at all has no logarithm, and a row without a loss must not spread what it has instead.
-  if (!covered || (loss == Loss::lk_alpha && !(alpha > 0.0f))) value = 0;
-  into.losses[at.place] = value;
-  into.acceptance[at.place] = alpha;
-  into.hits[at.place] = covered && found.rank == 1;
-  into.covered[at.place] = covered;
-  if (!with_slope) return;
+// The loops over a row, on vectors of LANES numbers.
+template <int LANES>
+struct Rows {
+  using lanes = typename Vectors<LANES>::lanes;
+  using marks = typename Vectors<LANES>::whole;
 
-  // slope = of_draft q + of_target p_S + of_smaller [q is the smaller] q + of_ratio q (log q - log p_S)
-  const float weight = covered ? at.weight : 0.0f;
-  float of_draft = 0, of_target = 0, of_smaller = 0, of_ratio = 0;
-  double objective = static_cast<double>(value) * weight;
-  const auto by_cross_entropy = [&](float factor) { of_draft += factor, of_target -= factor; };
-  // Gradient of alpha: q_j (m_j - sum of m q), where m_j says that q_j is the smaller one.
-  const auto by_acceptance = [&](float factor) { of_smaller += factor, of_draft -= factor * inside; };
-  switch (loss) {
-    case Loss::cross_entropy:
-    case Loss::kl: by_cross_entropy(weight); break;
-    case Loss::reverse_kl: of_ratio = weight, of_draft = -weight * value; break;
-    case Loss::total_variation: by_acceptance(-weight); break;
-    case Loss::lk_alpha: {
-      const float own = at.parity_weight == at.parity_weight ? (covered ? at.parity_weight : 0.0f) : weight;
-      const float factor = own / alpha;
-      by_acceptance(std::isfinite(factor) ? -factor : 0.0f);
-      objective = static_cast<double>(value) * own;
-      break;
-    }
-    case Loss::lk_lambda: {
-      const bool parity = at.parity_weight == at.parity_weight;
-      const float part = lambda(parity ? at.parity_mean : alpha);
-      const float left = weight * part, right = (parity ? (covered ? at.parity_weight : 0.0f) : weight) * (1.0f - part);
-      by_cross_entropy(left);
-      by_acceptance(-right);
-      if (parity) objective = static_cast<double>(left) * cross_entropy + static_cast<double>(right) * (1.0f - alpha);
-      break;
-    }
+  static INLINE lanes load(const float *from) {
+    lanes values;
+    std::memcpy(&values, from, sizeof values);
+    return values;
   }
-  into.objective[at.place] = objective;
-  walk(
-      size,
-      [&](std::int64_t index) INLINED {
-        const lanes draft = load(scratch + index), p = load(target + index);
-        lanes slope = draft * of_draft + p * of_target;
-        if (of_smaller != 0.0f || is_reverse) {
-          const lanes log_draft = (load(row + index) - most) - log_sum, log_p = load(log_target + index);
+
+  static INLINE void store(float *to, const lanes &values) { std::memcpy(to, &values, sizeof values); }
+
+  // e^x of numbers up to 88, to a few units in the last place; 0 below e^-87. (Cephes' polynomial.)
+  static INLINE lanes exponential(lanes x) {
+    const lanes shifted = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;  // the nearest integer
+    lanes rest = x - shifted * 0.693359375f;
+    rest = rest + shifted * 2.12194440e-4f;
+    lanes y = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * rest + 8.3334519073e-3f;
+    y = y * rest + 4.1665795894e-2f;
+    y = y * rest + 1.6666665459e-1f;
+    y = y * rest + 5.0000001201e-1f;
+    y = y * (rest * rest) + rest + 1.0f;
+    const marks power = (__builtin_convertvector(shifted, marks) + 127) << 23;
+    lanes factor;
+    std::memcpy(&factor, &power, sizeof factor);
+    return x < -87.0f ? lanes{} : y * factor;
+  }
+
+  static INLINE float exponential(float x) { return x < -87.0f ? 0.0f : std::exp(x); }
+
+  // A sum of vectors in float32 for a stretch, in float64 beyond it.
+  struct Sum {
+    lanes part{};
+    double total = 0;
+
+    INLINE void add(const lanes &values) { part += values; }
+    INLINE void add(float value) { total += value; }
+    INLINE void flush() {
+      for (std::int64_t lane = 0; lane < LANES; lane++) total += part[lane];
+      part = lanes{};
+    }
+  };
+
+  // Calls `vector(index)` for every full vector, `flush()` after each stretch of them, and `single(index)` for the rest.
+  template <typename Vector, typename Flush, typename Single>
+  static INLINE void walk(std::int64_t count, Vector vector, Flush flush, Single single) {
+    const std::int64_t full = count / LANES * LANES;
+    for (std::int64_t start = 0; start < full; start += STRETCH * LANES) {
+      const std::int64_t end = std::min(full, start + STRETCH * LANES);
+      for (std::int64_t index = start; index < end; index += LANES) vector(index);
+      flush();
+    }
+    for (std::int64_t index = full; index < count; index++) single(index);
+  }
+
+  // The largest of a row, and how many of it are at least `own`; numbers that are none are neither.
+  struct Ranked {
+    float most;
+    std::int64_t rank;
+  };
+
+  static INLINE Ranked ranked(const float *row, std::int64_t count, float own) {
+    lanes most{};
+    marks least{};
+    most += NOTHING;
+    Ranked found{NOTHING, 0};
+    walk(
+        count,
+        [&](std::int64_t index) INLINED {
+          const lanes values = load(row + index);
+          most = values > most ? values : most;
+          least -= values >= own;
+        },
+        [&]() INLINED {},
+        [&](std::int64_t index) INLINED {
+          found.most = std::max(found.most, row[index]);
+          found.rank += row[index] >= own;
+        });
+    for (std::int64_t lane = 0; lane < LANES; lane++) {
+      found.most = std::max(found.most, most[lane]);
+      found.rank += least[lane];
+    }
+    return found;
+  }
+
+  // Sum of e^(x - most), which `into` receives where it is given.
+  static INLINE double exponentials(const float *row, std::int64_t count, float most, float *into) {
+    Sum sum;
+    walk(
+        count,
+        [&](std::int64_t index) INLINED {
+          const lanes values = exponential(load(row + index) - most);
+          if (into != nullptr) store(into + index, values);
+          sum.add(values);
+        },
+        [&]() INLINED { sum.flush(); },
+        [&](std::int64_t index) INLINED {
+          const float value = exponential(row[index] - most);
+          if (into != nullptr) into[index] = value;
+          sum.add(value);
+        });
+    return sum.total;
+  }
+
+  // ---- one label a row -------------------------------------------------------------------------------------------------
+
+  static INLINE void hard_row(float *row, std::int64_t count, std::int64_t label, float *loss, float *rank,
+                                    bool with_slope) {
+    const float own = row[label];
+    const auto found = ranked(row, count, own);
+    const double sum = exponentials(row, count, found.most, with_slope ? row : nullptr);
+    const float value = static_cast<float>(std::log(sum) + (static_cast<double>(found.most) - own));
+    *loss = value;
+    *rank = static_cast<float>(found.rank);
+    if (!with_slope) return;
+    const float share = static_cast<float>(1.0 / sum);
+    walk(
+        count, [&](std::int64_t index) INLINED { store(row + index, load(row + index) * share); }, []() INLINED {},
+        [&](std::int64_t index) INLINED { row[index] *= share; });
+    // Before any rounding: a confident row's slope would be lost otherwise.
+    row[label] = std::expm1(-value);
+  }
+
+  // ---- distributions ---------------------------------------------------------------------------------------------------
+
+  // The first of the largest; numbers that are none count as larger, as argmax has it.
+  static INLINE std::int64_t first_largest(const float *row, std::int64_t count, float most, bool sound) {
+    for (std::int64_t index = 0; index < count; index++)
+      if (sound ? row[index] == most : row[index] != row[index]) return index;
+    return 0;
+  }
+
+  static INLINE void teacher_row(const float *row, std::int64_t size, const std::int64_t *target_ids,
+                                       const std::int64_t *draft_ids, std::int64_t draft_size, std::int64_t place,
+                                       const Teacher &into, bool with_entropy) {
+    const float most = ranked(row, size, 0.0f).most;
+    const double sum = exponentials(row, size, most, nullptr);
+    const std::int64_t top = first_largest(row, size, most, sum == sum);
+    into.top[place] = draft_ids == nullptr ? top : draft_ids[top];
+    float *log_own = into.log_reachable + place * draft_size, *own = into.reachable + place * draft_size;
+    double own_sum = sum;
+    float own_most = most;
+    const float *from = row;
+    if (target_ids != nullptr) {
+      for (std::int64_t token = 0; token < draft_size; token++) log_own[token] = row[target_ids[token]];
+      own_most = ranked(log_own, draft_size, 0.0f).most;
+      own_sum = exponentials(log_own, draft_size, own_most, nullptr);
+      from = log_own;
+    }
+    into.log_mass[place] =
+        target_ids == nullptr
+            ? 0.0f
+            : static_cast<float>((static_cast<double>(own_most) - most) + (std::log(own_sum) - std::log(sum)));
+    const float log_sum = static_cast<float>(std::log(own_sum));
+    Sum entropy;
+    walk(
+        draft_size,
+        [&](std::int64_t index) INLINED {
+          const lanes logs = (load(from + index) - own_most) - log_sum, values = exponential(logs);
+          store(log_own + index, logs);
+          store(own + index, values);
+          if (with_entropy) entropy.add(values * logs);
+        },
+        [&]() INLINED { entropy.flush(); },
+        [&](std::int64_t index) INLINED {
+          const float log = (from[index] - own_most) - log_sum, value = exponential(log);
+          log_own[index] = log;
+          own[index] = value;
+          if (with_entropy) entropy.add(value * log);
+        });
+    into.entropy[place] = static_cast<float>(entropy.total);
+  }
+
+  // Values of a row of logits, and in its place the gradient of the weighted loss where it is wanted.
+  static INLINE void soft_row(float *row, float *scratch, std::int64_t size, const Teacher &teacher, Loss loss,
+                                    float lambda_scale, float lambda_decay, const Row &at, const Outcomes &into,
+                                    bool with_slope) {
+    const std::int64_t top = teacher.top[at.teacher];
+    const bool covered = top >= 0;
+    const float *log_target = teacher.log_reachable + at.teacher * size, *target = teacher.reachable + at.teacher * size;
+    const float log_mass = teacher.log_mass[at.teacher], mass = std::exp(log_mass);
+    const auto found = ranked(row, size, row[std::max<std::int64_t>(top, 0)]);
+    const double sum = exponentials(row, size, found.most, scratch);
+    const float share = static_cast<float>(1.0 / sum), log_sum = static_cast<float>(std::log(sum)), most = found.most;
+    // alpha = sum min(p, q); the part of q that is the smaller one; cross-entropy; sum q (log q - log p_S).
+    Sum accepted, smaller, cross, reverse;
+    const bool is_reverse = loss == Loss::reverse_kl;
+    walk(
+        size,
+        [&](std::int64_t index) INLINED {
+          const lanes draft = load(scratch + index) * share, log_draft = (load(row + index) - most) - log_sum;
+          const lanes p = load(target + index), log_p = load(log_target + index), own = p * mass;
+          store(scratch + index, draft);
+          // Numbers that are none stay so.
+          accepted.add(draft < own ? draft : (draft == draft ? own : draft));
+          smaller.add(log_draft < log_p + log_mass ? draft : lanes{});
+          cross.add(p * log_draft);
+          if (is_reverse) reverse.add(draft * (log_draft - log_p));
+        },
+        [&]() INLINED { accepted.flush(), smaller.flush(), cross.flush(), reverse.flush(); },
+        [&](std::int64_t index) INLINED {
+          const float draft = scratch[index] * share, log_draft = (row[index] - most) - log_sum;
+          const float p = target[index], log_p = log_target[index], own = p * mass;
+          scratch[index] = draft;
+          accepted.add(draft < own ? draft : (draft == draft ? own : draft));
+          smaller.add(log_draft < log_p + log_mass ? draft : 0.0f);
+          cross.add(p * log_draft);
+          if (is_reverse) reverse.add(draft * (log_draft - log_p));
+        });
+    const float alpha = sum == sum ? static_cast<float>(accepted.total) : std::numeric_limits<float>::quiet_NaN();
+    const float cross_entropy = static_cast<float>(-cross.total), inside = static_cast<float>(smaller.total);
+    const auto lambda = [&](float acceptance) { return lambda_scale * std::exp(-lambda_decay * acceptance); };
+    float value = 0;
+    switch (loss) {
+      case Loss::cross_entropy: value = cross_entropy; break;
+      case Loss::kl: value = static_cast<float>(teacher.entropy[at.teacher] - cross.total); break;
+      case Loss::reverse_kl: value = static_cast<float>(reverse.total); break;
+      case Loss::total_variation: value = 1.0f - alpha; break;
+      case Loss::lk_alpha: value = -std::log(alpha); break;
+      case Loss::lk_lambda: value = lambda(alpha) * cross_entropy + (1.0f - lambda(alpha)) * (1.0f - alpha); break;
+    }
+    // No acceptance at all has no logarithm, and a row without a loss must not spread what it has instead.
+    if (!covered || (loss == Loss::lk_alpha && !(alpha > 0.0f))) value = 0;
+    into.losses[at.place] = value;
+    into.acceptance[at.place] = alpha;
+    into.hits[at.place] = covered && found.rank == 1;
+    into.covered[at.place] = covered;
+    if (!with_slope) return;
+
+    // slope = of_draft q + of_target p_S + of_smaller [q is the smaller] q + of_ratio q (log q - log p_S)
+    const float weight = covered ? at.weight : 0.0f;
+    float of_draft = 0, of_target = 0, of_smaller = 0, of_ratio = 0;
+    double objective = static_cast<double>(value) * weight;
+    const auto by_cross_entropy = [&](float factor) { of_draft += factor, of_target -= factor; };
+    // Gradient of alpha: q_j (m_j - sum of m q), where m_j says that q_j is the smaller one.
+    const auto by_acceptance = [&](float factor) { of_smaller += factor, of_draft -= factor * inside; };
+    switch (loss) {
+      case Loss::cross_entropy:
+      case Loss::kl: by_cross_entropy(weight); break;
+      case Loss::reverse_kl: of_ratio = weight, of_draft = -weight * value; break;
+      case Loss::total_variation: by_acceptance(-weight); break;
+      case Loss::lk_alpha: {
+        const float own = at.parity_weight == at.parity_weight ? (covered ? at.parity_weight : 0.0f) : weight;
+        const float factor = own / alpha;
+        by_acceptance(std::isfinite(factor) ? -factor : 0.0f);
+        objective = static_cast<double>(value) * own;
+        break;
+      }
+      case Loss::lk_lambda: {
+        const bool parity = at.parity_weight == at.parity_weight;
+        const float part = lambda(parity ? at.parity_mean : alpha);
+        const float left = weight * part, right = (parity ? (covered ? at.parity_weight : 0.0f) : weight) * (1.0f - part);
+        by_cross_entropy(left);
+        by_acceptance(-right);
+        if (parity) objective = static_cast<double>(left) * cross_entropy + static_cast<double>(right) * (1.0f - alpha);
+        break;
+      }
+    }
+    into.objective[at.place] = objective;
+    walk(
+        size,
+        [&](std::int64_t index) INLINED {
+          const lanes draft = load(scratch + index), p = load(target + index);
+          lanes slope = draft * of_draft + p * of_target;
+          if (of_smaller != 0.0f || is_reverse) {
+            const lanes log_draft = (load(row + index) - most) - log_sum, log_p = load(log_target + index);
+            if (is_reverse)
+              slope += draft * (log_draft - log_p) * of_ratio;
+            else
+              slope += log_draft < log_p + log_mass ? draft * of_smaller : lanes{};
+          }
+          store(row + index, slope);
+        },
+        []() INLINED {},
+        [&](std::int64_t index) INLINED {
+          const float draft = scratch[index], log_draft = (row[index] - most) - log_sum, log_p = log_target[index];
+          float slope = draft * of_draft + target[index] * of_target;
           if (is_reverse)
             slope += draft * (log_draft - log_p) * of_ratio;
-          else
-            slope += log_draft < log_p + log_mass ? draft * of_smaller : lanes{};
-        }
-        store(row + index, slope);
-      },
-      []() INLINED {},
-      [&](std::int64_t index) INLINED {
-        const float draft = scratch[index], log_draft = (row[index] - most) - log_sum, log_p = log_target[index];
-        float slope = draft * of_draft + target[index] * of_target;
-        if (is_reverse)
-          slope += draft * (log_draft - log_p) * of_ratio;
-        else if (log_draft < log_p + log_mass)
-          slope += draft * of_smaller;
-        row[index] = slope;
-      });
-}
+          else if (log_draft < log_p + log_mass)
+            slope += draft * of_smaller;
+          row[index] = slope;
+        });
+  }
+};
+
+struct HardRow {
+  template <int LANES, typename... Arguments>
+  static INLINE void run(Arguments... arguments) {
+    Rows<LANES>::hard_row(arguments...);
+  }
+};
+struct TeacherRow {
+  template <int LANES, typename... Arguments>
+  static INLINE void run(Arguments... arguments) {
+    Rows<LANES>::teacher_row(arguments...);
+  }
+};
+struct SoftRow {
+  template <int LANES, typename... Arguments>
+  static INLINE void run(Arguments... arguments) {
+    Rows<LANES>::soft_row(arguments...);
+  }
+};
 
 void check(const at::Tensor &tensor, at::ScalarType kind, std::int64_t count, const char *name) {
   TORCH_CHECK(tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == kind && tensor.numel() == count,
@@ -371,7 +386,7 @@ int specforge_hard_losses(const at::Tensor *logits, const at::Tensor *labels, co
         check_ids(label, rows, 0, size, "label");
         at::parallel_for(0, rows, /*grain_size=*/1, [&](std::int64_t begin, std::int64_t end) {
           for (std::int64_t at = begin; at < end; at++)
-            hard_row(row + at * size, size, label[at], loss + at, rank + at, with_slope != 0);
+            dispatch<HardRow>(row + at * size, size, label[at], loss + at, rank + at, with_slope != 0);
         });
       },
       error, error_size);
@@ -402,7 +417,7 @@ int specforge_teacher_rows(const at::Tensor *logits, const at::Tensor *const *vo
                               numbers<std::int64_t>(into[4], at::kLong, rows, "top")};
         at::parallel_for(0, rows, /*grain_size=*/1, [&](std::int64_t begin, std::int64_t end) {
           for (std::int64_t at = begin; at < end; at++)
-            teacher_row(row + at * size, size, target_ids, draft_ids, own, at, teacher, with_entropy != 0);
+            dispatch<TeacherRow>(row + at * size, size, target_ids, draft_ids, own, at, teacher, with_entropy != 0);
         });
       },
       error, error_size);
@@ -442,7 +457,7 @@ int specforge_soft_losses(const at::Tensor *logits, const at::Tensor *own, const
           for (std::int64_t at = begin; at < end; at++) {
             const Row one{at, place[at], weight == nullptr ? 0.0f : weight[at], factors == nullptr ? none : factors[at],
                           means == nullptr ? none : means[at]};
-            soft_row(row + at * size, scratch.data(), size, from, static_cast<Loss>(loss),
+            dispatch<SoftRow>(row + at * size, scratch.data(), size, from, static_cast<Loss>(loss),
                      static_cast<float>(lambda_scale), static_cast<float>(lambda_decay), one, outcomes,
                      weight != nullptr);
           }

@@ -58,6 +58,10 @@ pub struct SelectorConfig {
     pub objective: SelectorObjective,
     /// Factor of the selector's term.
     pub selector_weight: f64,
+    /// Share of the run that goes by before the selector's term counts: its candidates are nothing but noise at first.
+    pub selector_from: f64,
+    /// Share of the run over which the factor then grows to its whole; 0 for at once.
+    pub selector_ramp: f64,
     /// Whether the selector's term trains the selector alone, and leaves logits and hidden states as they are.
     pub detach_backbone: bool,
     /// Multiplies the embeddings of the block's tokens. For the backbone.
@@ -75,6 +79,8 @@ impl Default for SelectorConfig {
             selector_top_k: 16,
             objective: SelectorObjective::default(),
             selector_weight: 1.0,
+            selector_from: 0.0,
+            selector_ramp: 0.0,
             detach_backbone: false,
             input_embedding_scale: 1.0,
             output_multiplier: 1.0,
@@ -97,6 +103,12 @@ impl SelectorConfig {
         if !(own.selector_weight.is_finite() && own.selector_weight >= 0.0) {
             return refuse("selector_weight", format!("expected 0 or more, got {}", own.selector_weight));
         }
+        if !(0.0..1.0).contains(&own.selector_from) {
+            return refuse("selector_from", format!("expected a share of the run from 0 to below 1, got {}", own.selector_from));
+        }
+        if !(0.0..=1.0).contains(&own.selector_ramp) {
+            return refuse("selector_ramp", format!("expected a share of the run from 0 to 1, got {}", own.selector_ramp));
+        }
         let positive = |number: f64| number.is_finite() && number > 0.0;
         for (key, number) in [
             ("input_embedding_scale", Some(own.input_embedding_scale)),
@@ -108,6 +120,16 @@ impl SelectorConfig {
             }
         }
         Ok(own)
+    }
+
+    /// Factor of the selector's term when this share of the run is over. SpecForge's trainer has such a schedule, too.
+    pub fn weight(&self, progress: f64) -> f64 {
+        let begun = progress - self.selector_from;
+        match begun < 0.0 {
+            true => 0.0,
+            false if begun >= self.selector_ramp => self.selector_weight,
+            false => self.selector_weight * begun / self.selector_ramp,
+        }
     }
 
     /// The same, with what only a draft's shape can refuse.
@@ -194,7 +216,7 @@ impl BlockHead for SelectorHead {
         let scores = self.selector.scores(&candidates, &self.selector.project(&rows), &previous); // [C, K]
         let weights = self.weights(chunk, &values, &scores, &gold.places)?;
         let mut term = self.own.objective.term(&self.base, chunk, &scores, &gold, &weights);
-        term.factor *= self.own.selector_weight;
+        term.factor *= self.own.weight(chunk.progress);
 
         // Metrics are of what decoding would do: with its candidates, right where the objective's token is. Behind true tokens
         // that is decoding itself, as long as it has been right.
@@ -232,11 +254,22 @@ mod tests {
     }
 
     #[test]
+    fn the_selectors_term_comes_later_and_grows() {
+        let at = |own: &SelectorConfig| [0.0, 0.1, 0.25, 0.375, 0.5, 1.0].map(|progress| own.weight(progress));
+        let own = SelectorConfig { selector_weight: 2.0, selector_from: 0.25, selector_ramp: 0.25, ..Default::default() };
+        assert_eq!(at(&own), [0.0, 0.0, 0.0, 1.0, 2.0, 2.0]);
+        assert_eq!(at(&SelectorConfig { selector_ramp: 0.0, ..own }), [0.0, 0.0, 2.0, 2.0, 2.0, 2.0]);
+        assert_eq!(at(&SelectorConfig::default()), [1.0; 6]);
+    }
+
+    #[test]
     fn keys_are_checked() {
         for (key, value) in [
             ("selector_rank", json!(0)),
             ("selector_top_k", json!(41)),
             ("selector_weight", json!(-1)),
+            ("selector_from", json!(1)),
+            ("selector_ramp", json!(1.5)),
             ("output_multiplier", json!(0)),
             ("final_logit_softcapping", json!(-2)),
             ("objective", json!("z_lab")),
