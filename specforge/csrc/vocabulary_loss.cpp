@@ -6,6 +6,10 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
 #include <cmath>
@@ -153,21 +157,22 @@ struct Rows {
 
   // ---- one label a row -------------------------------------------------------------------------------------------------
 
-  static INLINE void hard_row(float *row, std::int64_t count, std::int64_t label, float *loss, float *rank,
-                                    bool with_slope) {
+  // Loss and rank of a label, and `softmax - onehot` in `slope`, which may be the row itself, where it is wanted.
+  static INLINE void hard_row(const float *row, std::int64_t count, std::int64_t label, float *loss, float *rank,
+                              float *slope) {
     const float own = row[label];
     const auto found = ranked(row, count, own);
-    const double sum = exponentials(row, count, found.most, with_slope ? row : nullptr);
+    const double sum = exponentials(row, count, found.most, slope);
     const float value = static_cast<float>(std::log(sum) + (static_cast<double>(found.most) - own));
     *loss = value;
     *rank = static_cast<float>(found.rank);
-    if (!with_slope) return;
+    if (slope == nullptr) return;
     const float share = static_cast<float>(1.0 / sum);
     walk(
-        count, [&](std::int64_t index) INLINED { store(row + index, load(row + index) * share); }, []() INLINED {},
-        [&](std::int64_t index) INLINED { row[index] *= share; });
+        count, [&](std::int64_t index) INLINED { store(slope + index, load(slope + index) * share); }, []() INLINED {},
+        [&](std::int64_t index) INLINED { slope[index] *= share; });
     // Before any rounding: a confident row's slope would be lost otherwise.
-    row[label] = std::expm1(-value);
+    slope[label] = std::expm1(-value);
   }
 
   // ---- distributions ---------------------------------------------------------------------------------------------------
@@ -370,9 +375,59 @@ void check_ids(const std::int64_t *ids, std::int64_t count, std::int64_t least, 
                 size);
 }
 
+// Losses and ranks [m] of logits [m, V] with labels [m], and slopes [m, V], which may be the logits themselves.
+void hard_rows(const float *row, std::int64_t rows, std::int64_t size, const std::int64_t *label, float *loss, float *rank,
+               float *slope) {
+  check_ids(label, rows, 0, size, "label");
+  at::parallel_for(0, rows, /*grain_size=*/1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t at = begin; at < end; at++)
+      dispatch<HardRow>(row + at * size, size, label[at], loss + at, rank + at,
+                        slope == nullptr ? nullptr : slope + at * size);
+  });
+}
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// The same as an operator with a gradient, for logits that others read as well. Its slope is scaled where it lies, so it
+// can be followed once.
+class CrossEntropyRows : public torch::autograd::Function<CrossEntropyRows> {
+ public:
+  static at::Tensor forward(AutogradContext *context, const at::Tensor &logits, const at::Tensor &labels,
+                            const at::Tensor &ranks, bool learns) {
+    const std::int64_t rows = logits.size(0), size = logits.size(1);
+    const auto *label = numbers<std::int64_t>(&labels, at::kLong, rows, "labels");
+    const at::Tensor losses = at::empty({rows}, logits.options());
+    const at::Tensor slope = learns ? at::empty_like(logits) : at::Tensor();
+    hard_rows(numbers<float>(&logits, at::kFloat, rows * size, "logits"), rows, size, label,
+              losses.mutable_data_ptr<float>(), numbers<float>(&ranks, at::kFloat, rows, "ranks"),
+              learns ? slope.mutable_data_ptr<float>() : nullptr);
+    context->saved_data["slope"] = slope;
+    return losses;
+  }
+
+  static variable_list backward(AutogradContext *context, variable_list slopes) {
+    at::Tensor slope = context->saved_data["slope"].toTensor();
+    TORCH_CHECK(slope.defined(), "losses of rows: their gradient was followed before");
+    context->saved_data["slope"] = at::Tensor();
+    return {slope.mul_(slopes[0].unsqueeze(1)), at::Tensor(), at::Tensor(), at::Tensor()};
+  }
+};
+
 }  // namespace
 
 extern "C" {
+
+// Cross-entropy [m] of logits [m, V] with labels [m], with a graph where the logits have one; ranks [m] are written.
+int specforge_cross_entropy_rows(const at::Tensor *logits, const at::Tensor *labels, const at::Tensor *ranks,
+                                 at::Tensor **losses, char *error, std::size_t error_size) {
+  return guarded(
+      [&] {
+        const bool learns = logits->requires_grad() && at::GradMode::is_enabled();
+        *losses = new at::Tensor(CrossEntropyRows::apply(logits->contiguous(), labels->contiguous(), *ranks, learns));
+      },
+      error, error_size);
+}
 
 // Cross-entropy of logits [m, V] with labels [m]: losses and ranks [m], and `softmax - onehot` in place of the logits.
 int specforge_hard_losses(const at::Tensor *logits, const at::Tensor *labels, const at::Tensor *losses,
@@ -383,11 +438,7 @@ int specforge_hard_losses(const at::Tensor *logits, const at::Tensor *labels, co
         auto *row = numbers<float>(logits, at::kFloat, rows * size, "logits");
         const auto *label = numbers<std::int64_t>(labels, at::kLong, rows, "labels");
         auto *loss = numbers<float>(losses, at::kFloat, rows, "losses"), *rank = numbers<float>(ranks, at::kFloat, rows, "ranks");
-        check_ids(label, rows, 0, size, "label");
-        at::parallel_for(0, rows, /*grain_size=*/1, [&](std::int64_t begin, std::int64_t end) {
-          for (std::int64_t at = begin; at < end; at++)
-            dispatch<HardRow>(row + at * size, size, label[at], loss + at, rank + at, with_slope != 0);
-        });
+        hard_rows(row, rows, size, label, loss, rank, with_slope ? row : nullptr);
       },
       error, error_size);
 }

@@ -72,6 +72,14 @@ unsafe extern "C" {
         error: *mut c_char,
         error_size: usize,
     ) -> c_int;
+    fn specforge_cross_entropy_rows(
+        logits: *const C_tensor,
+        labels: *const C_tensor,
+        ranks: *const C_tensor,
+        losses: *mut *mut C_tensor,
+        error: *mut c_char,
+        error_size: usize,
+    ) -> c_int;
     fn specforge_teacher_rows(
         logits: *const C_tensor,
         vocabulary: *const *const C_tensor,
@@ -311,6 +319,15 @@ pub fn hard_losses([logits, labels, losses, ranks]: [&Tensor; 4], with_slope: bo
             error,
             error_size,
         )
+    })
+}
+
+/// Cross-entropy `[m]` of `logits [m, V]` with `labels [m]`, in float32 on the CPU, with a graph to the logits that can be
+/// followed once; `ranks [m]` are written. See `csrc/vocabulary_loss.cpp`.
+pub fn cross_entropy_rows(logits: &Tensor, labels: &Tensor, ranks: &Tensor) -> Result<Tensor> {
+    // SAFETY: three live tensors; the shim checks sizes, types, layout and labels.
+    made(|losses, error, error_size| unsafe {
+        specforge_cross_entropy_rows(logits.as_ptr(), labels.as_ptr(), ranks.as_ptr(), losses, error, error_size)
     })
 }
 

@@ -145,8 +145,7 @@ impl BlockDraft {
         let target_head = context.head.to(context.head.kind(), device)?;
         let vocabulary = map.map(|map| DraftVocabulary::new(map, device)).transpose()?;
         let own_head = vocabulary.as_ref().map(|own| target_head.rows(&own.target_ids)).transpose()?;
-        // Logits of a slot, of target and draft, and a few more of their size for losses and gradients.
-        let of_block = shape.slots() * 4 * (shape.vocab_size + 6 * shape.draft_vocab_size);
+        let of_block = shape.slots() * slot_bytes(&config, &shape);
         // On a processor a product with the vocabulary of fewer rows reads its matrix for little.
         let least = if device == Device::Cpu { ROWS_ON_CPU / shape.slots() } else { 1 };
         let blocks_per_chunk = (context.chunk_bytes as i64 / of_block).max(least).max(1);
@@ -386,6 +385,15 @@ impl BlockDraft {
         let factors = global_counts.iter().map(|count| 1.0 / count.max(f64::MIN_POSITIVE));
         let terms = factors.zip(&plan.counts).map(|(factor, own)| (factor, own.ceil() as usize));
         lift(self.parameters[0].value.kind(), terms)
+    }
+}
+
+/// Memory of a slot's losses: logits, of target and draft, and a few more of their size for losses and gradients, which are
+/// fewer where one token is all that a row learns.
+fn slot_bytes(config: &BlockConfig, shape: &BlockShape) -> i64 {
+    4 * match config.wants_teacher() {
+        true => shape.vocab_size + 6 * shape.draft_vocab_size,
+        false => 4 * shape.draft_vocab_size,
     }
 }
 

@@ -89,10 +89,9 @@ pub(super) fn work(section: &Value, target: &TargetInfo, batch: &PackedBatch, ch
         shape.layers.iter().flat_map(|layer| plan.blocks.iter().map(|block| pair * seen(block, layer.window))).sum();
     let head = (shape.draft_vocab_size * shape.hidden_size) as u64;
     let vocabulary = trained * head * (2 + u64::from(config.wants_teacher()));
-    let of_slot = 4 * (shape.vocab_size + 6 * shape.draft_vocab_size);
     Ok(Work {
         rows: trained,
-        chunk_rows: (chunk_bytes as i64 / of_slot).max(1),
+        chunk_rows: (chunk_bytes as i64 / super::slot_bytes(&config, &shape)).max(1),
         operations: 2 * (numbers + attention + vocabulary),
     })
 }

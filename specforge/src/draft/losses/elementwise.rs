@@ -24,9 +24,10 @@
 use std::cell::OnceCell;
 
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::shim;
 
 /// The least logarithm of a target's probability. Far below what float32 can hold of the probability itself.
 const LEAST_LOG: f64 = -1e3;
@@ -121,8 +122,10 @@ impl RowLoss {
 pub struct Rows {
     /// `[C]` the right tokens.
     pub labels: Tensor,
+    /// `[C, DV]` with a graph.
+    logits: Tensor,
     /// `[C, DV]` log q, with a graph.
-    log_draft: Tensor,
+    log_draft: OnceCell<Tensor>,
     /// `[C, DV]` q, with a graph.
     draft: OnceCell<Tensor>,
     /// `[C, DV]` log p and p.
@@ -162,22 +165,37 @@ impl Rows {
             })),
             None => None,
         };
-        let log_draft = logits.log_softmax(-1, logits.kind()); // [C, DV]
-        let log_truth = log_draft.gather(1, &labels.unsqueeze(1), false).squeeze_dim(1); // [C]
+        let (log_draft, hits) = (OnceCell::new(), OnceCell::new());
+        // Where nothing asks for the whole distribution, a row's logits are read once, and its slope written once.
+        let log_truth = if teacher.is_none() && logits.kind() == Kind::Float && logits.device() == Device::Cpu {
+            let ranks = Tensor::f_empty([rows], (Kind::Float, Device::Cpu))?;
+            let losses = shim::cross_entropy_rows(logits, labels, &ranks)?;
+            hits.get_or_init(|| ranks.eq(1));
+            -losses // [C]
+        } else {
+            let log_draft = log_draft.get_or_init(|| logits.log_softmax(-1, logits.kind())); // [C, DV]
+            log_draft.gather(1, &labels.unsqueeze(1), false).squeeze_dim(1) // [C]
+        };
         Ok(Self {
             labels: labels.shallow_clone(),
+            logits: logits.shallow_clone(),
             log_draft,
             draft: OnceCell::new(),
             teacher,
             log_truth,
             overlap: OnceCell::new(),
-            hits: OnceCell::new(),
+            hits,
         })
+    }
+
+    /// `[C, DV]` log q, with a graph.
+    fn log_draft(&self) -> &Tensor {
+        self.log_draft.get_or_init(|| self.logits.log_softmax(-1, self.logits.kind()))
     }
 
     /// `[C, DV]` q, with a graph.
     fn draft(&self) -> &Tensor {
-        self.draft.get_or_init(|| self.log_draft.exp())
+        self.draft.get_or_init(|| self.log_draft().exp())
     }
 
     /// `[C, DV]` log p and p.
@@ -208,7 +226,7 @@ impl Rows {
 
     /// `[C]` booleans: the likeliest token is the right one.
     pub fn hits(&self) -> &Tensor {
-        self.hits.get_or_init(|| self.log_draft.detach().argmax(-1, false).eq_tensor(&self.labels))
+        self.hits.get_or_init(|| self.log_draft().detach().argmax(-1, false).eq_tensor(&self.labels))
     }
 
     /// `[C]` the probability that a token sampled from the draft is accepted, without a graph, where there is a teacher.
@@ -226,26 +244,25 @@ impl Rows {
     pub fn values(&self, loss: RowLoss, mean_truth: Option<&Tensor>) -> Result<Tensor> {
         let name = loss.name();
         let dot = |left: &Tensor, right: &Tensor| over_vocabulary(&(left * right));
-        let log_draft = &self.log_draft;
         Ok(match loss {
             RowLoss::Ce | RowLoss::LkAlpha => -&self.log_truth,
             RowLoss::LkTv => 1.0 - self.log_truth.exp(),
             RowLoss::LkLambda(LkLambda { scale, decay }) => {
                 let mean = match mean_truth {
-                    Some(mean) => mean.detach().to_kind(log_draft.kind()),
-                    None => self.truth().mean(log_draft.kind()),
+                    Some(mean) => mean.detach().to_kind(self.log_truth.kind()),
+                    None => self.truth().mean(self.log_truth.kind()),
                 };
                 let share: Tensor = (mean * -decay).exp() * scale;
                 &share * -&self.log_truth + (1.0 - &share) * (1.0 - self.log_truth.exp())
             }
-            RowLoss::SoftCe => -dot(self.teacher(name)?[1], log_draft),
+            RowLoss::SoftCe => -dot(self.teacher(name)?[1], self.log_draft()),
             RowLoss::Kl => {
                 let [log_teacher, teacher] = self.teacher(name)?;
-                dot(teacher, &(log_teacher - log_draft))
+                dot(teacher, &(log_teacher - self.log_draft()))
             }
-            RowLoss::ReverseKl => dot(self.draft(), &(log_draft - self.teacher(name)?[0])),
+            RowLoss::ReverseKl => dot(self.draft(), &(self.log_draft() - self.teacher(name)?[0])),
             RowLoss::Jsd => {
-                let [log_teacher, teacher] = self.teacher(name)?;
+                let ([log_teacher, teacher], log_draft) = (self.teacher(name)?, self.log_draft());
                 let log_middle = log_draft.logaddexp(log_teacher) - std::f64::consts::LN_2;
                 let both = dot(teacher, &(log_teacher - &log_middle)) + dot(self.draft(), &(log_draft - &log_middle));
                 both * 0.5
@@ -257,8 +274,12 @@ impl Rows {
                 let share = (self.overlap(name)?.detach() * -HYBRID_DECAY).exp();
                 &share * self.values(RowLoss::Kl, None)? + (1.0 - &share) * self.values(RowLoss::Tv, None)?
             }
-            RowLoss::Renyi => ((log_draft + self.teacher(name)?[0]) * 0.5).logsumexp([-1i64].as_slice(), false) * -2.0,
-            RowLoss::LogOverlap => -log_draft.minimum(self.teacher(name)?[0]).logsumexp([-1i64].as_slice(), false),
+            RowLoss::Renyi => {
+                ((self.log_draft() + self.teacher(name)?[0]) * 0.5).logsumexp([-1i64].as_slice(), false) * -2.0
+            }
+            RowLoss::LogOverlap => {
+                -self.log_draft().minimum(self.teacher(name)?[0]).logsumexp([-1i64].as_slice(), false)
+            }
         })
     }
 }
@@ -266,4 +287,47 @@ impl Rows {
 /// Sums of the last dimension.
 fn over_vocabulary(values: &Tensor) -> Tensor {
     values.sum_dim_intlist([-1i64].as_slice(), false, None::<Kind>)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::drawn::Drawn;
+
+    /// Losses, hits and the gradient of their weighted sum, `[C]`, `[C]` and `[C, DV]`.
+    fn learned(logits: &Tensor, labels: &Tensor, loss: RowLoss) -> [Tensor; 3] {
+        let leaf = logits.detach().set_requires_grad(true);
+        // As a head's product may lie.
+        let rows = Rows::new(&leaf.transpose(0, 1), None, labels).unwrap();
+        let values = rows.values(loss, None).unwrap();
+        let weights = Tensor::arange(labels.size()[0], (values.kind(), values.device())) - 1.5;
+        let gradient = Tensor::run_backward(&[(&values * weights).sum(Kind::Double)], &[&leaf], false, false).remove(0);
+        [values.detach(), rows.hits().shallow_clone(), gradient]
+    }
+
+    #[test]
+    fn rows_that_learn_one_token_learn_what_operators_make_of_it() {
+        let drawn = Drawn::of(7);
+        // Vectors of eight or sixteen numbers, and a rest; a row that is sure, right and wrong.
+        let logits = drawn.normal(&[77, 6]) * 3.0;
+        let labels = drawn.below(77, &[6]);
+        let (right, wrong) = (labels.int64_value(&[0]), (labels.int64_value(&[1]) + 1) % 77);
+        for (token, row) in [(right, 0), (wrong, 1)] {
+            let _ = logits.get(token).get(row).fill_(40.0);
+        }
+        for loss in [RowLoss::Ce, RowLoss::LkTv, RowLoss::LkLambda(LkLambda::default())] {
+            let [exact, exact_hits, exact_gradient] = learned(&logits, &labels, loss);
+            let [values, hits, gradient] = learned(&logits.to_kind(Kind::Float), &labels, loss);
+            assert!(values.to_kind(Kind::Double).allclose(&exact, 1e-5, 1e-6, false), "{loss:?}: {values} {exact}");
+            assert!(gradient.to_kind(Kind::Double).allclose(&exact_gradient, 1e-5, 1e-6, false), "{loss:?}");
+            assert!(hits.equal(&exact_hits), "{loss:?}");
+            assert!(bool::try_from(hits.get(0)).unwrap() && !bool::try_from(hits.get(1)).unwrap());
+        }
+        // Numbers that are none stay so; tokens that do not exist are said not to.
+        let logits = Tensor::full([1, 20], f64::NAN, (Kind::Float, Device::Cpu));
+        let rows = Rows::new(&logits, None, &Tensor::from_slice(&[3i64])).unwrap();
+        assert!(rows.log_truth().double_value(&[0]).is_nan());
+        let error = Rows::new(&logits, None, &Tensor::from_slice(&[20i64])).unwrap_err().to_string();
+        assert!(error.contains("label 20 is not below 20"), "{error}");
+    }
 }

@@ -104,10 +104,16 @@ impl SelectorConfig {
             return refuse("selector_weight", format!("expected 0 or more, got {}", own.selector_weight));
         }
         if !(0.0..1.0).contains(&own.selector_from) {
-            return refuse("selector_from", format!("expected a share of the run from 0 to below 1, got {}", own.selector_from));
+            return refuse(
+                "selector_from",
+                format!("expected a share of the run from 0 to below 1, got {}", own.selector_from),
+            );
         }
         if !(0.0..=1.0).contains(&own.selector_ramp) {
-            return refuse("selector_ramp", format!("expected a share of the run from 0 to 1, got {}", own.selector_ramp));
+            return refuse(
+                "selector_ramp",
+                format!("expected a share of the run from 0 to 1, got {}", own.selector_ramp),
+            );
         }
         let positive = |number: f64| number.is_finite() && number > 0.0;
         for (key, number) in [
@@ -256,7 +262,8 @@ mod tests {
     #[test]
     fn the_selectors_term_comes_later_and_grows() {
         let at = |own: &SelectorConfig| [0.0, 0.1, 0.25, 0.375, 0.5, 1.0].map(|progress| own.weight(progress));
-        let own = SelectorConfig { selector_weight: 2.0, selector_from: 0.25, selector_ramp: 0.25, ..Default::default() };
+        let own =
+            SelectorConfig { selector_weight: 2.0, selector_from: 0.25, selector_ramp: 0.25, ..Default::default() };
         assert_eq!(at(&own), [0.0, 0.0, 0.0, 1.0, 2.0, 2.0]);
         assert_eq!(at(&SelectorConfig { selector_ramp: 0.0, ..own }), [0.0, 0.0, 2.0, 2.0, 2.0, 2.0]);
         assert_eq!(at(&SelectorConfig::default()), [1.0; 6]);
