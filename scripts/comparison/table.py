@@ -21,7 +21,8 @@ TITLES = {
 
 
 def title(row: dict) -> str:
-    return TITLES.get(row["method"], row["method"])
+    base, _, variant = row["method"].partition("+")
+    return " + ".join(filter(None, [TITLES.get(base, base), variant]))
 
 
 def over_seeds(row: dict, of) -> list[float]:
@@ -55,7 +56,7 @@ def cells(row: dict) -> list[str]:
         f"{figure(chain('draft_milliseconds'), 1)} ms, {100 * statistics.mean(chain('draft_share')):.0f} %",
         figure(chain("speedup"), 2),
         figure(tree("speedup"), 2),
-        ENGINES.get(row["method"], "-"),
+        ENGINES.get(row["method"].partition("+")[0], "-"),
         str(len(row["runs"])),
     ]
 
@@ -71,6 +72,7 @@ def table(rows: list[dict], facts: dict) -> str:
     rows = sorted(rows, key=lambda row: -statistics.mean(over_seeds(row, lambda run: run["chain"]["tau"])))
     lines = [HEADINGS, ["---"] * len(HEADINGS), *map(cells, rows)]
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    variants = "".join(f"- **{title({'method': name})}**: `{'`, `'.join(settings)}`.\n" for name, settings in facts["variants"].items())
     model = "A small random model" if facts["tiny"] else "SmolLM2-135M-Instruct"
     return f"""# Methods compared
 
@@ -83,7 +85,7 @@ same {facts['limit']} questions, none of which it was trained on, greedily, {fac
 
 {body}
 
-- **tau** is the tokens that a verification of the target yields, its own one included. A chain is one guess for every place of
+{variants}- **tau** is the tokens that a verification of the target yields, its own one included. A chain is one guess for every place of
   a block (Medusa: of every head); a tree is `{facts['tree']}`, for Medusa a static one of 12 guesses.
 - **A draft round** is what guessing takes between two verifications, and its share of the time of decoding.
 - **Speed-up** is against plain decoding of the same questions by the same program. On a processor a pass over several tokens
@@ -104,7 +106,8 @@ same {facts['limit']} questions, none of which it was trained on, greedily, {fac
 def plot(rows: list[dict]) -> str:
     """docs/methods.svg: bars of the acceptance length, chain and tree, with the speed-ups behind them."""
     rows = sorted(rows, key=lambda row: -statistics.mean(over_seeds(row, lambda run: run["chain"]["tau"])))
-    left, width, height, gap = 90, 420, 14, 12
+    left = max(90, 16 + 7 * max(len(title(row)) for row in rows))
+    width, height, gap = 420, 14, 12
     tau = {
         (row["method"], kind): over_seeds(row, lambda run, kind=kind: run[kind]["tau"])
         for row in rows for kind in ("chain", "tree")
