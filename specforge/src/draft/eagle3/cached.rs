@@ -57,4 +57,4 @@ impl Network {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -38,6 +38,9 @@ pub struct Eagle3Config {
     pub init_from: Option<PathBuf>,
     /// `K`, steps of the training-time test.
     pub ttt_steps: usize,
+    /// Share of the rows of a step that the next one trains as well, by chance; weighted so that gradients are on average
+    /// those of all rows.
+    pub step_share: f64,
     /// Objective of a step.
     pub loss: DistillationLoss,
     /// `lk_lambda`: weight of the cross-entropy is `lk_scale * exp(-lk_decay * acceptance)`.
@@ -89,6 +92,7 @@ impl Default for Eagle3Config {
             lm_head: HeadStart::Target,
             init_from: None,
             ttt_steps: 7,
+            step_share: 1.0,
             loss: DistillationLoss::CrossEntropy,
             lk_scale: 1.0,
             lk_decay: 1.0,
@@ -124,6 +128,10 @@ impl Eagle3Config {
     fn check(&self) -> Result<()> {
         if !(1..=32).contains(&self.ttt_steps) {
             return Err(Error::config("draft.ttt_steps", format!("expected 1 to 32, got {}", self.ttt_steps)));
+        }
+        if !(self.step_share > 0.0 && self.step_share <= 1.0) {
+            let problem = format!("expected a share above 0 and up to 1, got {}", self.step_share);
+            return Err(Error::config("draft.step_share", problem));
         }
         let positive = [("loss_decay", self.loss_decay), ("lk_scale", self.lk_scale)];
         if let Some((key, value)) = positive.iter().find(|(_, value)| !value.is_finite() || *value <= 0.0) {

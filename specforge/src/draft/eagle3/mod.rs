@@ -147,13 +147,15 @@ impl Eagle3 {
         Steps::new(batch, self.config.ttt_steps, self.config.mask, device)
     }
 
-    /// What a batch counts for each step, of which so many rows are trained.
-    fn counts(&self, batch: &PackedBatch, trained: impl Iterator<Item = usize>) -> Vec<f64> {
-        let count = |trained| match self.config.normalisation {
-            Normalisation::TrainedRows => trained,
+    /// What a batch counts for each step: all rows that could be trained there, times their chance. So the gradient of a step
+    /// is on average that of all its rows, whoever was drawn.
+    fn counts(&self, batch: &PackedBatch, key: StepKey) -> Vec<f64> {
+        let share = if key == StepKey::EVALUATION { 1.0 } else { self.config.step_share };
+        let rows = |k| match self.config.normalisation {
+            Normalisation::TrainedRows => supervision::rows(batch, k, self.config.mask).len(),
             Normalisation::AllPositions => batch.ids.len(),
         };
-        trained.map(|trained| count(trained) as f64).collect()
+        (0..self.config.ttt_steps).map(|k| rows(k) as f64 * share.powi(k as i32)).collect()
     }
 
     /// One pass; gradients are added where there is a buffer for them.
@@ -361,14 +363,13 @@ impl DraftModel for Eagle3 {
         vec![(ALGORITHM.selection_metric.to_owned(), 1.0 + chains.sum::<f64>())]
     }
 
-    fn plan(&self, batch: &PackedBatch, _key: StepKey) -> Result<RowPlan> {
-        let plan = StepPlan::new(batch, self.config.ttt_steps, self.config.mask);
-        Ok(RowPlan::new(self.counts(batch, plan.trained.iter().copied()), plan))
+    fn plan(&self, batch: &PackedBatch, key: StepKey) -> Result<RowPlan> {
+        let trained = steps::trained(batch, self.config.ttt_steps, self.config.mask, (self.config.step_share, key));
+        Ok(RowPlan::new(self.counts(batch, key), StepPlan::new(batch, &trained)))
     }
 
-    fn count(&self, batch: &PackedBatch, _key: StepKey) -> Result<Vec<f64>> {
-        let trained = (0..self.config.ttt_steps).map(|k| supervision::rows(batch, k, self.config.mask).len());
-        Ok(self.counts(batch, trained))
+    fn count(&self, batch: &PackedBatch, key: StepKey) -> Result<Vec<f64>> {
+        Ok(self.counts(batch, key))
     }
 
     fn accumulate(
@@ -422,6 +423,43 @@ fn size(config: &Eagle3Config, target: &TargetInfo) -> Result<DraftSize> {
     let embedding = tensors.iter().filter(|(name, _)| name.starts_with("embed_tokens")).map(parameters).sum::<u64>();
     // Forward, gradient of the input, gradient of the weight, in every step; and the teacher's head once.
     let teacher = (shape.vocab_size * shape.target_hidden_size) as u64;
-    let row_multiply_adds = 3 * config.ttt_steps as u64 * (trainable - embedding) + teacher;
+    let steps: f64 = (0..config.ttt_steps as i32).map(|step| config.step_share.powi(step)).sum();
+    let row_multiply_adds = (3.0 * steps * (trainable - embedding) as f64) as u64 + teacher;
     Ok(DraftSize { trainable, frozen: 0, captured: capture(&shape).len() as u64, row_multiply_adds })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::data::DocumentRef;
+
+    #[test]
+    fn gradients_of_a_share_of_the_rows_are_on_average_those_of_all() {
+        let mut draft = cached::tests::draft(Kind::Double, &json!({}));
+        let tokens = 40;
+        let batch = PackedBatch {
+            ids: (0..tokens).map(|token| (token * 7 + 3) % 23).collect(),
+            positions: (0..tokens).collect(),
+            supervised: vec![true; tokens as usize],
+            lengths: vec![tokens],
+            documents: vec![DocumentRef::new("one", 0)],
+        };
+        let hidden = (0..4).map(|layer| noise::normal(&[tokens, 12], 1.0, 31, layer).to_kind(Kind::Double)).collect();
+        let features = FeatureBatch { batch: Arc::new(batch), hidden };
+        let gradient = |draft: &Eagle3, step| {
+            let plan = draft.plan(&features.batch, StepKey { seed: 2, step, total: 9 }).unwrap();
+            let mut totals = Gradients::zeros(draft.parameters()).unwrap();
+            draft.accumulate(&features, &plan, &plan.counts, &mut Gradients::new(&mut totals)).unwrap();
+            Tensor::cat(&totals.iter().map(|total| total.flatten(0, -1)).collect::<Vec<_>>(), 0)
+        };
+        let whole = gradient(&draft, 0);
+        let apart = |some: &Tensor| (some - &whole).norm().double_value(&[]) / whole.norm().double_value(&[]);
+        draft.config.step_share = 0.5;
+        assert!(apart(&gradient(&draft, 1)) > 0.1, "one draw is a part");
+        let sum: Tensor = (0..400).map(|step| gradient(&draft, step)).sum();
+        let error = apart(&(sum / 400.0));
+        assert!(error < 0.05, "{error}");
+    }
 }

@@ -6,9 +6,10 @@ use serde_json::{Value, json};
 use tch::Kind;
 
 use super::config::{Eagle3Config, Eagle3Shape};
+use super::steps::trained;
 use crate::data::PackedBatch;
 use crate::draft::samples::{Compared, SampleSize, Samples, Timed, Work};
-use crate::draft::{distillation, supervision};
+use crate::draft::{StepKey, distillation};
 use crate::error::Result;
 use crate::models::TargetInfo;
 
@@ -43,7 +44,8 @@ pub(super) fn samples(size: SampleSize) -> Samples {
 pub(super) fn work(section: &Value, target: &TargetInfo, batch: &PackedBatch, chunk_bytes: usize) -> Result<Work> {
     let config = Eagle3Config::read(section)?;
     let shape = config.shape(target)?;
-    let steps: Vec<Vec<i64>> = (0..config.ttt_steps).map(|k| supervision::rows(batch, k, config.mask)).collect();
+    let key = StepKey { seed: 1, step: 0, total: 1 };
+    let steps = trained(batch, config.ttt_steps, config.mask, (config.step_share, key));
     Ok(Work {
         rows: steps.iter().map(|rows| rows.len() as u64).sum(),
         chunk_rows: distillation::positions_per_chunk(

@@ -2,7 +2,8 @@
 //!
 //! Row `t` holds the target's features of token `t`; at step `k` it reads the embedding of token `t + 1 + k`, stands at
 //! position `t + k`, and is compared with what the target predicts from token `t + 1 + k`. A row is computed at step `k`
-//! only if it is trained at that step or at a later one.
+//! only if it is trained at that step or at a later one. Which rows go on may be drawn ([`trained`]): a later step has
+//! nothing of other rows but what they are at step 0.
 //!
 //! Attention works on *runs*: consecutive rows of one document. A run sees the keys of its document before it whole, and
 //! its own keys causally.
@@ -13,9 +14,13 @@ use tch::{Device, Tensor};
 
 use crate::data::PackedBatch;
 use crate::device;
+use crate::draft::StepKey;
 use crate::draft::supervision::{self, MaskAlignment};
 use crate::error::Result;
 use crate::nn::merged_attention::{Run, Runs};
+
+/// Tells the draws of how far rows go from all others of a document.
+const DEPTH: u64 = 1;
 
 /// The rows of one step, on the device. All tensors are int64.
 #[derive(Debug)]
@@ -56,8 +61,6 @@ pub struct Steps {
 /// The steps of a batch on the host.
 #[derive(Debug)]
 pub struct StepPlan {
-    /// Trained rows of every step that was asked for.
-    pub trained: Vec<usize>,
     pool: Pool,
     /// Places in the pool.
     tokens: (i64, i64),
@@ -85,16 +88,38 @@ struct HostStep {
 impl Steps {
     /// Plans `count` steps on a batch.
     pub fn new(batch: &PackedBatch, count: usize, alignment: MaskAlignment, device: Device) -> Result<Self> {
-        StepPlan::new(batch, count, alignment).upload(device)
+        StepPlan::new(batch, &trained(batch, count, alignment, (1.0, StepKey::EVALUATION))).upload(device)
     }
 }
 
+/// Rows that are trained at each of `count` steps. With a share below 1, a row is trained at step `k` with the chance
+/// `share^k`: what it draws for this optimizer step decides how far it goes. An evaluation has all of them.
+pub fn trained(
+    batch: &PackedBatch,
+    count: usize,
+    alignment: MaskAlignment,
+    (share, key): (f64, StepKey),
+) -> Vec<Vec<i64>> {
+    let mut steps: Vec<Vec<i64>> = (0..count).map(|k| supervision::rows(batch, k, alignment)).collect();
+    if share < 1.0 && key != StepKey::EVALUATION {
+        let mut drawn = Vec::with_capacity(batch.ids.len());
+        for (document, &length) in batch.documents.iter().zip(&batch.lengths) {
+            let draws = key.draws(document, DEPTH);
+            drawn.extend((0..length as u64).map(|row| draws.uniform(row, 0)));
+        }
+        for (k, rows) in (0..).zip(&mut steps) {
+            let chance = share.powi(k);
+            rows.retain(|&row| drawn[row as usize] < chance);
+        }
+    }
+    steps
+}
+
 impl StepPlan {
-    /// Plans `count` steps on a batch.
-    pub fn new(batch: &PackedBatch, count: usize, alignment: MaskAlignment) -> Self {
+    /// Plans steps on a batch, of which these rows are trained.
+    pub fn new(batch: &PackedBatch, trained: &[Vec<i64>]) -> Self {
         let ends = document_ends(batch);
-        let trained: Vec<Vec<i64>> = (0..count).map(|k| supervision::rows(batch, k, alignment)).collect();
-        let host = host_steps(&trained);
+        let host = host_steps(trained);
         let token = |row: i64, k: usize| {
             let token = row + 1 + k as i64;
             if token < ends[row as usize] { batch.ids[token as usize] } else { 0 }
@@ -123,8 +148,7 @@ impl StepPlan {
             let teachers = step.trained_rows.iter().map(teacher).collect();
             steps.push(PlannedStep { places, teachers, runs: runs(&step.rows, batch) });
         }
-        let trained = trained.iter().map(Vec::len).collect();
-        Self { trained, pool, tokens, positions, runs: runs(&all, batch), steps }
+        Self { pool, tokens, positions, runs: runs(&all, batch), steps }
     }
 
     /// The steps on the device.
@@ -273,6 +297,29 @@ mod tests {
         let run = |queries, keys| Run { queries, keys, causal: true };
         assert_eq!(first.runs.list(), [run(0..3, 0..4), run(3..5, 6..8)]);
         assert_eq!(plan.runs.list(), [run(0..6, 0..6), run(6..11, 6..11)]);
+    }
+
+    #[test]
+    fn a_share_of_the_rows_goes_on_and_the_same_ones_wherever_they_are() {
+        let marks = "x".repeat(600);
+        let both = batch(&[&marks, &marks]);
+        let key = StepKey { seed: 3, step: 5, total: 9 };
+        let drawn = |batch: &PackedBatch, key| trained(batch, 4, MaskAlignment::Label, (0.5, key));
+        let steps = drawn(&both, key);
+        let all = trained(&both, 4, MaskAlignment::Label, (1.0, key));
+        assert_eq!(steps[0], all[0]);
+        assert!(steps.windows(2).all(|pair| pair[1].iter().all(|row| pair[0].contains(row))), "who stops stays away");
+        for (k, (some, all)) in (0..).zip(steps.iter().zip(&all)) {
+            let share = some.len() as f64 / all.len() as f64;
+            assert!((share - 0.5f64.powi(k)).abs() < 0.04, "step {k}: {share}");
+        }
+        // The second document by itself draws what it drew behind the first, another optimizer step draws anew.
+        let mut alone = batch(&[&marks]);
+        alone.documents = vec![both.documents[1].clone()];
+        let behind = |rows: &[i64]| rows.iter().map(|row| row - 600).filter(|row| *row >= 0).collect::<Vec<i64>>();
+        assert!(drawn(&alone, key).iter().zip(&steps).all(|(one, two)| *one == behind(two)));
+        assert_ne!(drawn(&both, StepKey { step: 6, ..key })[1], steps[1]);
+        assert_eq!(drawn(&both, StepKey::EVALUATION), all);
     }
 
     /// A row is computed as long as a later step trains it, and a teacher past the document's end is none.

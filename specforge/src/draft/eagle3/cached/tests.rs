@@ -14,7 +14,7 @@ const VOCABULARY: i64 = 23;
 const HIDDEN: i64 = 12;
 const STEPS: usize = 5;
 
-fn draft(kind: Kind, extra: &Value) -> Eagle3 {
+pub(in crate::draft::eagle3) fn draft(kind: Kind, extra: &Value) -> Eagle3 {
     let mut config = json!({
         "architectures": ["LlamaForCausalLMEagle3"], "hidden_size": HIDDEN, "intermediate_size": 20,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "num_hidden_layers": 1,
