@@ -54,7 +54,7 @@ INLINE void outputs(const float *weight, const float *rows, float *result, std::
     for (std::int64_t line = start; line < end; line += LINE) {
       // The same place of the outputs that come next, while there is time: every one is a line of its own in memory.
 #pragma GCC unroll 12
-      for (int output = 0; output < COUNT; output++) __builtin_prefetch(weight + (COUNT + output) * width + line, 0, 2);
+      for (int output = 0; output < COUNT; output++) __builtin_prefetch(weight + (COUNT + output) * width + line);
       const std::int64_t stop = std::min(end, line + LINE);
       for (std::int64_t term = line; term < stop; term++) {
         lanes column[VECTORS];
