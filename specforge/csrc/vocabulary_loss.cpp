@@ -185,8 +185,8 @@ struct Rows {
   }
 
   static INLINE void teacher_row(const float *row, std::int64_t size, const std::int64_t *target_ids,
-                                       const std::int64_t *draft_ids, std::int64_t draft_size, std::int64_t place,
-                                       const Teacher &into, bool with_entropy) {
+                                 const std::int64_t *draft_ids, std::int64_t draft_size, std::int64_t place,
+                                 const Teacher &into, bool with_entropy) {
     const float most = ranked(row, size, 0.0f).most;
     const double sum = exponentials(row, size, most, nullptr);
     const std::int64_t top = first_largest(row, size, most, sum == sum);
@@ -227,8 +227,8 @@ struct Rows {
 
   // Values of a row of logits, and in its place the gradient of the weighted loss where it is wanted.
   static INLINE void soft_row(float *row, float *scratch, std::int64_t size, const Teacher &teacher, Loss loss,
-                                    float lambda_scale, float lambda_decay, const Row &at, const Outcomes &into,
-                                    bool with_slope) {
+                              float lambda_scale, float lambda_decay, const Row &at, const Outcomes &into,
+                              bool with_slope) {
     const std::int64_t top = teacher.top[at.teacher];
     const bool covered = top >= 0;
     const float *log_target = teacher.log_reachable + at.teacher * size, *target = teacher.reachable + at.teacher * size;
