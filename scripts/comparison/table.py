@@ -7,9 +7,9 @@ ENGINES = {
     "medusa": "vLLM up to 0.32",
     "eagle3": "vLLM, SGLang, llama.cpp",
     "peagle": "vLLM",
-    "dflash": "vLLM, SGLang",
-    "dflash2": "vLLM, SGLang",
-    "dspark": "vLLM, SGLang",
+    "dflash": "vLLM, SGLang, llama.cpp",
+    "dflash2": "vLLM, SGLang, llama.cpp",
+    "dspark": "vLLM, SGLang, llama.cpp",
     "lilicorr": "vLLM, SGLang",
     "domino": "SGLang",
     "xpress": "vLLM",
@@ -44,12 +44,13 @@ def cells(row: dict) -> list[str]:
     """A line of the table."""
     chain = lambda key: over_seeds(row, lambda run: run["chain"][key])  # noqa: E731
     tree = lambda key: over_seeds(row, lambda run: run["tree"][key])  # noqa: E731
-    steps = [run["train"]["steps"] / run["train"]["seconds"] for run in row["runs"]]
+    # As timed before the runs: their number of steps follows from it.
+    step = row["timing"]["data"] + row["timing"]["draft"]
     faults = sum(run[kind]["lossless"]["faults"] for run in row["runs"] for kind in ("chain", "tree"))
     return [
         title(row) + (" (!)" if faults else ""),
         f"{row['timing']['parameters'] / 1e6:.1f} M",
-        figure(steps, 2),
+        f"{1 / step:.2f}",
         figure([run["train"]["steps"] for run in row["runs"]], 0),
         figure(chain("tau"), 2),
         figure(tree("tau"), 2),

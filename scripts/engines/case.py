@@ -6,7 +6,7 @@ from pathlib import Path
 
 # Methods that draft a block in one pass. Each makes as many guesses as it was trained for: with fewer rows, layers that see
 # their whole block would see another one.
-BLOCKS = ("dflash", "dflash2", "dspark", "lilicorr")
+BLOCKS = ("dflash", "dflash2", "dspark", "lilicorr", "domino")
 # P-EAGLE drafts in one pass too, with rows that see only those before them.
 PARALLEL = (*BLOCKS, "peagle")
 

@@ -1,15 +1,15 @@
 """SGLang 0.5.23 on the CPU: https://pypi.org/project/sglang, with torch and transformers of vLLM's environment.
 
-Its CPU kernels are on no registry, so it runs on torch's own attention. For EAGLE-3 its Triton kernels run in Triton's
-interpreter, and `inside/sglang_hook` lends the plain attention the lengths that a verification has. Slow: a few tokens
-a second.
+Its CPU kernels are on no registry, so it runs on torch's own attention. With a draft its Triton kernels run in Triton's
+interpreter, and `inside/sglang_hook` lends the plain attention the lengths that a verification has and lets block drafters
+past their check of the device. Slow: a few tokens a second.
 """
 
 import json
 from pathlib import Path
 
 from .accounting import Answer
-from .case import Asked, Case
+from .case import BLOCKS, Asked, Case
 from .environment import Environment, worker
 from .program import Decode
 
@@ -22,11 +22,12 @@ class Sglang:
     name = "sglang"
     version = "SGLang 0.5.23"
     counting = "counts guesses that the last verification accepts behind the end of an answer"
-    layouts = {"eagle3": ("eagle3",)}
+    layouts = {"eagle3": ("eagle3",)} | {name: ("block",) for name in BLOCKS}
     note = (
-        "kernels run in Triton's interpreter, trees are built and verified by the kernels that it ships for XPU, "
-        "and the verification's attention is torch_native's with that pass's lengths"
+        "kernels run in Triton's interpreter, as XPU's, and the verification's attention is torch_native's with that "
+        "pass's lengths"
     )
+    block_note = "the draft's attention is torch_native's too, and what it is told of the device is XPU's"
 
     def __init__(self, environments: Path):
         self.beside = Environment(environments / "vllm")
@@ -40,8 +41,8 @@ class Sglang:
         options, result = asked.work / "asked.json", asked.work / "result.json"
         draft = str(case.folder) if case.folder else None
         options.write_text(json.dumps({
-            "model": str(asked.target), "draft": draft, "guesses": case.guesses, "new_tokens": asked.new_tokens,
-            "prompts": asked.prompts, "stops": sorted(asked.stops), "result": str(result),
+            "model": str(asked.target), "draft": draft, "algorithm": algorithm(case), "guesses": case.guesses,
+            "new_tokens": asked.new_tokens, "prompts": asked.prompts, "stops": sorted(asked.stops), "result": str(result),
         }))
         worker(
             [self.environment.python, INSIDE / "sglang_decode.py", options], asked.work / "sglang.log", asked.seconds,
@@ -57,4 +58,18 @@ class Sglang:
             for position in range(1, case.guesses + 1)
         ]
         shares = " ".join(f"{share:.3f}" for share in reached)
-        return Decode(answers, found["tokens_per_second"], [f"by position, as it counts: {shares}", self.note])
+        notes = [f"by position, as it counts: {shares}", self.note]
+        if case.method in BLOCKS:
+            notes.append(self.block_note)
+        return Decode(answers, found["tokens_per_second"], notes)
+
+
+def algorithm(case: Case) -> str | None:
+    """`speculative_algorithm` of a case. DFLASH finds out from config.json what its draft is."""
+    match case.method:
+        case "plain":
+            return None
+        case "dspark":
+            return "DSPARK"
+        case method:
+            return "DFLASH" if method in BLOCKS else "EAGLE3"

@@ -152,5 +152,6 @@ DRAFTS = {
     "dflash2": BLOCK | {"algorithm": "dflash2", "head": {"selector_rank": 16, "selector_top_k": 4}},
     "dspark": BLOCK | {"algorithm": "dspark", "block_size": 4, "head": {"markov_rank": 16}},
     "lilicorr": BLOCK | {"algorithm": "lilicorr", "head": LILICORR},
+    "domino": BLOCK | {"algorithm": "domino", "head": {"gru_hidden_dim": 64, "emb_dim": 16}},
     "peagle": {"algorithm": "peagle", "num_layers": 1, "num_depths": 4, "mask_token_id": 0, "draft_vocab_size": 56},
 }

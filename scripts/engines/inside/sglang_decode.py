@@ -18,9 +18,16 @@ def main() -> None:
     }
     if asked["draft"]:
         options |= {
-            "speculative_algorithm": "EAGLE3", "speculative_draft_model_path": asked["draft"],
+            "speculative_algorithm": asked["algorithm"], "speculative_draft_model_path": asked["draft"],
+            "speculative_num_draft_tokens": asked["guesses"] + 1,
+        }
+    if asked["algorithm"] == "DFLASH":
+        # Domino's candidates are otherwise the 2048 likeliest tokens of a block.
+        options |= {"speculative_domino_candidate_pool_size": 0}
+    if asked["algorithm"] == "EAGLE3":
+        options |= {
             "speculative_num_steps": asked["guesses"], "speculative_eagle_topk": 1,
-            "speculative_num_draft_tokens": asked["guesses"] + 1, "speculative_draft_attention_backend": "triton",
+            "speculative_draft_attention_backend": "triton",
         }
     engine = sglang.Engine(**options)
     sampling = {"temperature": 0, "max_new_tokens": asked["new_tokens"], "stop_token_ids": asked["stops"]}

@@ -34,6 +34,7 @@ mod machine;
 mod mask;
 mod numbers;
 mod program;
+mod prompts;
 mod ranks;
 mod record;
 mod regen;
@@ -67,6 +68,8 @@ enum Command {
     Train(train::TrainArgs),
     /// Run a command with several processes, on one machine or many.
     Launch(launch::LaunchArgs),
+    /// Let a chat model write prompts, where there are none at hand.
+    Prompts(prompts::PromptsArgs),
     /// Let the target answer prompts itself: on-policy training data.
     Regen(regen::RegenArgs),
     /// Write the target's hidden states to disk, so that training does not run it.
@@ -115,6 +118,7 @@ impl Cli {
         match self.command {
             Command::Train(args) => train::run(&args, &stop, &output),
             Command::Launch(args) => launch::run(&args, &stop, &output),
+            Command::Prompts(args) => prompts::run(&args, &stop, &output),
             Command::Regen(args) => regen::run(&args, &stop, &output),
             Command::Capture(args) => capture::run(&args, &stop, &output),
             Command::Inspect(args) => inspect::run(&args, &output),

@@ -4,13 +4,14 @@
 //!   `drafter` has the drafts, `policy` the pure decision, `prefill` how prompts are cut into passes, `event` what a decode
 //!   tells. `verify_budget` says how many drafted tokens are worth a pass, where the draft knows how sure it is.
 //! - `diffusion` decodes masked diffusion models, which fill in blocks of masks.
-//! - `regenerate` makes training data with it.
+//! - `regenerate` makes training data with it, `own_prompts` what there is to answer.
 //! - `scales` decodes images, whose unit is a scale instead of a token.
 
 pub mod diffusion;
 pub mod drafter;
 pub mod engine;
 pub mod event;
+pub mod own_prompts;
 pub mod policy;
 mod prefill;
 pub mod regenerate;
