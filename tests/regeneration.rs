@@ -188,3 +188,49 @@ fn the_demos_own_data_is_as_the_target_said_it() {
         assert!(answer["prompt_hash"].is_string());
     }
 }
+
+/// A model writes prompts, and `regen` answers them.
+#[test]
+fn a_target_writes_its_own_prompts() {
+    let workspace = Workspace::new();
+    // Random weights end a turn once in a while where many tokens end it.
+    let ends: Vec<u32> = (60..90).collect();
+    fs::write(workspace.path("model/generation_config.json"), json!({"eos_token_id": ends}).to_string()).unwrap();
+    let write = |out: &str, arguments: &[&str]| {
+        let mut command = specforge(&["prompts", "--json", "--max-new-tokens", "24", "--target"]);
+        command.arg(workspace.path("model")).arg("--out").arg(workspace.path(out)).args(arguments);
+        command
+    };
+    let report = json_of(&mut write("few.jsonl", &["--count", "3", "--system", "Be brief."]));
+    assert_eq!(report["prompts"], 3);
+    let few = fs::read_to_string(workspace.path("few.jsonl")).unwrap();
+    let rows: Vec<Value> = few.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    for row in &rows {
+        let [system, user] = &row["messages"].as_array().unwrap()[..] else { panic!("{row}") };
+        assert_eq!((&system["content"], &user["role"]), (&json!("Be brief."), &json!("user")));
+        assert!(
+            !user["content"].as_str().unwrap().trim().is_empty() && row["id"].as_str().unwrap().starts_with("own-0-")
+        );
+    }
+    json_of(&mut write("more.jsonl", &["--count", "5", "--system", "Be brief.", "--max-rows", "2"]));
+    assert!(
+        fs::read_to_string(workspace.path("more.jsonl")).unwrap().starts_with(&few),
+        "a longer list begins with a shorter one"
+    );
+
+    let mut command = specforge(&["regen", "--json", "--max-new-tokens", "4", "--target"]);
+    command.arg(workspace.path("model")).arg("--prompts").arg(workspace.path("few.jsonl"));
+    assert_eq!(json_of(command.arg("--out").arg(workspace.path("answers.jsonl")))["answers"], 3);
+
+    let refused = stderr_of(&output_of(&mut write("few.jsonl", &["--count", "1"])));
+    assert!(
+        refused.contains("few.jsonl: is there already") && refused.contains("hint: choose another --out"),
+        "{refused}"
+    );
+    assert_eq!(fs::read_to_string(workspace.path("few.jsonl")).unwrap(), few);
+    let greedy = stderr_of(&output_of(&mut write("greedy.jsonl", &["--count", "1", "--temperature", "0"])));
+    assert!(
+        greedy.contains("--temperature: expected a number above 0") && !workspace.path("greedy.jsonl").exists(),
+        "{greedy}"
+    );
+}
