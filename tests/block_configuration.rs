@@ -155,3 +155,20 @@ fn keys_of_heads_are_checked() {
     }
     refuses("lilicorr", &[("layout", json!("shift"))], &["draft.layout"]);
 }
+
+/// What changes while a run goes on is tied to its length, and nothing else is.
+#[test]
+fn weights_that_move_with_the_run_keep_its_length() {
+    let follows = |section: &Value| (draft::algorithm(section).unwrap().follows_length)(section);
+    for algorithm in EVERY {
+        assert_eq!(follows(&section(algorithm)), algorithm == "domino", "{algorithm}");
+    }
+    for key in ["selector_from", "selector_ramp"] {
+        let mut moving = section("dflash2");
+        set(&mut moving, &format!("head.{key}"), &json!(0.25));
+        assert!(follows(&moving), "{key}");
+    }
+    let eagle3 = |until: f64| json!({"algorithm": "eagle3", "grow_until": until});
+    assert!(!follows(&eagle3(0.0)) && follows(&eagle3(0.5)));
+    assert!(refusal(&eagle3(1.5)).is_some_and(|message| message.contains("draft.grow_until")));
+}

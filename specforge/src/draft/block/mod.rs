@@ -47,7 +47,9 @@ pub const fn algorithm(kind: &HeadKind) -> Algorithm {
         selection_metric: SELECTION_METRIC,
         figures,
         free_on_resume: &[],
-        follows_length: |section| BlockConfig::read(section).is_ok_and(|config| config.kind().follows_length),
+        follows_length: |section| {
+            BlockConfig::read(section).is_ok_and(|config| (config.kind().follows_length)(&config))
+        },
         pictures: false,
         resolve: |section| Ok(json!(BlockConfig::read(section)?)),
         size: |section, target| size(&BlockConfig::read(section)?, target),

@@ -41,6 +41,8 @@ pub struct Eagle3Config {
     /// Share of the rows of a step that the next one trains as well, by chance; weighted so that gradients are on average
     /// those of all rows.
     pub step_share: f64,
+    /// Share of the run by which all steps are trained: until then they are added one by one. 0 trains all from the start.
+    pub grow_until: f64,
     /// Objective of a step.
     pub loss: DistillationLoss,
     /// `lk_lambda`: weight of the cross-entropy is `lk_scale * exp(-lk_decay * acceptance)`.
@@ -93,6 +95,7 @@ impl Default for Eagle3Config {
             init_from: None,
             ttt_steps: 7,
             step_share: 1.0,
+            grow_until: 0.0,
             loss: DistillationLoss::CrossEntropy,
             lk_scale: 1.0,
             lk_decay: 1.0,
@@ -133,6 +136,10 @@ impl Eagle3Config {
             let problem = format!("expected a share above 0 and up to 1, got {}", self.step_share);
             return Err(Error::config("draft.step_share", problem));
         }
+        if !(0.0..=1.0).contains(&self.grow_until) {
+            let problem = format!("expected a share of the run from 0 to 1, got {}", self.grow_until);
+            return Err(Error::config("draft.grow_until", problem));
+        }
         let positive = [("loss_decay", self.loss_decay), ("lk_scale", self.lk_scale)];
         if let Some((key, value)) = positive.iter().find(|(_, value)| !value.is_finite() || *value <= 0.0) {
             return Err(Error::config(format!("draft.{key}"), format!("expected a positive number, got {value}")));
@@ -158,6 +165,14 @@ impl Eagle3Config {
             return Err(Error::config("draft.capture", problem));
         }
         Ok(())
+    }
+
+    /// Steps that are trained when this share of the run is over.
+    pub fn steps_at(&self, progress: f64) -> usize {
+        match progress < self.grow_until {
+            true => 1 + (self.ttt_steps as f64 * progress / self.grow_until) as usize,
+            false => self.ttt_steps,
+        }
     }
 
     /// Weight of each step in the objective.

@@ -50,7 +50,7 @@ pub const ALGORITHM: Algorithm = Algorithm {
     selection_metric: "simulated_acceptance_length",
     figures,
     free_on_resume: &["recompute"],
-    follows_length: |_| false,
+    follows_length: |section| Eagle3Config::read(section).is_ok_and(|config| config.grow_until > 0.0),
     pictures: false,
     resolve: |section| Ok(json!(Eagle3Config::read(section)?)),
     size: |section, target| size(&Eagle3Config::read(section)?, target),
@@ -155,7 +155,9 @@ impl Eagle3 {
             Normalisation::TrainedRows => supervision::rows(batch, k, self.config.mask).len(),
             Normalisation::AllPositions => batch.ids.len(),
         };
-        (0..self.config.ttt_steps).map(|k| rows(k) as f64 * share.powi(k as i32)).collect()
+        let steps = self.config.steps_at(key.progress());
+        let count = |k: usize| if k < steps { rows(k) as f64 * share.powi(k as i32) } else { 0.0 };
+        (0..self.config.ttt_steps).map(count).collect()
     }
 
     /// One pass; gradients are added where there is a buffer for them.
@@ -364,7 +366,8 @@ impl DraftModel for Eagle3 {
     }
 
     fn plan(&self, batch: &PackedBatch, key: StepKey) -> Result<RowPlan> {
-        let trained = steps::trained(batch, self.config.ttt_steps, self.config.mask, (self.config.step_share, key));
+        let steps = self.config.steps_at(key.progress());
+        let trained = steps::trained(batch, steps, self.config.mask, (self.config.step_share, key));
         Ok(RowPlan::new(self.counts(batch, key), StepPlan::new(batch, &trained)))
     }
 
@@ -435,10 +438,8 @@ mod tests {
     use super::*;
     use crate::data::DocumentRef;
 
-    #[test]
-    fn gradients_of_a_share_of_the_rows_are_on_average_those_of_all() {
-        let mut draft = cached::tests::draft(Kind::Double, &json!({}));
-        let tokens = 40;
+    /// Documents, and what a draft reads of them.
+    fn features(tokens: i64) -> FeatureBatch {
         let batch = PackedBatch {
             ids: (0..tokens).map(|token| (token * 7 + 3) % 23).collect(),
             positions: (0..tokens).collect(),
@@ -447,13 +448,49 @@ mod tests {
             documents: vec![DocumentRef::new("one", 0)],
         };
         let hidden = (0..4).map(|layer| noise::normal(&[tokens, 12], 1.0, 31, layer).to_kind(Kind::Double)).collect();
-        let features = FeatureBatch { batch: Arc::new(batch), hidden };
-        let gradient = |draft: &Eagle3, step| {
-            let plan = draft.plan(&features.batch, StepKey { seed: 2, step, total: 9 }).unwrap();
-            let mut totals = Gradients::zeros(draft.parameters()).unwrap();
-            draft.accumulate(&features, &plan, &plan.counts, &mut Gradients::new(&mut totals)).unwrap();
-            Tensor::cat(&totals.iter().map(|total| total.flatten(0, -1)).collect::<Vec<_>>(), 0)
-        };
+        FeatureBatch { batch: Arc::new(batch), hidden }
+    }
+
+    /// Gradients of all parameters in a row, when this many of nine steps were taken.
+    fn gradient(draft: &Eagle3, features: &FeatureBatch, step: u64) -> Tensor {
+        let plan = draft.plan(&features.batch, StepKey { seed: 2, step, total: 9 }).unwrap();
+        let mut totals = Gradients::zeros(draft.parameters()).unwrap();
+        draft.accumulate(features, &plan, &plan.counts, &mut Gradients::new(&mut totals)).unwrap();
+        Tensor::cat(&totals.iter().map(|total| total.flatten(0, -1)).collect::<Vec<_>>(), 0)
+    }
+
+    #[test]
+    fn steps_are_added_while_the_run_goes_on() {
+        let features = features(12);
+        let mut draft = cached::tests::draft(Kind::Double, &json!({}));
+        let whole = draft.config.ttt_steps;
+        assert!(whole > 2);
+        let counts =
+            |draft: &Eagle3, step| draft.plan(&features.batch, StepKey { seed: 2, step, total: 9 }).unwrap().counts;
+        let (all, of_all) = (counts(&draft, 0), gradient(&draft, &features, 0));
+        draft.config.grow_until = 0.5;
+        assert_eq!(counts(&draft, 0), [&all[..1], &vec![0.0; whole - 1]].concat());
+        // After a third of the run, two thirds of the steps.
+        let third = 1 + whole * 2 / 3;
+        assert_eq!(counts(&draft, 3), [&all[..third], &vec![0.0; whole - third]].concat());
+        assert_eq!((counts(&draft, 5), gradient(&draft, &features, 5)), (all, of_all));
+        // What is trained first is a draft of one step; its weights are those of the first step alike.
+        let first = gradient(&draft, &features, 0);
+        draft.config.grow_until = 0.0;
+        draft.config.loss_weights = Some((0..whole).map(|step| if step == 0 { 1.0 } else { 0.0 }).collect());
+        let alone = gradient(&draft, &features, 0);
+        let apart = (first - alone).abs().max().double_value(&[]);
+        assert!(apart < 1e-12, "a weight of zero trains nothing: {apart}");
+        let evaluated = draft.plan(&features.batch, StepKey::EVALUATION).unwrap().counts;
+        draft.config.grow_until = 1.0;
+        assert_eq!(draft.plan(&features.batch, StepKey::EVALUATION).unwrap().counts, evaluated);
+    }
+
+    #[test]
+    fn gradients_of_a_share_of_the_rows_are_on_average_those_of_all() {
+        let mut draft = cached::tests::draft(Kind::Double, &json!({}));
+        let features = features(40);
+        let gradient = |draft: &Eagle3, step| gradient(draft, &features, step);
         let whole = gradient(&draft, 0);
         let apart = |some: &Tensor| (some - &whole).norm().double_value(&[]) / whole.norm().double_value(&[]);
         draft.config.step_share = 0.7;

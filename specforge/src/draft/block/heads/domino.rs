@@ -37,7 +37,7 @@ pub const KIND: HeadKind = HeadKind {
     check: |config| DominoConfig::read(config).and_then(|_| super::whole_vocabulary(config)),
     metrics: |config| Ok(training::metrics(config)),
     wants_teacher: |_| false,
-    follows_length: true,
+    follows_length: |_| true,
     tensors: |config, shape| DominoConfig::read(config)?.tensors(shape),
     build: |config, shape, tensors| Ok(Box::new(DominoHead::new(config, shape, tensors)?)),
     reads_context: false,

@@ -37,7 +37,7 @@ pub const KIND: HeadKind = HeadKind {
         Ok([metrics::names(config.layout(), config.block_size), own.map(str::to_owned).into()].concat())
     },
     wants_teacher: |config| LilicorrConfig::read(config).is_ok_and(|own| own.reads_teacher()),
-    follows_length: false,
+    follows_length: |_| false,
     tensors,
     build: training::build,
     reads_context: true,

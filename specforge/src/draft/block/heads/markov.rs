@@ -38,7 +38,7 @@ pub const KIND: HeadKind = HeadKind {
     check: |config| MarkovConfig::read(config).map(|_| ()),
     metrics: |config| training::metrics(config, &MarkovConfig::read(config)?),
     wants_teacher: |config| MarkovConfig::read(config).is_ok_and(|own| own.confidence_head),
-    follows_length: false,
+    follows_length: |_| false,
     tensors: |config, shape| Ok(MarkovConfig::read(config)?.tensors(shape)),
     build: |config, shape, tensors| Ok(Box::new(DSpark::new(config, shape, tensors)?)),
     reads_context: false,

@@ -52,7 +52,7 @@ pub struct HeadKind {
     /// Whether the head wants the target's own predictions, whatever the loss.
     pub wants_teacher: fn(&BlockConfig) -> bool,
     /// Whether its loss depends on how much of the run is over.
-    pub follows_length: bool,
+    pub follows_length: fn(&BlockConfig) -> bool,
     /// Tensors of the head in creation order, none for plain DFlash.
     pub tensors: fn(&BlockConfig, &BlockShape) -> Result<Vec<TensorSpec>>,
     /// Builds the head for training on tensors that are found by name.

@@ -19,7 +19,7 @@ pub const KIND: HeadKind = HeadKind {
     check: |config| super::no_own_keys(config),
     metrics: |config| Ok(metrics::names(config.layout(), config.block_size)),
     wants_teacher: |_| false,
-    follows_length: false,
+    follows_length: |_| false,
     tensors: |_, _| Ok(Vec::new()),
     build: |config, shape, _| {
         let (objective, focal) = (Objective::of(config)?, config.first_error_focal);

@@ -36,7 +36,7 @@ pub const KIND: HeadKind = HeadKind {
         Ok([metrics::names(config.layout(), config.block_size), own.into()].concat())
     },
     wants_teacher: |config| SelectorConfig::read(config).is_ok_and(|own| own.objective.labels() == Labels::Teacher),
-    follows_length: false,
+    follows_length: |config| SelectorConfig::read(config).is_ok_and(|own| own.selector_from + own.selector_ramp > 0.0),
     tensors,
     build,
     reads_context: false,

@@ -29,7 +29,7 @@ pub const KIND: HeadKind = HeadKind {
         Ok([metrics::names(config.layout(), config.block_size), own.into()].concat())
     },
     wants_teacher: |_| false,
-    follows_length: false,
+    follows_length: |_| false,
     tensors,
     build: training::build,
     reads_context: false,
