@@ -6,7 +6,7 @@ use std::process::Command;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use crate::fixture::{Workspace, conversations, json_of, specforge};
+use crate::fixture::{Workspace, conversations, json_of, output_of, specforge, stderr_of, tensors_of};
 
 fn workspace() -> Workspace {
     let mut workspace = Workspace::new();
@@ -49,6 +49,44 @@ fn a_run_starts_from_an_exported_draft() {
     let second = workspace.train("second", &["--set", &from, "--set", &map, "--set", "train.max_steps=1"]);
     assert_eq!(second["start"], first["end"]);
     assert_ne!(second["start"], first["start"]);
+}
+
+/// A draft that starts from the target's last layer is that layer on the side of the feature.
+#[test]
+fn a_run_starts_from_a_layer_of_the_target() {
+    let mut workspace = workspace();
+    workspace.set("train.max_steps", 1).set("optim.learning_rate", 1e-30).set("draft.layer_from", 1);
+    let report = workspace.train("run", &[]);
+    let all = |path| tensors_of(&path).into_iter().collect::<std::collections::HashMap<_, _>>();
+    let draft = all(workspace.path("run/step-00000001/model.safetensors"));
+    let target = all(workspace.path("model/model.safetensors"));
+    let of_target = |part: &str| &target[&format!("model.layers.1.{part}.weight")];
+    let own = |part: &str| &draft[&format!("midlayer.{part}.weight")];
+    for part in ["self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"] {
+        assert!(own(part).equal(of_target(part)), "{part}");
+    }
+    assert!(
+        own("hidden_norm").equal(of_target("input_layernorm")) && !own("input_layernorm").equal(own("hidden_norm"))
+    );
+    for part in ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"] {
+        let halves = own(part).chunk(2, 1);
+        assert_eq!(halves[0].abs().max().double_value(&[]), 0.0, "{part} is blind to the embedding");
+        assert!(halves[1].equal(of_target(part)), "{part}");
+    }
+    // The last captured state goes through as it is, beside a little noise.
+    let noise = &draft["fc.weight"].chunk(2, 1)[1] - Tensor::eye(32, (Kind::Float, Device::Cpu));
+    assert!(noise.abs().max().double_value(&[]) < 0.2);
+
+    // What was drawn at random elsewhere is what it is without a layer.
+    workspace.set("draft.layer_from", Value::Null);
+    let random = workspace.train("random", &[]);
+    assert_ne!(random["start"], report["start"]);
+    let random = all(workspace.path("random/step-00000001/model.safetensors"));
+    assert!(random["fc.weight"].chunk(2, 1)[0].equal(&draft["fc.weight"].chunk(2, 1)[0]));
+
+    let refused = |value: &str| stderr_of(&output_of(&mut workspace.train_command("no", &["--set", value])));
+    let deep = refused("draft.layer_from=2");
+    assert!(deep.contains("`draft.layer_from`") && deep.contains("expected a layer below 2"), "{deep}");
 }
 
 /// Memory of a step at 1024 tokens, nearly all of them trained, a vocabulary of 32000, the draft's of 8000, 7 steps.

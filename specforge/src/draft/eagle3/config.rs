@@ -34,6 +34,8 @@ pub struct Eagle3Config {
     pub vocab_map: Option<PathBuf>,
     /// Where the vocabulary projection starts.
     pub lm_head: HeadStart,
+    /// Layer of the target, from 0, whose weights the draft's first layer starts from; see [`super::start`].
+    pub layer_from: Option<usize>,
     /// Folder or GGUF file of a published EAGLE-3 draft to start from.
     pub init_from: Option<PathBuf>,
     /// `K`, steps of the training-time test.
@@ -92,6 +94,7 @@ impl Default for Eagle3Config {
             draft_vocab_size: None,
             vocab_map: None,
             lm_head: HeadStart::Target,
+            layer_from: None,
             init_from: None,
             ttt_steps: 7,
             step_share: 1.0,
@@ -165,6 +168,21 @@ impl Eagle3Config {
             return Err(Error::config("draft.capture", problem));
         }
         Ok(())
+    }
+
+    /// Refuses a layer that the target lacks, or that is of another shape.
+    fn check_layer_from(&self, layer: usize, shape: &Eagle3Shape, target: &TargetInfo) -> Result<()> {
+        let refuse = |problem: String| Err(Error::config("draft.layer_from", problem));
+        if layer >= target.num_layers() {
+            return refuse(format!("expected a layer below {}, the target's layers, got {layer}", target.num_layers()));
+        }
+        if shape.hidden_size != shape.target_hidden_size || shape.head_norms {
+            return refuse("the draft's layer has another shape than the target's".to_owned());
+        }
+        match &self.init_from {
+            Some(path) => refuse(format!("the draft starts from {} already", path.display())),
+            None => Ok(()),
+        }
     }
 
     /// Steps that are trained when this share of the run is over.
@@ -344,6 +362,9 @@ impl Eagle3Shape {
             head_norms: false,
         };
         shape.check().map_err(|problem| Error::config("draft.config", problem))?;
+        if let Some(layer) = config.layer_from {
+            config.check_layer_from(layer, &shape, target)?;
+        }
         Ok(shape)
     }
 

@@ -36,6 +36,7 @@ pub mod config;
 pub mod layers;
 pub mod recompute;
 mod samples;
+mod start;
 pub mod steps;
 
 pub use config::{Eagle3Config, Eagle3Shape, HeadStart, Normalisation};
@@ -110,15 +111,21 @@ impl Eagle3 {
         let mut parameters = Vec::new();
         for (index, (name, tensor_shape)) in shape.tensors().into_iter().enumerate() {
             let from_target = config.lm_head == HeadStart::Target && shape.hidden_size == shape.target_hidden_size;
-            let value = if name == "lm_head.weight" && from_target {
-                let rows =
-                    map.map_or_else(|| Ok(context.head.share()), |map| vocabulary::gather_rows(context.head, map))?;
-                rows.start().f_to_device(device)?.f_to_kind(kind)?
-            } else if tensor_shape.len() == 1 {
-                Tensor::f_ones(&tensor_shape, (kind, device))?
-            } else {
-                let random = noise::normal(&tensor_shape, DEVIATION, context.seed, index as u64);
-                random.f_to_kind(kind)?.f_to_device(device)?
+            let usual = || {
+                if name == "lm_head.weight" && from_target {
+                    let rows =
+                        map.map_or_else(|| Ok(context.head.share()), |map| vocabulary::gather_rows(context.head, map))?;
+                    Ok(rows.start().f_to_device(device)?.f_to_kind(kind)?)
+                } else if tensor_shape.len() == 1 {
+                    Ok(Tensor::f_ones(&tensor_shape, (kind, device))?)
+                } else {
+                    let random = noise::normal(&tensor_shape, DEVIATION, context.seed, index as u64);
+                    Ok(random.f_to_kind(kind)?.f_to_device(device)?)
+                }
+            };
+            let value = match config.layer_from {
+                Some(layer) => start::value(context, layer, (&name, &tensor_shape), usual)?,
+                None => usual()?,
             };
             parameters.push(Parameter::new(name, value));
         }
