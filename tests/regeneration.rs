@@ -172,11 +172,17 @@ fn a_target_is_sampled_as_its_generation_config_says_unless_told_otherwise() {
 /// The demo trains on what its target said: every answer has its tokens, and an end of turn only where there was one.
 #[test]
 fn the_demos_own_data_is_as_the_target_said_it() {
-    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/data/conversations.jsonl");
-    let rows: Vec<Value> =
-        fs::read_to_string(path).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    for (file, rows, answers) in [("conversations", 420, 504), ("own-conversations", 1600, 1600)] {
+        as_the_target_said_it(file, rows, answers);
+    }
+}
+
+fn as_the_target_said_it(file: &str, row_count: usize, answer_count: usize) {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/data");
+    let text = fs::read_to_string(folder.join(format!("{file}.jsonl"))).unwrap();
+    let rows: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let answers = answers(&rows);
-    assert_eq!((rows.len(), answers.len()), (420, 504));
+    assert_eq!((rows.len(), answers.len()), (row_count, answer_count), "{file}");
     for answer in &answers {
         let ids: Vec<u64> = answer["token_ids"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap()).collect();
         // 2 is SmolLM2's end of turn.

@@ -33,6 +33,17 @@ TYPES = {
 }
 # The prebuilt server is older than these.
 NEWER = ("dflash2",)
+
+
+def is_newer(case: Case) -> bool:
+    """Whether a draft is none that the prebuilt server loads: DSpark of a smaller vocabulary came later, too."""
+    if case.method != "dspark" or case.folder is None:
+        return case.method in NEWER
+    config = json.loads((case.folder / "config.json").read_text())
+    size = config.get("vocab_size") or config["transformer_layer_config"]["vocab_size"]
+    return config.get("draft_vocab_size", size) != size
+
+
 # What a server's log has of every answer behind its drafts.
 END = "stop processing"
 # A processor that lacks what the binary was built for, or a library that is not there.
@@ -109,7 +120,7 @@ class LlamaCpp:
         self.is_portable, self.version = True, PORTABLE
 
     def decode(self, case: Case, asked: Asked) -> Decode:
-        if case.method in NEWER and not self.is_portable:
+        if is_newer(case) and not self.is_portable:
             newer = copy.copy(self)
             newer.is_portable = True
             decoded = newer.served(case, asked)
