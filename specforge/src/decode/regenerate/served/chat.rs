@@ -1,8 +1,8 @@
 //! One turn as servers speak it: `/v1/chat/completions` of OpenAI's protocol, with what vLLM and SGLang add to it.
 //!
 //! Both give token ids where `return_token_ids` asks for them (vLLM from 0.10.2 on; SGLang since July 2026): the answer's beside the
-//! choice, the prompt's beside the choice (SGLang) or beside all of them (vLLM). Servers that know nothing of it leave them
-//! out. What the target thought comes as `reasoning_content`, or `reasoning` in newer vLLM.
+//! choice (`token_ids`, `response_token_ids`), the prompt's beside the choice (SGLang) or beside all of them (vLLM). Servers that
+//! know nothing of it leave them out. What the target thought comes as `reasoning_content`, or `reasoning` in newer vLLM.
 
 use serde_json::{Map, Value, json};
 
@@ -205,7 +205,9 @@ pub(super) fn read(bytes: &[u8]) -> Result<Answer, Trouble> {
             return Err(Trouble::Final(format!("the answer is empty{beside}")));
         }
     }
-    let token_ids = ids(choice.get("token_ids")).map_err(|problem| wrong(&format!("`token_ids`: {problem}")))?;
+    // vLLM's name, and SGLang's.
+    let key = if choice.get("response_token_ids").is_some() { "response_token_ids" } else { "token_ids" };
+    let token_ids = ids(choice.get(key)).map_err(|problem| wrong(&format!("`{key}`: {problem}")))?;
     let asked = choice.get("prompt_token_ids").filter(|ids| !ids.is_null()).or_else(|| value.get("prompt_token_ids"));
     let asked = ids(asked).map_err(|problem| wrong(&format!("`prompt_token_ids`: {problem}")))?;
     let count = |key: &str| value.pointer(&format!("/usage/{key}")).and_then(Value::as_u64);
@@ -308,7 +310,8 @@ mod tests {
         }
         let mut vllm = choice(json!({"content": "a"}), json!({"token_ids": [4, 2], "finish_reason": "length"}));
         vllm["prompt_token_ids"] = json!([1, 2, 3]);
-        let sglang = choice(json!({"content": "a"}), json!({"token_ids": [4, 2], "prompt_token_ids": [1, 2, 3]}));
+        let said = json!({"response_token_ids": [4, 2], "prompt_token_ids": [1, 2, 3]});
+        let sglang = choice(json!({"content": "a"}), said);
         for (value, finish) in [(vllm, Finish::Length), (sglang, Finish::Stop)] {
             let Marks { finish: ended, token_ids, prompt_hash: asked, .. } = read(value).unwrap().message.marks;
             assert_eq!((ended, token_ids), (Some(finish), Some(vec![4, 2])));
