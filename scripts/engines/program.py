@@ -78,6 +78,12 @@ class Program:
         )
         return out
 
+    def unserved(self, export: Path, engine: str) -> str:
+        """Why an engine does not serve an export, by the rules of `export --check`; nothing where it does."""
+        command = [str(part) for part in (self.path, "export", "--check", export, "--engine", engine)]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
+        return "" if done.returncode == 0 else done.stderr.strip()
+
     def has_layout(self, layout: str) -> bool:
         """Whether `export` can write it."""
         if not self.help:
