@@ -202,11 +202,12 @@ fn a_target_writes_its_own_prompts() {
     // Random weights end a turn once in a while where many tokens end it.
     let ends: Vec<u32> = (60..90).collect();
     fs::write(workspace.path("model/generation_config.json"), json!({"eos_token_id": ends}).to_string()).unwrap();
-    let write = |out: &str, arguments: &[&str]| {
-        let mut command = specforge(&["prompts", "--json", "--max-new-tokens", "24", "--target"]);
+    let write_up_to = |most: &str, out: &str, arguments: &[&str]| {
+        let mut command = specforge(&["prompts", "--json", "--max-new-tokens", most, "--target"]);
         command.arg(workspace.path("model")).arg("--out").arg(workspace.path(out)).args(arguments);
         command
     };
+    let write = |out: &str, arguments: &[&str]| write_up_to("24", out, arguments);
     let report = json_of(&mut write("few.jsonl", &["--count", "3", "--system", "Be brief."]));
     assert_eq!(report["prompts"], 3);
     let few = fs::read_to_string(workspace.path("few.jsonl")).unwrap();
@@ -234,6 +235,18 @@ fn a_target_writes_its_own_prompts() {
         "{refused}"
     );
     assert_eq!(fs::read_to_string(workspace.path("few.jsonl")).unwrap(), few);
+    // Hardly a prompt is so short: what is there is written, and the exit code says that it is not all.
+    let short = output_of(&mut write_up_to("2", "short.jsonl", &["--count", "30"]));
+    let rows = fs::read_to_string(workspace.path("short.jsonl"))
+        .unwrap_or_else(|_| panic!("{}", stderr_of(&short)))
+        .lines()
+        .count();
+    assert!(short.status.code() != Some(0) && (1..30).contains(&rows), "{rows} {}", stderr_of(&short));
+    assert!(
+        stderr_of(&short).contains(&format!("expected 30 prompts, got {rows} in 240 tries")),
+        "{}",
+        stderr_of(&short)
+    );
     let greedy = stderr_of(&output_of(&mut write("greedy.jsonl", &["--count", "1", "--temperature", "0"])));
     assert!(
         greedy.contains("--temperature: expected a number above 0") && !workspace.path("greedy.jsonl").exists(),

@@ -34,16 +34,6 @@ TYPES = {
 # The prebuilt server is older than these.
 NEWER = ("dflash2",)
 
-
-def is_newer(case: Case) -> bool:
-    """Whether a draft is none that the prebuilt server loads: DSpark of a smaller vocabulary came later, too."""
-    if case.method != "dspark" or case.folder is None:
-        return case.method in NEWER
-    config = json.loads((case.folder / "config.json").read_text())
-    size = config.get("vocab_size") or config["transformer_layer_config"]["vocab_size"]
-    return config.get("draft_vocab_size", size) != size
-
-
 # What a server's log has of every answer behind its drafts.
 END = "stop processing"
 # A processor that lacks what the binary was built for, or a library that is not there.
@@ -219,6 +209,15 @@ class LlamaCpp:
             decoded += said["timings"]["predicted_n"] - 1
             milliseconds += said["timings"]["predicted_ms"]
         return Decode(answers, 1000 * decoded / milliseconds if milliseconds else 0.0)
+
+
+def is_newer(case: Case) -> bool:
+    """Whether a draft is none that the prebuilt server loads: DSpark of a smaller vocabulary came later, too."""
+    if case.method != "dspark" or case.folder is None:
+        return case.method in NEWER
+    config = json.loads((case.folder / "config.json").read_text())
+    size = config.get("vocab_size") or config["transformer_layer_config"]["vocab_size"]
+    return config.get("draft_vocab_size", size) != size
 
 
 def behind(log: Path, begin: int) -> str:

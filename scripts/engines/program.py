@@ -79,10 +79,13 @@ class Program:
         return out
 
     def unserved(self, export: Path, engine: str) -> str:
-        """Why an engine does not serve an export, by the rules of `export --check`; nothing where it does."""
+        """Why an engine does not serve an export, by the rules of `export --check`; nothing where it does.
+
+        A check that fails for another reason says nothing of engines: what is wrong then is ours.
+        """
         command = [str(part) for part in (self.path, "export", "--check", export, "--engine", engine)]
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
-        return "" if done.returncode == 0 else done.stderr.strip()
+        return done.stderr.strip() if done.returncode and "cannot be served" in done.stderr else ""
 
     def has_layout(self, layout: str) -> bool:
         """Whether `export` can write it."""

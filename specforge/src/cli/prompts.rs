@@ -67,7 +67,7 @@ pub(super) fn run(args: &PromptsArgs, stop: &Stop, output: &Output) -> Result<()
     let args = &mut args.clone();
     hub::fetch(vec![Place::Model(&mut args.target, Wanted::Target)], None)?;
     let (args, target) = (&*args, &args.target);
-    own_prompts::refuse_existing(&args.out)?;
+    let file = own_prompts::begin(&args.out)?;
     let processors = Processors { temperature: args.temperature, top_p: args.top_p, ..Processors::default() };
     processors.check().map_err(|problem| Error::Usage(format!("--{}", problem.replace('_', "-"))))?;
     if processors.is_greedy() {
@@ -104,14 +104,18 @@ pub(super) fn run(args: &PromptsArgs, stop: &Stop, output: &Output) -> Result<()
             progress.set_with(done as u64, args.count as u64, &format!("{speed:.0} tokens/s"));
         },
     )?;
-    written.write(&args.out, args.system.as_deref(), args.seed)?;
+    let shortfall = written.shortfall(&options);
+    // What a long run has is kept, whatever ended it.
+    if !written.prompts.is_empty() {
+        written.write(file, args.system.as_deref(), args.seed)?;
+    }
     progress.finish(if written.interrupted { "stopped" } else { "done" });
     if written.interrupted {
         note(format!("warning: {} of {} prompts were written", written.prompts.len(), args.count));
     }
     let report = Report { out: args.out.clone(), prompts: written.prompts.len(), written };
     output.result(&report, || text(&report));
-    Ok(())
+    shortfall.map_or(Ok(()), Err)
 }
 
 fn text(report: &Report) -> String {

@@ -21,7 +21,7 @@ use super::{Engine, EngineOptions, Finish, Policy, Request};
 use crate::data::ChatTokenizer;
 use crate::data::conversation::Message;
 use crate::error::{Error, Result};
-use crate::files;
+use crate::files::StagedFile;
 use crate::models::TargetModel;
 use crate::nn::Processors;
 
@@ -91,25 +91,39 @@ pub struct OwnPrompts {
 }
 
 impl OwnPrompts {
-    /// Writes a row for each, as [`super::regenerate`] reads them. A file that is there is not touched.
-    pub fn write(&self, out: &Path, system: Option<&str>, seed: u64) -> Result<()> {
-        refuse_existing(out)?;
-        files::write_file(out, |file| {
-            self.prompts.iter().try_for_each(|(index, text)| {
-                let user = json!({"role": "user", "content": text});
-                let messages: Vec<_> =
-                    system.map(|text| json!({"role": "system", "content": text})).into_iter().chain([user]).collect();
-                writeln!(file, "{}", json!({"id": format!("own-{seed}-{index:06}"), "messages": messages}))
-            })
-        })
+    /// What is wrong where a target did not write as many as were wanted, though nobody stopped it.
+    pub fn shortfall(&self, options: &OwnPromptOptions) -> Option<Error> {
+        let Self { prompts, tried, unfinished, unusable, repeated, .. } = self;
+        let problem = format!(
+            "expected {} prompts, got {} in {tried} tries: {unfinished} were longer than {} tokens, {unusable} had no words or \
+             special tokens among them, {repeated} repeated others",
+            options.count,
+            prompts.len(),
+            options.max_new_tokens
+        );
+        let hint = "allow longer prompts, or a higher temperature; a base model does not write prompts";
+        (!self.interrupted && prompts.len() < options.count).then(|| Error::Failed(problem).with_hint(hint))
+    }
+
+    /// Writes a row for each, as [`super::regenerate`] reads them.
+    pub fn write(&self, mut file: StagedFile, system: Option<&str>, seed: u64) -> Result<()> {
+        for (index, text) in &self.prompts {
+            let user = json!({"role": "user", "content": text});
+            let messages: Vec<_> =
+                system.map(|text| json!({"role": "system", "content": text})).into_iter().chain([user]).collect();
+            let row = json!({"id": format!("own-{seed}-{index:06}"), "messages": messages});
+            file.write(format!("{row}\n").as_bytes())?;
+        }
+        file.commit()
     }
 }
 
-/// Refuses a file that would be written over.
-pub fn refuse_existing(out: &Path) -> Result<()> {
+/// Begins the file before anything is sampled, so that a folder that cannot be written costs nothing. One that is there is
+/// not touched.
+pub fn begin(out: &Path) -> Result<StagedFile> {
     match out.exists() {
         true => Err(Error::bad_file(out, "is there already").with_hint("choose another --out, or move it away")),
-        false => Ok(()),
+        false => StagedFile::new(out),
     }
 }
 
@@ -153,7 +167,7 @@ pub fn write_prompts(
             begun += 1;
         }
         if engine.pending() == 0 {
-            return Err(too_few(options, &found));
+            break;
         }
         for left in engine.step(&mut Silent)? {
             let decoded = left.decoded?;
@@ -196,18 +210,6 @@ fn usable(words: &str) -> Try {
         "" => Try::Unusable,
         words => Try::Prompt(words.to_owned()),
     }
-}
-
-fn too_few(options: &OwnPromptOptions, found: &OwnPrompts) -> Error {
-    let OwnPrompts { prompts, tried, unfinished, unusable, repeated, .. } = found;
-    Error::Failed(format!(
-        "expected {} prompts, got {} in {tried} tries: {unfinished} were longer than {} tokens, {unusable} had no words or special \
-         tokens among them, {repeated} repeated others",
-        options.count,
-        prompts.len(),
-        options.max_new_tokens
-    ))
-    .with_hint("allow longer prompts, or a higher temperature; a base model does not write prompts")
 }
 
 #[cfg(test)]
@@ -253,7 +255,10 @@ mod tests {
         assert_eq!((cut_at("Why?", "USER:"), cut_at("Why?", "")), (None, None));
         assert!(matches!(usable(" \n"), Try::Unusable));
         // Nothing ends within a token.
-        let error = written(&OwnPromptOptions { max_new_tokens: 1, ..options(40, 8) }).unwrap_err().to_string();
-        assert!(error.contains("expected 40 prompts, got"), "{error}");
+        let hard = OwnPromptOptions { max_new_tokens: 1, ..options(40, 8) };
+        let few = written(&hard).unwrap();
+        let error = few.shortfall(&hard).unwrap().to_string();
+        assert!(few.tried == 320 && error.contains("expected 40 prompts, got"), "{error}");
+        assert!(written(&options(3, 2)).unwrap().shortfall(&options(3, 2)).is_none());
     }
 }

@@ -176,7 +176,7 @@ impl Eagle3Config {
         if layer >= target.num_layers() {
             return refuse(format!("expected a layer below {}, the target's layers, got {layer}", target.num_layers()));
         }
-        if shape.hidden_size != shape.target_hidden_size || shape.head_norms {
+        if shape.hidden_size != shape.target_hidden_size {
             return refuse("the draft's layer has another shape than the target's".to_owned());
         }
         match &self.init_from {
@@ -188,7 +188,7 @@ impl Eagle3Config {
     /// Steps that are trained when this share of the run is over.
     pub fn steps_at(&self, progress: f64) -> usize {
         match progress < self.grow_until {
-            true => 1 + (self.ttt_steps as f64 * progress / self.grow_until) as usize,
+            true => (1 + (self.ttt_steps as f64 * progress / self.grow_until) as usize).min(self.ttt_steps),
             false => self.ttt_steps,
         }
     }

@@ -206,7 +206,8 @@ pub(super) fn read(bytes: &[u8]) -> Result<Answer, Trouble> {
         }
     }
     // vLLM's name, and SGLang's.
-    let key = if choice.get("response_token_ids").is_some() { "response_token_ids" } else { "token_ids" };
+    let is_there = |key: &&str| choice.get(*key).is_some_and(|ids| !ids.is_null());
+    let key = ["token_ids", "response_token_ids"].into_iter().find(is_there).unwrap_or("token_ids");
     let token_ids = ids(choice.get(key)).map_err(|problem| wrong(&format!("`{key}`: {problem}")))?;
     let asked = choice.get("prompt_token_ids").filter(|ids| !ids.is_null()).or_else(|| value.get("prompt_token_ids"));
     let asked = ids(asked).map_err(|problem| wrong(&format!("`prompt_token_ids`: {problem}")))?;
