@@ -71,8 +71,9 @@ fn main() {
     }
     // Kernels, which are nothing without their optimisation. Their threads are those of libtorch's own OpenMP library: a
     // second one would keep threads of its own, that wait by spinning.
-    let mut kernels =
-        build(&["csrc/few_queries.cpp", "csrc/few_rows.cpp", "csrc/crowd.cpp", "csrc/vocabulary_loss.cpp"], 3);
+    let files =
+        ["few_queries", "few_rows", "crowd", "layer_parts", "vocabulary_loss"].map(|name| format!("csrc/{name}.cpp"));
+    let mut kernels = build(&files.each_ref().map(String::as_str), 3);
     // Vectors are passed between functions of one file alone.
     kernels.flag_if_supported("-Wno-psabi");
     let is_openmp = |name: &std::ffi::OsString| name.to_string_lossy().starts_with("libgomp");

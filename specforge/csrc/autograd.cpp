@@ -1,14 +1,19 @@
-// A matrix product with a gradient of its own. Errors as in shim.cpp.
+// Parts of a layer with gradients of their own: matrix products, norms, gates. Errors as in shim.cpp.
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string_view>
 
 #include "guarded.h"
+#include "layer_parts.h"
 
 namespace {
 
@@ -49,6 +54,101 @@ class OnednnLinear : public torch::autograd::Function<OnednnLinear> {
   }
 };
 
+// `silu(gate) up` times the transpose of `down`, all of float32 on the CPU. Of the wide rows gate and up alone are kept: their
+// product is made again on the way back.
+class GatedLinear : public torch::autograd::Function<GatedLinear> {
+ public:
+  static at::Tensor forward(AutogradContext *context, const at::Tensor &gate, const at::Tensor &up,
+                            const at::Tensor &down) {
+    TORCH_CHECK(gate.sizes() == up.sizes(), "a gate of ", gate.sizes(), ": expected the same of what it lets through, got ",
+                up.sizes());
+    const auto gates = gate.contiguous(), ups = up.contiguous();  // [r, in]
+    context->save_for_backward({gates, ups, down});
+    return product(gated(gates, ups), down);
+  }
+
+  static variable_list backward(AutogradContext *context, variable_list slopes) {
+    const auto saved = context->get_saved_variables();
+    const auto &gate = saved[0], &up = saved[1], &down = saved[2];
+    const auto slope = slopes[0].contiguous();  // [r, out]
+    at::Tensor down_slope;
+    if (context->needs_input_grad(2)) down_slope = product(slope.t(), gated(gate, up).t());  // [out, in]
+    const auto of_product = product(slope, down.t()).contiguous();                           // [r, in]
+    const auto of_gate = at::empty_like(gate);
+    layer_parts::gate_backward(gate.numel(), gate.const_data_ptr<float>(), up.const_data_ptr<float>(),
+                               of_product.const_data_ptr<float>(), of_gate.mutable_data_ptr<float>(),
+                               of_product.mutable_data_ptr<float>());
+    return {of_gate, of_product, down_slope};
+  }
+
+ private:
+  static at::Tensor gated(const at::Tensor &gate, const at::Tensor &up) {
+    const auto both = at::empty_like(gate);
+    layer_parts::gate_forward(gate.numel(), gate.const_data_ptr<float>(), up.const_data_ptr<float>(),
+                              both.mutable_data_ptr<float>());
+    return both;
+  }
+};
+
+// Rows `[.., width]` normed by their root mean square where there is a weight `[width]`, then turned where there are rotary
+// tables, `[rows / heads, turned]` each; all of float32 on the CPU. Kept for the way back: the rows as they came, and one
+// number of each.
+class NormedRows : public torch::autograd::Function<NormedRows> {
+ public:
+  using Given = std::optional<at::Tensor>;
+
+  static at::Tensor forward(AutogradContext *context, const at::Tensor &rows, const Given &weight, double epsilon,
+                            const Given &cos, const Given &sin) {
+    const auto input = rows.contiguous();
+    const auto flat = [](const Given &tensor) { return tensor ? tensor->contiguous() : at::Tensor(); };
+    const auto weights = flat(weight), cosines = flat(cos), sines = flat(sin);
+    const auto norm = described(input, weights, epsilon, cosines, sines);
+    const auto output = at::empty_like(input);
+    const auto inverse = at::empty({weight ? norm.rows : 0}, input.options());
+    layer_parts::norm_forward(norm, input.const_data_ptr<float>(), output.mutable_data_ptr<float>(),
+                              inverse.mutable_data_ptr<float>());
+    // Turning alone goes back without knowing what was turned.
+    context->save_for_backward({weight ? input : at::Tensor(), weights, cosines, sines, inverse});
+    context->saved_data["epsilon"] = epsilon;
+    return output;
+  }
+
+  static variable_list backward(AutogradContext *context, variable_list slopes) {
+    const auto saved = context->get_saved_variables();
+    const auto &input = saved[0], &weight = saved[1], &inverse = saved[4];
+    const auto slope = slopes[0].contiguous();
+    const auto norm = described(slope, weight, context->saved_data["epsilon"].toDouble(), saved[2], saved[3]);
+    const std::int64_t parts = std::min<std::int64_t>(norm.rows, PARTS);
+    const auto rows_slope = at::empty_like(slope);
+    at::Tensor weight_parts;
+    if (weight.defined()) weight_parts = at::zeros({parts, norm.width}, slope.options());
+    layer_parts::norm_backward(norm, weight.defined() ? input.const_data_ptr<float>() : nullptr,
+                               inverse.const_data_ptr<float>(), slope.const_data_ptr<float>(),
+                               rows_slope.mutable_data_ptr<float>(),
+                               weight.defined() ? weight_parts.mutable_data_ptr<float>() : nullptr, parts);
+    const auto weight_slope = weight.defined() ? weight_parts.sum(0) : at::Tensor();
+    return {rows_slope, weight_slope, at::Tensor(), at::Tensor(), at::Tensor()};
+  }
+
+ private:
+  static constexpr std::int64_t PARTS = 64;  // of a weight's slope
+
+  static layer_parts::Norm described(const at::Tensor &rows, const at::Tensor &weight, double epsilon,
+                                     const at::Tensor &cos, const at::Tensor &sin) {
+    const auto width = rows.size(-1), count = width > 0 ? rows.numel() / width : 0;
+    const auto data = [](const at::Tensor &tensor) {
+      return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr;
+    };
+    TORCH_CHECK(!weight.defined() || weight.numel() == width, "a norm of ", weight.sizes(), " for rows of ", rows.sizes());
+    const auto turned = cos.defined() ? cos.size(-1) : 0;
+    const auto tables = std::max<std::int64_t>(1, turned > 0 ? cos.numel() / turned : 1);
+    TORCH_CHECK(turned <= width && turned % 2 == 0 && count % tables == 0 && (turned == 0 || cos.sizes() == sin.sizes()),
+                "rotary tables of ", tables, " x ", turned, " for heads of ", rows.sizes());
+    return {count, width, std::max<std::int64_t>(1, count / tables), data(weight), static_cast<float>(epsilon),
+            data(cos), data(sin), turned};
+  }
+};
+
 }  // namespace
 
 extern "C" {
@@ -56,6 +156,23 @@ extern "C" {
 int specforge_trained_linear(const at::Tensor *input, const at::Tensor *weight, at::Tensor **output, char *error,
                              std::size_t error_size) {
   return guarded([&] { *output = new at::Tensor(OnednnLinear::apply(*input, *weight)); }, error, error_size);
+}
+
+// All of float32 on the CPU.
+int specforge_gated_linear(const at::Tensor *gate, const at::Tensor *up, const at::Tensor *down, at::Tensor **output,
+                           char *error, std::size_t error_size) {
+  return guarded([&] { *output = new at::Tensor(GatedLinear::apply(*gate, *up, *down)); }, error, error_size);
+}
+
+// All of float32 on the CPU; `weight`, and `cos` with `sin`, may be null.
+int specforge_normed_rows(const at::Tensor *rows, const at::Tensor *weight, double epsilon, const at::Tensor *cos,
+                          const at::Tensor *sin, at::Tensor **output, char *error, std::size_t error_size) {
+  const auto given = [](const at::Tensor *tensor) {
+    return tensor == nullptr ? std::nullopt : std::optional<at::Tensor>(*tensor);
+  };
+  return guarded(
+      [&] { *output = new at::Tensor(NormedRows::apply(*rows, given(weight), epsilon, given(cos), given(sin))); }, error,
+      error_size);
 }
 
 }  // extern "C"

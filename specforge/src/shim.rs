@@ -4,7 +4,7 @@
 
 use std::ffi::{CStr, c_char, c_int};
 
-use tch::Tensor;
+use tch::{Device, Kind, Tensor};
 use torch_sys::C_tensor;
 
 use crate::device::{self, CudaState};
@@ -104,6 +104,24 @@ unsafe extern "C" {
     fn specforge_trained_linear(
         input: *const C_tensor,
         weight: *const C_tensor,
+        output: *mut *mut C_tensor,
+        error: *mut c_char,
+        error_size: usize,
+    ) -> c_int;
+    fn specforge_gated_linear(
+        gate: *const C_tensor,
+        up: *const C_tensor,
+        down: *const C_tensor,
+        output: *mut *mut C_tensor,
+        error: *mut c_char,
+        error_size: usize,
+    ) -> c_int;
+    fn specforge_normed_rows(
+        rows: *const C_tensor,
+        weight: *const C_tensor,
+        epsilon: f64,
+        cos: *const C_tensor,
+        sin: *const C_tensor,
         output: *mut *mut C_tensor,
         error: *mut c_char,
         error_size: usize,
@@ -446,6 +464,40 @@ pub fn trained_linear(input: &Tensor, weight: &Tensor) -> Result<Tensor> {
     })
 }
 
+/// `silu(gate) * up`, `[R, in]` both, times the transpose of `down [out, in]`, with gradients. float32 on the CPU keeps gate and
+/// up alone for the way back.
+pub fn gated_linear(gate: &Tensor, up: &Tensor, down: &Tensor) -> Result<Tensor> {
+    if ![gate, up, down].into_iter().all(is_float_on_cpu) {
+        return trained_linear(&(gate.silu() * up), down);
+    }
+    // SAFETY: live float32 tensors on the CPU; shapes were checked by the products that made them, and are by this one.
+    made(|output, error, error_size| unsafe {
+        specforge_gated_linear(gate.as_ptr(), up.as_ptr(), down.as_ptr(), output, error, error_size)
+    })
+}
+
+/// Rows `[.., D]` divided by their root mean square (epsilon beside the weight) and multiplied with a weight `[D]`, where there
+/// is one, then turned by rotary tables of cosines and sines, `[n, .., D]` for `n` times as many rows, where there are some: in
+/// one pass each way, with gradients. Nothing where not all are of float32 on the CPU.
+pub fn normed_rows(rows: &Tensor, norm: Option<(&Tensor, f64)>, tables: Option<[&Tensor; 2]>) -> Option<Tensor> {
+    let others = norm.iter().map(|(weight, _)| *weight).chain(tables.into_iter().flatten());
+    if !is_float_on_cpu(rows) || !others.into_iter().all(is_float_on_cpu) {
+        return None;
+    }
+    let weight = norm.map_or(std::ptr::null(), |(weight, _)| weight.as_ptr());
+    let [cos, sin] = tables.map_or([std::ptr::null(); 2], |tables| tables.map(|table| table.as_ptr()));
+    let epsilon = norm.map_or(0.0, |(_, epsilon)| epsilon);
+    // SAFETY: live float32 tensors on the CPU, or null; sizes are checked behind it.
+    let made = made(|output, error, error_size| unsafe {
+        specforge_normed_rows(rows.as_ptr(), weight, epsilon, cos, sin, output, error, error_size)
+    });
+    Some(made.unwrap_or_else(|error| panic!("norm: {error}")))
+}
+
+fn is_float_on_cpu(tensor: &Tensor) -> bool {
+    tensor.kind() == Kind::Float && tensor.device() == Device::Cpu
+}
+
 /// Turns TF32 off for the whole process: products of float32 matrices are float32 to the end.
 pub fn exact_float32_products() -> Result<()> {
     // SAFETY: the message buffer outlives the call.
@@ -513,7 +565,7 @@ fn cuda_index(device: usize) -> Result<i32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tch::{Device, Kind};
+    use crate::nn::drawn::Drawn;
 
     #[test]
     fn a_refusal_of_libtorch_is_an_error_with_its_text() {
@@ -549,6 +601,27 @@ mod tests {
         } else {
             assert!(cuda_memory(0).is_err());
         }
+    }
+
+    /// One function for float32, operators for float64; gates so far from zero that their exponential is no number.
+    #[test]
+    fn a_gated_product_has_the_gradients_of_its_operators() {
+        let drawn = Drawn::of(13);
+        let [gate, up, down, slope] =
+            [[9, 37], [9, 37], [5, 37], [9, 5]].map(|shape: [i64; 2]| drawn.normal(&shape) * 1.5);
+        let _ = gate.get(0).narrow(0, 0, 10).fill_(-150.0);
+        let _ = gate.get(0).narrow(0, 10, 10).fill_(150.0);
+        let [want, got] = [Kind::Double, Kind::Float].map(|kind| {
+            let [gate, up, down] = [&gate, &up, &down].map(|tensor| tensor.to_kind(kind).set_requires_grad(true));
+            let rows = gated_linear(&gate, &up, &down).unwrap();
+            (&rows * slope.to_kind(kind)).sum(kind).backward();
+            [rows, gate.grad(), up.grad(), down.grad()].map(|tensor| tensor.to_kind(Kind::Double))
+        });
+        for (got, want) in got.iter().zip(&want) {
+            assert!(got.allclose(want, 1e-5, 1e-4, false), "{got} {want}");
+        }
+        let [few, up, down] = [&gate.narrow(0, 0, 2), &up, &down].map(|tensor| tensor.to_kind(Kind::Float));
+        assert!(gated_linear(&few, &up, &down).unwrap_err().to_string().contains("expected"));
     }
 
     #[test]

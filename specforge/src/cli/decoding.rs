@@ -37,7 +37,8 @@ pub(super) struct DecodingArgs {
     #[arg(long, value_name = "DIR")]
     draft: Vec<String>,
     /// Which guesses are tried: chain:N, dynamic:depth=D,top_k=K,nodes=N[,min_probability=P], a shipped Medusa tree by
-    /// its name, or a file that `specforge tree` or `specforge tune` wrote. For prompt-lookup: depth=D,nodes=N[,match=M].
+    /// its name, or a file that `specforge tree` or `specforge tune` wrote; with +lookup[:KEYS] behind it, guesses that stood in the
+    /// text before join those of the draft. For prompt-lookup: depth=D,nodes=N[,match=M].
     #[arg(long)]
     tree: Vec<String>,
     /// Most tokens of an answer.

@@ -126,13 +126,14 @@ impl Features {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nn::drawn;
 
     #[test]
     fn what_is_written_is_read_as_closely_as_its_bits_allow() {
-        tch::manual_seed(3);
+        drawn::seed(3);
         // Tokens of very different sizes: each has its own scale.
         let sizes = Tensor::from_slice(&[1e-3f64, 1.0, 500.0]).unsqueeze(-1);
-        let layers = [0, 1].map(|_| Tensor::randn([3, 16], (Kind::Double, Device::Cpu)) * &sizes);
+        let layers = [0, 1].map(|_| drawn::randn([3, 16], (Kind::Double, Device::Cpu)) * &sizes);
         for (encoding, most, bytes) in
             [(Encoding::Float32, 1e-7, 384), (Encoding::Bfloat16, 4e-3, 192), (Encoding::Int8, 1.0 / 254.0, 96 + 24)]
         {

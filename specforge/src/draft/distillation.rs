@@ -385,17 +385,18 @@ fn lambda_share(objective: Objective, acceptance: &Tensor) -> Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nn::drawn;
     use crate::vocab::VocabMap;
 
     /// Every loss, with a smaller vocabulary and without, with weights and divided as SpecForge does: row by row in float32
     /// as by operators in float64.
     #[test]
     fn row_by_row_equals_operators() {
-        tch::manual_seed(12);
+        drawn::seed(12);
         let options = (Kind::Double, Device::Cpu);
         let positions = [4i64, 0, 2, 2, 4, 4, 1, 0, 5, 2, 3];
         let (rows, size, hidden) = (positions.len() as i64, 71, 7);
-        let random = |shape: &[i64], size: f64| (Tensor::randn(shape, options) * size).to_kind(Kind::Float);
+        let random = |shape: &[i64], size: f64| (drawn::randn(shape, options) * size).to_kind(Kind::Float);
         let (states, head) = (random(&[6, 9], 1.5), random(&[size, 9], 1.0));
         // Position 5 is sure of one token, as far as float32 goes.
         states.narrow(0, 5, 1).copy_(&(head.narrow(0, 3, 1) * 40.0));

@@ -214,16 +214,17 @@ mod tests {
     use tch::Device;
 
     use super::*;
+    use crate::nn::drawn;
 
     /// Loss and gradients equal autograd's for every chunk size, in float64.
     #[test]
     fn chunks_equal_autograd() {
-        tch::manual_seed(3);
+        drawn::seed(3);
         let options = (Kind::Double, Device::Cpu);
-        let input = Tensor::randn([7, 5], options).set_requires_grad(true);
-        let weight = Tensor::randn([11, 5], options).set_requires_grad(true);
+        let input = drawn::randn([7, 5], options).set_requires_grad(true);
+        let weight = drawn::randn([11, 5], options).set_requires_grad(true);
         let plain = Head::plain(weight.shallow_clone());
-        let bent = Head { bias: Some(Tensor::randn([11], options)), scale: 0.7, softcap: Some(2.0), ..plain.share() };
+        let bent = Head { bias: Some(drawn::randn([11], options)), scale: 0.7, softcap: Some(2.0), ..plain.share() };
         let labels = Tensor::from_slice(&[3i64, 0, 10, 3, 7, 1, 2]);
         for head in [plain, bent] {
             let loss = head.logits(&input).cross_entropy_loss::<Tensor>(&labels, None, tch::Reduction::Sum, -100, 0.0);
@@ -246,10 +247,10 @@ mod tests {
     /// row by row.
     #[test]
     fn weights_of_rows_equal_autograd() {
-        tch::manual_seed(4);
+        drawn::seed(4);
         let options = (Kind::Double, Device::Cpu);
-        let input = Tensor::randn([7, 5], options).set_requires_grad(true);
-        let weight = Tensor::randn([11, 5], options).set_requires_grad(true);
+        let input = drawn::randn([7, 5], options).set_requires_grad(true);
+        let weight = drawn::randn([11, 5], options).set_requires_grad(true);
         let labels = Tensor::from_slice(&[3i64, 0, 10, 3, 7, 1, 2]);
         let log_probabilities = input.linear(&weight, None::<&Tensor>).log_softmax(-1, Kind::Double);
         let each = -log_probabilities.gather(1, &labels.unsqueeze(1), false).squeeze_dim(1); // [R]
@@ -303,9 +304,9 @@ mod tests {
     /// only differences of them have exponentials, and one that is none.
     #[test]
     fn row_by_row_equals_operators() {
-        tch::manual_seed(8);
+        drawn::seed(8);
         for (vocabulary, size) in [(3, 1.0), (16, 4.0), (37, 30.0), (2600, 5.0)] {
-            let logits = Tensor::randn([9, vocabulary], (Kind::Float, Device::Cpu)) * size + 200.0;
+            let logits = drawn::randn([9, vocabulary], (Kind::Float, Device::Cpu)) * size + 200.0;
             let _ = logits.narrow(0, 4, 1).fill_(2.5); // all alike
             let _ = logits.narrow(0, 5, 1).narrow(1, 1, 1).fill_(f64::NAN);
             let _ = logits.narrow(0, 6, 1).narrow(1, 1, 1).fill_(f64::NEG_INFINITY);

@@ -64,13 +64,14 @@ mod tests {
     use tch::Device;
 
     use super::*;
+    use crate::nn::drawn;
 
     #[test]
     fn a_convolution_is_the_sum_written_out() {
-        tch::manual_seed(1);
+        drawn::seed(1);
         let options = (Kind::Double, Device::Cpu);
         let (image, weight, bias) =
-            (Tensor::randn([1, 2, 4, 5], options), Tensor::randn([3, 2, 3, 3], options), Tensor::randn([3], options));
+            (drawn::randn([1, 2, 4, 5], options), drawn::randn([3, 2, 3, 3], options), drawn::randn([3], options));
         let conv = Conv2d::same(weight.shallow_clone(), bias.shallow_clone());
         let got = conv.forward(&image).unwrap();
         assert_eq!(got.size(), [1, 3, 4, 5]);

@@ -3,9 +3,9 @@
 //! libtorch has one generator for all threads, and the tests of a process run side by side: between a seed and the draws
 //! that follow it another test may draw or seed. A stream of one's own is nobody else's.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::noise;
 
@@ -31,4 +31,19 @@ impl Drawn {
     pub fn below(&self, bound: i64, shape: &[i64]) -> Tensor {
         (self.normal(shape).abs() * 1e6).to_kind(Kind::Int64).remainder(bound)
     }
+}
+
+thread_local! {
+    /// The stream of a test, which has a thread of its own.
+    static STREAM: RefCell<Drawn> = RefCell::new(Drawn::of(0));
+}
+
+/// Begins the stream of the thread anew.
+pub fn seed(seed: u64) {
+    STREAM.set(Drawn::of(seed));
+}
+
+/// The next normal numbers of the thread's stream.
+pub fn randn(shape: impl AsRef<[i64]>, (kind, device): (Kind, Device)) -> Tensor {
+    STREAM.with_borrow(|stream| stream.normal(shape.as_ref())).to_kind(kind).to_device(device)
 }

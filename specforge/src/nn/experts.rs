@@ -112,6 +112,7 @@ impl FeedForward for Experts {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nn::drawn;
 
     const OPTIONS: (Kind, Device) = (Kind::Double, Device::Cpu);
 
@@ -125,11 +126,11 @@ mod tests {
     }
 
     fn linear(rows: i64) -> Linear {
-        Linear { weight: Tensor::randn([rows, 5], OPTIONS), bias: None }
+        Linear { weight: drawn::randn([rows, 5], OPTIONS), bias: None }
     }
 
     fn mixture(scoring: Scoring, shared: bool) -> Experts {
-        let matrix = || Box::new(Matrix(Tensor::randn([5, 5], OPTIONS))) as Box<dyn FeedForward>;
+        let matrix = || Box::new(Matrix(drawn::randn([5, 5], OPTIONS))) as Box<dyn FeedForward>;
         let shared = shared.then(|| SharedExpert { mlp: matrix(), gate: linear(1) });
         let router = Router { projection: linear(7), chosen: 3, scoring };
         Experts { router, experts: (0..7).map(|_| matrix()).collect(), shared }
@@ -160,10 +161,10 @@ mod tests {
 
     #[test]
     fn every_token_passes_through_its_own_experts() {
-        tch::manual_seed(7);
+        drawn::seed(7);
         for (scoring, shared) in [(Scoring::OfAll, false), (Scoring::OfChosen, false), (Scoring::OfAll, true)] {
             let mixture = mixture(scoring, shared);
-            let input = Tensor::randn([2, 6, 5], OPTIONS);
+            let input = drawn::randn([2, 6, 5], OPTIONS);
             let output = mixture.forward(&input);
             assert_eq!(output.size(), [2, 6, 5]);
             let (tokens, output) = (input.view([12, 5]), output.view([12, 5]));

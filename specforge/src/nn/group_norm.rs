@@ -30,13 +30,14 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
+    use crate::nn::drawn;
 
     #[test]
     fn groups_are_normed_apart() {
-        tch::manual_seed(2);
+        drawn::seed(2);
         let options = (Kind::Double, Device::Cpu);
-        let image = Tensor::randn([2, 4, 3, 5], options);
-        let (weight, bias) = (Tensor::randn([4], options), Tensor::randn([4], options));
+        let image = drawn::randn([2, 4, 3, 5], options);
+        let (weight, bias) = (drawn::randn([4], options), drawn::randn([4], options));
         let norm = GroupNorm { weight: weight.copy(), bias: bias.copy(), groups: 2, epsilon: 1e-3 };
         let group = image.narrow(0, 1, 1).narrow(1, 2, 2);
         let (mean, variance) = (group.mean(Kind::Double), group.var(false));

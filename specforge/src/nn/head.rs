@@ -153,6 +153,7 @@ impl Default for HeadForm {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nn::drawn;
 
     const OPTIONS: (Kind, Device) = (Kind::Double, Device::Cpu);
 
@@ -161,8 +162,8 @@ mod tests {
         for bias in [false, true] {
             for scale in [1.0, 0.25] {
                 for softcap in [None, Some(1.5)] {
-                    let bias = bias.then(|| Tensor::randn([7], OPTIONS));
-                    heads.push(Head { weight: Tensor::randn([7, 5], OPTIONS), bias, scale, softcap });
+                    let bias = bias.then(|| drawn::randn([7], OPTIONS));
+                    heads.push(Head { weight: drawn::randn([7, 5], OPTIONS), bias, scale, softcap });
                 }
             }
         }
@@ -171,8 +172,8 @@ mod tests {
 
     #[test]
     fn logits_are_the_formula_written_out() {
-        tch::manual_seed(1);
-        let hidden = Tensor::randn([2, 3, 5], OPTIONS);
+        drawn::seed(1);
+        let hidden = drawn::randn([2, 3, 5], OPTIONS);
         for head in heads() {
             let got = head.logits(&hidden);
             for (row, token) in [(0, 0), (4, 6), (5, 2)] {
@@ -190,10 +191,10 @@ mod tests {
 
     #[test]
     fn the_derivative_is_autograds() {
-        tch::manual_seed(2);
+        drawn::seed(2);
         for head in heads() {
-            let product = Tensor::randn([4, 7], OPTIONS).set_requires_grad(true);
-            let slope = Tensor::randn([4, 7], OPTIONS);
+            let product = drawn::randn([4, 7], OPTIONS).set_requires_grad(true);
+            let slope = drawn::randn([4, 7], OPTIONS);
             let logits = head.finish(product.shallow_clone());
             (&logits * &slope).sum(Kind::Double).backward();
             let got = match head.derivative(&logits.detach()) {
@@ -206,8 +207,8 @@ mod tests {
 
     #[test]
     fn some_rows_are_a_head_of_their_own() {
-        tch::manual_seed(3);
-        let (hidden, ids) = (Tensor::randn([3, 5], OPTIONS), Tensor::from_slice(&[6i64, 0, 3]));
+        drawn::seed(3);
+        let (hidden, ids) = (drawn::randn([3, 5], OPTIONS), Tensor::from_slice(&[6i64, 0, 3]));
         for head in heads() {
             let all = head.logits(&hidden);
             assert!(head.rows(&ids).unwrap().logits(&hidden).allclose(&all.index_select(1, &ids), 1e-12, 1e-12, false));

@@ -236,9 +236,10 @@ pub fn no_own_keys(rows: i64, key: &Tensor) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nn::drawn;
 
     fn random(shape: &[i64], kind: Kind) -> Tensor {
-        Tensor::randn(shape, (kind, Device::Cpu)).set_requires_grad(true)
+        drawn::randn(shape, (kind, Device::Cpu)).set_requires_grad(true)
     }
 
     /// The same as one softmax over a masked matrix of all scores. Every query has own keys here.
@@ -298,7 +299,7 @@ mod tests {
         let [query, key, value, own_key, own_value] = inputs;
         let kind = query.kind();
         let scaled = query * 3.0;
-        let slope = Tensor::randn(query.size(), (kind, Device::Cpu));
+        let slope = drawn::randn(query.size(), (kind, Device::Cpu));
         let each = [own_key, own_value].map(|own| own.repeat_interleave_self_int(queries_per_own, 0, None));
         let want = written_out(&scaled, [key, value], each.each_ref(), runs, causal);
         let hidden = causal.then(|| super::causal(own_key.size()[1], Device::Cpu).unwrap());
@@ -316,7 +317,7 @@ mod tests {
     /// Outputs and all five gradients, with scores so large that a wrong denominator would show.
     #[test]
     fn equals_one_softmax_over_all_keys() {
-        tch::manual_seed(5);
+        drawn::seed(5);
         for (kind, tolerance) in [(Kind::Double, 1e-11), (Kind::Float, 2e-4)] {
             for own in [0, 1, 3] {
                 let inputs = [
@@ -335,7 +336,7 @@ mod tests {
     /// own.
     #[test]
     fn blocks_that_share_own_keys_equal_one_softmax() {
-        tch::manual_seed(6);
+        drawn::seed(6);
         let anchors = [0, 3, 4, 11];
         let block = |(index, &anchor): (usize, &i64)| {
             let first = 16 * index as i64;
@@ -368,7 +369,7 @@ mod tests {
                 let got = merged_attention(&fold(&scaled, 2, 16).unwrap(), [key, value], own, &checked(&folded, 12));
                 let got = unfold(&got.unwrap(), 2, 16).unwrap();
                 assert!((&got - &want).abs().max().double_value(&[]) < tolerance, "{kind:?}, folded");
-                let slope = Tensor::randn(got.size(), (kind, Device::Cpu));
+                let slope = drawn::randn(got.size(), (kind, Device::Cpu));
                 let gradients = |output: Tensor| {
                     Tensor::run_backward(&[(output * &slope).sum(kind)], &inputs.each_ref(), true, false)
                 };
@@ -409,30 +410,30 @@ mod tests {
     /// decoding do: at a score of 44, one rounding would move a weight by a tenth.
     #[test]
     fn large_scores_of_own_keys_are_not_rounded() {
-        tch::manual_seed(7);
+        drawn::seed(7);
         const SCORES: [[f64; 4]; 3] = [[7.0, 6.4, 6.9, 5.8], [20.0, 19.3, 18.9, 20.2], [44.0, 43.1, 43.7, 44.3]];
         for kind in [Kind::BFloat16, Kind::Half] {
             for scores in SCORES {
                 let (heads, dim) = (4, 64);
                 let narrow = |tensor: Tensor| tensor.to_kind(kind).set_requires_grad(true);
                 let options = (Kind::Double, Device::Cpu);
-                let query = Tensor::randn([9, heads, dim], options) * 3.0;
+                let query = drawn::randn([9, heads, dim], options) * 3.0;
                 // Along the query, so that every score is what it should be, and apart in what is across it.
                 let along = &query / query.square().sum_dim_intlist(-1, true, Kind::Double) * (dim as f64).sqrt();
                 let own_key = scores.map(|score| {
-                    let random = Tensor::randn([9, heads, dim], options) * 2.0;
+                    let random = drawn::randn([9, heads, dim], options) * 2.0;
                     let share = (&random * &query).sum_dim_intlist(-1, true, Kind::Double) / (dim as f64).sqrt();
                     &along * score + random - &along * share
                 });
-                let shared = |size: f64| narrow(Tensor::randn([15, heads, dim], options) * size);
+                let shared = |size: f64| narrow(drawn::randn([15, heads, dim], options) * size);
                 let inputs = [
                     narrow(query),
                     shared(0.3),
                     shared(1.0),
                     narrow(Tensor::stack(&own_key, 1)), // [R, I, N, D]
-                    narrow(Tensor::randn([9, 4, heads, dim], options)),
+                    narrow(drawn::randn([9, 4, heads, dim], options)),
                 ];
-                let slope = Tensor::randn([9, heads, dim], options).to_kind(kind);
+                let slope = drawn::randn([9, heads, dim], options).to_kind(kind);
                 let run = |inputs: &[Tensor; 5], attend: &dyn Fn(&[Tensor; 5]) -> Tensor| {
                     let output = attend(inputs);
                     let sum = (&output * slope.to_kind(output.kind())).sum(Kind::Float);

@@ -120,6 +120,7 @@ impl Processors {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nn::drawn;
 
     fn applied(processors: Processors, row: &[f64], context: &[u32]) -> Vec<f64> {
         processors.check().unwrap();
@@ -164,8 +165,8 @@ mod tests {
 
     #[test]
     fn many_rows_become_what_each_becomes_alone() {
-        tch::manual_seed(4);
-        let logits = Tensor::randn([6, 40], (Kind::Double, tch::Device::Cpu)) * 3.0;
+        drawn::seed(4);
+        let logits = drawn::randn([6, 40], (Kind::Double, tch::Device::Cpu)) * 3.0;
         let _ = logits.narrow(0, 2, 1).fill_(1.0); // all alike
         let _ = logits.narrow(1, 7, 1).fill_(f64::NEG_INFINITY);
         for (temperature, top_k, top_p) in

@@ -2,6 +2,8 @@
 
 use tch::{Kind, Tensor};
 
+use crate::shim;
+
 /// `x / sqrt(mean(x^2) + epsilon) * weight`, the mean in float32, as Hugging Face's Llama computes it.
 ///
 /// Llama rounds to the element type of its input before it multiplies with the weight; Gemma, OLMo and gpt-oss round after
@@ -17,8 +19,8 @@ pub struct RmsNorm {
 impl RmsNorm {
     /// `[.., H]` to `[.., H]`, in the element type of `input`.
     ///
-    /// On a GPU one kernel each way, which keeps its sums in float32 too and rounds once: the six operators below would
-    /// carry float32 numbers of every row through its memory five times.
+    /// One kernel each way: on a GPU libtorch's, which keeps its sums in float32 too and rounds once, in float32 on the CPU
+    /// our own (`csrc/layer_parts.cpp`). The six operators below would carry every row through memory five times.
     pub fn forward(&self, input: &Tensor) -> Tensor {
         let kind = input.kind();
         let rounds_last = self.weight.kind() == Kind::Float && kind != Kind::Float && kind != Kind::Double;
@@ -27,6 +29,9 @@ impl RmsNorm {
             let (normed, _) =
                 input.internal_fused_rms_norm(self.weight.size().as_slice(), Some(&self.weight), self.epsilon);
             return normed.to_kind(kind);
+        }
+        if let Some(normed) = shim::normed_rows(input, Some((&self.weight, self.epsilon)), None) {
+            return normed;
         }
         // float64 stays float64: exact tests run there.
         let wide = if kind == Kind::Double { input.shallow_clone() } else { input.to_kind(Kind::Float) };
@@ -44,6 +49,7 @@ mod tests {
     use tch::Device;
 
     use super::*;
+    use crate::nn::drawn::Drawn;
 
     #[test]
     fn equals_the_formula_and_keeps_the_element_type() {
@@ -60,6 +66,25 @@ mod tests {
             assert!(
                 (got.to_kind(Kind::Double) - Tensor::from_slice2(&want)).abs().max().double_value(&[]) <= tolerance
             );
+        }
+    }
+
+    /// One kernel for float32, operators for float64.
+    #[test]
+    fn gradients_equal_those_of_the_operators() {
+        let drawn = Drawn::of(12);
+        for (rows, width) in [(1, 1), (3, 7), (200, 40), (2, 5000)] {
+            let [input, weight, slope] =
+                [vec![rows, 2, width], vec![width], vec![rows, 2, width]].map(|shape| drawn.normal(&shape));
+            let [want, got] = [Kind::Double, Kind::Float].map(|kind| {
+                let [input, weight] = [&input, &weight].map(|tensor| tensor.to_kind(kind).set_requires_grad(true));
+                let normed = RmsNorm { weight: weight.shallow_clone(), epsilon: 1e-2 }.forward(&input);
+                (&normed * slope.to_kind(kind)).sum(kind).backward();
+                [normed, input.grad(), weight.grad()].map(|tensor| tensor.to_kind(Kind::Double))
+            });
+            for (got, want) in got.iter().zip(&want) {
+                assert!(got.allclose(want, 1e-5, 1e-5, false), "{rows} x {width}: {got} {want}");
+            }
         }
     }
 

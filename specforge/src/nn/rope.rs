@@ -4,7 +4,8 @@
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use crate::device;
+use super::RmsNorm;
+use crate::{device, shim};
 
 /// How frequencies are stretched for contexts longer than the model was pretrained on.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -211,6 +212,19 @@ impl RopeTables {
         let swapped = Tensor::cat(&[second, first], 3); // [B, N, T, D]
         (heads * &self.cos).addcmul_(&swapped, &self.sin)
     }
+
+    /// Heads of `n` rows, `[n, N, D]`, each behind `norm` where there is one, rotated by the tables of `n` texts of one token.
+    /// Heads of one row may stand for all that there are tables of.
+    pub fn rotate_rows(&self, heads: &Tensor, norm: Option<&RmsNorm>) -> Tensor {
+        if heads.size()[0] == self.cos.size()[0] {
+            let norm = norm.map(|norm| (&norm.weight, norm.epsilon));
+            if let Some(rotated) = shim::normed_rows(heads, norm, Some([&self.cos, &self.sin])) {
+                return rotated;
+            }
+        }
+        let heads = norm.map_or_else(|| heads.shallow_clone(), |norm| norm.forward(heads));
+        self.rotate(&heads.unsqueeze(2)).squeeze_dim(2)
+    }
 }
 
 /// More than any position, and little enough that as many of them as tokens fit into 64 bits.
@@ -278,6 +292,7 @@ fn inverse_frequencies(config: &RopeConfig) -> Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nn::drawn::Drawn;
 
     fn rope(scaling: RopeScaling) -> Rope {
         let config = RopeConfig { theta: 1000.0, head_dim: 8, max_position_embeddings: 16, scaling };
@@ -305,6 +320,41 @@ mod tests {
         let part = tables.rotate(&wider);
         assert!(part.narrow(3, 0, 8).equal(&tables.rotate(&wider.narrow(3, 0, 8))));
         assert!(part.narrow(3, 8, 4).equal(&wider.narrow(3, 8, 4)));
+    }
+
+    /// One kernel for float32, operators for float64: rows, and gradients of heads and norm.
+    #[test]
+    fn rows_are_normed_and_rotated_as_by_operators() {
+        let drawn = Drawn::of(11);
+        for (dim, turned) in [(64, 64), (24, 24), (40, 16), (6, 2)] {
+            let config = RopeConfig {
+                theta: 1000.0,
+                head_dim: turned,
+                max_position_embeddings: 16,
+                scaling: RopeScaling::Default,
+            };
+            let positions = Tensor::from_slice(&[0i64, 3, 9, 100, 7]).unsqueeze(1);
+            let (heads, weight, slope) =
+                (drawn.normal(&[5, 3, dim]) * 2.0, drawn.normal(&[dim]), drawn.normal(&[5, 3, dim]));
+            for normed in [true, false] {
+                let [exact, got] = [Kind::Double, Kind::Float].map(|kind| {
+                    let [heads, weight] = [&heads, &weight].map(|tensor| tensor.to_kind(kind).set_requires_grad(true));
+                    let norm = normed.then(|| RmsNorm { weight: weight.shallow_clone(), epsilon: 1e-3 });
+                    let tables = Rope::new(config, Device::Cpu).tables(&positions, kind);
+                    let rows = tables.rotate_rows(&heads, norm.as_ref());
+                    (&rows * slope.to_kind(kind)).sum(kind).backward();
+                    let weight_slope = if normed { weight.grad() } else { weight.zeros_like() };
+                    [rows, heads.grad(), weight_slope].map(|tensor| tensor.to_kind(Kind::Double))
+                });
+                for (got, want) in got.iter().zip(&exact) {
+                    assert!(got.allclose(want, 1e-5, 1e-5, false), "{dim} {turned} {normed}: {got} {want}");
+                }
+                let one = heads.narrow(0, 0, 1).to_kind(Kind::Float);
+                let tables = Rope::new(config, Device::Cpu).tables(&positions, Kind::Float);
+                let all = tables.rotate_rows(&one.expand([5, 3, dim], false), None);
+                assert!(tables.rotate_rows(&one, None).allclose(&all, 1e-6, 1e-6, false));
+            }
+        }
     }
 
     /// Each text for itself: in a batch, and in a pack. A text of exactly the context of pretraining is short.

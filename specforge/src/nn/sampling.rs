@@ -99,6 +99,7 @@ pub fn keyed_choices(processors: &Processors, logits: &Tensor, places: &[Place])
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nn::drawn;
 
     #[test]
     fn keyed_samples_follow_the_softmax() {
@@ -122,8 +123,8 @@ mod tests {
     /// What a device chooses from many rows is what the host chooses from each.
     #[test]
     fn choices_made_where_the_rows_are_equal_those_of_the_host() {
-        tch::manual_seed(9);
-        let logits = Tensor::randn([300, 211], (Kind::Float, Device::Cpu)) * 2.0;
+        drawn::seed(9);
+        let logits = drawn::randn([300, 211], (Kind::Float, Device::Cpu)) * 2.0;
         let places: Vec<Place> = (0..300).map(|row| (row % 3, 40 + row)).collect();
         for (temperature, top_k, top_p) in [(1.0, 0, 1.0), (0.6, 20, 0.95), (1.5, 0, 0.5)] {
             let sampling =

@@ -41,7 +41,7 @@ fn every_schedule_of_faults_ends_in_the_targets_own_tokens_or_a_clear_error() {
         let mut network = Network::new(target, settings, rates(seed, &mut dice), seed);
         let mut drafter = |life: u64| -> Box<dyn Drafter> {
             match is_lookup {
-                true => Box::new(PromptLookup { longest_match: 2, depth: 5, nodes: 12 }),
+                true => Box::new(PromptLookup { longest_match: 2, shortest_match: 1, depth: 5, nodes: 12 }),
                 false => Box::new(Oracle::new(&asked, &want.0, seed + (life << 40), most)),
             }
         };

@@ -72,6 +72,12 @@ fn eagle3_parts(target: &LlamaTarget, layers: usize, mapped: bool) -> Eagle3Part
     Eagle3Parts { shape, tensors, vocabulary, embedding: None }
 }
 
+/// The same beside a lookup, which is alone where three tokens stood before.
+fn with_lookup(target: &LlamaTarget, tree: DynamicTree, sampling: DraftSampling) -> WithLookup<'static> {
+    let lookup = PromptLookup { longest_match: 4, shortest_match: 1, depth: 3, nodes: 5 };
+    WithLookup { draft: Box::new(eagle3(target, 1, true, tree, sampling)), lookup, alone: 3 }
+}
+
 /// A random P-EAGLE draft of a tiny target: with a vocabulary of its own where it has two layers, of which one has a window.
 fn peagle(target: &LlamaTarget, layers: usize, tree: DynamicTree, sampling: DraftSampling) -> PeagleDrafter {
     let dimensions = target.info();
@@ -168,12 +174,13 @@ fn every_tree(kind: Kind, trees: &[DynamicTree]) {
             for (index, &tree) in trees.iter().enumerate().filter(|(index, _)| index % 2 == turn) {
                 let rows = if index % 4 < 2 { 4 } else { 1 };
                 let sampling = sampling(temperature);
-                let drafters: [(&str, Box<dyn Drafter + '_>); 5] = [
+                let drafters: [(&str, Box<dyn Drafter + '_>); 6] = [
                     ("eagle3", Box::new(eagle3(&target, 1, false, tree, sampling))),
                     ("eagle3, 2 layers, own vocabulary", Box::new(eagle3(&target, 2, true, tree, sampling))),
                     ("peagle", Box::new(peagle(&target, 1, tree, sampling))),
                     ("peagle, 2 layers, own vocabulary", Box::new(peagle(&target, 2, tree, sampling))),
                     ("model", Box::new(model(other(), &target, tree, sampling))),
+                    ("eagle3 with lookup", Box::new(with_lookup(&target, tree, sampling))),
                 ];
                 for (name, drafter) in drafters {
                     let decoded = decode(&target, drafter, keyed(rows));

@@ -28,6 +28,7 @@ pub mod peagle;
 pub mod prompt_lookup;
 pub mod tree_file;
 pub mod tree_text;
+pub mod with_lookup;
 
 pub use branches::Branch;
 pub use dynamic_tree::DynamicTree;
@@ -38,6 +39,7 @@ pub use model::ModelDrafter;
 pub use open::{Opened, of_training, open};
 pub use peagle::{PeagleDrafter, PeagleParts};
 pub use prompt_lookup::PromptLookup;
+pub use with_lookup::WithLookup;
 
 /// The drafters that this program is built with; see [`drafters`].
 pub const DRAFTERS: &[DrafterKind] = &BUILT_IN;

@@ -6,8 +6,8 @@ use serde_json::Value;
 use tch::Tensor;
 
 use super::{
-    Asked, DraftSampling, Drafter, Guesser, ModelDrafter, Plain, PromptLookup, Trained, Trees, of_algorithm, of_format,
-    tree_file, tree_text,
+    Asked, DraftSampling, Drafter, Guesser, ModelDrafter, Plain, PromptLookup, Trained, Trees, WithLookup,
+    of_algorithm, of_format, tree_file, tree_text,
 };
 use crate::checkpoint;
 use crate::data::ChatTokenizer;
@@ -48,10 +48,20 @@ pub fn open<'a>(
     target: Target<'a, '_>,
     sampling: DraftSampling,
 ) -> Result<Opened<'a>> {
+    let Some(folder) = draft.filter(|draft| *draft != PROMPT_LOOKUP) else {
+        return untrained(draft.is_some(), tree);
+    };
+    let folder = Path::new(folder);
+    let opened = beside_lookup(tree, sampling, |tree| from_folder(folder, tree, target, sampling))?;
+    Ok(Opened { folder: Some(folder.to_path_buf()), ..opened })
+}
+
+/// Prompt lookup, or nothing that guesses.
+fn untrained<'a>(lookup: bool, tree: Option<&str>) -> Result<Opened<'a>> {
     let named = tree.map(tree_file::named).transpose()?;
     let tree = named.as_deref();
-    match draft {
-        None => match tree {
+    match lookup {
+        false => match tree {
             None => {
                 let plain =
                     Guesser { drafter: Box::new(Plain), tree: "none".to_owned(), notes: Vec::new(), method: None };
@@ -59,19 +69,40 @@ pub fn open<'a>(
             }
             Some(tree) => Err(Error::Usage(format!("--tree {tree}: there is no --draft to guess with"))),
         },
-        Some(PROMPT_LOOKUP) => {
+        true => {
             let lookup = tree_text::lookup(tree.unwrap_or_default())?;
-            let PromptLookup { longest_match, depth, nodes } = lookup;
+            let PromptLookup { longest_match, depth, nodes, .. } = lookup;
             let tree = format!("depth={depth},nodes={nodes},match={longest_match}");
             let guesser = Guesser { drafter: Box::new(lookup), tree, notes: Vec::new(), method: None };
             Ok(opened(guesser, PROMPT_LOOKUP, Trees::Lookup))
         }
-        Some(folder) => {
-            let folder = Path::new(folder);
-            let opened = from_folder(folder, tree, target, sampling)?;
-            Ok(Opened { folder: Some(folder.to_path_buf()), ..opened })
-        }
     }
+}
+
+/// What `open` makes of a tree, and the lookup beside it that the end of the tree's text may ask for.
+fn beside_lookup<'a>(
+    text: Option<&str>,
+    sampling: DraftSampling,
+    open: impl FnOnce(Option<&str>) -> Result<Opened<'a>>,
+) -> Result<Opened<'a>> {
+    let (base, asked) = tree_text::split_lookup(text.unwrap_or_default());
+    let named = tree_file::named(base)?;
+    // A file may hold both.
+    let (tree, inner) = tree_text::split_lookup(&named);
+    let asked = asked.or(inner);
+    let own = text.map(|_| tree).filter(|tree| !tree.is_empty() || asked.is_none());
+    let Some(asked) = asked else { return open(own) };
+    let (lookup, alone) = tree_text::lookup_beside(asked)?;
+    if let DraftSampling::Drawn { .. } = sampling {
+        let problem = "--tree: what is looked up cannot stand among guesses that are drawn; leave `+lookup` out, or decode \
+                       with --policy keyed, which is lossless too";
+        return Err(Error::Usage(problem.to_owned()));
+    }
+    let opened = open(own)?;
+    let PromptLookup { longest_match, shortest_match, depth, nodes } = lookup;
+    let keys = format!("depth={depth},nodes={nodes},match={longest_match},least={shortest_match},alone={alone}");
+    let tree = format!("{}+lookup:{keys}", opened.tree);
+    Ok(Opened { drafter: Box::new(WithLookup { draft: opened.drafter, lookup, alone }), tree, ..opened })
 }
 
 /// Whether what `draft` names is a model of its own, which guesses without anything of the target's.
@@ -98,8 +129,7 @@ pub fn of_training<'a>(
 ) -> Result<Opened<'a>> {
     let parameters = draft.parameters().iter().map(|parameter| (parameter.name.clone(), parameter.value.detach()));
     let tensors: Vec<(String, Tensor)> = parameters.chain(draft.buffers()).collect();
-    let named = tree.map(tree_file::named).transpose()?;
-    trained(&draft.description(), &tensors, named.as_deref(), target, sampling)
+    beside_lookup(tree, sampling, |tree| trained(&draft.description(), &tensors, tree, target, sampling))
 }
 
 fn from_folder<'a>(

@@ -9,10 +9,12 @@ use crate::error::Result;
 use crate::tree::TokenTree;
 
 /// Looks guesses up in what is already there.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PromptLookup {
-    /// Longest run of last tokens that is looked for; shorter ones down to 1 are tried after it.
+    /// Longest run of last tokens that is looked for; shorter ones are tried after it.
     pub longest_match: usize,
+    /// The shortest that is tried, at least 1.
+    pub shortest_match: usize,
     /// Guesses behind one occurrence.
     pub depth: usize,
     /// Most guesses in all.
@@ -24,7 +26,8 @@ impl PromptLookup {
         let depth = depth.min(self.depth);
         let mut tree = TokenTree::root(last(tokens));
         let mut scores = vec![0.0];
-        'all: for length in (1..=self.longest_match.min(tokens.len().saturating_sub(1))).rev() {
+        let longest = self.longest_match.min(tokens.len().saturating_sub(1));
+        'all: for length in (self.shortest_match.max(1)..=longest).rev() {
             let (before, wanted) = tokens.split_at(tokens.len() - length);
             // Newest occurrence first; one that reaches into the last tokens themselves counts too.
             for start in (0..before.len()).rev() {
@@ -79,7 +82,7 @@ impl Drafter for PromptLookup {
 mod tests {
     use super::*;
 
-    const LOOKUP: PromptLookup = PromptLookup { longest_match: 2, depth: 3, nodes: 5 };
+    const LOOKUP: PromptLookup = PromptLookup { longest_match: 2, shortest_match: 1, depth: 3, nodes: 5 };
 
     #[test]
     fn the_longest_match_goes_first_and_its_continuations_form_a_tree() {
@@ -88,6 +91,13 @@ mod tests {
         assert_eq!(proposal.tree.tokens(), [2, 3, 6, 7, 4, 5]);
         assert_eq!(proposal.tree.topology().parents(), [0, 0, 1, 2, 1, 4]);
         assert_eq!(proposal.scores, [0.0, 2.0, 2.0, 2.0, 2.0, 2.0]);
+    }
+
+    #[test]
+    fn a_match_that_is_too_short_is_none() {
+        let lookup = PromptLookup { shortest_match: 2, ..LOOKUP };
+        assert!(lookup.guess(&[1, 2, 3, 4, 2], 3).tree.is_empty());
+        assert_eq!(lookup.guess(&[1, 2, 3, 4, 1, 2], 3).tree.tokens(), [2, 3, 4, 1]);
     }
 
     #[test]

@@ -45,7 +45,7 @@ pub fn dynamic(text: &str) -> Result<(DynamicTree, String)> {
 
 /// Reads `depth=D,nodes=N,match=M` or `chain:N`, each with a default.
 pub(super) fn lookup(text: &str) -> Result<PromptLookup> {
-    let mut lookup = PromptLookup { longest_match: 3, depth: 5, nodes: 10 };
+    let mut lookup = PromptLookup { longest_match: 3, shortest_match: 1, depth: 5, nodes: 10 };
     let expected = "depth=D,nodes=N,match=M or chain:N, numbers from 1 to 4096";
     if let Some(length) = text.strip_prefix("chain:") {
         let length = lookup_size(length).ok_or_else(|| unknown(text, expected))?;
@@ -61,6 +61,44 @@ pub(super) fn lookup(text: &str) -> Result<PromptLookup> {
         }
     }
     Ok(lookup)
+}
+
+/// Cuts `+lookup` or `+lookup:KEYS` off the end of a tree's text: the tree, and the keys where a lookup is asked for.
+pub(super) fn split_lookup(text: &str) -> (&str, Option<&str>) {
+    match text.rsplit_once("+lookup") {
+        Some((tree, "")) => (tree, Some("")),
+        Some((tree, keys)) if keys.starts_with(':') => (tree, Some(&keys[1..])),
+        _ => (text, None),
+    }
+}
+
+/// Reads `depth=D,nodes=N,match=M,least=L,alone=A`, each with a default: a lookup beside a draft, and the length of a match
+/// from which the draft is not asked.
+pub(super) fn lookup_beside(keys: &str) -> Result<(PromptLookup, usize)> {
+    let mut lookup = PromptLookup { longest_match: 8, shortest_match: 2, depth: 6, nodes: 6 };
+    let mut alone = 4;
+    let wrong = || {
+        let expected = "depth=D,nodes=N,match=M,least=L,alone=A behind `+lookup:`, numbers from 1 to 4096";
+        unknown(keys, expected)
+    };
+    for (key, value) in pairs(keys) {
+        let value = lookup_size(value).ok_or_else(wrong)?;
+        match key {
+            "depth" => lookup.depth = value,
+            "nodes" => lookup.nodes = value,
+            "match" => lookup.longest_match = value,
+            "least" => lookup.shortest_match = value,
+            "alone" => alone = value,
+            _ => return Err(wrong()),
+        }
+    }
+    if lookup.shortest_match > lookup.longest_match {
+        let (least, most) = (lookup.shortest_match, lookup.longest_match);
+        return Err(Error::Usage(format!(
+            "--tree: expected `least` up to `match`, got least={least} and match={most}"
+        )));
+    }
+    Ok((lookup, alone))
 }
 
 /// As many as a dynamic tree may have.
@@ -101,5 +139,14 @@ mod tests {
         assert_eq!(lookup("chain:4").unwrap(), (3, 4, 4));
         assert_eq!(lookup("match=2,depth=8,nodes=20").unwrap(), (2, 8, 20));
         assert!(lookup("depth=0").is_err() && lookup("dynamic:depth=2").is_err());
+        assert_eq!(split_lookup("chain:4"), ("chain:4", None));
+        assert_eq!(split_lookup("+lookup"), ("", Some("")));
+        assert_eq!(split_lookup("a+lookup.json+lookup:depth=2"), ("a+lookup.json", Some("depth=2")));
+        assert_eq!(split_lookup("a+lookup.json"), ("a+lookup.json", None));
+        let beside = PromptLookup { longest_match: 8, shortest_match: 3, depth: 6, nodes: 9 };
+        assert_eq!(lookup_beside("least=3,nodes=9,alone=7").unwrap(), (beside, 7));
+        for wrong in ["least=9", "depth", "width=3", "nodes=0"] {
+            assert!(lookup_beside(wrong).is_err(), "{wrong}");
+        }
     }
 }

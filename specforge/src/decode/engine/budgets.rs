@@ -115,7 +115,7 @@ fn every_budget_gives_what_plain_decoding_gives() {
 fn budgets_need_a_draft_that_says_how_sure_it_is() {
     let target = tiny::target(1);
     let engine = |drafter: Box<dyn Drafter>| Engine::new(&target, drafter, options(0.0, 2)).unwrap();
-    let lookup = Box::new(PromptLookup { longest_match: 3, depth: 4, nodes: 4 });
+    let lookup = Box::new(PromptLookup { longest_match: 3, shortest_match: 1, depth: 4, nodes: 4 });
     let error = engine(lookup).with_budget(budget(unmeasured())).err().unwrap();
     assert!(error.to_string().contains("no confidence"), "{error}");
     let other = Box::new(Confident::new(HashMap::new(), &[1.0; 3], 1));

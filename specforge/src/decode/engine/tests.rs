@@ -163,7 +163,7 @@ fn caches_equal_a_fresh_prefill_and_what_lies_behind_is_not_read() {
 fn prompt_lookup_is_lossless_and_finds_repetitions() {
     // A peaky target repeats itself soon.
     let target = tiny::target_with(4, &|name, tensor| if name == "lm_head.weight" { tensor * 6.0 } else { tensor });
-    let lookup = || Box::new(PromptLookup { longest_match: 3, depth: 4, nodes: 10 });
+    let lookup = || Box::new(PromptLookup { longest_match: 3, shortest_match: 1, depth: 4, nodes: 10 });
     for temperature in [0.0, 1.0] {
         let plain = decode(&target, Box::new(Plain), options(temperature, 4));
         let decoded = decode(&target, lookup(), options(temperature, 4));

@@ -212,7 +212,7 @@ fn a_draft_changes_no_answer() {
                 let draft = Box::new(tiny::target(seed));
                 ModelDrafter::new(draft, bench.target.info(), tree, sampling).unwrap()
             };
-            let lookup = PromptLookup { longest_match: 2, depth: 3, nodes: 6 };
+            let lookup = PromptLookup { longest_match: 2, shortest_match: 1, depth: 3, nodes: 6 };
             let drafters: [Box<dyn Drafter>; 3] = [Box::new(model(2)), Box::new(model(5)), Box::new(lookup)];
             for (index, drafter) in drafters.into_iter().enumerate() {
                 bench.forget();

@@ -186,7 +186,7 @@ impl Backbone {
     /// Keys and values of context rows `[P, H]` at `positions [P]`, for each layer.
     pub fn context_keys(&self, context: &Tensor, positions: &Tensor) -> Result<LayerKeys> {
         let rope = self.rope_tables(positions);
-        self.layers.iter().map(|layer| self.keys(layer, context, &rope)).collect()
+        self.layers.iter().map(|layer| self.keys(layer, context, &rope, None)).collect()
     }
 
     /// What block rows read: the target's embedding `[V, H]` of their tokens, and of the mask token the draft's own row
@@ -204,11 +204,16 @@ impl Backbone {
         })
     }
 
-    /// Blocks of a batch behind contexts that all blocks of a document share, `[R, H]` to `[R, H]`.
-    pub fn forward(&self, rows: &Tensor, blocks: &BlockRows, context: &LayerKeys) -> Result<Tensor> {
+    /// Blocks of a batch behind contexts that all blocks of a document share, `[R, H]`; `embedding [V, H]` is the target's.
+    pub fn forward(&self, embedding: &Tensor, blocks: &BlockRows, context: &LayerKeys) -> Result<Tensor> {
         let size = self.shape.block_size;
         let rope = self.rope_tables(&blocks.positions);
-        let mut hidden = rows.shallow_clone();
+        // Before the first layer all masks are alike, so it projects one of them; a convolution mixes them with the anchor.
+        let mut alike = self.shape.conv.is_none().then_some(Alike { block_size: size });
+        let mut hidden = match &alike {
+            Some(alike) => self.embed(embedding, &alike.tokens(&blocks.tokens))?, // [n + 1, H]
+            None => self.embed(embedding, &blocks.tokens)?,                       // [R, H]
+        };
         for (index, layer) in self.layers.iter().enumerate() {
             let attend = |query: Tensor, [key, value]: [Tensor; 2]| {
                 let [key, value] = [key, value].map(|own| own.unflatten(0, [-1, size])); // [n, B, G, D]
@@ -225,7 +230,7 @@ impl Backbone {
                     }
                 }
             };
-            hidden = self.layer(layer, &hidden, &rope, attend)?;
+            hidden = self.layer(layer, &hidden, alike.take(), &rope, attend)?;
         }
         Ok(self.norm.forward(&hidden)) // [R, H]
     }
@@ -246,7 +251,7 @@ impl Backbone {
         let rope = self.rope_tables(&(places + lengths).flatten(0, 1));
         let flat = context.flatten(0, 1); // [b * T, H]
         for (index, layer) in self.layers.iter().enumerate() {
-            let [key, value] = self.keys(layer, &flat, &rope)?;
+            let [key, value] = self.keys(layer, &flat, &rope, None)?;
             let _ = cache.write(index, &of_texts(&key, cache.rows()), &of_texts(&value, cache.rows()));
         }
         cache.advance(counts);
@@ -277,41 +282,42 @@ impl Backbone {
                 let attended = attention(&query, &keys, &values, &masks[place].1, &Options::default());
                 Ok(attended.transpose(1, 2).flatten(0, 1)) // [b * B, N, D]
             };
-            hidden = self.layer(layer, &hidden, &rope, attend)?;
+            hidden = self.layer(layer, &hidden, None, &rope, attend)?;
         }
         cache.truncate(&base);
         Ok(self.norm.forward(&hidden).view([texts, size, -1]))
     }
 
-    /// One layer on block rows, `[R, H]`; `attend` mixes rotated queries `[R, N, D]` with keys and values `[R, G, D]` of the
+    /// One layer on block rows, `[R, H]` or those that are not alike; `attend` mixes rotated queries `[R, N, D]` with keys and values `[R, G, D]` of the
     /// same rows and whatever it has beside them.
     fn layer(
         &self,
         layer: &Layer,
         rows: &Tensor,
+        alike: Option<Alike>,
         rope: &RopeTables,
         attend: impl FnOnce(Tensor, [Tensor; 2]) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let normed = layer.input_norm.forward(rows); // [R, H]
         let conv = Around::new(layer.attention_conv.as_ref(), &normed, self.shape.block_size)?;
         let input = conv.before(&normed);
-        let query = self.heads(&shim::trained_linear(&input, &layer.query)?); // [R, N, D]
-        let query = rotate(&layer.query_norm.forward(&query), rope);
-        let keys = self.keys(layer, &input, rope)?;
+        let query = self.heads(&shim::trained_linear(&input, &layer.query)?);
+        let query = rotated(&query, &layer.query_norm, rope, alike)?; // [R, N, D]
+        let keys = self.keys(layer, &input, rope, alike)?;
         let attended = attend(query, keys)?.flatten(1, 2); // [R, N * D]
-        let rows = rows + conv.after(&shim::trained_linear(&attended, &layer.output)?); // [R, H]
+        let rows = spread(rows, alike)? + conv.after(&shim::trained_linear(&attended, &layer.output)?); // [R, H]
         let normed = layer.post_attention_norm.forward(&rows);
         let conv = Around::new(layer.mlp_conv.as_ref(), &normed, self.shape.block_size)?;
         let input = conv.before(&normed);
-        let gated = shim::trained_linear(&input, &layer.gate)?.silu() * shim::trained_linear(&input, &layer.up)?;
-        Ok(rows + conv.after(&shim::trained_linear(&gated, &layer.down)?)) // [R, H]
+        let (gate, up) = (shim::trained_linear(&input, &layer.gate)?, shim::trained_linear(&input, &layer.up)?);
+        Ok(rows + conv.after(&shim::gated_linear(&gate, &up, &layer.down)?)) // [R, H]
     }
 
-    /// Rotated keys, and values, of rows `[R, H]`: `[R, G, D]` each.
-    fn keys(&self, layer: &Layer, rows: &Tensor, rope: &RopeTables) -> Result<[Tensor; 2]> {
+    /// Rotated keys, and values, of rows `[R, H]` or those that are not alike: `[R, G, D]` each.
+    fn keys(&self, layer: &Layer, rows: &Tensor, rope: &RopeTables, alike: Option<Alike>) -> Result<[Tensor; 2]> {
         let key = self.heads(&shim::trained_linear(rows, &layer.key)?);
         let value = self.heads(&shim::trained_linear(rows, &layer.value)?);
-        Ok([rotate(&layer.key_norm.forward(&key), rope), value])
+        Ok([rotated(&key, &layer.key_norm, rope, alike)?, spread(&value, alike)?])
     }
 
     /// `[R, heads * D]` to `[R, heads, D]`
@@ -325,9 +331,38 @@ impl Backbone {
     }
 }
 
-/// Rotates `[R, heads, D]`.
-fn rotate(heads: &Tensor, rope: &RopeTables) -> Tensor {
-    rope.rotate(&heads.unsqueeze(2)).squeeze_dim(2)
+/// Rows of blocks of which all but the first of each are the same: `[n + 1, ..]` stands for `[R, ..]`, the first rows of the
+/// blocks before the one that fills the rest of each.
+#[derive(Debug, Clone, Copy)]
+struct Alike {
+    block_size: i64,
+}
+
+impl Alike {
+    /// Of tokens `[R]`.
+    fn tokens(self, tokens: &Tensor) -> Tensor {
+        let blocks = tokens.view([-1, self.block_size]); // [n, B]
+        Tensor::cat(&[blocks.select(1, 0), blocks.narrow(0, 0, 1).select(1, 1)], 0) // [n + 1]
+    }
+}
+
+/// Rows `[n + 1, ..]`, as far as they are alike, as `[R, ..]`.
+fn spread(rows: &Tensor, alike: Option<Alike>) -> Result<Tensor> {
+    let Some(Alike { block_size }) = alike else { return Ok(rows.shallow_clone()) };
+    let blocks = rows.size()[0] - 1;
+    let mut shape = vec![blocks, block_size - 1];
+    shape.extend(&rows.size()[1..]);
+    let first = rows.narrow(0, 0, blocks).unsqueeze(1); // [n, 1, ..]
+    let others = rows.narrow(0, blocks, 1).unsqueeze(1).f_expand(&shape, false)?; // [n, B - 1, ..]
+    Ok(Tensor::f_cat(&[first, others], 1)?.flatten(0, 1))
+}
+
+/// Heads `[.., heads, D]` normed and rotated, `[R, heads, D]`.
+fn rotated(heads: &Tensor, norm: &RmsNorm, rope: &RopeTables, alike: Option<Alike>) -> Result<Tensor> {
+    Ok(match alike {
+        None => rope.rotate_rows(heads, Some(norm)),
+        Some(_) => rope.rotate_rows(&spread(&norm.forward(heads), alike)?, None),
+    })
 }
 
 /// `[b * T, heads, D]` to `[b, heads, T, D]`

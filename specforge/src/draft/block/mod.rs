@@ -192,8 +192,7 @@ impl BlockDraft {
             features.hidden[..captured].iter().map(|layer| layer.index_select(0, &blocks.context)).collect(); // [P, H]
         let context = self.backbone.project_features(&seen)?;
         let keys = self.backbone.context_keys(&context, &blocks.context_positions)?;
-        let rows = self.backbone.embed(&self.embedding, &blocks.rows.tokens)?;
-        let rows = self.backbone.forward(&rows, &blocks.rows, &keys)?;
+        let rows = self.backbone.forward(&self.embedding, &blocks.rows, &keys)?;
         Ok((context, rows))
     }
 

@@ -248,16 +248,16 @@ impl Layer {
 
     /// Rotated keys, and values: `[n, G, D]` each. One row of input may stand for all that `rope` has places of.
     pub(in crate::draft) fn keys(&self, input: &Tensor, rope: &RopeTables) -> Result<[Tensor; 2]> {
-        let key = self.normed_head(1, self.split(&shim::trained_linear(input, &self.key)?));
-        let key = rotate(&key, rope); // [n, G, D]
+        let key = self.split(&shim::trained_linear(input, &self.key)?);
+        let key = rope.rotate_rows(&key, self.head_norm(1)); // [n, G, D]
         let value = self.split(&shim::trained_linear(input, &self.value)?).f_expand(key.size(), false)?;
         Ok([key, value])
     }
 
     /// Rotated queries: `[n, N, D]`; see [`Layer::keys`].
     pub(in crate::draft) fn query(&self, input: &Tensor, rope: &RopeTables) -> Result<Tensor> {
-        let query = self.normed_head(0, self.split(&shim::trained_linear(input, &self.query)?));
-        Ok(rotate(&query, rope))
+        let query = self.split(&shim::trained_linear(input, &self.query)?);
+        Ok(rope.rotate_rows(&query, self.head_norm(0)))
     }
 
     /// Attention and MLP of rows: `[n, H]`.
@@ -281,8 +281,8 @@ impl Layer {
     pub(in crate::draft) fn finish(&self, residual: &Tensor, attended: &Tensor) -> Result<Tensor> {
         let hidden = residual + shim::trained_linear(&attended.flatten(1, 2), &self.output)?; // [n, H]
         let normed = self.post_attention_norm.forward(&hidden);
-        let gated = shim::trained_linear(&normed, &self.gate)?.silu() * shim::trained_linear(&normed, &self.up)?;
-        Ok(hidden + shim::trained_linear(&gated, &self.down)?) // [n, H]
+        let (gate, up) = (shim::trained_linear(&normed, &self.gate)?, shim::trained_linear(&normed, &self.up)?);
+        Ok(hidden + shim::gated_linear(&gate, &up, &self.down)?) // [n, H]
     }
 
     /// The same of `[B * T]` rows without gradients, on keys that a cache keeps: row `b * T + t` sees what query `t` of
@@ -297,7 +297,7 @@ impl Layer {
         // [B * T, heads, D] to [B, heads, T, D]
         let batch = |heads: &Tensor| heads.unflatten(0, [cache.rows(), -1]).transpose(1, 2).contiguous();
         let turned = |place: usize, weight: &Tensor| {
-            batch(&rotate(&self.normed_head(place, self.split(&linear(input, weight, None))), rope))
+            batch(&rope.rotate_rows(&self.split(&linear(input, weight, None)), self.head_norm(place)))
         };
         let (query, key) = (turned(0, &self.query), turned(1, &self.key)); // [B, N, T, D], [B, G, T, D]
         let value = batch(&self.split(&linear(input, &self.value, None)));
@@ -310,9 +310,9 @@ impl Layer {
         hidden + linear(&gated, &self.down, None) // [B * T, H]
     }
 
-    /// Heads `[n, heads, D]` of queries (0) or keys (1) behind their norm, where there is one.
-    fn normed_head(&self, place: usize, heads: Tensor) -> Tensor {
-        self.head_norms.as_ref().map_or_else(|| heads.shallow_clone(), |norms| norms[place].forward(&heads))
+    /// The norm of heads of queries (0) or keys (1), where there is one.
+    fn head_norm(&self, place: usize) -> Option<&RmsNorm> {
+        self.head_norms.as_ref().map(|norms| &norms[place])
     }
 
     /// `[n, heads * D]` to `[n, heads, D]`
@@ -325,9 +325,4 @@ impl Layer {
 pub(super) fn no_own_keys(first: &Step, shared: &LayerKeys) -> Result<LayerKeys> {
     let none = |keys: &[Tensor; 2]| merged_attention::no_own_keys(first.len, &keys[0]);
     shared.iter().map(|keys| Ok([none(keys)?, none(keys)?])).collect()
-}
-
-/// Rotates `[n, heads, D]`.
-fn rotate(heads: &Tensor, rope: &RopeTables) -> Tensor {
-    rope.rotate(&heads.unsqueeze(2)).squeeze_dim(2)
 }

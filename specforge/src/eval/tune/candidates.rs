@@ -280,7 +280,7 @@ pub fn lookups(
             sizes.retain(|&size| size <= most);
             sizes.dedup();
             for nodes in sizes {
-                let mut lookup = PromptLookup { longest_match, depth, nodes };
+                let mut lookup = PromptLookup { longest_match, shortest_match: 1, depth, nodes };
                 let texts = prompts.iter().zip(answers).zip(rooms);
                 let outcomes = texts.map(|((prompt, answer), rooms)| looked_up(&mut lookup, prompt, answer, rooms));
                 let outcomes = outcomes.collect::<Result<Vec<_>>>()?;

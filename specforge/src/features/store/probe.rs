@@ -146,6 +146,7 @@ pub(super) fn norms(states: &Tensor) -> Result<Tensor> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::nn::drawn;
 
     #[test]
     fn probed_rows_are_spread_and_followed_by_a_token_of_their_document() {
@@ -162,12 +163,12 @@ mod tests {
 
     #[test]
     fn a_head_is_asked_in_chunks_as_at_once() {
-        tch::manual_seed(4);
+        drawn::seed(4);
         let options = (Kind::Float, tch::Device::Cpu);
-        let weight = Tensor::randn([HEAD_CHUNK + 300, 8], options);
-        let bias = Some(Tensor::randn([HEAD_CHUNK + 300], options));
+        let weight = drawn::randn([HEAD_CHUNK + 300, 8], options);
+        let bias = Some(drawn::randn([HEAD_CHUNK + 300], options));
         let bent = Head { bias, scale: 0.5, softcap: Some(4.0), ..Head::plain(weight.shallow_clone()) };
-        let states = Tensor::randn([5, 8], options);
+        let states = drawn::randn([5, 8], options);
         let next = [0, 3, HEAD_CHUNK, HEAD_CHUNK + 299, 17];
         let near = |got: &[f64], want: Tensor| {
             let difference = (Tensor::from_slice(got) - want.flatten(0, -1)).abs().max().double_value(&[]);

@@ -177,9 +177,18 @@ fn with_medusa_heads() {
 }
 
 #[test]
+fn with_a_draft_beside_a_lookup() {
+    let target = target(4, 6.0, Kind::Double);
+    let tree = DynamicTree { depth: 3, top_k: 2, nodes: 6, min_probability: 0.0 };
+    let new = |sampling| super::with_lookup(&target, tree, sampling);
+    let look = |_: &WithLookup<'_>, _: usize, _: &[u32]| {};
+    everywhere(&target, &new, Some(&look));
+}
+
+#[test]
 fn with_prompt_lookup() {
     let target = target(4, 6.0, Kind::Double);
-    let new = |_: DraftSampling| PromptLookup { longest_match: 2, depth: 3, nodes: 6 };
+    let new = |_: DraftSampling| PromptLookup { longest_match: 2, shortest_match: 1, depth: 3, nodes: 6 };
     let look = |_: &PromptLookup, _: usize, _: &[u32]| {};
     everywhere(&target, &new, Some(&look));
 }

@@ -130,14 +130,15 @@ mod tests {
     use tch::Device;
 
     use super::*;
+    use crate::nn::drawn;
 
     #[test]
     fn scores_along_the_walk_are_the_walks_own() {
-        tch::manual_seed(7);
+        drawn::seed(7);
         let options = (Kind::Double, Device::Cpu);
-        let logits = Tensor::randn([3, 4, 9], options);
+        let logits = drawn::randn([3, 4, 9], options);
         let candidates = Candidates::likeliest(&logits, 5);
-        let (start, pairs) = (Tensor::randn([3, 5], options), Tensor::randn([3, 3, 5, 5], options));
+        let (start, pairs) = (drawn::randn([3, 5], options), drawn::randn([3, 3, 5, 5], options));
         let lattice = Lattice { ids: candidates.ids.shallow_clone(), start, pairs };
         let walk = lattice.walk();
         assert!(lattice.along(&walk.places).equal(&walk.scores));

@@ -8,6 +8,7 @@ use crate::draft::block::chunk::{Chunk, Denominator};
 use crate::draft::block::config::{BlockConfig, BlockShape};
 use crate::models::TargetInfo;
 use crate::nn::Head;
+use crate::nn::drawn;
 
 const VOCABULARY: i64 = 9;
 
@@ -23,7 +24,7 @@ fn losses() -> Vec<RowLoss> {
 }
 
 fn random(shape: &[i64], kind: Kind) -> Tensor {
-    Tensor::randn(shape, (Kind::Double, Device::Cpu)).to_kind(kind)
+    drawn::randn(shape, (Kind::Double, Device::Cpu)).to_kind(kind)
 }
 
 fn labels(rows: i64) -> Tensor {
@@ -129,7 +130,7 @@ fn support_ends_with_the_first_error() {
 
 #[test]
 fn gradients_are_those_of_finite_differences() {
-    tch::manual_seed(3);
+    drawn::seed(3);
     let (logits, teacher) = (random(&[5, VOCABULARY], Kind::Double), random(&[5, VOCABULARY], Kind::Double));
     let mean = Tensor::from(0.37f64);
     // The share of `lk_hybrid` is held fixed, which differences are not.
@@ -160,7 +161,7 @@ fn gradients_are_those_of_finite_differences() {
 
 #[test]
 fn renyi_has_its_closed_gradient() {
-    tch::manual_seed(4);
+    drawn::seed(4);
     let (logits, teacher) = (random(&[6, VOCABULARY], Kind::Double), random(&[6, VOCABULARY], Kind::Double));
     let (draft, target) = (logits.softmax(-1, Kind::Double), teacher.softmax(-1, Kind::Double));
     let root = (&draft * target).sqrt();
@@ -170,7 +171,7 @@ fn renyi_has_its_closed_gradient() {
 
 #[test]
 fn equal_distributions_are_at_rest() {
-    tch::manual_seed(5);
+    drawn::seed(5);
     for kind in [Kind::Double, Kind::Float] {
         let logits = random(&[6, VOCABULARY], kind) * 2.0;
         for loss in losses().into_iter().filter(|loss| loss.wants_teacher()) {
@@ -220,7 +221,7 @@ fn nothing_becomes_nan() {
 
 #[test]
 fn a_target_that_is_sure_turns_d_pard_into_d_pace() {
-    tch::manual_seed(6);
+    drawn::seed(6);
     let blocks = two_blocks();
     let chosen = blocks.chunk(None).labels().flatten(0, 1).index_select(0, &blocks.chunk(None).places);
     let sure = Tensor::full([5, VOCABULARY], f64::NEG_INFINITY, (Kind::Double, Device::Cpu));

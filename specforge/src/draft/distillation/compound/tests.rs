@@ -5,15 +5,16 @@ use tch::Device;
 use super::*;
 use crate::draft::distillation::{self, DistillationLoss, DraftVocabulary, Objective, Order, Teacher, Weighting};
 use crate::nn::Head;
+use crate::nn::drawn;
 use crate::vocab::VocabMap;
 
 #[test]
 fn autograd_equals_the_formulas() {
-    tch::manual_seed(3);
+    drawn::seed(3);
     let options = (Kind::Double, Device::Cpu);
     let positions = [4i64, 0, 2, 2, 4, 4, 1, 0, 5, 2, 3];
     let (rows, size, hidden) = (positions.len() as i64, 23, 7);
-    let random = |shape: &[i64]| Tensor::randn(shape, options);
+    let random = |shape: &[i64]| drawn::randn(shape, options);
     let (states, head) = (random(&[6, 9]), Head::plain(random(&[size, 9])));
     let map = VocabMap::new((0..size).step_by(2).collect(), size).unwrap();
     let map = DraftVocabulary::new(&map, Device::Cpu).unwrap();
@@ -63,9 +64,9 @@ fn autograd_equals_the_formulas() {
 #[test]
 fn right_tokens_may_be_given() {
     let options = (Kind::Double, Device::Cpu);
-    tch::manual_seed(4);
-    let (input, states) = (Tensor::randn([4, 5], options), Tensor::randn([2, 5], options));
-    let (head, draft_head) = (Head::plain(Tensor::randn([6, 5], options)), Head::plain(Tensor::randn([3, 5], options)));
+    drawn::seed(4);
+    let (input, states) = (drawn::randn([4, 5], options), drawn::randn([2, 5], options));
+    let (head, draft_head) = (Head::plain(drawn::randn([6, 5], options)), Head::plain(drawn::randn([3, 5], options)));
     let map = DraftVocabulary::new(&VocabMap::new(vec![1, 2, 5], 6).unwrap(), Device::Cpu).unwrap();
     let teacher = Teacher { hidden: &states, head: &head, vocabulary: Some(&map) };
     let order = Order::new(&[1, 0, 1, 0], Device::Cpu).unwrap();

@@ -114,6 +114,7 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
+    use crate::nn::drawn;
 
     const OPTIONS: (Kind, Device) = (Kind::Double, Device::Cpu);
 
@@ -121,9 +122,9 @@ mod tests {
         let config = SelectorConfig { selector_top_k: 4, ..SelectorConfig::default() };
         let find = |name: &str| {
             Ok(match name {
-                PREDECESSOR => Tensor::randn([11, 3], OPTIONS),
+                PREDECESSOR => drawn::randn([11, 3], OPTIONS),
                 SUCCESSOR => successor.shallow_clone(),
-                _ => Tensor::randn([3, 6], OPTIONS),
+                _ => drawn::randn([3, 6], OPTIONS),
             })
         };
         Selector::new(&config, &find).unwrap()
@@ -131,9 +132,9 @@ mod tests {
 
     #[test]
     fn the_lattices_greedy_path_is_the_walk() {
-        tch::manual_seed(11);
-        let selector = selector(Tensor::randn([11, 3], OPTIONS));
-        let (logits, rows) = (Tensor::randn([5, 3, 11], OPTIONS), Tensor::randn([5, 3, 6], OPTIONS));
+        drawn::seed(11);
+        let selector = selector(drawn::randn([11, 3], OPTIONS));
+        let (logits, rows) = (drawn::randn([5, 3, 11], OPTIONS), drawn::randn([5, 3, 6], OPTIONS));
         let anchor = Tensor::from_slice(&[0i64, 3, 10, 2, 5]);
         let (candidates, projected) = (selector.candidates(&logits), selector.project(&rows));
         let walk = selector.walk(&candidates, &projected, &anchor);
@@ -151,9 +152,9 @@ mod tests {
 
     #[test]
     fn with_a_successor_codebook_of_zeros_it_is_the_plain_argmax() {
-        tch::manual_seed(12);
+        drawn::seed(12);
         let selector = selector(Tensor::zeros([11, 3], OPTIONS));
-        let (logits, rows) = (Tensor::randn([4, 5, 11], OPTIONS), Tensor::randn([4, 5, 6], OPTIONS));
+        let (logits, rows) = (drawn::randn([4, 5, 11], OPTIONS), drawn::randn([4, 5, 6], OPTIONS));
         let anchor = Tensor::zeros([4], (Kind::Int64, Device::Cpu));
         let walk = selector.walk(&selector.candidates(&logits), &selector.project(&rows), &anchor);
         assert!(walk.tokens.equal(&logits.argmax(-1, false)));

@@ -214,6 +214,7 @@ mod tests {
     use tch::Device;
 
     use super::*;
+    use crate::nn::drawn;
 
     const OPTIONS: (Kind, Device) = (Kind::Double, Device::Cpu);
 
@@ -228,7 +229,7 @@ mod tests {
                 "mlp.down_proj.weight" => &[r, 2 * r],
                 _ => &[2 * r, r],
             };
-            Ok(Tensor::randn(shape, OPTIONS))
+            Ok(drawn::randn(shape, OPTIONS))
         };
         let shape = super::super::tests::shape(layout);
         Xpress::new(&shape, &find).unwrap()
@@ -236,12 +237,12 @@ mod tests {
 
     #[test]
     fn as_many_passes_as_slots_are_decoding_from_left_to_right() {
-        tch::manual_seed(21);
+        drawn::seed(21);
         for layout in [Layout::FillIn, Layout::Shift] {
             let refiner = refiner(layout);
-            let hidden = Tensor::randn([6, 5, 6], OPTIONS);
+            let hidden = drawn::randn([6, 5, 6], OPTIONS);
             let slots = if layout == Layout::FillIn { 4 } else { 5 };
-            let base = Tensor::randn([6, slots, 13], OPTIONS);
+            let base = drawn::randn([6, slots, 13], OPTIONS);
             let anchor = Tensor::from_slice(&[1i64, 2, 3, 4, 5, 6]);
             let earlier = &anchor + 1;
             let before = Before { anchor: &anchor, earlier: &earlier };
@@ -270,9 +271,9 @@ mod tests {
 
     #[test]
     fn fewer_rows_are_the_first_of_the_block() {
-        tch::manual_seed(22);
+        drawn::seed(22);
         let refiner = refiner(Layout::FillIn);
-        let (hidden, base) = (Tensor::randn([2, 3, 6], OPTIONS), Tensor::randn([2, 2, 13], OPTIONS));
+        let (hidden, base) = (drawn::randn([2, 3, 6], OPTIONS), drawn::randn([2, 2, 13], OPTIONS));
         let anchor = Tensor::from_slice(&[1i64, 2]);
         let before = Before { anchor: &anchor, earlier: &anchor };
         assert_eq!(refiner.refine(&hidden, &base, before, 2, Some(4)).tokens.size(), [2, 2]);
