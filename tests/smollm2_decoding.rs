@@ -85,7 +85,7 @@ fn every_draft_is_lossless_on_a_real_model() {
             ("eagle3", trained(eagle3.as_ref(), "dynamic:depth=3,top_k=4,nodes=16")),
             ("peagle", trained(peagle.as_ref(), "chain")),
             ("the target itself", Box::new(ModelDrafter::new(model, target.info(), twin, sampling).unwrap())),
-            ("prompt lookup", Box::new(PromptLookup { longest_match: 2, depth: 4, nodes: 8 })),
+            ("prompt lookup", Box::new(PromptLookup { longest_match: 2, shortest_match: 1, depth: 4, nodes: 8 })),
         ];
         for (name, drafter) in drafters {
             let (tokens, got) = decode(target, &tokenizer, drafter, (temperature, 2));

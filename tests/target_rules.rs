@@ -170,7 +170,7 @@ pub fn every_draft_is_lossless(target: &dyn TargetModel, twin: Box<dyn TargetMod
             ("eagle3", trained(eagle3.as_ref(), "dynamic:depth=5,top_k=4,nodes=20")),
             ("medusa", trained(own.as_ref(), "mc_sim_7b_63")),
             ("medusa, shared", trained(shared.as_ref(), "chain:3")),
-            ("lookup", Box::new(PromptLookup { longest_match: 2, depth: 6, nodes: 9 })),
+            ("lookup", Box::new(PromptLookup { longest_match: 2, shortest_match: 1, depth: 6, nodes: 9 })),
         ];
         if let Some(twin) = twin.take() {
             let tree = DynamicTree { depth: 4, top_k: 3, nodes: 12, min_probability: 0.0 };
@@ -196,6 +196,6 @@ pub fn greedy_decoding_is_lossless(target: &dyn TargetModel) {
         let drafter = drafter::of_training(draft.as_ref(), Some(tree), target, sampling).unwrap().drafter;
         assert_eq!(decode(target, drafter, 0.0, 2, texts).0, plain, "{tree}");
     }
-    let lookup = PromptLookup { longest_match: 2, depth: 4, nodes: 6 };
+    let lookup = PromptLookup { longest_match: 2, shortest_match: 1, depth: 4, nodes: 6 };
     assert_eq!(decode(target, Box::new(lookup), 0.0, 2, texts).0, plain);
 }

@@ -56,7 +56,7 @@ fn two_trees_are_equal_and_a_changed_trace_is_wrong() {
     let path = |name: &str| folder.path().join(name).to_string_lossy().into_owned();
     let (a, b, target) = (path("a.trace"), path("b.trace"), path("model"));
     record(&model, Path::new(&a), Box::new(Plain), ("plain", 1));
-    let lookup = PromptLookup { longest_match: 2, depth: 4, nodes: 10 };
+    let lookup = PromptLookup { longest_match: 2, shortest_match: 1, depth: 4, nodes: 10 };
     record(&model, Path::new(&b), Box::new(lookup), ("prompt-lookup", 3));
 
     let report = json_of(&mut specforge(&["compare", &a, &b, "--target", &target, "--json"]));

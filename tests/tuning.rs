@@ -47,6 +47,13 @@ fn drafts_are_tuned_ranked_and_decoded_with_what_was_found() {
             let (best, tested) = (&batch["best"], &batch["tested"]);
             assert_eq!(tested["faults"], 0, "{batch}");
             assert!(number(&best["tokens_per_second"]) > 0.0 && number(&tested["tokens_per_second"]) > 0.0);
+            // Beside every draft but the lookup itself another one is tried.
+            let beside = &batch["with_lookup"];
+            assert_eq!(beside.is_null(), draft["method"] == "prompt-lookup", "{batch}");
+            if !beside.is_null() {
+                assert_eq!(beside["tested"]["faults"], 0, "{batch}");
+                assert!(beside["tree"].as_str().unwrap().contains("+lookup:depth=6"), "{batch}");
+            }
             // What is accepted is no matter of the clock; static trees are tried on answers that did not choose them.
             let (foreseen, got) = (number(&best["tokens_per_round"]), number(&tested["tokens_per_round"]));
             assert!(draft["method"] == "medusa" || (foreseen - got).abs() < 0.02, "{foreseen} and {got}: {batch}");

@@ -612,7 +612,8 @@ mod tests {
         let _ = gate.get(0).narrow(0, 0, 10).fill_(-150.0);
         let _ = gate.get(0).narrow(0, 10, 10).fill_(150.0);
         let [want, got] = [Kind::Double, Kind::Float].map(|kind| {
-            let [gate, up, down] = [&gate, &up, &down].map(|tensor| tensor.to_kind(kind).set_requires_grad(true));
+            let [gate, up, down] =
+                [&gate, &up, &down].map(|tensor| tensor.to_kind(kind).copy().set_requires_grad(true));
             let rows = gated_linear(&gate, &up, &down).unwrap();
             (&rows * slope.to_kind(kind)).sum(kind).backward();
             [rows, gate.grad(), up.grad(), down.grad()].map(|tensor| tensor.to_kind(Kind::Double))

@@ -19,7 +19,7 @@ use crate::decode::policy::Policy;
 use crate::doctor::launch::{self, EngineFlags};
 use crate::error::{Error, Result, foreign};
 use crate::eval::acceptance::questions;
-use crate::eval::tune::{self, Prompt, TuneOptions, Tuned, report};
+use crate::eval::tune::{self, Batch, Prompt, TuneOptions, Tuned, report};
 use crate::files;
 use crate::hub::{Wanted, recorded};
 use crate::models::TargetModel;
@@ -156,8 +156,13 @@ pub(super) fn run(args: &TuneArgs, output: &Output) -> Result<()> {
         note(format!("tree: {}", path.display()));
     }
     output.result(&report, || text(&report));
-    let faults: usize =
-        report.drafts.iter().flat_map(|draft| &draft.tuned.batches).map(|batch| batch.tested.faults).sum();
+    let faults: usize = report
+        .drafts
+        .iter()
+        .flat_map(|draft| &draft.tuned.batches)
+        .flat_map(Batch::decodes)
+        .map(|one| one.faults)
+        .sum();
     match faults {
         0 => Ok(()),
         faults => Err(Error::Failed(format!(
@@ -231,21 +236,26 @@ fn tune_draft(
 fn report(settings: Value, drafts: Vec<DraftReport>) -> Result<Report> {
     let mut ranking: Vec<Ranked> = Vec::new();
     for one in &drafts {
-        ranking.extend(one.tuned.batches.iter().map(|batch| Ranked {
-            rows: batch.rows,
-            draft: one.draft.clone(),
-            tree: report::short_tree(&batch.best),
-            tokens_per_second: batch.tested.tokens_per_second,
-            speedup: batch.tested.speedup,
+        ranking.extend(one.tuned.batches.iter().map(|batch| {
+            let (_, tested) = batch.fastest();
+            Ranked {
+                rows: batch.rows,
+                draft: one.draft.clone(),
+                tree: report::short_fastest(batch),
+                tokens_per_second: tested.tokens_per_second,
+                speedup: tested.speedup,
+            }
         }));
     }
     ranking.sort_by(|a, b| a.rows.cmp(&b.rows).then(b.speedup.total_cmp(&a.speedup)));
     let all = drafts.iter().flat_map(|draft| draft.tuned.batches.iter().map(move |batch| (draft, batch)));
-    let fastest = all.max_by(|(_, a), (_, b)| a.tested.tokens_per_second.total_cmp(&b.tested.tokens_per_second));
+    let speed = |batch: &Batch| batch.fastest().1.tokens_per_second;
+    let fastest = all.max_by(|(_, a), (_, b)| speed(a).total_cmp(&speed(b)));
     let Some((draft, batch)) = fastest else {
         return Err(Error::Failed("nothing was tuned".to_owned()));
     };
-    let (tree, rows, speedup) = (batch.best.tree.clone(), batch.rows, batch.tested.speedup);
+    let (tree, tested) = batch.fastest();
+    let (tree, rows, speedup) = (tree.to_owned(), batch.rows, tested.speedup);
     Ok(Report { tree, draft: draft.draft.clone(), rows, speedup, settings, drafts, ranking })
 }
 

@@ -118,7 +118,8 @@ mod tests {
         let drawn = Drawn::of(6);
         let all = [vec![2, 3, 5], vec![4, 5], vec![4]].map(|shape| drawn.normal(&shape));
         let [exact, slopes] = [Kind::Double, Kind::Float].map(|kind| {
-            let [input, weight, bias] = all.each_ref().map(|tensor| tensor.to_kind(kind).set_requires_grad(true));
+            let [input, weight, bias] =
+                all.each_ref().map(|tensor| tensor.to_kind(kind).copy().set_requires_grad(true));
             let outputs = linear(&input, &weight, Some(&bias));
             assert_eq!(outputs.size(), [2, 3, 4]);
             outputs.square().sum(kind).backward();

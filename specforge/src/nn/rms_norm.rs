@@ -77,7 +77,8 @@ mod tests {
             let [input, weight, slope] =
                 [vec![rows, 2, width], vec![width], vec![rows, 2, width]].map(|shape| drawn.normal(&shape));
             let [want, got] = [Kind::Double, Kind::Float].map(|kind| {
-                let [input, weight] = [&input, &weight].map(|tensor| tensor.to_kind(kind).set_requires_grad(true));
+                let [input, weight] =
+                    [&input, &weight].map(|tensor| tensor.to_kind(kind).copy().set_requires_grad(true));
                 let normed = RmsNorm { weight: weight.shallow_clone(), epsilon: 1e-2 }.forward(&input);
                 (&normed * slope.to_kind(kind)).sum(kind).backward();
                 [normed, input.grad(), weight.grad()].map(|tensor| tensor.to_kind(Kind::Double))

@@ -205,7 +205,11 @@ impl RopeTables {
     pub fn rotate(&self, heads: &Tensor) -> Tensor {
         let (turned, all) = (self.cos.size()[3], heads.size()[3]);
         if turned < all {
-            return Tensor::cat(&[self.rotate(&heads.narrow(3, 0, turned)), heads.narrow(3, turned, all - turned)], 3);
+            let first = self.rotate(&heads.narrow(3, 0, turned));
+            // Heads of one row may stand for all that there are tables of.
+            let mut shape = first.size();
+            shape[3] = all - turned;
+            return Tensor::cat(&[&first, &heads.narrow(3, turned, all - turned).expand(&shape, false)], 3);
         }
         let half = turned / 2;
         let (first, second) = (heads.narrow(3, 0, half), heads.narrow(3, half, half));
@@ -338,7 +342,8 @@ mod tests {
                 (drawn.normal(&[5, 3, dim]) * 2.0, drawn.normal(&[dim]), drawn.normal(&[5, 3, dim]));
             for normed in [true, false] {
                 let [exact, got] = [Kind::Double, Kind::Float].map(|kind| {
-                    let [heads, weight] = [&heads, &weight].map(|tensor| tensor.to_kind(kind).set_requires_grad(true));
+                    let [heads, weight] =
+                        [&heads, &weight].map(|tensor| tensor.to_kind(kind).copy().set_requires_grad(true));
                     let norm = normed.then(|| RmsNorm { weight: weight.shallow_clone(), epsilon: 1e-3 });
                     let tables = Rope::new(config, Device::Cpu).tables(&positions, kind);
                     let rows = tables.rotate_rows(&heads, norm.as_ref());

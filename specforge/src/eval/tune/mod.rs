@@ -4,7 +4,8 @@
 //! 2. Rounds are timed in the engine, by size of the tree, by depth of the draft, by requests that run together (`costs`).
 //! 3. Every tree is tried on paper: the rounds it would have made of the same answers, and what they cost (`candidates`,
 //!    `replay`).
-//! 4. The fastest one decodes in earnest, in turns with plain decoding, and shows what the prediction is worth (`decoded`).
+//! 4. The fastest one decodes in earnest, in turns with plain decoding, and shows what the prediction is worth (`decoded`);
+//!    and once more with a lookup beside the draft.
 //!
 //! Answers are the target's own choices ([`Policy::Keyed`](crate::decode::Policy)), so that they are the same for every tree.
 
@@ -79,7 +80,28 @@ pub struct Choice {
     pub speedup: f64,
 }
 
+/// A tree with a lookup beside the draft, and what decoding with it gave.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct WithLookup {
+    /// As `--tree` takes it.
+    pub tree: String,
+    /// What decoding gave.
+    pub tested: Tested,
+}
+
 impl Batch {
+    /// The tree that decoded fastest, and how it did.
+    pub fn fastest(&self) -> (&str, &Tested) {
+        let own = (self.best.tree.as_str(), &self.tested);
+        let beside = self.with_lookup.iter().map(|one| (one.tree.as_str(), &one.tested));
+        beside.fold(own, |best, one| if one.1.speedup > best.1.speedup { one } else { best })
+    }
+
+    /// Every decode of it.
+    pub fn decodes(&self) -> impl Iterator<Item = &Tested> {
+        std::iter::once(&self.tested).chain(self.with_lookup.iter().map(|one| &one.tested))
+    }
+
     /// The fastest chain.
     pub fn best_chain(&self) -> Option<&Choice> {
         self.chains.iter().max_by(|a, b| a.tokens_per_second.total_cmp(&b.tokens_per_second))
@@ -101,6 +123,8 @@ pub struct Batch {
     pub best_branched: Option<Choice>,
     /// What decoding with the best tree gave.
     pub tested: Tested,
+    /// The same with guesses that stood in the text before, which no paper foresees; nothing where the draft is such a lookup.
+    pub with_lookup: Option<WithLookup>,
 }
 
 /// What was found of one draft.
@@ -174,11 +198,22 @@ pub fn tune<'a>(
     }
     let found = options.batches.iter().map(|&rows| predict(&guessed, &costs, rows, prompts.len())).collect::<Vec<_>>();
     let mut batches = Vec::new();
-    let counts = options.batches.iter().map(|&rows| replay::groups(prompts.len(), rows).len());
-    let (mut done, all) = (0, counts.sum());
+    let beside = default.trees != Trees::Lookup;
+    let groups = |rows: usize| replay::groups(prompts.len(), rows).len();
+    let all = options.batches.iter().map(|&rows| groups(rows) * if beside { 2 } else { 1 }).sum();
+    let mut done = 0;
     for mut batch in found {
-        batch.tested = measuring.test(&batch, (done, all))?;
-        done += replay::groups(prompts.len(), batch.rows).len();
+        let rows = batch.rows;
+        let mut test = |tree: &str| {
+            let tested = measuring.test(tree, rows, (done, all))?;
+            done += groups(rows);
+            Ok::<_, Error>(tested)
+        };
+        (_, batch.tested) = test(&batch.best.tree)?;
+        if beside {
+            let (tree, tested) = test(&format!("{}+lookup", batch.best.tree))?;
+            batch.with_lookup = Some(WithLookup { tree, tested });
+        }
         batches.push(batch);
     }
     let deepest = guessed.candidates.iter().filter(|candidate| candidate.is_chain()).max_by_key(|one| one.depth);
@@ -371,17 +406,19 @@ impl Measuring<'_, '_> {
         Ok(Costs { plain: Table { seconds, ..pass }, verify, overhead, draft: std::mem::take(&mut self.draft) })
     }
 
-    /// Decodes with the best tree of a batch. `done` groups of prompts of `all` were decoded before.
-    fn test(&mut self, batch: &Batch, (done, all): (usize, usize)) -> Result<Tested> {
-        let draft = (self.open)(Some(&batch.best.tree))?;
-        let groups = replay::groups(self.prompts.len(), batch.rows);
-        let options = EngineOptions { max_rows: batch.rows, ..self.options.engine.clone() };
+    /// Decodes with a tree and so many requests together: the tree as it was understood, and how it did. `done` groups of prompts
+    /// of `all` were decoded before.
+    fn test(&mut self, tree: &str, rows: usize, (done, all): (usize, usize)) -> Result<(String, Tested)> {
+        let draft = (self.open)(Some(tree))?;
+        let groups = replay::groups(self.prompts.len(), rows);
+        let options = EngineOptions { max_rows: rows, ..self.options.engine.clone() };
         let progress = &mut self.progress;
         progress("groups of decoding", done as u64, all as u64);
         let options = (&options, self.options.max_new_tokens);
-        decoded::decode(self.target, draft.drafter, self.prompts, options, &groups, &mut |group| {
+        let tested = decoded::decode(self.target, draft.drafter, self.prompts, options, &groups, &mut |group| {
             progress("groups of decoding", (done + group) as u64, all as u64);
-        })
+        })?;
+        Ok((draft.tree, tested))
     }
 }
 
@@ -431,7 +468,7 @@ fn predict(guessed: &Guessed, costs: &Costs, rows: usize, prompts: usize) -> Bat
     let mut chains: Vec<Choice> = choices.into_iter().filter(|choice| choice.top_k == 1).collect();
     chains.sort_by_key(|choice| choice.depth);
     let tested = Tested::default();
-    Batch { rows, plain_tokens_per_second: plain, best, chains, best_branched, tested }
+    Batch { rows, plain_tokens_per_second: plain, best, chains, best_branched, tested, with_lookup: None }
 }
 
 #[cfg(test)]

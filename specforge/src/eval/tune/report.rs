@@ -1,6 +1,6 @@
 //! What tuning found, as tables for people.
 
-use super::{Batch, Choice, Table, Tuned};
+use super::{Batch, Choice, Table, Tuned, WithLookup};
 
 /// Sizes that a table shows; the file has all of them.
 const SHOWN: usize = 10;
@@ -23,7 +23,7 @@ pub fn text(name: &str, tuned: &Tuned) -> String {
         "{:>8}  {:>9}  {:>10}  {:>8}  {:>8}  {:>9}  {:>8}  tree",
         "together", "tau, pred", "tokens/s", "speed-up", "tau, dec", "tokens/s", "speed-up"
     ));
-    lines.extend(batches.iter().map(row));
+    lines.extend(batches.iter().flat_map(rows));
     lines.extend(batches.iter().map(verdict));
     lines.join("\n")
 }
@@ -56,9 +56,16 @@ pub fn short_tree(choice: &Choice) -> String {
     }
 }
 
-fn row(batch: &Batch) -> String {
-    let Batch { rows, best, tested, .. } = batch;
-    format!(
+/// The fastest tree of a batch, as short.
+pub fn short_fastest(batch: &Batch) -> String {
+    let beside = batch.fastest().0 != batch.best.tree;
+    format!("{}{}", short_tree(&batch.best), if beside { "+lookup" } else { "" })
+}
+
+/// A line for the best tree, and one for the same with a lookup, of which nothing was predicted.
+fn rows(batch: &Batch) -> Vec<String> {
+    let Batch { rows, best, tested, with_lookup, .. } = batch;
+    let mut lines = vec![format!(
         "{rows:>8}  {:>9.3}  {:>10.2}  {:>7.2}x  {:>8.3}  {:>9.2}  {:>7.2}x  {}",
         best.tokens_per_round,
         best.tokens_per_second,
@@ -67,12 +74,25 @@ fn row(batch: &Batch) -> String {
         tested.tokens_per_second,
         tested.speedup,
         short_tree(best),
-    )
+    )];
+    lines.extend(with_lookup.iter().map(|WithLookup { tested, .. }| {
+        format!(
+            "{rows:>8}  {:>9}  {:>10}  {:>8}  {:>8.3}  {:>9.2}  {:>7.2}x  {}+lookup",
+            "-",
+            "-",
+            "-",
+            tested.tokens_per_round,
+            tested.tokens_per_second,
+            tested.speedup,
+            short_tree(best),
+        )
+    }));
+    lines
 }
 
 /// What follows for a batch, in a line.
 pub fn verdict(batch: &Batch) -> String {
-    let Batch { rows, best, tested, .. } = batch;
+    let Batch { rows, best, tested, with_lookup, .. } = batch;
     let together = if *rows == 1 { "one request alone".to_owned() } else { format!("{rows} requests together") };
     let mut line = match (best.speedup > 1.0, tested.speedup > 1.0) {
         (false, false) => {
@@ -89,8 +109,12 @@ pub fn verdict(batch: &Batch) -> String {
             )
         }
     };
-    if tested.faults > 0 {
-        line += &format!("; {} ANSWERS ARE WRONG", tested.faults);
+    if let Some(beside) = with_lookup.as_ref().filter(|beside| beside.tested.speedup > tested.speedup) {
+        line += &format!("; {:.2} x with a lookup beside the draft", beside.tested.speedup);
+    }
+    let faults: usize = batch.decodes().map(|one| one.faults).sum();
+    if faults > 0 {
+        line += &format!("; {faults} ANSWERS ARE WRONG");
     }
     line
 }
