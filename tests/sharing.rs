@@ -110,7 +110,7 @@ fn slow_workspace() -> Workspace {
     workspace
 }
 
-const ROWS: usize = 96;
+const ROWS: usize = 240;
 const SLOW: [&str; 2] = ["--max-new-tokens", "40"];
 
 /// A rank that is killed ends all; what was answered stays, and another number of processes goes on from it.

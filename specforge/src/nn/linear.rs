@@ -138,6 +138,28 @@ mod tests {
         }
     }
 
+    /// One function for float32, operators for float64; gates so far from zero that their exponential is no number.
+    #[test]
+    fn a_gated_product_has_the_gradients_of_its_operators() {
+        let drawn = Drawn::of(13);
+        let [gate, up, down, slope] =
+            [[9, 37], [9, 37], [5, 37], [9, 5]].map(|shape: [i64; 2]| drawn.normal(&shape) * 1.5);
+        let _ = gate.get(0).narrow(0, 0, 10).fill_(-150.0);
+        let _ = gate.get(0).narrow(0, 10, 10).fill_(150.0);
+        let [want, got] = [Kind::Double, Kind::Float].map(|kind| {
+            let [gate, up, down] =
+                [&gate, &up, &down].map(|tensor| tensor.to_kind(kind).copy().set_requires_grad(true));
+            let rows = shim::gated_linear(&gate, &up, &down).unwrap();
+            (&rows * slope.to_kind(kind)).sum(kind).backward();
+            [rows, gate.grad(), up.grad(), down.grad()].map(|tensor| tensor.to_kind(Kind::Double))
+        });
+        for (got, want) in got.iter().zip(&want) {
+            assert!(got.allclose(want, 1e-5, 1e-4, false), "{got} {want}");
+        }
+        let [few, up, down] = [&gate.narrow(0, 0, 2), &up, &down].map(|tensor| tensor.to_kind(Kind::Float));
+        assert!(shim::gated_linear(&few, &up, &down).unwrap_err().to_string().contains("expected"));
+    }
+
     #[test]
     #[should_panic(expected = "linear")]
     fn shapes_that_do_not_fit_are_named() {

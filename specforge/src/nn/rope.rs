@@ -5,7 +5,8 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use super::RmsNorm;
-use crate::{device, shim};
+use crate::device;
+use crate::shim;
 
 /// How frequencies are stretched for contexts longer than the model was pretrained on.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]

@@ -64,7 +64,7 @@ pub(super) fn lookup(text: &str) -> Result<PromptLookup> {
 }
 
 /// Cuts `+lookup` or `+lookup:KEYS` off the end of a tree's text: the tree, and the keys where a lookup is asked for.
-pub(super) fn split_lookup(text: &str) -> (&str, Option<&str>) {
+pub fn split_lookup(text: &str) -> (&str, Option<&str>) {
     match text.rsplit_once("+lookup") {
         Some((tree, "")) => (tree, Some("")),
         Some((tree, keys)) if keys.starts_with(':') => (tree, Some(&keys[1..])),
@@ -74,7 +74,7 @@ pub(super) fn split_lookup(text: &str) -> (&str, Option<&str>) {
 
 /// Reads `depth=D,nodes=N,match=M,least=L,alone=A`, each with a default: a lookup beside a draft, and the length of a match
 /// from which the draft is not asked.
-pub(super) fn lookup_beside(keys: &str) -> Result<(PromptLookup, usize)> {
+pub fn lookup_beside(keys: &str) -> Result<(PromptLookup, usize)> {
     let mut lookup = PromptLookup { longest_match: 8, shortest_match: 2, depth: 6, nodes: 6 };
     let mut alone = 4;
     let wrong = || {

@@ -30,7 +30,7 @@ pub struct Tested {
     pub faults: usize,
 }
 
-/// One side: an engine, and what it has done.
+/// A side: an engine, and what it has done.
 struct Side<'a> {
     engine: Engine<'a>,
     tokens: usize,
@@ -71,42 +71,46 @@ impl<'a> Side<'a> {
     }
 }
 
-/// Decodes groups of prompts, by their places, on both sides. `progress` hears of groups done.
+/// Decodes groups of prompts, by their places, without a draft and with each of some drafters. `progress` hears of groups done.
 pub fn decode<'a>(
     target: &'a dyn TargetModel,
-    drafter: Box<dyn Drafter + 'a>,
+    drafters: Vec<Box<dyn Drafter + 'a>>,
     prompts: &[Prompt],
     (options, max_new_tokens): (&EngineOptions, usize),
     groups: &[Vec<usize>],
     progress: &mut dyn FnMut(usize),
-) -> Result<Tested> {
-    /// Tokens before the clock counts, so that neither side pays for first times.
+) -> Result<Vec<Tested>> {
+    /// Tokens before the clock counts, so that no side pays for first times.
     const WARM_UP: usize = 8;
-    let mut sides = [Side::new(target, Box::new(Plain), options)?, Side::new(target, drafter, options)?];
+    let mut plain = Side::new(target, Box::new(Plain), options)?;
+    let sides = drafters.into_iter().map(|drafter| Side::new(target, drafter, options));
+    let mut sides = sides.collect::<Result<Vec<_>>>()?;
     if let Some(first) = groups.first().and_then(|group| group.get(..1)) {
-        for side in &mut sides {
+        for side in std::iter::once(&mut plain).chain(&mut sides) {
             side.answer(prompts, first, max_new_tokens.min(WARM_UP))?;
             side.forget();
         }
     }
-    let mut tested = Tested::default();
+    let mut tested = vec![Tested::default(); sides.len()];
     for (done, group) in (1..).zip(groups) {
-        let [plain, drafted] = &mut sides;
-        let answers = [plain, drafted].map(|side| side.answer(prompts, group, max_new_tokens));
-        let [plain, drafted] = answers;
-        for ((plain, drafted), &place) in plain?.into_iter().zip(drafted?).zip(group) {
-            tested.answers += 1;
-            let parted = parting(target, &prompts[place], place, options, [plain, drafted])?;
-            tested.near_ties += usize::from(parted.as_ref().is_some_and(|parted| parted.near_tie));
-            tested.faults += usize::from(parted.is_some_and(|parted| !parted.near_tie));
+        let expected = plain.answer(prompts, group, max_new_tokens)?;
+        for (side, tested) in sides.iter_mut().zip(&mut tested) {
+            let answers = side.answer(prompts, group, max_new_tokens)?;
+            for ((plain, drafted), &place) in expected.iter().zip(answers).zip(group) {
+                tested.answers += 1;
+                let parted = parting(target, &prompts[place], place, options, [plain.clone(), drafted])?;
+                tested.near_ties += usize::from(parted.as_ref().is_some_and(|parted| parted.near_tie));
+                tested.faults += usize::from(parted.is_some_and(|parted| !parted.near_tie));
+            }
         }
         progress(done);
     }
-    let [plain, drafted] = &sides;
-    tested.plain_tokens_per_second = plain.tokens_per_second();
-    tested.tokens_per_second = drafted.tokens_per_second();
-    tested.speedup = tested.tokens_per_second / tested.plain_tokens_per_second.max(f64::MIN_POSITIVE);
-    tested.tokens_per_round = drafted.tokens as f64 / drafted.rounds.max(1) as f64;
+    for (side, tested) in sides.iter().zip(&mut tested) {
+        tested.plain_tokens_per_second = plain.tokens_per_second();
+        tested.tokens_per_second = side.tokens_per_second();
+        tested.speedup = tested.tokens_per_second / tested.plain_tokens_per_second.max(f64::MIN_POSITIVE);
+        tested.tokens_per_round = side.tokens as f64 / side.rounds.max(1) as f64;
+    }
     Ok(tested)
 }
 

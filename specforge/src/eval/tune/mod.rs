@@ -200,20 +200,14 @@ pub fn tune<'a>(
     let mut batches = Vec::new();
     let beside = default.trees != Trees::Lookup;
     let groups = |rows: usize| replay::groups(prompts.len(), rows).len();
-    let all = options.batches.iter().map(|&rows| groups(rows) * if beside { 2 } else { 1 }).sum();
-    let mut done = 0;
+    let (mut done, all) = (0, options.batches.iter().map(|&rows| groups(rows)).sum());
     for mut batch in found {
-        let rows = batch.rows;
-        let mut test = |tree: &str| {
-            let tested = measuring.test(tree, rows, (done, all))?;
-            done += groups(rows);
-            Ok::<_, Error>(tested)
-        };
-        (_, batch.tested) = test(&batch.best.tree)?;
-        if beside {
-            let (tree, tested) = test(&format!("{}+lookup", batch.best.tree))?;
-            batch.with_lookup = Some(WithLookup { tree, tested });
-        }
+        let own = batch.best.tree.clone();
+        let trees = std::iter::once(own.clone()).chain(beside.then(|| format!("{own}+lookup"))).collect::<Vec<_>>();
+        let mut tested = measuring.test(&trees, batch.rows, (done, all))?.into_iter();
+        batch.tested = tested.next().map(|(_, tested)| tested).unwrap_or_default();
+        batch.with_lookup = tested.next().map(|(tree, tested)| WithLookup { tree, tested });
+        done += groups(batch.rows);
         batches.push(batch);
     }
     let deepest = guessed.candidates.iter().filter(|candidate| candidate.is_chain()).max_by_key(|one| one.depth);
@@ -406,19 +400,20 @@ impl Measuring<'_, '_> {
         Ok(Costs { plain: Table { seconds, ..pass }, verify, overhead, draft: std::mem::take(&mut self.draft) })
     }
 
-    /// Decodes with a tree and so many requests together: the tree as it was understood, and how it did. `done` groups of prompts
-    /// of `all` were decoded before.
-    fn test(&mut self, tree: &str, rows: usize, (done, all): (usize, usize)) -> Result<(String, Tested)> {
-        let draft = (self.open)(Some(tree))?;
+    /// Decodes with each of some trees and so many requests together: the trees as they were understood, and how they did. `done`
+    /// groups of prompts of `all` were decoded before.
+    fn test(&mut self, trees: &[String], rows: usize, (done, all): (usize, usize)) -> Result<Vec<(String, Tested)>> {
+        let opened = trees.iter().map(|tree| (self.open)(Some(tree))).collect::<Result<Vec<_>>>()?;
+        let (trees, drafters): (Vec<_>, Vec<_>) = opened.into_iter().map(|one| (one.tree, one.drafter)).unzip();
         let groups = replay::groups(self.prompts.len(), rows);
         let options = EngineOptions { max_rows: rows, ..self.options.engine.clone() };
         let progress = &mut self.progress;
         progress("groups of decoding", done as u64, all as u64);
         let options = (&options, self.options.max_new_tokens);
-        let tested = decoded::decode(self.target, draft.drafter, self.prompts, options, &groups, &mut |group| {
+        let tested = decoded::decode(self.target, drafters, self.prompts, options, &groups, &mut |group| {
             progress("groups of decoding", (done + group) as u64, all as u64);
         })?;
-        Ok((draft.tree, tested))
+        Ok(trees.into_iter().zip(tested).collect())
     }
 }
 
@@ -475,7 +470,7 @@ fn predict(guessed: &Guessed, costs: &Costs, rows: usize, prompts: usize) -> Bat
 mod tests {
     use super::*;
     use crate::decode::drafter::medusa::heads_for_tests as test_heads;
-    use crate::decode::drafter::{DraftSampling, MedusaDrafter, ModelDrafter, choices, open, tree_text};
+    use crate::decode::drafter::{self, DraftSampling, MedusaDrafter, ModelDrafter, choices, open, tree_text};
     use crate::decode::event::Silent;
     use crate::decode::{Decoded, Engine, Policy, Request, tiny};
     use crate::models::llama::LlamaTarget;
@@ -659,9 +654,13 @@ mod tests {
         let prompts = some_prompts(3);
         let options = options(0.0);
         let open = |tree: Option<&str>| {
-            let (tree, text) = tree_text::dynamic(tree.unwrap_or(tree_text::DEFAULT))?;
-            let draft = Box::new(tiny::target(1));
-            Ok(opened(ModelDrafter::new(draft, target.info(), tree, DraftSampling::Greedy)?, text, Trees::Dynamic))
+            let (tree, beside) = tree_text::split_lookup(tree.unwrap_or(tree_text::DEFAULT));
+            let (tree, text) = tree_text::dynamic(tree)?;
+            let draft = ModelDrafter::new(Box::new(tiny::target(1)), target.info(), tree, DraftSampling::Greedy)?;
+            let Some(keys) = beside else { return Ok(opened(draft, text, Trees::Dynamic)) };
+            let (lookup, alone) = tree_text::lookup_beside(keys)?;
+            let both = drafter::WithLookup { draft: Box::new(draft), lookup, alone };
+            Ok(opened(both, format!("{text}+lookup"), Trees::Dynamic))
         };
         let mut stages = Vec::new();
         let mut progress = |stage: &'static str, done: u64, total: u64| {
@@ -678,6 +677,12 @@ mod tests {
         assert_eq!(tuned.acceptance, [1.0, 1.0, 1.0]);
         assert_eq!(tuned.batches.iter().map(|batch| batch.rows).collect::<Vec<_>>(), [1, 3]);
         for batch in &tuned.batches {
+            let beside = batch.with_lookup.as_ref().unwrap();
+            assert_eq!(beside.tree, format!("{}+lookup", batch.best.tree));
+            assert_eq!((beside.tested.answers, beside.tested.faults), (3, 0));
+            let (tree, tested) = batch.fastest();
+            let speeds = batch.decodes().map(|one| one.speedup).fold(0.0, f64::max);
+            assert_eq!((tree == beside.tree, tested.speedup), (beside.tested.speedup > batch.tested.speedup, speeds));
             let Batch { best, tested, .. } = batch;
             assert_eq!((tested.faults, tested.near_ties), (0, 0));
             // Rounds at the end of an answer are shorter, on paper too.
