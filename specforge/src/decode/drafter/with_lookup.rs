@@ -2,7 +2,7 @@
 //!
 //! A draft and a lookup are right about different tokens: one about what is usual, the other about names, numbers, code and
 //! quotations that the text repeats. Snowflake's Arctic Inference serves the same pair (Oliaro et al. 2024, "SuffixDecoding",
-//! <https://arxiv.org/abs/2411.04975>). Different from it: neither stands back; where the lookup is sure, the draft is not asked,
+//! <https://arxiv.org/abs/2411.04975>). Different from it: both guess, and only where the lookup is sure the draft is not asked,
 //! which saves its passes.
 
 use super::{Context, Drafter, Joining, Progress, PromptLookup};

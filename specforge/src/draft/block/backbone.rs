@@ -288,8 +288,8 @@ impl Backbone {
         Ok(self.norm.forward(&hidden).view([texts, size, -1]))
     }
 
-    /// One layer on block rows, `[R, H]` or those that are not alike; `attend` mixes rotated queries `[R, N, D]` with keys and values `[R, G, D]` of the
-    /// same rows and whatever it has beside them.
+    /// One layer on block rows, `[R, H]` or those that are not alike; `attend` mixes rotated queries `[R, N, D]` with keys and
+    /// values `[R, G, D]` of the same rows and whatever it has beside them.
     fn layer(
         &self,
         layer: &Layer,
@@ -298,7 +298,7 @@ impl Backbone {
         rope: &RopeTables,
         attend: impl FnOnce(Tensor, [Tensor; 2]) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let normed = layer.input_norm.forward(rows); // [R, H]
+        let normed = layer.input_norm.forward(rows); // as rows
         let conv = Around::new(layer.attention_conv.as_ref(), &normed, self.shape.block_size)?;
         let input = conv.before(&normed);
         let query = self.heads(&shim::trained_linear(&input, &layer.query)?);
