@@ -127,13 +127,14 @@ fn kills_at_any_moment_change_nothing() {
     kills_change_nothing(&mut workspace(2000, 64));
 }
 
-/// The same for a draft with a vocabulary of its own and a loop of its own, with the target and from a store.
+/// The same for a draft with a vocabulary of its own, a loop of its own and averaged weights, with the target and from a store.
 #[test]
 fn kills_at_any_moment_change_nothing_for_eagle3() {
     let mut workspace = workspace(2000, 64);
     workspace.configuration["draft"] = serde_json::json!({
         "algorithm": "eagle3", "capture": [0, 1], "draft_vocab_size": 300, "ttt_steps": 3,
     });
+    workspace.set("optim.average", 0.9);
     kills_change_nothing(&mut workspace);
     let store = workspace.path("store");
     let mut capture = specforge(&["capture", "--json", "--dtype", "float32", "--device", "cpu", "--config"]);

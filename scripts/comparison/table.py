@@ -30,6 +30,12 @@ def over_seeds(row: dict, of) -> list[float]:
     return [value for run in row["runs"] if (value := of(run)) is not None]
 
 
+def where_first(row: dict, kind: str, key: str) -> list[float]:
+    """A figure of speed: of the trainings that were decoded on the first one's machine."""
+    first = row["runs"][0][kind].get("machine")
+    return over_seeds(row, lambda run: run[kind][key] if run[kind].get("machine") == first else None)
+
+
 def figure(values: list[float], digits: int, unit: str = "") -> str:
     """Their mean, and how far the furthest is from it."""
     if not values:
@@ -42,8 +48,8 @@ def figure(values: list[float], digits: int, unit: str = "") -> str:
 
 def cells(row: dict) -> list[str]:
     """A line of the table."""
-    chain = lambda key: over_seeds(row, lambda run: run["chain"][key])  # noqa: E731
-    tree = lambda key: over_seeds(row, lambda run: run["tree"][key])  # noqa: E731
+    tau = lambda kind: over_seeds(row, lambda run: run[kind]["tau"])  # noqa: E731
+    speed = lambda kind, key: where_first(row, kind, key)  # noqa: E731
     # As timed before the runs: their number of steps follows from it.
     step = row["timing"]["data"] + row["timing"]["draft"]
     faults = sum(run[kind]["lossless"]["faults"] for run in row["runs"] for kind in ("chain", "tree"))
@@ -52,11 +58,11 @@ def cells(row: dict) -> list[str]:
         f"{row['timing']['parameters'] / 1e6:.1f} M",
         f"{1 / step:.2f}",
         figure([run["train"]["steps"] for run in row["runs"]], 0),
-        figure(chain("tau"), 2),
-        figure(tree("tau"), 2),
-        f"{figure(chain('draft_milliseconds'), 1)} ms, {100 * statistics.mean(chain('draft_share')):.0f} %",
-        figure(chain("speedup"), 2),
-        figure(tree("speedup"), 2),
+        figure(tau("chain"), 2),
+        figure(tau("tree"), 2),
+        f"{figure(speed('chain', 'draft_milliseconds'), 1)} ms, {100 * statistics.mean(speed('chain', 'draft_share')):.0f} %",
+        figure(speed("chain", "speedup"), 2),
+        figure(speed("tree", "speedup"), 2),
         ENGINES.get(row["method"].partition("+")[0], "-"),
         str(len(row["runs"])),
     ]
@@ -74,11 +80,13 @@ def table(rows: list[dict], facts: dict) -> str:
     lines = [HEADINGS, ["---"] * len(HEADINGS), *map(cells, rows)]
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     variants = "".join(f"- **{title({'method': name})}**: `{'`, `'.join(settings)}`.\n" for name, settings in facts["variants"].items())
+    took = [run["train"]["seconds"] / 60 for row in rows for run in row["runs"]]
     model = "A small random model" if facts["tiny"] else "SmolLM2-135M-Instruct"
+    data = f"conversations of {' and '.join(f'`{file}`' for file in facts['data'])}" if facts["data"] else "conversations"
     return f"""# Methods compared
 
 Written by `scripts/methods`; do not edit. {model}, float32, {facts['threads']} threads; every method was trained for
-{facts['minutes']:g} minutes on the same conversations with its recipe, `configs/smollm2-135m-METHOD.json`, and then decoded the
+{facts['minutes']:g} minutes on the same {data} with its recipe, `configs/smollm2-135m-METHOD.json`, and then decoded the
 same {facts['limit']} questions, none of which it was trained on, greedily, {facts['new_tokens']} tokens at most.
 {facts['machine']}, {facts['date']}.
 
@@ -91,7 +99,7 @@ same {facts['limit']} questions, none of which it was trained on, greedily, {fac
 - **A draft round** is what guessing takes between two verifications, and its share of the time of decoding.
 - **Speed-up** is against plain decoding of the same questions by the same program. On a processor a pass over several tokens
   costs more than one over one token, which makes drafts look worse than on a GPU.
-- **Steps** are what fits into the time. Time is that of training alone: evaluations, checkpoints and loading are left out{facts['states']}.
+- **Steps** are what fits into the time as timed before on a few steps; the trainings then took {min(took):.1f} to {max(took):.1f} minutes. Time is that of training alone: evaluations, checkpoints and loading are left out{facts['states']}.
 - Behind ± stands how far the furthest seed is from the mean, where there are several. (!) marks answers that plain decoding does
   not give.
 - Minutes are little: recipes for real sizes train for hours on thousands of times as much text, and the
@@ -139,7 +147,7 @@ def plot(rows: list[dict]) -> str:
                     f'<line x1="{ends[0]:.1f}" y1="{middle}" x2="{ends[1]:.1f}" y2="{middle}" stroke="black"/>'
                 )
             end = left + max(bar, (max(values) - 1) * scale) + 6
-            speed = figure(over_seeds(row, lambda run, kind=kind: run[kind]["speedup"]), 2, "x")
+            speed = figure(where_first(row, kind, "speedup"), 2, "x")
             parts.append(f'<text x="{end:.1f}" y="{y + height - 3}">{mean:.2f} ({speed})</text>')
     axis = total - 22
     step = 0.5 if most - 1 > 1.2 else 0.2 if most - 1 > 0.5 else 0.1

@@ -67,7 +67,7 @@ pub struct Memory {
     pub target: u64,
     /// Draft values.
     pub draft: u64,
-    /// float32 masters and moments.
+    /// float32 masters, moments and averages.
     pub optimizer: u64,
     /// float32 gradients, and among several processes the buckets in which they are summed.
     pub gradients: u64,
@@ -159,7 +159,8 @@ impl Plan {
             Some(pictures) => picture_plan(config, pictures, world_size as usize)?,
             None => data_plan(config, world_size as usize)?,
         };
-        let whole_optimizer = size.trainable * (8 + masters);
+        let (averages, averaged_masters) = if config.optim.average.is_some() { (4, 4 - masters) } else { (0, 0) };
+        let whole_optimizer = size.trainable * (8 + masters + averages);
         let optimizer = match config.parallel.shard_optimizer {
             true => whole_optimizer.div_ceil(world_size),
             false => whole_optimizer,
@@ -182,7 +183,8 @@ impl Plan {
         let loaded_parameters = if offline.is_some() { target.parameters.tables } else { target_parameters };
         let run_parameters = if offline.is_some() { 0 } else { target.parameters.a_token };
         let weights = (loaded_parameters + size.trainable + size.frozen) * width;
-        let checkpoint_bytes = size.trainable * width + whole_optimizer;
+        // Beside averages a checkpoint holds what they are of.
+        let checkpoint_bytes = size.trainable * (width + averaged_masters) + whole_optimizer;
         let memory = Memory {
             target: loaded_parameters * width,
             draft: (size.trainable + size.frozen) * width,

@@ -88,7 +88,8 @@ fn passes_in_a_process_of_its_own() {
         let (target, own) = (Head::plain(random(&[SIZE, 8], kind)), Head::plain(random(&[OWN, 8], kind)));
         let input = random(&[rows, 8], kind);
         let teacher = Teacher { hidden: &states, head: &target, vocabulary: Some(&map) };
-        let rows = Rows { input: &input, targets: Soft { order: &order, teacher: &teacher }, weights: None };
+        let rows =
+            Rows { input: &input, targets: Soft { order: &order, teacher: &teacher, remembered: None }, weights: None };
         let objective = Objective { loss, lambda: (1.0, 3.0), positions_per_chunk: 9 };
         let weighting = weighted.then_some(Weighting { parity: None, lift: 1.0 });
         counted(1);

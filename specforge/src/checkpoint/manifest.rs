@@ -108,6 +108,9 @@ pub struct OpenWindow {
     /// Norms of the gradients: the last, the sum, the largest, and how many.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub gradient_norms: Vec<f64>,
+    /// Sums of the gradients' size and noise, where they are measured.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gradient_noise: Vec<f64>,
 }
 
 /// What wrote a checkpoint.

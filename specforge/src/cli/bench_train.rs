@@ -80,6 +80,7 @@ fn text(report: &BenchTrainReport) -> String {
     format!(
         "{}: {} trainable parameters, {} tokens and {} trained rows a step\n\
          step    {:.3} s: forward and backward {:.3}, optimizer {:.3}; {:.0} tokens/s on {} threads\n\
+         work    {:.1} GFLOP a step, {:.0} GFLOP/s: {:.0} % of what a product of large matrices reaches here ({:.0} GFLOP/s)\n\
          memory  {} at the peak, {} before the first step",
         report.algorithm,
         report.trainable_parameters,
@@ -90,6 +91,10 @@ fn text(report: &BenchTrainReport) -> String {
         report.parts[1],
         report.tokens_per_second,
         report.threads,
+        report.operations as f64 / 1e9,
+        report.operations_per_second / 1e9,
+        100.0 * report.operations_per_second / report.ceiling_per_second,
+        report.ceiling_per_second / 1e9,
         mib(report.peak_memory_bytes),
         mib(report.memory_before_bytes),
     )

@@ -34,8 +34,10 @@ use crate::nn::{Head, linear};
 use crate::shim;
 
 pub mod compound;
+pub mod memory;
 
 pub use compound::{CompoundObjective, distill_compound};
+pub use memory::{Remembered, TeacherMemory};
 
 /// What rows learn from.
 #[derive(Debug)]
@@ -111,6 +113,8 @@ pub struct Soft<'a> {
     pub order: &'a Order,
     /// The distributions at those positions.
     pub teacher: &'a Teacher<'a>,
+    /// What of them need not be made again.
+    pub remembered: Option<&'a Remembered<'a>>,
 }
 
 /// What is left of the rows after the last chunk, in the rows' own order.
@@ -146,7 +150,7 @@ pub fn distill(
     weighting: Option<&Weighting>,
 ) -> Result<RowOutcomes> {
     let _guard = tch::no_grad_guard();
-    let (input, Soft { order, teacher }) = (rows.input, rows.targets);
+    let (input, Soft { order, teacher, remembered }) = (rows.input, rows.targets);
     let head = projection.head;
     let weight = head.weight.detach(); // [DV, H]
     let sorted = input.index_select(0, &order.permutation); // [M, H]
@@ -168,7 +172,7 @@ pub fn distill(
     let with_entropy = objective.loss == DistillationLoss::Kl;
     let mut sum = Tensor::zeros([], (Kind::Double, input.device()));
     for [first_position, positions, first_row, length] in order.chunks(objective.positions_per_chunk) {
-        let of_teacher = teacher.logits(&order.positions.narrow(0, first_position, positions))?; // [u, V]
+        let taught = order.positions.narrow(0, first_position, positions); // [u]
         let rows_of = |values: &Tensor| values.narrow(0, first_row, length);
         let chunk = rows_of(&sorted); // [m, H]
         let own = rows_of(&order.teachers) - first_position; // [m]
@@ -179,12 +183,18 @@ pub fn distill(
         let parity = parity.as_ref().map(|values| [0, 1].map(|at| rows_of(&values[at])));
         let into = [&losses, &acceptance, &hits, &covered].map(rows_of);
         let (part_sum, slope) = if let Some(row_by_row) = row_by_row {
-            let target = row_by_row.teacher(of_teacher, teacher.vocabulary, with_entropy)?;
+            let target = match remembered {
+                Some(remembered) => {
+                    let hidden = teacher.hidden.f_index_select(0, &taught)?; // [u, TH]
+                    remembered.predictions(row_by_row, &hidden, (first_position, positions), with_entropy)?
+                }
+                None => row_by_row.teacher(teacher.logits(&taught)?, teacher.vocabulary, with_entropy)?,
+            };
             // What bends the slope is multiplied before anything is rounded.
             let slope_kind = if bend.is_some() { kind } else { chunk.kind() };
             target.score(logits, &own, objective, (weights, parity), into, slope_kind)?
         } else {
-            let target = TargetChunk::new(of_teacher, teacher.vocabulary);
+            let target = TargetChunk::new(teacher.logits(&taught)?, teacher.vocabulary);
             let part = Chunk::new(&logits, &target, &own, objective);
             for (place, values) in into.iter().zip([&part.losses, &part.acceptance, &part.hits, &part.covered]) {
                 place.shallow_clone().f_copy_(values)?;
@@ -428,8 +438,11 @@ mod tests {
                 let parity = parity.then(|| [cast(&spread(2)), cast(&(spread(0) * 0.5))]);
                 let mut total = Tensor::zeros([draft_size, hidden], (kind, Device::Cpu));
                 let mut projection = Projection { head: &draft_head, gradient: Some(&mut total) };
-                let rows =
-                    Rows { input: &input, targets: Soft { order: &order, teacher: &teacher }, weights: Some(&weights) };
+                let rows = Rows {
+                    input: &input,
+                    targets: Soft { order: &order, teacher: &teacher, remembered: None },
+                    weights: Some(&weights),
+                };
                 let objective = Objective { loss, lambda: (0.9, 2.0), positions_per_chunk: 2 };
                 let weighting = weighting.then_some(Weighting { parity, lift: 4.0 });
                 let outcomes = distill(rows, &mut projection, objective, weighting.as_ref()).unwrap();

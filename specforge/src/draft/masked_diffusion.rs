@@ -440,7 +440,7 @@ fn work(section: &Value, target: &TargetInfo, batch: &PackedBatch, chunk_bytes: 
     let pairs: u64 = batch.lengths.iter().map(|&length| (length * length) as u64).sum();
     let attention = 2 * model.num_layers as u64 * pairs * model.hidden_size as u64;
     let operations = 6 * (batch.ids.len() as u64 * layers + rows * table + attention);
-    Ok(Work { rows, chunk_rows: loss::chunk_rows(chunk_bytes, model.vocab_size), operations })
+    Ok(Work { rows, chunk_rows: loss::chunk_rows(chunk_bytes, model.vocab_size), operations, remembered: 0 })
 }
 
 impl DraftModel for MaskedDiffusionModel {

@@ -162,6 +162,26 @@ pub(super) enum Predictions {
 pub(super) type Factors = (Option<Tensor>, Option<[Tensor; 2]>);
 
 impl Predictions {
+    /// What took the whole vocabulary: the likeliest tokens as draft ids or -1, and the log mass of the draft's tokens, on the
+    /// host.
+    pub(super) fn of_whole_vocabulary(&self) -> Result<(Vec<i64>, Vec<f32>)> {
+        let (likeliest, log_mass) = match self {
+            Self::Cpu([_, _, log_mass, _, likeliest]) => (likeliest, log_mass),
+            Self::Cuda { numbers: [_, _, log_mass, _], top, .. } => (top, log_mass),
+        };
+        Ok((Vec::try_from(likeliest)?, Vec::try_from(log_mass)?))
+    }
+
+    /// The same where the whole vocabulary says this of each position, `[u]`.
+    pub(super) fn within(mut self, whole_likeliest: Tensor, whole_log_mass: Tensor) -> Self {
+        let (likeliest, log_mass) = match &mut self {
+            Self::Cpu([_, _, log_mass, _, likeliest]) => (likeliest, log_mass),
+            Self::Cuda { numbers: [_, _, log_mass, _], top, .. } => (top, log_mass),
+        };
+        (*likeliest, *log_mass) = (whole_likeliest, whole_log_mass);
+        self
+    }
+
     /// Losses, acceptance, hits and covered rows `[m]` of logits `[m, DV]`, whose memory is taken, go `into` their places.
     /// With weights, gives the sum of weighted losses and its gradient with respect to the logits, in the wanted type where
     /// that costs nothing.

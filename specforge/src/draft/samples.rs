@@ -76,4 +76,6 @@ pub struct Work {
     /// Floating-point operations of forward and backward pass, as the mathematics has them: nothing that is merely computed
     /// again. A multiply-add counts as two.
     pub operations: u64,
+    /// Of these, what a CPU does once for a document and not in every step.
+    pub remembered: u64,
 }

@@ -19,8 +19,8 @@ use crate::draft::{self, DraftContext, DraftModel, Gradients, StepKey};
 use crate::error::{Error, Result};
 use crate::features::FeatureBatch;
 use crate::models::TargetInfo;
-use crate::nn::{Embedding, Head, noise};
-use crate::optim::{AdamW, OptimConfig, ParameterSlot};
+use crate::nn::{self, Embedding, Head, noise};
+use crate::optim::{OptimConfig, Optimizer, ParameterSlot};
 use crate::shim;
 use crate::vocab::VocabMap;
 
@@ -107,6 +107,13 @@ pub struct BenchTrainReport {
     pub parts: [f64; 2],
     /// Tokens per second of the median step.
     pub tokens_per_second: f64,
+    /// Floating-point operations that a step needs, whatever is computed again; a multiply-add counts as two. What is
+    /// computed once for a document is not among them.
+    pub operations: u64,
+    /// Of them, in a second of the median step.
+    pub operations_per_second: f64,
+    /// What this machine reaches in a large product of square matrices of the same type, timed between the steps.
+    pub ceiling_per_second: f64,
     /// Objective of the last step.
     pub loss: f64,
     /// Memory of the process before the first step, where the system tells it.
@@ -158,11 +165,18 @@ pub fn run(options: &BenchTrainOptions) -> Result<BenchTrainReport> {
         session.step()?;
     }
     let (mut laps, mut cpu_seconds) = (Vec::new(), Vec::new());
+    let ceiling = Ceiling::new(options.kind, device);
+    ceiling.seconds(); // warms up
+    let mut products = Vec::new();
     for _ in 0..options.repeat {
         let before = processor_seconds();
         laps.push(session.step()?);
         cpu_seconds.push(processor_seconds() - before);
+        products.push(ceiling.seconds());
     }
+    products.sort_by(f64::total_cmp);
+    let work = (algorithm.work)(&options.draft, target, &features.batch, options.chunk_bytes)?;
+    let operations = work.operations - if device == Device::Cpu { work.remembered } else { 0 };
     let seconds: Vec<f64> = laps.iter().map(|[work, optimizer]| work + optimizer).collect();
     laps.sort_by(|left, right| left.iter().sum::<f64>().total_cmp(&right.iter().sum()));
     let parts = laps[laps.len() / 2];
@@ -179,6 +193,9 @@ pub fn run(options: &BenchTrainOptions) -> Result<BenchTrainReport> {
         median_seconds,
         parts,
         tokens_per_second: rows as f64 / median_seconds,
+        operations,
+        operations_per_second: operations as f64 / median_seconds,
+        ceiling_per_second: ceiling.operations() / products[products.len() / 2],
         loss: session.loss,
         memory_before_bytes,
         peak_memory_bytes: peak_memory(device),
@@ -214,7 +231,7 @@ fn made_up(shape: &BatchShape, supervised: f64, vocab_size: i64) -> PackedBatch 
 struct Session<'a> {
     draft: &'a dyn DraftModel,
     features: &'a FeatureBatch,
-    optimizer: AdamW<'static>,
+    optimizer: Optimizer<'static>,
     gradients: Vec<Tensor>,
     /// Trained rows of the last step, of all loss terms together.
     rows: f64,
@@ -225,7 +242,7 @@ struct Session<'a> {
 impl<'a> Session<'a> {
     fn new(draft: &'a dyn DraftModel, features: &'a FeatureBatch) -> Result<Self> {
         let slots = draft.parameters().iter().map(ParameterSlot::from);
-        let optimizer = AdamW::new(slots.collect(), &OptimConfig::default(), ProcessGroup::SINGLE, false)?;
+        let optimizer = Optimizer::new(slots.collect(), &OptimConfig::default(), ProcessGroup::SINGLE, false)?;
         let gradients = Gradients::zeros(draft.parameters())?;
         Ok(Self { draft, features, optimizer, gradients, rows: 0.0, taken: 0, loss: f64::NAN })
     }
@@ -247,6 +264,31 @@ impl<'a> Session<'a> {
         let all = start.elapsed().as_secs_f64();
         self.loss = tally.objective.double_value(&[]);
         Ok([worked, all - worked])
+    }
+}
+
+/// A product of square matrices that is bound by nothing but arithmetic.
+struct Ceiling {
+    matrix: Tensor,
+}
+
+impl Ceiling {
+    fn new(kind: Kind, device: Device) -> Self {
+        let size = if device.is_cuda() { 4096 } else { 1024 };
+        Self { matrix: Tensor::ones([size, size], (kind, device)) }
+    }
+
+    /// Of one product.
+    fn operations(&self) -> f64 {
+        2.0 * (self.matrix.size()[0] as f64).powi(3)
+    }
+
+    /// Of one product.
+    fn seconds(&self) -> f64 {
+        let start = Instant::now();
+        let product = tch::no_grad(|| nn::linear(&self.matrix, &self.matrix, None));
+        device::synchronize(product.device());
+        start.elapsed().as_secs_f64()
     }
 }
 
@@ -290,6 +332,7 @@ mod tests {
             // Five supervised tokens end at the last but one: 4 and 3 rows of a document.
             assert_eq!((report.rows, report.tokens), (2.0 * (4.0 + 3.0), 20), "{terms} terms of {draft}");
             assert!(report.cpu_seconds.len() == 3 && report.cpu_seconds.iter().all(|seconds| *seconds > 0.0));
+            assert!(report.operations > 0 && report.operations_per_second > 0.0 && report.ceiling_per_second > 0.0);
             assert!(report.seconds.len() == 3 && report.loss.is_finite() && report.loss > 0.0, "{report:?}");
         }
     }

@@ -29,7 +29,7 @@ use crate::dist::ProcessGroup;
 use crate::error::{Error, Result};
 use crate::models::vqvae::{self, Reconstruction, Vqvae, VqvaeConfig, files::COUNTERS};
 use crate::nn::noise;
-use crate::optim::{AdamW, OptimConfig, ParameterSlot};
+use crate::optim::{OptimConfig, Optimizer, ParameterSlot};
 use crate::progress::Progress;
 use crate::stop::{Answer, Stop};
 use crate::strict;
@@ -120,6 +120,14 @@ impl TokenizerTraining {
         }
         if !self.optim.groups.is_empty() {
             return Err(Error::config("optim.groups", "a tokenizer's parameters have no groups"));
+        }
+        for (key, is_set) in [("muon", self.optim.muon.is_some()), ("average", self.optim.average.is_some())] {
+            if is_set {
+                return Err(Error::config(
+                    format!("optim.{key}"),
+                    "a tokenizer is trained by AdamW alone, without averages",
+                ));
+            }
         }
         self.optim.validate()?;
         self.optim.schedule.check_length(self.steps)
@@ -252,7 +260,7 @@ const SUMS: [&str; 5] = ["loss", "mse", "l1", "quantizer_loss", "gradient_norm"]
 struct State<'a> {
     run: &'a TokenizerRun<'a>,
     model: Vqvae,
-    optimizer: AdamW<'static>,
+    optimizer: Optimizer<'static>,
     /// How often each code is used at each scale, averaged over the last steps: `[S, V]` float32.
     used: Tensor,
     step: u64,
@@ -287,7 +295,7 @@ impl<'a> State<'a> {
             slots.push(ParameterSlot::new(name, value.shallow_clone()));
             Ok(value)
         })?;
-        let mut optimizer = AdamW::new(slots, &run.config.optim, ProcessGroup::SINGLE, false)?;
+        let mut optimizer = Optimizer::new(slots, &run.config.optim, ProcessGroup::SINGLE, false)?;
         let mut state = match checkpoint {
             None => Self { run, model, optimizer, used, step: 0, window: (0, [0.0; 5]) },
             Some(checkpoint) => {

@@ -2,12 +2,14 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::muon::MuonConfig;
 use super::parameter::ParameterSlot;
+use super::pattern;
 use super::schedule::ScheduleConfig;
 use crate::draft::Parameter;
 use crate::error::{Error, Result};
 
-/// Settings of AdamW.
+/// Settings of the optimizer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct OptimConfig {
@@ -21,6 +23,10 @@ pub struct OptimConfig {
     pub weight_decay: f64,
     /// Gradients with a larger global norm are scaled down to it. `null` never clips.
     pub max_gradient_norm: Option<f64>,
+    /// Updates matrices by Muon. `null` leaves all to AdamW.
+    pub muon: Option<MuonConfig>,
+    /// Decay of a moving average of the parameters, which is what is measured and saved. `null` keeps none.
+    pub average: Option<f64>,
     /// How the learning rate moves.
     pub schedule: ScheduleConfig,
     /// Parameters with a learning rate of their own. Of several entries that name a parameter, the first counts.
@@ -38,25 +44,6 @@ pub struct GroupConfig {
     pub rate: f64,
 }
 
-impl GroupConfig {
-    /// Whether the group has the parameter of this name.
-    fn has(&self, name: &str) -> bool {
-        let mut parts = self.parameters.split('*');
-        let Some(mut rest) = parts.next().and_then(|first| name.strip_prefix(first)) else {
-            return false;
-        };
-        let mut last = None;
-        for part in parts {
-            // Everything between two stars at its first place; what follows the last star must end the name.
-            if let Some(middle) = last.replace(part) {
-                let Some(place) = rest.find(middle) else { return false };
-                rest = &rest[place + middle.len()..];
-            }
-        }
-        last.map_or(rest.is_empty(), |end| rest.ends_with(end))
-    }
-}
-
 impl Default for OptimConfig {
     fn default() -> Self {
         Self {
@@ -65,6 +52,8 @@ impl Default for OptimConfig {
             epsilon: 1e-8,
             weight_decay: 0.0,
             max_gradient_norm: Some(1.0),
+            muon: None,
+            average: None,
             schedule: ScheduleConfig::default(),
             groups: Vec::new(),
         }
@@ -92,6 +81,10 @@ impl OptimConfig {
         if let Some(norm) = self.max_gradient_norm {
             expect(positive(norm), "max_gradient_norm", "a number above 0, or null to never clip", norm)?;
         }
+        self.muon.as_ref().map_or(Ok(()), MuonConfig::validate)?;
+        if let Some(decay) = self.average {
+            expect((0.0..1.0).contains(&decay), "average", "a number from 0 to below 1, or null for none", decay)?;
+        }
         for (index, group) in self.groups.iter().enumerate() {
             expect(positive(group.rate), &format!("groups[{index}].rate"), "a number above 0", group.rate)?;
         }
@@ -99,22 +92,28 @@ impl OptimConfig {
     }
 
     /// The parameters of a draft as the optimizer takes them: each with the draft's own group, and the rate of the entry of
-    /// `groups` that names it. An entry that no parameter comes to is refused.
+    /// `groups` that names it, and by Muon where `muon` says so. An entry that no parameter comes to is refused.
     pub fn slots(&self, parameters: &[Parameter]) -> Result<Vec<ParameterSlot>> {
         let mut used = vec![false; self.groups.len()];
         let slot = |parameter: &Parameter| {
             let mut slot = ParameterSlot::from(parameter);
-            if let Some(index) = self.groups.iter().position(|group| group.has(&parameter.name)) {
+            if let Some(index) = self.groups.iter().position(|group| pattern::names(&group.parameters, &parameter.name))
+            {
                 used[index] = true;
                 slot.group.rate *= self.groups[index].rate;
             }
+            slot.muon = self.muon.as_ref().is_some_and(|muon| muon.has(&parameter.name, &parameter.value.size()));
             slot
         };
-        let slots = parameters.iter().map(slot).collect();
+        let slots: Vec<ParameterSlot> = parameters.iter().map(slot).collect();
+        let names: Vec<&str> = parameters.iter().map(|parameter| parameter.name.as_str()).collect();
+        if self.muon.is_some() && !slots.iter().any(|slot| slot.muon) {
+            return Err(Error::config("optim.muon.parameters", "names no matrix of this draft")
+                .with_hint(format!("there are {}", names.join(", "))));
+        }
         let Some(index) = used.iter().position(|used| !used) else {
             return Ok(slots);
         };
-        let names: Vec<&str> = parameters.iter().map(|parameter| parameter.name.as_str()).collect();
         let problem = format!("no parameter is left for `{}`", self.groups[index].parameters);
         Err(Error::config(format!("optim.groups[{index}].parameters"), problem)
             .with_hint(format!("the first entry that names a parameter has it; there are {}", names.join(", "))))
@@ -126,27 +125,6 @@ mod tests {
     use tch::{Device, Kind, Tensor};
 
     use super::*;
-
-    #[test]
-    fn a_group_takes_the_parameters_that_its_pattern_names() {
-        let has = |pattern: &str, name: &str| GroupConfig { parameters: pattern.to_owned(), rate: 1.0 }.has(name);
-        for (pattern, name) in [
-            ("lm_head.weight", "lm_head.weight"),
-            ("*", "any"),
-            ("lm_head.*", "lm_head.weight"),
-            ("*.bias", "0.1.linear.bias"),
-            ("*norm*", "midlayer.hidden_norm.weight"),
-            ("0.*.linear.*", "0.12.linear.weight"),
-            ("a*a", "aba"),
-        ] {
-            assert!(has(pattern, name), "{pattern} {name}");
-        }
-        for (pattern, name) in
-            [("lm_head", "lm_head.weight"), ("head.*", "lm_head.weight"), ("*.bias", "bias.x"), ("a*a", "a"), ("", "a")]
-        {
-            assert!(!has(pattern, name), "{pattern} {name}");
-        }
-    }
 
     #[test]
     fn the_first_group_that_names_a_parameter_multiplies_its_rate_and_idle_ones_are_refused() {
@@ -179,6 +157,9 @@ mod tests {
             (r#"{"epsilon": 0.0}"#, "`optim.epsilon`"),
             (r#"{"weight_decay": -0.1}"#, "`optim.weight_decay`"),
             (r#"{"max_gradient_norm": 0}"#, "`optim.max_gradient_norm`"),
+            (r#"{"muon": {"momentum": 1.0}}"#, "`optim.muon.momentum`"),
+            (r#"{"muon": {"iterations": 0}}"#, "`optim.muon.iterations`"),
+            (r#"{"average": 1.0}"#, "`optim.average`"),
             (r#"{"schedule": {"min_ratio": 2}}"#, "`optim.schedule.min_ratio`"),
         ] {
             let config: OptimConfig = serde_json::from_str(text).unwrap();

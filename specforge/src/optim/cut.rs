@@ -24,6 +24,8 @@ pub(super) struct Cut {
     start: i64,
     /// Elements of this rank's range.
     pub(super) length: i64,
+    /// The rank that has everything, where one does.
+    owner: Option<usize>,
 }
 
 impl Cut {
@@ -35,7 +37,16 @@ impl Cut {
             _ => (whole as u64).div_ceil(world_size as u64).next_multiple_of(ALIGNMENT as u64) as i64,
         };
         let start = (rank * stride).min(whole);
-        Self { whole, ranges: world_size, start, length: stride.min(whole - start) }
+        Self { whole, ranges: world_size, start, length: stride.min(whole - start), owner: None }
+    }
+
+    /// Everything for the rank `owner`, nothing for the others.
+    pub(super) fn owned(whole: usize, owner: usize, rank: usize, world_size: usize) -> Self {
+        if world_size == 1 {
+            return Self::new(whole, 0, 1);
+        }
+        let (whole, ranges) = (whole as i64, world_size as i64);
+        Self { whole, ranges, start: 0, length: if rank == owner { whole } else { 0 }, owner: Some(owner) }
     }
 
     /// Whether there is one range only, everything.
@@ -59,6 +70,9 @@ impl Cut {
             return Ok(());
         }
         let flat = whole.f_view(-1)?;
+        if let Some(owner) = self.owner {
+            return group.broadcast(&flat, owner);
+        }
         for root in 0..group.world_size() {
             let cut = Self::new(self.whole as usize, root, group.world_size());
             if cut.length > 0 {
@@ -99,6 +113,6 @@ mod tests {
                 assert!(cuts[0].length < (whole / world_size) as i64 + 17);
             }
         }
-        assert_eq!(Cut::new(128, 1, 2), Cut { whole: 128, ranges: 2, start: 64, length: 64 });
+        assert_eq!(Cut::new(128, 1, 2), Cut { whole: 128, ranges: 2, start: 64, length: 64, owner: None });
     }
 }

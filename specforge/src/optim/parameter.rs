@@ -19,20 +19,22 @@ pub struct ParameterSlot {
     pub value: Tensor,
     /// How it is updated.
     pub group: ParameterGroup,
+    /// Whether by Muon; else by AdamW.
+    pub muon: bool,
 }
 
 impl From<&draft::Parameter> for ParameterSlot {
     fn from(parameter: &draft::Parameter) -> Self {
         let value = parameter.value.shallow_clone();
-        Self { name: parameter.name.clone(), value, group: parameter.group }
+        Self { name: parameter.name.clone(), value, group: parameter.group, muon: false }
     }
 }
 
 impl ParameterSlot {
-    /// A parameter that is updated as its shape suggests.
+    /// A parameter that AdamW updates as its shape suggests.
     pub fn new(name: impl Into<String>, value: Tensor) -> Self {
         let group = ParameterGroup::of_shape(&value.size());
-        Self { name: name.into(), value, group }
+        Self { name: name.into(), value, group, muon: false }
     }
 
     /// The type the update is computed in, and that of the gradient: that of the value, but at least float32.
@@ -47,6 +49,7 @@ pub(super) enum Part {
     Master,
     FirstMoment,
     SecondMoment,
+    Average,
 }
 
 impl Part {
@@ -56,6 +59,7 @@ impl Part {
             Part::Master => "master",
             Part::FirstMoment => "first_moment",
             Part::SecondMoment => "second_moment",
+            Part::Average => "average",
         };
         format!("{part}.{parameter}")
     }
@@ -72,22 +76,44 @@ pub(super) struct Parameter {
     /// float32 or float64; `value` itself where that has this type.
     pub(super) master: Tensor,
     pub(super) first_moment: Tensor,
-    pub(super) second_moment: Tensor,
+    /// AdamW's alone.
+    pub(super) second_moment: Option<Tensor>,
+    /// Of the master over the updates, in its type, where one is kept.
+    pub(super) average: Option<Tensor>,
 }
 
 impl Parameter {
-    /// Zero moments for the elements that `cut` gives to this rank.
-    pub(super) fn new(slot: ParameterSlot, cut: Cut) -> Result<Self> {
+    /// Zero moments for the elements that `cut` gives to this rank, and an average of what they are now.
+    pub(super) fn new(slot: ParameterSlot, cut: Cut, averaged: bool) -> Result<Self> {
         // `detach` shares memory, and where the types are equal the conversion is the tensor itself.
         let value = cut.part(&slot.value.f_detach()?)?;
         let master = value.f_to_kind(slot.master_kind())?;
-        let (first_moment, second_moment) = (master.f_zeros_like()?, master.f_zeros_like()?);
-        Ok(Self { slot, cut, value, master, first_moment, second_moment })
+        let first_moment = master.f_zeros_like()?;
+        let second_moment = (!slot.muon).then(|| master.f_zeros_like()).transpose()?;
+        let average = averaged.then(|| copy_of(&master)).transpose()?;
+        Ok(Self { slot, cut, value, master, first_moment, second_moment, average })
     }
 
     /// Whether master and value are two tensors.
     pub(super) fn has_own_master(&self) -> bool {
         self.slot.value.kind() != self.slot.master_kind()
+    }
+
+    /// Whether a checkpoint holds the master: the model's file then holds something else.
+    pub(super) fn saves_master(&self) -> bool {
+        self.has_own_master() || self.average.is_some()
+    }
+
+    /// The value becomes the average, on every rank. Of a value that is its own master, the average becomes what it was. A
+    /// collective when sharded.
+    pub(super) fn swap_average(&mut self, group: &ProcessGroup) -> Result<()> {
+        let Some(average) = &mut self.average else { return Ok(()) };
+        let before = copy_of(&self.value)?;
+        self.value.f_copy_(average)?;
+        if self.slot.value.kind() == self.slot.master_kind() {
+            average.f_copy_(&before)?;
+        }
+        self.cut.gather(&self.slot.value.f_detach()?, group)
     }
 
     /// The value becomes its master, rounded, on every rank. A collective when sharded.
@@ -100,10 +126,19 @@ impl Parameter {
 
     /// What a checkpoint holds of this parameter beside its value.
     pub(super) fn state(&self) -> Vec<(Part, &Tensor)> {
-        let master = self.has_own_master().then_some((Part::Master, &self.master));
-        let moments = [(Part::FirstMoment, &self.first_moment), (Part::SecondMoment, &self.second_moment)];
-        master.into_iter().chain(moments).collect()
+        let master = self.saves_master().then_some((Part::Master, &self.master));
+        let second = self.second_moment.as_ref().map(|moment| (Part::SecondMoment, moment));
+        let average = self.average.as_ref().map(|average| (Part::Average, average));
+        let first = (Part::FirstMoment, &self.first_moment);
+        master.into_iter().chain([first]).chain(second).chain(average).collect()
     }
+}
+
+/// The same numbers in memory of their own.
+fn copy_of(values: &Tensor) -> Result<Tensor> {
+    let mut copy = values.f_empty_like()?;
+    copy.f_copy_(values)?;
+    Ok(copy)
 }
 
 /// Refuses lists that cannot be trained together.

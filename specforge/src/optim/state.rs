@@ -2,8 +2,8 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::adamw::AdamW;
 use super::cut::Cut;
+use super::optimizer::Optimizer;
 use super::parameter::Part;
 use crate::error::{Error, Result};
 use crate::weights::WeightsFolder;
@@ -20,7 +20,7 @@ struct Place {
     part: Tensor,
 }
 
-impl AdamW<'_> {
+impl Optimizer<'_> {
     /// Everything a resumed run needs beside the model's own values, as whole tensors.
     ///
     /// Without sharding these are the live tensors, not copies. With it, every rank must call this: the first one
@@ -41,13 +41,13 @@ impl AdamW<'_> {
         Ok(state)
     }
 
-    /// Whether [`AdamW::state`] gives the live tensors, and not copies.
+    /// Whether [`Optimizer::state`] gives the live tensors, and not copies.
     pub fn state_is_live(&self) -> bool {
         !self.sharded
     }
 
-    /// Takes over what [`AdamW::state`] gave on any number of ranks, bit for bit. Masters reach the model; values that
-    /// are their own masters have to be restored from the model's file.
+    /// Takes over what [`Optimizer::state`] gave on any number of ranks, bit for bit. Masters reach the model; values whose
+    /// masters are not in it have to be restored from the model's file.
     ///
     /// Every rank calls this. The first one reads `folder` and hands on one tensor at a time; the others need no folder.
     /// What the first one cannot read is an error on every rank. Names, shapes and types are checked before anything is
@@ -61,8 +61,8 @@ impl AdamW<'_> {
             let whole = self.whole(folder, &place)?;
             place.part.f_copy_(&place.cut.part(&whole)?)?;
         }
-        // Values that are their own masters are left alone: the first rank may be the only one that has restored them yet.
-        let mut mastered = self.parameters.iter_mut().filter(|parameter| parameter.has_own_master());
+        // Other values are left alone: the first rank may be the only one that has restored them yet.
+        let mut mastered = self.parameters.iter_mut().filter(|parameter| parameter.saves_master());
         mastered.try_for_each(|parameter| parameter.publish(self.group))?;
         let _ = self.bad_count.f_zero_()?;
         let _ = self.bad_steps.f_zero_()?;
@@ -70,7 +70,7 @@ impl AdamW<'_> {
         Ok(())
     }
 
-    /// Bytes of moments, and of masters that are not the values themselves, on this rank.
+    /// Bytes of what a checkpoint holds of the parameters beside the model, on this rank.
     pub fn state_bytes(&self) -> usize {
         let places = self.places();
         let parts = places.iter().map(|place| place.part.numel() * place.part.kind().elt_size_in_bytes());

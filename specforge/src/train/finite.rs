@@ -2,7 +2,7 @@
 //! passes over, and that they leave nothing in its figures.
 
 use crate::error::{Error, Result};
-use crate::optim::AdamW;
+use crate::optim::Optimizer;
 
 /// What is known of the steps since the device was last asked.
 #[derive(Debug)]
@@ -46,7 +46,7 @@ impl FiniteSteps {
     /// Asks the device. An error if a step was one too many to pass over; parameters are then those before it. `skipped` is
     /// told of each one that was passed over since the device was last asked: a line for people, and the step's rows on this
     /// rank, which count for nothing.
-    pub(super) fn check(&mut self, optimizer: &AdamW<'_>, mut skipped: impl FnMut(&str, &[f64])) -> Result<()> {
+    pub(super) fn check(&mut self, optimizer: &Optimizer<'_>, mut skipped: impl FnMut(&str, &[f64])) -> Result<()> {
         let found = optimizer.non_finite()?;
         for bad in &found.skipped[self.listed..] {
             self.skipped += 1;

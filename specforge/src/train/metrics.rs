@@ -4,6 +4,7 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 use tch::{Device, Kind, Tensor};
 
+use super::gradient_noise::{FirstGradient, GradientNoise};
 use crate::checkpoint::OpenWindow;
 use crate::dist::{ProcessGroup, ReduceOp};
 use crate::draft::{DraftModel, Tally};
@@ -22,6 +23,8 @@ pub struct Window {
     /// `[4]` float64 of the gradients' norms: the last one, the sum, the largest, and how many there were. The same on every
     /// rank.
     norms: Option<Tensor>,
+    /// Where it is asked for.
+    noise: Option<GradientNoise>,
 }
 
 impl Window {
@@ -58,6 +61,11 @@ impl Window {
         Ok(())
     }
 
+    /// Adds the gradient of the first micro-batch of a step of so many tokens that [`Window::end_step`] has ended.
+    pub(super) fn add_noise(&mut self, first: &FirstGradient, tokens: u64, report: &StepReport) -> Result<()> {
+        self.noise.as_mut().map_or(Ok(()), |noise| noise.add(first, tokens, report))
+    }
+
     /// Takes a step out again that changed nothing, with this rank's rows of each metric.
     pub fn take_out(&mut self, rows: &[f64]) {
         self.counts.iter_mut().zip(rows).for_each(|(total, count)| *total -= count);
@@ -86,16 +94,18 @@ impl Window {
             sums: sums.into_iter().map(known).collect(),
             counts: self.counts.clone(),
             gradient_norms: norms.unwrap_or_default(),
+            gradient_noise: self.noise.as_ref().map_or(Ok(Vec::new()), GradientNoise::state)?,
         };
         group.all_gather_bytes(json!(own).to_string().as_bytes())?.iter().map(|bytes| read(bytes)).collect()
     }
 
     /// A window as it was when `states` were kept; those of the first rank count. With another number of ranks than then,
-    /// the first one takes the sums of all. Every rank must call this.
-    pub fn restore(states: &[OpenWindow], device: Device, group: &ProcessGroup) -> Result<Self> {
+    /// the first one takes the sums of all. `measures_noise`: also that of the gradients. Every rank must call this.
+    pub fn restore(states: &[OpenWindow], measures_noise: bool, device: Device, group: &ProcessGroup) -> Result<Self> {
         let states: Vec<OpenWindow> = read(&group.broadcast_bytes(json!(states).to_string().as_bytes(), 0)?)?;
         let Some(steps) = states.first().map(|state| state.steps) else {
-            return Ok(Self::default());
+            let noise = measures_noise.then(GradientNoise::default);
+            return Ok(Self { noise, ..Self::default() });
         };
         let own: &[OpenWindow] = match states.len() == group.world_size() {
             true => &states[group.rank()..=group.rank()],
@@ -104,7 +114,9 @@ impl Window {
         };
         let norms = states.first().map(|state| state.gradient_norms.as_slice()).filter(|norms| norms.len() == 4);
         let norms = norms.map(|norms| Tensor::from_slice(norms).f_to_device(device)).transpose()?;
-        let mut window = Self { steps, norms, ..Self::default() };
+        let noise: Vec<&[f64]> = own.iter().map(|state| state.gradient_noise.as_slice()).collect();
+        let noise = measures_noise.then(|| GradientNoise::restore(&noise, device)).transpose()?;
+        let mut window = Self { steps, norms, noise, ..Self::default() };
         let on_device = |values: &[Option<f64>]| {
             let values: Vec<f64> = values.iter().map(|value| value.unwrap_or(f64::NAN)).collect();
             Tensor::from_slice(&values).f_to_device(device)
@@ -120,9 +132,11 @@ impl Window {
     /// figures; of training steps the gradients' norms too. A metric without a row in the window is left out, and everything
     /// is where no step changed anything. Every rank must call this, whatever it has added.
     pub fn take(&mut self, draft: &dyn DraftModel, group: &ProcessGroup) -> Result<Vec<(String, f64)>> {
-        let window = std::mem::take(self);
+        let mut window = std::mem::take(self);
+        self.noise = window.noise.as_ref().map(|_| GradientNoise::default());
         let names = draft.metrics();
         let device = draft.parameters()[0].value.device();
+        let noise = window.noise.as_mut().map_or(Ok(None), |noise| noise.take(device, group))?;
         let zeros = |shape: &[i64]| Tensor::f_zeros(shape, (Kind::Double, device));
         let sums = window.sums.map_or_else(|| zeros(&[names.len() as i64]), Ok)?;
         let objective = window.objective.map_or_else(|| zeros(&[]), Ok)?;
@@ -148,6 +162,7 @@ impl Window {
             let named = [("", last), ("_mean", sum / count), ("_max", largest)];
             values.extend(named.map(|(part, value)| (format!("gradient_norm{part}"), value)));
         }
+        values.extend(noise.map(|tokens| ("gradient_noise_tokens".to_owned(), tokens)));
         Ok(values)
     }
 }

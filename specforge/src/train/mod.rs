@@ -15,6 +15,7 @@ pub mod agreement;
 mod ahead;
 pub mod continuation;
 mod finite;
+mod gradient_noise;
 pub mod gradient_sums;
 mod held_out;
 pub mod metrics;
@@ -72,6 +73,8 @@ pub struct TrainConfig {
     pub prefetch: usize,
     /// Steps with a loss or a gradient that is not finite that a run passes over before it ends at the next one.
     pub skip_non_finite: u64,
+    /// Whether to measure how much of the gradients is chance, and log it as `gradient_noise_tokens`.
+    pub gradient_noise: bool,
 }
 
 impl Default for TrainConfig {
@@ -90,6 +93,7 @@ impl Default for TrainConfig {
             deterministic: false,
             prefetch: 1,
             skip_non_finite: 0,
+            gradient_noise: false,
         }
     }
 }
@@ -135,6 +139,14 @@ impl TrainConfig {
             let problem =
                 format!("expected at most batch_tokens ({}), got {}", self.batch_tokens, self.micro_batch_tokens);
             return Err(Error::config("train.micro_batch_tokens", problem));
+        }
+        if self.gradient_noise && 2 * self.micro_batch_tokens > self.batch_tokens {
+            let problem = format!(
+                "compares an update's first micro-batch with all of it, and micro-batches of {} tokens leave updates of {} one",
+                self.micro_batch_tokens, self.batch_tokens
+            );
+            return Err(Error::config("train.gradient_noise", problem)
+                .with_hint("set train.micro_batch_tokens to at most half of train.batch_tokens"));
         }
         Ok(())
     }

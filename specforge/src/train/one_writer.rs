@@ -8,22 +8,22 @@ use crate::checkpoint::{self, CheckpointStore, Manifest, RetentionConfig};
 use crate::dist::ProcessGroup;
 use crate::dist::group::tests::on_ranks;
 use crate::nn::noise;
-use crate::optim::{AdamW, OptimConfig, ParameterSlot};
+use crate::optim::{OptimConfig, Optimizer, ParameterSlot};
 use crate::weights::writer::host_bytes;
 
-fn optimizer(group: &ProcessGroup) -> AdamW<'_> {
+fn optimizer(group: &ProcessGroup) -> Optimizer<'_> {
     let value = |index, shape: &[i64]| noise::normal(shape, 1.0, 2, index).set_requires_grad(true);
     let slots = vec![ParameterSlot::new("w", value(0, &[33, 10])), ParameterSlot::new("b", value(1, &[5]))];
-    AdamW::new(slots, &OptimConfig::default(), group, true).unwrap()
+    Optimizer::new(slots, &OptimConfig::default(), group, true).unwrap()
 }
 
-fn step(optimizer: &mut AdamW<'_>, step: u64) {
+fn step(optimizer: &mut Optimizer<'_>, step: u64) {
     let gradient = |(index, slot): (usize, &ParameterSlot)| noise::normal(&slot.value.size(), 1.0, step, index as u64);
     let gradients: Vec<Tensor> = optimizer.slots().enumerate().map(gradient).collect();
     optimizer.step(&gradients, 1e-2, Some(1.0), &Tensor::from(1f32)).unwrap();
 }
 
-fn values(optimizer: &AdamW<'_>) -> Vec<Vec<u8>> {
+fn values(optimizer: &Optimizer<'_>) -> Vec<Vec<u8>> {
     optimizer.slots().map(|slot| host_bytes(&slot.value).to_vec()).collect()
 }
 

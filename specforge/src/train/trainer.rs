@@ -17,6 +17,7 @@ use super::DataOrder;
 use super::agreement;
 use super::ahead::Ahead;
 use super::finite::FiniteSteps;
+use super::gradient_noise::FirstGradient;
 use super::gradient_sums::GradientSums;
 use super::held_out::HeldOut;
 use super::metrics::Window;
@@ -29,7 +30,7 @@ use crate::checkpoint::{Checkpoint, Manifest, Measurements, Saver, Tensors};
 use crate::dist::ReduceOp;
 use crate::draft::{ParameterGroup, StepKey, Tally};
 use crate::error::{Error, Result, TensorMismatch};
-use crate::optim::{AdamW, ParameterSlot};
+use crate::optim::{Optimizer, ParameterSlot};
 use crate::progress::Progress;
 use crate::stop::Answer;
 use crate::tracking::Tracker;
@@ -49,7 +50,7 @@ pub struct Trainer<'a> {
     parts: TrainerParts<'a>,
     order: DataOrder,
     held_out: HeldOut,
-    optimizer: AdamW<'a>,
+    optimizer: Optimizer<'a>,
     gradients: GradientSums<'a>,
     /// Since the last log line.
     window: Window,
@@ -124,7 +125,7 @@ impl<'a> Trainer<'a> {
         if let Some(checkpoint) = resume {
             checkpoint.same_groups(&groups)?;
         }
-        let mut optimizer = AdamW::new(slots, parts.optim, group, parts.parallel.shard_optimizer)?;
+        let mut optimizer = Optimizer::new(slots, parts.optim, group, parts.parallel.shard_optimizer)?;
         if step > 0 {
             optimizer.load_state(resume.map(|checkpoint| &checkpoint.optimizer))?;
             let taken = optimizer.steps_taken()?;
@@ -139,7 +140,7 @@ impl<'a> Trainer<'a> {
         optimizer.skip_non_finite(config.skip_non_finite, skipped)?;
         let gradients = GradientSums::new(parameters, group, parts.parallel)?;
         let open = resume.map(|checkpoint| checkpoint.manifest.window.as_slice()).unwrap_or_default();
-        let window = Window::restore(open, parameters[0].value.device(), group)?;
+        let window = Window::restore(open, config.gradient_noise, parameters[0].value.device(), group)?;
         let first_step = position.step;
         let writer = parts.writer.take().map(|Writer { store, tracker }| (Saver::new(store), tracker));
         let (saver, tracker) = writer.unzip();
@@ -257,6 +258,7 @@ impl<'a> Trainer<'a> {
         let device = self.gradients.totals()[0].device();
         let (mut objective, mut tallies) =
             (Tensor::f_zeros([], (Kind::Double, device))?, Vec::with_capacity(own.len()));
+        let mut first = None;
         for (index, plan) in plans.iter().enumerate() {
             let coming = own[index..].iter().chain(&next).cloned();
             let Some(pending) = self.ahead.take(coming, |documents| self.parts.train.batch(documents)) else { break };
@@ -266,6 +268,10 @@ impl<'a> Trainer<'a> {
             let is_last = index + 1 == own.len();
             let tally =
                 self.gradients.add(is_last, |gradients| draft.accumulate(&features, plan, &counts, gradients))?;
+            if self.parts.config.gradient_noise && index == 0 && !is_last {
+                let tokens = self.parts.train.tokens(&own[0]);
+                first = FirstGradient::new(self.gradients.totals(), (&plan.counts, &counts), tokens)?;
+            }
             objective += &tally.objective;
             tallies.push(tally);
             self.clock.was(Activity::Draft);
@@ -279,6 +285,7 @@ impl<'a> Trainer<'a> {
         let report = self.optimizer.step(self.gradients.totals(), rate, optim.max_gradient_norm, &objective)?;
         self.window.end_step(&tallies, &report)?;
         let tokens = self.parts.train.tokens(batch);
+        first.map_or(Ok(()), |first| self.window.add_noise(&first, tokens, &report))?;
         self.position.tokens += tokens;
         self.finite.note(step, self.parts.train.names(batch), total_counts(&tallies));
         self.position.step = step;
@@ -357,9 +364,13 @@ impl<'a> Trainer<'a> {
         Ok(owed)
     }
 
-    /// Measures what is asked for on held-out documents. `None` where a signal came before all of it was.
+    /// Measures what is asked for on held-out documents, with the averages where they are kept. `None` where a signal came
+    /// before all of it was.
     fn measure(&mut self, asked: Measurements) -> Result<Option<BTreeMap<String, f64>>> {
-        let measured = self.measure_untimed(asked)?;
+        self.optimizer.show_averages()?;
+        let measured = self.measure_untimed(asked);
+        self.optimizer.hide_averages()?;
+        let measured = measured?;
         self.clock.was(Activity::Evaluation);
         Ok(measured)
     }
@@ -474,7 +485,7 @@ impl<'a> Trainer<'a> {
 
     /// Begins to write a checkpoint, on the rank that writes. Every rank must call this.
     fn save(&mut self, metrics: BTreeMap<String, f64>, owed: Measurements) -> Result<()> {
-        let optimizer = self.optimizer.state()?;
+        let (mut model, optimizer) = (self.optimizer.saved_values()?, self.optimizer.state()?);
         let window = self.window.state(self.parts.group)?;
         let (Some(saver), Some(tracker)) = (&mut self.saver, &mut self.tracker) else {
             return Ok(());
@@ -497,10 +508,8 @@ impl<'a> Trainer<'a> {
             groups: own_groups(self.optimizer.slots()),
             ..Manifest::default()
         };
-        let parameters = self.parts.draft.parameters().iter();
-        let parameters = parameters.map(|parameter| (parameter.name.clone(), parameter.value.detach()));
         // Tensors that are not trained follow; resuming looks parameters up by name.
-        let model: Vec<(String, Tensor)> = parameters.chain(self.parts.draft.buffers()).collect();
+        model.extend(self.parts.draft.buffers());
         tracker.flush()?;
         let optimizer = match self.optimizer.state_is_live() {
             true => Tensors::Live(optimizer),

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 use specforge::dist::ProcessGroup;
 use specforge::draft::DraftModel;
-use specforge::optim::{AdamW, OptimConfig, ParameterSlot};
+use specforge::optim::{OptimConfig, Optimizer, ParameterSlot};
 use tch::{Kind, Tensor};
 
 use super::{Golden, TOLERANCE, check_figures, compare, figures, is_trained, json_of, specforge_case, text};
@@ -84,7 +84,7 @@ fn check_optimizer(golden: &Golden, want: &Value) -> Result<(), String> {
         slot
     });
     let config = OptimConfig { max_gradient_norm: Some(0.5), ..OptimConfig::default() };
-    let mut optimizer = AdamW::new(slots.collect(), &config, ProcessGroup::SINGLE, false).map_err(text)?;
+    let mut optimizer = Optimizer::new(slots.collect(), &config, ProcessGroup::SINGLE, false).map_err(text)?;
     let (rates, norms, losses) = (numbers(&want["lr"]), numbers(&want["grad_norm"]), numbers(&want["loss"]));
     for (step, rate) in rates.iter().enumerate() {
         let (tally, gradients) = case.accumulate()?;

@@ -51,6 +51,7 @@ const FREE: &[&str] = &[
     "train.prefetch",
     // Where a run met more than it may skip, more may be allowed.
     "train.skip_non_finite",
+    "train.gradient_noise",
     "train.output_dir",
     "checkpoint",
     "eval",

@@ -93,5 +93,6 @@ pub(super) fn work(section: &Value, target: &TargetInfo, batch: &PackedBatch, ch
         rows: trained,
         chunk_rows: (chunk_bytes as i64 / super::slot_bytes(&config, &shape)).max(1),
         operations: 2 * (numbers + attention + vocabulary),
+        remembered: 0,
     })
 }

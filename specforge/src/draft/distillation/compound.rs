@@ -35,7 +35,7 @@ pub fn distill_compound(
     objective: CompoundObjective<'_>,
     lift: Option<f64>,
 ) -> Result<RowOutcomes> {
-    let (input, Soft { order, teacher }) = (rows.input.detach(), rows.targets);
+    let (input, Soft { order, teacher, .. }) = (rows.input.detach(), rows.targets);
     let head = projection.head;
     let weight = head.weight.detach(); // [DV, H]
     let arrange = |values: &Tensor| values.detach().index_select(0, &order.permutation);

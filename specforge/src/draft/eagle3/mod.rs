@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::distillation::{
-    self, DistillationLoss, DraftVocabulary, Objective, Order, RowOutcomes, Soft, Teacher, Weighting,
+    self, DistillationLoss, DraftVocabulary, Objective, Order, RowOutcomes, Soft, Teacher, TeacherMemory, Weighting,
 };
 use super::lift::lift;
 use super::loss::{Projection, Rows};
@@ -87,6 +87,8 @@ pub struct Eagle3 {
     /// The target's head, whose matrix is `[V, TH]`.
     target_head: Head,
     vocabulary: Option<DraftVocabulary>,
+    /// What the target's whole vocabulary says of documents that were met.
+    memory: Option<TeacherMemory>,
     buffers: Vec<(String, Tensor)>,
     positions_per_chunk: i64,
 }
@@ -133,15 +135,28 @@ impl Eagle3 {
         let network = Network::new(&shape, &parameters, &embedding, device)?;
         let buffers = map.map_or_else(Vec::new, vocabulary::buffers);
         let vocabulary = map.map(|map| DraftVocabulary::new(map, device)).transpose()?;
+        let target_head = context.head.to(context.head.kind(), device)?;
+        let of_whole = distillation::positions_per_chunk(context.chunk_bytes, 0, shape.vocab_size, 0);
+        let memory = TeacherMemory::new(&target_head, vocabulary.as_ref(), kind, of_whole)?;
         let positions_per_chunk = distillation::positions_per_chunk(
             context.chunk_bytes,
             config.ttt_steps,
-            shape.vocab_size,
+            if memory.is_some() { shape.draft_vocab_size } else { shape.vocab_size },
             shape.draft_vocab_size,
         );
-        let target_head = context.head.to(context.head.kind(), device)?;
         let target = context.target.clone();
-        Ok(Self { config, shape, parameters, network, target, target_head, vocabulary, buffers, positions_per_chunk })
+        Ok(Self {
+            config,
+            shape,
+            parameters,
+            network,
+            target,
+            target_head,
+            vocabulary,
+            memory,
+            buffers,
+            positions_per_chunk,
+        })
     }
 
     /// The network, for looking at single steps.
@@ -195,7 +210,11 @@ impl Eagle3 {
         let positions: Vec<i64> = plan.steps.iter().flat_map(|step| step.teachers.iter().copied()).collect();
         let order = Order::new(&positions, last.device())?;
         let weights = self.row_weights(&plan, global_counts, &rows); // [M]
-        let targets = Soft { order: &order, teacher: &teacher };
+        let remembered = match &self.memory {
+            Some(memory) => Some(memory.recall(&features.batch, &order, &teacher)?),
+            None => None,
+        };
+        let targets = Soft { order: &order, teacher: &teacher, remembered: remembered.as_ref() };
         let scored = Rows { input: &rows, targets, weights: Some(&weights) };
         let outcomes = match gradients {
             Some(gradients) => {

@@ -1,15 +1,14 @@
 //! EAGLE-3 on a device: what is compared and timed, and what a step computes.
 
-use std::collections::HashSet;
-
 use serde_json::{Value, json};
 use tch::Kind;
 
 use super::config::{Eagle3Config, Eagle3Shape};
 use super::steps::trained;
 use crate::data::PackedBatch;
+use crate::draft::StepKey;
+use crate::draft::distillation::{self, memory};
 use crate::draft::samples::{Compared, SampleSize, Samples, Timed, Work};
-use crate::draft::{StepKey, distillation};
 use crate::error::Result;
 use crate::models::TargetInfo;
 
@@ -55,6 +54,7 @@ pub(super) fn work(section: &Value, target: &TargetInfo, batch: &PackedBatch, ch
             shape.draft_vocab_size,
         ),
         operations: operations(&shape, &steps, batch),
+        remembered: memory::operations(&steps, [shape.vocab_size, shape.draft_vocab_size], shape.target_hidden_size),
     })
 }
 
@@ -92,8 +92,6 @@ fn operations(shape: &Eagle3Shape, steps: &[Vec<i64>], batch: &PackedBatch) -> u
     let whole: Vec<i64> = (0..batch.ids.len() as i64).collect();
     let below = pairs - seen(&steps[0], 0) + seen(&whole, 0);
     let attention = pair * (pairs + (shape.num_layers as u64 - 1) * below);
-    let taught: HashSet<i64> =
-        steps.iter().zip(0..).flat_map(|(rows, k)| rows.iter().map(move |row| row + 1 + k)).collect();
-    let teacher = taught.len() as u64 * (shape.vocab_size * shape.target_hidden_size) as u64;
+    let teacher = memory::taught(steps) * (shape.vocab_size * shape.target_hidden_size) as u64;
     2 * (weights + attention + teacher)
 }

@@ -43,5 +43,5 @@ pub(super) fn work(section: &Value, target: &TargetInfo, batch: &PackedBatch, ch
     let blocks = (3 * config.num_layers as u64 - 1) * hidden * hidden;
     let passes = if config.projection == HeadProjection::Own { 3 } else { 2 };
     let operations = 2 * rows * (blocks + passes * vocabulary * hidden);
-    Ok(Work { rows, chunk_rows: loss::chunk_rows(chunk_bytes, tokens), operations })
+    Ok(Work { rows, chunk_rows: loss::chunk_rows(chunk_bytes, tokens), operations, remembered: 0 })
 }

@@ -58,7 +58,7 @@ pub const ALGORITHM: Algorithm = Algorithm {
         let transformer = NextScaleConfig::read(section)?.transformer(target)?;
         let rows = batch.lengths.len() as u64 * transformer.length() as u64;
         let operations = 6 * rows * config::row_multiply_adds(&transformer);
-        Ok(Work { rows, chunk_rows: rows as i64, operations })
+        Ok(Work { rows, chunk_rows: rows as i64, operations, remembered: 0 })
     },
     build: |section, context| Ok(Box::new(NextScale::new(NextScaleConfig::read(section)?, context)?)),
 };

@@ -44,7 +44,7 @@ impl PeagleLoss {
     }
 
     /// The loss that the compiled loops know, if they know it: on the target's whole vocabulary, one more.
-    fn compiled(&self, own_vocabulary: bool) -> Option<DistillationLoss> {
+    pub(super) fn compiled(&self, own_vocabulary: bool) -> Option<DistillationLoss> {
         match self {
             Self::Compiled(loss) => Some(*loss),
             Self::Compound(sum) if !own_vocabulary && sum.terms() == [(RowLoss::Tv, 1.0)] => {
@@ -54,13 +54,15 @@ impl PeagleLoss {
         }
     }
 
-    /// Target positions of a chunk whose logits take at most `bytes`.
-    pub(super) fn positions_per_chunk(&self, bytes: usize, depths: usize, size: &Eagle3Shape) -> i64 {
+    /// Target positions of a chunk whose logits take at most `bytes`. Where a memory knows the rest, those are of the draft's
+    /// vocabulary alone.
+    pub(super) fn positions_per_chunk(&self, bytes: usize, depths: usize, size: &Eagle3Shape, knows: bool) -> i64 {
         let graph = match self.compiled(size.draft_vocab_size != size.vocab_size) {
             Some(_) => 1,
             None => GRAPH,
         };
-        distillation::positions_per_chunk(bytes, graph * depths, size.vocab_size, size.draft_vocab_size)
+        let of_target = if knows { size.draft_vocab_size } else { size.vocab_size };
+        distillation::positions_per_chunk(bytes, graph * depths, of_target, size.draft_vocab_size)
     }
 }
 

@@ -16,7 +16,7 @@
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::distillation::{DraftVocabulary, Order, RowOutcomes, Soft, Teacher};
+use super::distillation::{self, DraftVocabulary, Order, RowOutcomes, Soft, Teacher, TeacherMemory};
 use super::eagle3::HeadStart;
 use super::lift::lift;
 use super::loss::{Projection, Rows};
@@ -87,6 +87,8 @@ pub struct Peagle {
     /// The target's head, whose matrix is `[V, TH]`.
     target_head: Head,
     vocabulary: Option<DraftVocabulary>,
+    /// What the target's whole vocabulary says of documents that were met.
+    memory: Option<TeacherMemory>,
     buffers: Vec<(String, Tensor)>,
     positions_per_chunk: i64,
     layout: Layout,
@@ -125,8 +127,14 @@ impl Peagle {
         let network = PeagleNetwork::new(&shape, &parameters, device)?;
         let buffers = map.map_or_else(Vec::new, vocabulary::buffers);
         let vocabulary = map.map(|map| DraftVocabulary::new(map, device)).transpose()?;
-        let positions_per_chunk = config.loss.positions_per_chunk(context.chunk_bytes, config.num_depths, size);
         let target_head = context.head.to(context.head.kind(), device)?;
+        let of_whole = distillation::positions_per_chunk(context.chunk_bytes, 0, size.vocab_size, 0);
+        let memory = match config.loss.compiled(vocabulary.is_some()) {
+            Some(_) => TeacherMemory::new(&target_head, vocabulary.as_ref(), kind, of_whole)?,
+            None => None,
+        };
+        let (bytes, depths) = (context.chunk_bytes, config.num_depths);
+        let positions_per_chunk = config.loss.positions_per_chunk(bytes, depths, size, memory.is_some());
         let target = context.target.clone();
         let layout = Layout::of(device);
         Ok(Self {
@@ -137,6 +145,7 @@ impl Peagle {
             target,
             target_head,
             vocabulary,
+            memory,
             buffers,
             positions_per_chunk,
             layout,
@@ -193,7 +202,11 @@ impl Peagle {
         let teacher = Teacher { hidden: &states, head: &self.target_head, vocabulary: self.vocabulary.as_ref() };
         let order = Order::new(&plan.teachers, last.device())?;
         let factor = global_counts.first().map_or(1.0, |count| count.max(1.0).recip());
-        let targets = Soft { order: &order, teacher: &teacher };
+        let remembered = match &self.memory {
+            Some(memory) => Some(memory.recall(&features.batch, &order, &teacher)?),
+            None => None,
+        };
+        let targets = Soft { order: &order, teacher: &teacher, remembered: remembered.as_ref() };
         let tokens = self.tokens(&features.batch, &plan, last.device())?;
         let tokens = tokens.as_ref();
         let weights = self.row_weights(&rows, targets, tokens, factor)?; // [M]

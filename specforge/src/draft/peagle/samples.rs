@@ -1,12 +1,11 @@
 //! P-EAGLE on a device: what is compared and timed, and what a step computes.
 
-use std::collections::HashSet;
-
 use serde_json::{Value, json};
 use tch::Kind;
 
 use super::config::{EMBEDDING, PeagleConfig, PeagleShape};
 use crate::data::PackedBatch;
+use crate::draft::distillation::memory;
 use crate::draft::eagle3::Eagle3Shape;
 use crate::draft::samples::{Compared, SampleSize, Samples, Timed, Work};
 use crate::draft::supervision;
@@ -62,8 +61,12 @@ pub(super) fn work(section: &Value, target: &TargetInfo, batch: &PackedBatch, ch
     let size = &shape.network;
     Ok(Work {
         rows: depths.iter().map(|rows| rows.len() as u64).sum(),
-        chunk_rows: config.loss.positions_per_chunk(chunk_bytes, config.num_depths, size),
+        chunk_rows: config.loss.positions_per_chunk(chunk_bytes, config.num_depths, size, false),
         operations: operations(&shape, &depths, batch),
+        remembered: match config.loss.compiled(size.draft_vocab_size != size.vocab_size) {
+            Some(_) => memory::operations(&depths, [size.vocab_size, size.draft_vocab_size], size.target_hidden_size),
+            None => 0,
+        },
     })
 }
 
@@ -101,8 +104,6 @@ fn operations(shape: &PeagleShape, depths: &[Vec<i64>], batch: &PackedBatch) -> 
     let whole: Vec<i64> = (0..batch.ids.len() as i64).collect();
     let below = pairs + seen(&whole, 0) - seen(&depths[0], 0);
     let attention = pair * (pairs + (size.num_layers as u64 - 1) * below);
-    let taught: HashSet<i64> =
-        depths.iter().zip(0..).flat_map(|(rows, depth)| rows.iter().map(move |row| row + 1 + depth)).collect();
-    let teacher = taught.len() as u64 * (size.vocab_size * size.target_hidden_size) as u64;
+    let teacher = memory::taught(depths) * (size.vocab_size * size.target_hidden_size) as u64;
     2 * (weights + attention + teacher)
 }

@@ -208,7 +208,11 @@ impl Case {
             false => None,
         };
         let mut total = Tensor::f_zeros([own, HIDDEN], (wide, place.device))?;
-        let rows = Rows { input: &input, targets: Soft { order: &order, teacher: &teacher }, weights: Some(&weights) };
+        let rows = Rows {
+            input: &input,
+            targets: Soft { order: &order, teacher: &teacher, remembered: None },
+            weights: Some(&weights),
+        };
         let objective = Objective { loss: self.loss, lambda: (0.9, 2.0), positions_per_chunk: 3 };
         let mut values = Vec::new();
         let mut gradients = Vec::new();

@@ -19,7 +19,7 @@ use crate::draft::{Compared, StepKey};
 use crate::error::{Error, Result};
 use crate::features::{FeatureSource, OnlineFeatures};
 use crate::models::{SharedTarget, TargetConfig};
-use crate::optim::{AdamW, OptimConfig, ParameterSlot};
+use crate::optim::{OptimConfig, Optimizer, ParameterSlot};
 use crate::train::GradientSums;
 
 /// What came of it.
@@ -176,7 +176,7 @@ fn train(config: &TargetConfig, section: &Value, device: Device, group: &Process
     // AdamW's usual epsilon gives a gradient that is nothing but rounding a whole step of its own, and hides a factor
     // that all gradients share. Clipping would hide one too.
     let optim = OptimConfig { epsilon: 1e-2, ..OptimConfig::default() };
-    let mut optimizer = AdamW::new(slots.collect(), &optim, group, true)?;
+    let mut optimizer = Optimizer::new(slots.collect(), &optim, group, true)?;
     let parallel = ParallelConfig { bucket_mib: 1, ..ParallelConfig::default() };
     let mut gradients = GradientSums::new(draft.parameters(), group, &parallel)?;
     for step in 0..3 {

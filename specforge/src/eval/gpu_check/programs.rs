@@ -15,7 +15,7 @@ use crate::eval::bench_train::spread_vocabulary;
 use crate::features::{FeatureSource, OnlineFeatures};
 use crate::models::{ForwardInput, LogitRows, SharedTarget, TargetConfig, TargetModel};
 use crate::nn::{AttentionMask, noise};
-use crate::optim::{AdamW, OptimConfig, ParameterSlot};
+use crate::optim::{OptimConfig, Optimizer, ParameterSlot};
 use crate::weights::writer::host_bytes;
 
 /// Named results, each a group of float64 tensors on the host.
@@ -257,9 +257,9 @@ pub fn optimizer(weights: Weights<'_>, place: Place) -> Result<Results> {
     Ok(vec![("values".to_owned(), all_on_host(&values)?), ("moments".to_owned(), all_on_host(&moments)?)])
 }
 
-fn stepped(weights: Weights<'_>, place: Place) -> Result<AdamW<'static>> {
+fn stepped(weights: Weights<'_>, place: Place) -> Result<Optimizer<'static>> {
     let config = OptimConfig { weight_decay: 0.1, ..OptimConfig::default() };
-    let mut optimizer = AdamW::new(slots(weights, place)?, &config, ProcessGroup::SINGLE, false)?;
+    let mut optimizer = Optimizer::new(slots(weights, place)?, &config, ProcessGroup::SINGLE, false)?;
     let loss = Tensor::from(1.5f32).to_device(place.device);
     for step in 0..2 {
         optimizer.step(&noise_gradients(step, place.device), 1e-2, Some(1.0), &loss)?;
@@ -270,7 +270,7 @@ fn stepped(weights: Weights<'_>, place: Place) -> Result<AdamW<'static>> {
 /// How many tensors a step with NaN in it changed, and one more if the step was not reported.
 pub fn nan_guard(weights: Weights<'_>, place: Place) -> Result<usize> {
     let mut optimizer = stepped(weights, place)?;
-    let snapshot = |optimizer: &AdamW<'_>| -> Result<Vec<Vec<u8>>> {
+    let snapshot = |optimizer: &Optimizer<'_>| -> Result<Vec<Vec<u8>>> {
         let values = optimizer.slots().map(|slot| slot.value.shallow_clone());
         let tensors = values.chain(optimizer.state()?.into_iter().map(|(_, tensor)| tensor));
         tensors.map(|tensor| bytes(&tensor)).collect()
@@ -304,7 +304,7 @@ pub fn checkpoint(weights: Weights<'_>, place: Place) -> Result<usize> {
     }
     // The state goes on where it was left, on the CPU as well.
     let slots_on_host = slots(weights, Place { device: Device::Cpu, ..place })?;
-    let mut resumed = AdamW::new(slots_on_host, &OptimConfig::default(), ProcessGroup::SINGLE, false)?;
+    let mut resumed = Optimizer::new(slots_on_host, &OptimConfig::default(), ProcessGroup::SINGLE, false)?;
     resumed.load_state(Some(&read.optimizer))?;
     for ((_, got), (_, want)) in resumed.state()?.iter().zip(&state) {
         different += usize::from(bytes(got)? != bytes(want)?);

@@ -15,7 +15,7 @@ use crate::draft::{Compared, Gradients, StepKey};
 use crate::error::{Error, Result};
 use crate::features::{FeatureSource, OnlineFeatures};
 use crate::models::{SharedTarget, TargetConfig};
-use crate::optim::{AdamW, OptimConfig, ParameterSlot};
+use crate::optim::{OptimConfig, Optimizer, ParameterSlot};
 use crate::shim;
 
 /// What came of it.
@@ -78,7 +78,7 @@ fn train(config: &TargetConfig, section: &Value, place: Place, seed: u64) -> Res
     let draft = programs::build_draft(section, &*target.in_use(), weights)?;
     let source = OnlineFeatures::new(target);
     let slots = draft.parameters().iter().map(ParameterSlot::from);
-    let mut optimizer = AdamW::new(slots.collect(), &OptimConfig::default(), ProcessGroup::SINGLE, false)?;
+    let mut optimizer = Optimizer::new(slots.collect(), &OptimConfig::default(), ProcessGroup::SINGLE, false)?;
     let lengths = if place.device == Device::Cpu { SHORT_LENGTHS } else { LENGTHS };
     let mut found = Vec::new();
     for step in 0..STEPS {

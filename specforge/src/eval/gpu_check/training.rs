@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::eval::bench_train::spread_vocabulary;
 use crate::features::{FeatureSource, OnlineFeatures};
 use crate::models::{SharedTarget, TargetConfig, TargetModel};
-use crate::optim::{AdamW, OptimConfig, ParameterSlot};
+use crate::optim::{OptimConfig, Optimizer, ParameterSlot};
 use crate::shim;
 
 /// What libtorch's message holds where memory does not suffice.
@@ -165,7 +165,7 @@ fn one(
     ceilings: &Ceilings,
     say: &dyn Fn(&str),
 ) -> Result<TrainingRun> {
-    let (Timed { name, section }, Work { rows, chunk_rows, operations }) = (sample, work);
+    let (Timed { name, section }, Work { rows, chunk_rows, operations, .. }) = (sample, work);
     say(&format!("training: {name}"));
     let trainable = (draft::algorithm(&section)?.size)(&section, setup.target.info())?.trainable;
     let operations = Operations { target: operations::of_target(&setup.target, &setup.lengths)?, draft: operations };
@@ -207,7 +207,7 @@ fn guarded<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
 struct Session<'a> {
     source: OnlineFeatures,
     draft: Box<dyn DraftModel>,
-    optimizer: AdamW<'static>,
+    optimizer: Optimizer<'static>,
     gradients: Vec<Tensor>,
     batches: &'a [Arc<PackedBatch>],
     device: Device,
@@ -243,7 +243,7 @@ impl<'a> Session<'a> {
         };
         let draft = (draft::algorithm(section)?.build)(section, &context)?;
         let slots = draft.parameters().iter().map(ParameterSlot::from);
-        let optimizer = AdamW::new(slots.collect(), &OptimConfig::default(), ProcessGroup::SINGLE, false)?;
+        let optimizer = Optimizer::new(slots.collect(), &OptimConfig::default(), ProcessGroup::SINGLE, false)?;
         let gradients = Gradients::zeros(draft.parameters())?;
         drop(in_use);
         let source = OnlineFeatures::new(target.clone());

@@ -34,7 +34,7 @@ fn autograd_equals_the_formulas() {
             let (input, mut draft_head) = (random(&[rows, hidden]), Head::plain(random(&[draft_size, hidden])));
             draft_head.softcap = Some(4.0);
             let teacher = Teacher { hidden: &states, head: &head, vocabulary };
-            let targets = Soft { order: &order, teacher: &teacher };
+            let targets = Soft { order: &order, teacher: &teacher, remembered: None };
             let compound: Compound = serde_json::from_value(serde_json::json!({ name: 1.0 })).unwrap();
             let outcomes = |autograd: bool| {
                 let mut total = Tensor::zeros([draft_size, hidden], options);
@@ -70,7 +70,8 @@ fn right_tokens_may_be_given() {
     let map = DraftVocabulary::new(&VocabMap::new(vec![1, 2, 5], 6).unwrap(), Device::Cpu).unwrap();
     let teacher = Teacher { hidden: &states, head: &head, vocabulary: Some(&map) };
     let order = Order::new(&[1, 0, 1, 0], Device::Cpu).unwrap();
-    let rows = Rows { input: &input, targets: Soft { order: &order, teacher: &teacher }, weights: None };
+    let rows =
+        Rows { input: &input, targets: Soft { order: &order, teacher: &teacher, remembered: None }, weights: None };
     let tokens = Tensor::from_slice(&[5i64, 0, 1, 2]);
     let objective = CompoundObjective { loss: &Compound::default(), tokens: Some(&tokens), positions_per_chunk: 1 };
     let mut projection = Projection { head: &draft_head, gradient: None };

@@ -11,16 +11,18 @@
 //!
 //! Every quantity is float32. Where the model computes in 16 bits, the update runs on a float32 master and the model
 //! receives its rounded copy; where it computes in float64, everything is float64. libtorch's fused kernel does a whole
-//! group of tensors in one launch. Over several ranks, the work and the state can be cut: see `cut.rs`.
+//! group of tensors in one launch. Over several ranks, the work and the state can be cut: see `cut.rs`. An average of the
+//! parameters can be kept: see `average.rs`. Matrices can be left to Muon: see `muon.rs`.
 //!
 //! Nothing in a step waits for the device. A loss or a norm that is not finite turns that step into a no-op, there and
 //! then; with it, all later ones, but for as many bad steps as may be skipped. The host learns of both when it asks
-//! [`AdamW::non_finite`], with parameters and moments as they were before the bad step.
+//! [`Optimizer::non_finite`], with parameters and moments as they were before the bad step.
 
 use tch::{Kind, Tensor};
 
 use super::config::OptimConfig;
 use super::cut::Cut;
+use super::muon::MuonConfig;
 use super::norm::global_norm;
 use super::parameter::{Parameter, ParameterSlot, check_slots};
 use crate::dist::ProcessGroup;
@@ -55,6 +57,14 @@ pub struct NonFiniteSteps {
     pub fatal: Option<NonFinite>,
 }
 
+/// A matrix that Muon updates on this rank.
+struct MuonCall {
+    member: usize,
+    weight_decay: f64,
+    /// Multiplies the learning rate.
+    rate: f64,
+}
+
 /// Parameters that share type, constants and learning rate of a fused call.
 struct FusedCall {
     members: Vec<usize>,
@@ -65,14 +75,18 @@ struct FusedCall {
 }
 
 /// The optimizer and its state, or this rank's part of it.
-pub struct AdamW<'a> {
+pub struct Optimizer<'a> {
     pub(super) group: &'a ProcessGroup,
     /// Whether the state is cut over the ranks.
     pub(super) sharded: bool,
     pub(super) parameters: Vec<Parameter>,
     calls: Vec<FusedCall>,
+    muon: MuonConfig,
+    muon_calls: Vec<MuonCall>,
     betas: (f64, f64),
     epsilon: f64,
+    /// Decay of the averages.
+    average: Option<f64>,
     /// Updates taken: float32 scalar on the device, as the fused kernel wants it.
     pub(super) step: Tensor,
     /// Bad steps that may be skipped.
@@ -86,14 +100,14 @@ pub struct AdamW<'a> {
     pub(super) attempted: u64,
 }
 
-impl std::fmt::Debug for AdamW<'_> {
+impl std::fmt::Debug for Optimizer<'_> {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (parameters, attempted) = (self.parameters.len(), self.attempted);
-        write!(formatter, "AdamW {{ parameters: {parameters}, attempted: {attempted} }}")
+        write!(formatter, "Optimizer {{ parameters: {parameters}, attempted: {attempted} }}")
     }
 }
 
-impl<'a> AdamW<'a> {
+impl<'a> Optimizer<'a> {
     /// Starts with zero moments. All parameters live on one device; their order is the order of the gradients, and both
     /// are the same on every rank of `group`.
     ///
@@ -103,17 +117,28 @@ impl<'a> AdamW<'a> {
         let _no_grad = tch::no_grad_guard();
         check_slots(&slots)?;
         let device = slots[0].value.device();
+        // Every matrix of Muon belongs to one rank, so the others receive it in any case.
+        let shard = shard || slots.iter().any(|slot| slot.muon);
         let (rank, ranges) = if shard { (group.rank(), group.world_size()) } else { (0, 1) };
         let mut parameters = Vec::with_capacity(slots.len());
-        let mut calls: Vec<FusedCall> = Vec::new();
+        let (mut calls, mut muon_calls, mut owner): (Vec<FusedCall>, Vec<MuonCall>, usize) = Default::default();
         for (index, slot) in slots.into_iter().enumerate() {
             let weight_decay = if slot.group.decay { config.weight_decay } else { 0.0 };
             let rate = slot.group.rate;
             let kind = slot.master_kind();
-            let cut = Cut::new(slot.value.numel(), rank, ranges);
-            parameters.push(Parameter::new(slot, cut)?);
+            let (elements, muon) = (slot.value.numel(), slot.muon);
+            let cut = match muon {
+                true => Cut::owned(elements, owner, rank, ranges),
+                false => Cut::new(elements, rank, ranges),
+            };
+            owner = if muon { (owner + 1) % ranges } else { owner };
+            parameters.push(Parameter::new(slot, cut, config.average.is_some())?);
             if cut.length == 0 {
                 continue; // other ranks have all of it
+            }
+            if muon {
+                muon_calls.push(MuonCall { member: index, weight_decay, rate });
+                continue;
             }
             let same = |call: &&mut FusedCall| (call.kind, call.weight_decay, call.rate) == (kind, weight_decay, rate);
             match calls.iter_mut().find(same) {
@@ -126,8 +151,11 @@ impl<'a> AdamW<'a> {
             sharded: ranges > 1,
             parameters,
             calls,
+            muon: config.muon.clone().unwrap_or_default(),
+            muon_calls,
             betas: (config.betas[0], config.betas[1]),
             epsilon: config.epsilon,
+            average: config.average,
             step: Tensor::f_zeros([], (Kind::Float, device))?,
             skippable: 0,
             bad_count: Tensor::f_zeros([], (Kind::Int64, device))?,
@@ -137,7 +165,7 @@ impl<'a> AdamW<'a> {
     }
 
     /// Passes over `most` bad steps before the next one ends everything; `skipped` of them have been already, in the run
-    /// that this one continues. To be called before the first step and after [`AdamW::load_state`].
+    /// that this one continues. To be called before the first step and after [`Optimizer::load_state`].
     pub fn skip_non_finite(&mut self, most: u64, skipped: u64) -> Result<()> {
         let options = (Kind::Int64, self.bad_count.device());
         self.skippable = most as i64;
@@ -187,7 +215,8 @@ impl<'a> AdamW<'a> {
             let masters = of(|parameter| &parameter.master);
             let members: Vec<&Tensor> = call.members.iter().map(|&index| &gradients[index]).collect();
             let first_moments = of(|parameter| &parameter.first_moment);
-            let second_moments = of(|parameter| &parameter.second_moment);
+            let second_moments: Vec<&Tensor> =
+                call.members.iter().filter_map(|&index| self.parameters[index].second_moment.as_ref()).collect();
             let steps = vec![&self.step; call.members.len()];
             let constants = AdamwConstants {
                 learning_rate: learning_rate * call.rate,
@@ -198,7 +227,14 @@ impl<'a> AdamW<'a> {
             let lists = [&masters[..], &members[..], &first_moments[..], &second_moments[..], &steps[..]];
             shim::fused_adamw(lists, constants, &kernel_scale, &refused)?;
         }
+        let is_refused = refused.f_to_kind(Kind::Bool)?;
+        for call in &self.muon_calls {
+            let gradient = gradients[call.member].f_div(&gradient_scale)?;
+            let rates = (learning_rate * call.rate, call.weight_decay);
+            self.parameters[call.member].step_muon(&self.muon, &gradient, rates, &is_refused)?;
+        }
         self.parameters.iter_mut().try_for_each(|parameter| parameter.publish(self.group))?;
+        self.average.map_or(Ok(()), |decay| self.follow(decay, &taken))?;
         Ok(StepReport { gradient_norm, refused })
     }
 
@@ -276,8 +312,8 @@ mod tests {
         OptimConfig { weight_decay: 0.1, ..OptimConfig::default() }
     }
 
-    fn alone(slots: Vec<ParameterSlot>, config: &OptimConfig) -> Result<AdamW<'static>> {
-        AdamW::new(slots, config, ProcessGroup::SINGLE, false)
+    fn alone(slots: Vec<ParameterSlot>, config: &OptimConfig) -> Result<Optimizer<'static>> {
+        Optimizer::new(slots, config, ProcessGroup::SINGLE, false)
     }
 
     /// Values away from zero, so that relative errors mean something.
@@ -309,7 +345,7 @@ mod tests {
         Tensor::from(1.5f32)
     }
 
-    fn bytes(optimizer: &AdamW) -> Vec<(String, Vec<u8>)> {
+    fn bytes(optimizer: &Optimizer<'_>) -> Vec<(String, Vec<u8>)> {
         let values = optimizer.slots().map(|slot| (slot.name.clone(), slot.value.shallow_clone()));
         values.chain(optimizer.state().unwrap()).map(|(name, tensor)| (name, host_bytes(&tensor).to_vec())).collect()
     }
