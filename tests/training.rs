@@ -30,6 +30,53 @@ fn weights_do_not_depend_on_the_micro_batch_size() {
     }
 }
 
+/// Measuring how much of the gradients is chance takes the same updates, and is refused where there is nothing to compare.
+#[test]
+fn the_noise_of_gradients_is_logged_and_changes_no_update() {
+    let mut workspace = Workspace::new();
+    workspace.set("train.batch_tokens", 512).set("train.max_steps", 8).set("train.log_every", 8);
+    let trained = |out: &str| fs::read(workspace.path(out).join("step-00000008/model.safetensors")).unwrap();
+    let logged = |out: &str| {
+        let text = fs::read_to_string(workspace.path(out).join("metrics.jsonl")).unwrap();
+        let rows = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        rows.filter_map(|row| row["train/gradient_noise_tokens"].as_f64()).collect::<Vec<_>>()
+    };
+    workspace.train("plain", &[]);
+    workspace.train("measured", &["--set", "train.gradient_noise=true"]);
+    assert!(trained("plain") == trained("measured"));
+    assert_eq!(logged("plain"), Vec::<f64>::new());
+    assert!(matches!(logged("measured")[..], [tokens] if tokens > 0.0), "{:?}", logged("measured"));
+
+    let alone = ["--set", "train.gradient_noise=true", "--set", "train.micro_batch_tokens=512"];
+    let output = output_of(&mut workspace.train_command("refused", &alone));
+    assert_eq!(output.status.code(), Some(2));
+    assert!(stderr_of(&output).contains("`train.gradient_noise`"), "{}", stderr_of(&output));
+}
+
+/// What a run with averages saves is not what it goes on with, and the best of both is not lost: the parameters lie beside.
+#[test]
+fn averages_are_what_a_checkpoint_s_model_holds() {
+    let mut workspace = Workspace::new();
+    workspace.set("train.max_steps", 6).set("optim.learning_rate", 1e-2);
+    let read = |out: &str, name: &str| tensors_of(&workspace.path(out).join("step-00000006").join(name));
+    workspace.train("plain", &[]);
+    workspace.train("averaged", &["--set", "optim.average=0.5"]);
+    let (plain, averaged) = (read("plain", "model.safetensors"), read("averaged", "model.safetensors"));
+    let beside = read("averaged", "optimizer.safetensors");
+    let differences: Vec<f64> = plain
+        .iter()
+        .zip(&averaged)
+        .map(|((name, value), (_, average))| {
+            let master = &beside.iter().find(|(key, _)| *key == format!("master.{name}")).unwrap().1;
+            assert_eq!(largest_difference(value, master), 0.0, "{name}");
+            let kept = &beside.iter().find(|(key, _)| *key == format!("average.{name}")).unwrap().1;
+            assert_eq!(largest_difference(average, kept), 0.0, "{name}");
+            largest_difference(value, average)
+        })
+        .collect();
+    assert!(differences.iter().any(|difference| *difference > 0.0));
+}
+
 /// The target is frozen: it is not in the optimizer, and its files stay as they are.
 #[test]
 fn only_the_draft_is_trained_and_the_plan_knows_how_much() {

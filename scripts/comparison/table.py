@@ -86,8 +86,8 @@ def table(rows: list[dict], facts: dict) -> str:
     return f"""# Methods compared
 
 Written by `scripts/methods`; do not edit. {model}, float32, {facts['threads']} threads; every method was trained for
-{facts['minutes']:g} minutes on the same {data} with its recipe, `configs/smollm2-135m-METHOD.json`, and then decoded the
-same {facts['limit']} questions, none of which it was trained on, greedily, {facts['new_tokens']} tokens at most.
+{facts['minutes']:g} minutes on the same {data}
+with its recipe, `configs/smollm2-135m-METHOD.json`, and then decoded the same {facts['limit']} questions, none of which it was trained on, greedily, {facts['new_tokens']} tokens at most.
 {facts['machine']}, {facts['date']}.
 
 ![acceptance length by method](methods.svg)
@@ -99,7 +99,8 @@ same {facts['limit']} questions, none of which it was trained on, greedily, {fac
 - **A draft round** is what guessing takes between two verifications, and its share of the time of decoding.
 - **Speed-up** is against plain decoding of the same questions by the same program. On a processor a pass over several tokens
   costs more than one over one token, which makes drafts look worse than on a GPU.
-- **Steps** are what fits into the time as timed before on a few steps; the trainings then took {min(took):.1f} to {max(took):.1f} minutes. Time is that of training alone: evaluations, checkpoints and loading are left out{facts['states']}.
+- **Steps** are what fits into the time as timed before on a few steps; the trainings then took
+  {min(took):.1f} to {max(took):.1f} minutes. Time is that of training alone: evaluations, checkpoints and loading are left out{facts['states']}.
 - Behind ± stands how far the furthest seed is from the mean, where there are several. (!) marks answers that plain decoding does
   not give.
 - Minutes are little: recipes for real sizes train for hours on thousands of times as much text, and the
