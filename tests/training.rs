@@ -53,7 +53,7 @@ fn the_noise_of_gradients_is_logged_and_changes_no_update() {
     assert!(stderr_of(&output).contains("`train.gradient_noise`"), "{}", stderr_of(&output));
 }
 
-/// What a run with averages saves is not what it goes on with, and the best of both is not lost: the parameters lie beside.
+/// What a run with averages measures and saves is not what it goes on with; the parameters lie beside.
 #[test]
 fn averages_are_what_a_checkpoint_s_model_holds() {
     let mut workspace = Workspace::new();
@@ -75,6 +75,15 @@ fn averages_are_what_a_checkpoint_s_model_holds() {
         })
         .collect();
     assert!(differences.iter().any(|difference| *difference > 0.0));
+
+    // The same updates, and other weights that were measured.
+    let last = |out: &str, key: &str| {
+        let text = fs::read_to_string(workspace.path(out).join("metrics.jsonl")).unwrap();
+        let rows = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        rows.filter_map(|row| row[key].as_f64()).last().unwrap()
+    };
+    assert_eq!(last("plain", "train/loss"), last("averaged", "train/loss"));
+    assert_ne!(last("plain", "eval/loss"), last("averaged", "eval/loss"));
 }
 
 /// The target is frozen: it is not in the optimizer, and its files stay as they are.

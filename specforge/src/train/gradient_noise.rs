@@ -8,8 +8,8 @@
 //! ```
 //!
 //! Either is right on average alone, so both are averaged over the steps between two log lines before `S / |G|^2` is taken.
-//! A batch of that many tokens is as much signal as noise: a much smaller one takes nearly as many updates less as it has
-//! tokens more, a much larger one saves no updates.
+//! A batch of that many tokens is as much signal as noise: well below it, twice the tokens of an update take nearly half the
+//! updates; well above it, they take no fewer.
 
 use tch::{Device, Kind, Tensor};
 
