@@ -80,7 +80,7 @@ fn averages_are_what_a_checkpoint_s_model_holds() {
     let last = |out: &str, key: &str| {
         let text = fs::read_to_string(workspace.path(out).join("metrics.jsonl")).unwrap();
         let rows = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-        rows.filter_map(|row| row[key].as_f64()).last().unwrap()
+        rows.filter_map(|row| row[key].as_f64()).next_back().unwrap()
     };
     assert_eq!(last("plain", "train/loss"), last("averaged", "train/loss"));
     assert_ne!(last("plain", "eval/loss"), last("averaged", "eval/loss"));
