@@ -100,7 +100,7 @@ fn it_trains_what_its_header_says() {
         let batch = documents();
         let states =
             noise::normal(&[batch.ids.len() as i64, target.info().hidden_size], 1.0, 9, 1).to_kind(Kind::Double);
-        let features = FeatureBatch { batch: Arc::new(batch.clone()), hidden: vec![states.shallow_clone()] };
+        let features = FeatureBatch::new(Arc::new(batch.clone()), vec![states.shallow_clone()]);
         let mut objectives = Vec::new();
         for step in [1, 2] {
             let key = StepKey { seed: 3, step, total: 8 };

@@ -332,7 +332,7 @@ fn summed(
     for (index, batch) in documents.iter().enumerate() {
         let seed = batch.documents[0].number;
         let hidden = vec![noise::normal(&[batch.ids.len() as i64, HIDDEN], 1.0, seed, 9)];
-        let features = FeatureBatch { batch: Arc::new(batch.clone()), hidden };
+        let features = FeatureBatch::new(Arc::new(batch.clone()), hidden);
         let is_last = index + 1 == documents.len();
         let plan = draft.plan(batch, STEP).unwrap();
         sums.add(is_last, |gradients| draft.accumulate(&features, &plan, counts, gradients)).unwrap();

@@ -275,8 +275,7 @@ fn loss_of(config: &Eagle3Config, own: &Tensor, reachable: &Tensor, log_draft: &
 fn sparse(draft: &Eagle3, batch: &PackedBatch, hidden: &[Tensor]) -> (Tally, Vec<Tensor>) {
     let zeros = |parameter: &Parameter| parameter.value.zeros_like().detach();
     let mut gradients: Vec<Tensor> = draft.parameters().iter().map(zeros).collect();
-    let features =
-        FeatureBatch { batch: Arc::new(batch.clone()), hidden: hidden.iter().map(Tensor::shallow_clone).collect() };
+    let features = FeatureBatch::new(Arc::new(batch.clone()), hidden.iter().map(Tensor::shallow_clone).collect());
     let plan = draft.plan(batch, STEP).unwrap();
     assert_eq!(plan.counts, draft.count(batch, STEP).unwrap());
     let tally = draft.accumulate(&features, &plan, &plan.counts, &mut Gradients::new(&mut gradients)).unwrap();

@@ -76,7 +76,7 @@ fn gradients(section: &Value, narrow: Kind, kind: Kind, count: f64) -> Vec<(Stri
     let batch = batch();
     let rows = batch.ids.len() as i64;
     let hidden = draft.capture().iter().map(|&layer| random(&[rows, HIDDEN], 1.0, 100 + layer as u64)).collect();
-    let features = FeatureBatch { batch: Arc::new(batch.clone()), hidden };
+    let features = FeatureBatch::new(Arc::new(batch.clone()), hidden);
     let plan = draft.plan(&batch, STEP).unwrap();
     let counts = vec![count; plan.counts.len()];
     let mut totals = Gradients::zeros(draft.parameters()).unwrap();

@@ -405,6 +405,13 @@ fn captures_that_cannot_be_are_refused_and_change_nothing() {
     refused(&mut attempt(&["--set", "data.template_arguments.x=1"]), 2, &[another, "tokenizer or chat template"]);
     refused(&mut attempt(&["--layers", "3"]), 2, &["--layers: this target has hidden states 0 to 2, got 3"]);
     refused(&mut attempt(&["--layers", "last"]), 2, &["invalid value 'last'"]);
+    refused(
+        &mut attempt(&["--whole-vocabulary"]),
+        2,
+        &[another, "--whole-vocabulary: asked for it, the store has none"],
+    );
+    let narrow = ["--whole-vocabulary", "--set", "target.dtype=bfloat16"];
+    refused(&mut attempt(&narrow), 2, &["--whole-vocabulary: is noted by a target in float32 alone", "bfloat16"]);
     refused(&mut attempt(&["--dtype", "int4"]), 2, &["expected float32, bfloat16 or float8, got `int4`"]);
     let other = ["--shard-tokens", "700"];
     refused(&mut capture_command(&workspace, "store", &other), 2, &[another, "--shard-tokens: asked for 700"]);

@@ -242,6 +242,7 @@ fn write_store(folder: &Path) {
         layers: vec![1, 2],
         layer_convention: LAYER_CONVENTION.to_owned(),
         element: Element::Float32,
+        whole_vocabulary: false,
         shard_tokens: 100,
         origin: None,
         shards: Vec::new(),

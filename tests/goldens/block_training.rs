@@ -407,7 +407,7 @@ fn features(golden: &Golden, batch: PackedBatch, layers: i64, last: Option<Tenso
     let captured = golden.tensor("in.hidden_states")?.flatten(0, 1); // [T, nf * H]
     let all = captured.chunk(layers, 1).into_iter().chain(last);
     let hidden = all.map(|states| states.to_kind(KIND)).collect();
-    Ok(FeatureBatch { batch: Arc::new(batch), hidden })
+    Ok(FeatureBatch::new(Arc::new(batch), hidden))
 }
 
 /// Plain DFlash of speculators.

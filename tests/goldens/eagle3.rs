@@ -39,7 +39,7 @@ struct Case {
 impl Case {
     fn features(&self) -> FeatureBatch {
         let hidden = self.hidden.iter().map(Tensor::shallow_clone).collect();
-        FeatureBatch { batch: Arc::new(self.batch.clone()), hidden }
+        FeatureBatch::new(Arc::new(self.batch.clone()), hidden)
     }
 
     /// Objective, metrics and gradients.

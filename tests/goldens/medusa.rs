@@ -72,8 +72,7 @@ pub fn check(path: &Path) -> Result<String, String> {
         }
         Ok::<_, String>(draft)
     };
-    let features =
-        FeatureBatch { batch: Arc::new(batch.clone()), hidden: vec![hidden_states.reshape([-1, hidden_size])] };
+    let features = FeatureBatch::new(Arc::new(batch.clone()), vec![hidden_states.reshape([-1, hidden_size])]);
 
     // Medusa-1: logits row by row, losses head by head, every gradient.
     let draft = build(&vec![1.0; num_heads as usize])?;

@@ -173,7 +173,7 @@ fn check_training(golden: &Golden, case: Case) -> Result<String, String> {
     let index = Tensor::from_slice(&order.iter().map(|(_, _, place)| *place).collect::<Vec<_>>());
     let mut hidden = places.spread(&case.captured, 0).chunk(case.target.captured, 1);
     hidden.push(places.spread(&case.last, 1));
-    let features = FeatureBatch { batch: Arc::new(places.batch.clone()), hidden };
+    let features = FeatureBatch::new(Arc::new(places.batch.clone()), hidden);
     let mut gradients_compared = 0;
     for layout in [Layout::Chains, Layout::Depths] {
         let draft = draft(golden, case.section.clone(), &case.target)?.with_layout(layout);

@@ -78,3 +78,51 @@ fn eagle3_learns_from_a_store_what_it_learns_online() {
         assert!(turned.abs() < 0.03 && differs.abs() < 5e-3);
     }
 }
+
+/// Both drafts that learn from distributions; every element, as its numbers are said of the states as they are stored.
+#[test]
+fn what_a_store_notes_of_the_whole_vocabulary_is_what_training_makes_itself() {
+    let sections = [
+        json!({"algorithm": "eagle3", "capture": [0, 1], "ttt_steps": STEPS, "draft_vocab_size": 200}),
+        json!({"algorithm": "peagle", "capture": [0, 1], "num_layers": 1, "num_depths": 3, "mask_token_id": 3, "draft_vocab_size": 200}),
+    ];
+    for element in ["float32", "bfloat16", "float8"] {
+        let mut workspace = Workspace::new();
+        workspace.set("train.max_steps", 12);
+        let arguments = ["--dtype", element, "--layers", "0,1", "--shard-tokens", "500"];
+        capture(&workspace, "plain", &arguments);
+        capture(&workspace, "noted", &[&arguments[..], &["--whole-vocabulary"]].concat());
+        let plan = capture(&workspace, "planned", &[&arguments[..], &["--whole-vocabulary", "--plan"]].concat());
+        let bytes = |store: &str| -> u64 {
+            let shards =
+                fs::read_dir(workspace.path(store)).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len());
+            shards.sum()
+        };
+        let (planned, written) = (number(&plan, "bytes"), bytes("noted") as f64);
+        assert!((planned / written - 1.0).abs() < 0.05, "{element}: planned {planned}, got {written}");
+        assert!(bytes("noted") > bytes("plain"));
+        for section in &sections {
+            workspace.configuration["draft"] = section.clone();
+            let method = section["algorithm"].as_str().unwrap();
+            let run = |store: &str| {
+                let run = format!("{method}-{store}");
+                let report = json_of(&mut offline(&workspace, &run, store));
+                (report, log_of(&workspace, &run))
+            };
+            let ((plain, plain_log), (noted, noted_log)) = (run("plain"), run("noted"));
+            assert_eq!(plain_log.len(), noted_log.len());
+            let values = |line: &Value| line.as_object().unwrap().clone().into_iter();
+            let all = |log: &[Value], end: &Value| {
+                let lines = log.iter().chain([end]).flat_map(values);
+                lines.filter_map(|(key, value)| Some((key, value.as_f64()?))).collect::<Vec<_>>()
+            };
+            let (plain, noted) = (all(&plain_log, &plain["end"]), all(&noted_log, &noted["end"]));
+            assert!(plain.iter().any(|(key, _)| key.contains("acceptance")) && plain.len() > 50, "{plain:?}");
+            for ((key, want), (other, got)) in plain.iter().zip(&noted) {
+                assert_eq!(key, other);
+                let off = (got - want).abs();
+                assert!(off <= 1e-4 * want.abs().max(1.0), "{element}, {method}, {key}: expected {want}, got {got}");
+            }
+        }
+    }
+}

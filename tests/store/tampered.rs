@@ -90,6 +90,58 @@ fn note_norms(tensors: &mut [Held]) {
     named(tensors, "probes.norms").3 = norms.flat_map(f32::to_le_bytes).collect();
 }
 
+/// What is noted of the whole vocabulary is believed where the head says the same of the rows that it is asked about.
+#[test]
+fn a_whole_vocabulary_that_the_target_does_not_say_is_refused() {
+    type Edit = fn(&mut Vec<Held>);
+    let cases: [(&str, Edit, &str); 5] = [
+        (
+            "sums of the row beside",
+            |tensors| named(tensors, "whole_vocabulary.log_sum_exp").3.rotate_left(4),
+            "log-sum-exp of all its logits",
+        ),
+        (
+            "sums of another target",
+            |tensors| {
+                let sums = &mut named(tensors, "whole_vocabulary.log_sum_exp").3;
+                let (words, _) = sums.as_chunks_mut();
+                words.iter_mut().for_each(|word| *word = (f32::from_le_bytes(*word) + 1.0).to_le_bytes());
+            },
+            "log-sum-exp of all its logits",
+        ),
+        (
+            "another likeliest token",
+            |tensors| {
+                let ids = &mut named(tensors, "whole_vocabulary.top1").3;
+                let (words, _) = ids.as_chunks_mut();
+                words.iter_mut().for_each(|word| *word = ((i64::from_le_bytes(*word) + 1) % 200).to_le_bytes());
+            },
+            "likeliest of all tokens",
+        ),
+        (
+            "no token",
+            |tensors| named(tensors, "whole_vocabulary.top1").3[..8].copy_from_slice(&(-1i64).to_le_bytes()),
+            "`whole_vocabulary.top1`: expected tokens from 0",
+        ),
+        (
+            "no number",
+            |tensors| named(tensors, "whole_vocabulary.log_sum_exp").3[..4].copy_from_slice(&f32::NAN.to_le_bytes()),
+            "`whole_vocabulary.log_sum_exp`: expected finite numbers",
+        ),
+    ];
+    let workspace = Workspace::new();
+    capture(&workspace, "store", &["--shard-tokens", "500", "--whole-vocabulary"]);
+    let store = workspace.path("store");
+    let whole = files_of(&store);
+    for (name, edit, expected) in cases {
+        tamper(&store, edit);
+        let message = refused(&mut offline(&workspace, "run", "store"), 2, &["shard-00001.safetensors", expected]);
+        println!("{name}: {}", message.lines().find(|line| line.starts_with("error: ")).unwrap());
+        whole.iter().for_each(|(name, bytes)| fs::write(store.join(name), bytes).unwrap());
+    }
+    json_of(&mut offline(&workspace, "run", "store"));
+}
+
 /// Checksums hold in all of these: what is wrong is what was written.
 #[test]
 fn states_that_are_not_the_targets_are_refused() {

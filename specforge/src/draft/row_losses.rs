@@ -162,24 +162,33 @@ pub(super) enum Predictions {
 pub(super) type Factors = (Option<Tensor>, Option<[Tensor; 2]>);
 
 impl Predictions {
-    /// What took the whole vocabulary: the likeliest tokens as draft ids or -1, and the log mass of the draft's tokens, on the
-    /// host.
-    pub(super) fn of_whole_vocabulary(&self) -> Result<(Vec<i64>, Vec<f32>)> {
+    /// What took the whole vocabulary, `[u]` each: the likeliest tokens as draft ids or -1, and the logarithm of the sum of
+    /// exponentials. `first` are the logits of the draft's first token, `[u]`, which the CPU leaves as they are.
+    pub(super) fn of_whole_vocabulary(&self, first: &Tensor) -> (Tensor, Tensor) {
         let (likeliest, log_mass) = match self {
             Self::Cpu([_, _, log_mass, _, likeliest]) => (likeliest, log_mass),
             Self::Cuda { numbers: [_, _, log_mass, _], top, .. } => (top, log_mass),
         };
-        Ok((Vec::try_from(likeliest)?, Vec::try_from(log_mass)?))
+        (likeliest.shallow_clone(), self.log_sum_exp(first) - log_mass)
     }
 
-    /// The same where the whole vocabulary says this of each position, `[u]`.
-    pub(super) fn within(mut self, whole_likeliest: Tensor, whole_log_mass: Tensor) -> Self {
-        let (likeliest, log_mass) = match &mut self {
+    /// The same predictions where the whole vocabulary says this of each position. `first` as before.
+    pub(super) fn within(mut self, first: &Tensor, (likeliest, log_sum_exp): (Tensor, Tensor)) -> Self {
+        let mass = self.log_sum_exp(first) - log_sum_exp;
+        let (own_likeliest, log_mass) = match &mut self {
             Self::Cpu([_, _, log_mass, _, likeliest]) => (likeliest, log_mass),
             Self::Cuda { numbers: [_, _, log_mass, _], top, .. } => (top, log_mass),
         };
-        (*likeliest, *log_mass) = (whole_likeliest, whole_log_mass);
+        (*own_likeliest, *log_mass) = (likeliest, mass);
         self
+    }
+
+    /// Logarithm of the sum of exponentials of the draft's tokens, `[u]`.
+    fn log_sum_exp(&self, first: &Tensor) -> Tensor {
+        match self {
+            Self::Cpu([log_reachable, ..]) => first - log_reachable.select(1, 0),
+            Self::Cuda { numbers: [most, log_sum, ..], .. } => most + log_sum,
+        }
     }
 
     /// Losses, acceptance, hits and covered rows `[m]` of logits `[m, DV]`, whose memory is taken, go `into` their places.

@@ -155,7 +155,7 @@ pub fn run(options: &BenchTrainOptions) -> Result<BenchTrainReport> {
     let capture = draft.capture();
     let rows = options.batch.tokens();
     let hidden = (0..capture.len() as u64).map(|index| random(&[rows, target.hidden_size], 10 + index));
-    let features = FeatureBatch { batch: Arc::new(batch), hidden: hidden.collect::<Result<_>>()? };
+    let features = FeatureBatch::new(Arc::new(batch), hidden.collect::<Result<_>>()?);
     let mut session = Session::new(draft.as_ref(), &features)?;
     if let Device::Cuda(index) = device {
         shim::reset_cuda_peak(index)?;

@@ -47,6 +47,25 @@ pub struct FeatureBatch {
     pub batch: Arc<PackedBatch>,
     /// One `[T, H]` for each captured index, in the order the draft asked for.
     pub hidden: Vec<Tensor>,
+    /// What a store noted of the target's predictions, where it did.
+    pub whole_vocabulary: Option<WholeVocabulary>,
+}
+
+/// What a target says of all its tokens behind each token of a batch, on the host. A draft with a vocabulary of its own needs
+/// no more of the others.
+#[derive(Debug, Default)]
+pub struct WholeVocabulary {
+    /// The likeliest token, `[T]`.
+    pub likeliest: Vec<i64>,
+    /// Logarithm of the sum of exponentials of all logits, `[T]`.
+    pub log_sum_exp: Vec<f32>,
+}
+
+impl FeatureBatch {
+    /// A batch with hidden states alone.
+    pub fn new(batch: Arc<PackedBatch>, hidden: Vec<Tensor>) -> Self {
+        Self { batch, hidden, whole_vocabulary: None }
+    }
 }
 
 /// Where features come from.

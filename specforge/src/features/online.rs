@@ -51,11 +51,11 @@ fn forward(target: &dyn TargetModel, batch: &PackedBatch, capture: &[usize]) -> 
 /// The features of a batch, document by document where that decides about bits.
 fn compute(target: &dyn TargetModel, batch: Arc<PackedBatch>, capture: &[usize]) -> Result<FeatureBatch> {
     if capture.is_empty() {
-        return Ok(FeatureBatch { batch, hidden: Vec::new() });
+        return Ok(FeatureBatch::new(batch, Vec::new()));
     }
     if target.device() != Device::Cpu || batch.lengths.len() < 2 {
         let hidden = forward(target, &batch, capture)?;
-        return Ok(FeatureBatch { batch, hidden });
+        return Ok(FeatureBatch::new(batch, hidden));
     }
     let mut parts: Vec<Vec<Tensor>> = capture.iter().map(|_| Vec::new()).collect();
     for document in batch.each() {
@@ -63,7 +63,7 @@ fn compute(target: &dyn TargetModel, batch: Arc<PackedBatch>, capture: &[usize])
         parts.iter_mut().zip(states).for_each(|(part, states)| part.push(states));
     }
     let hidden = parts.iter().map(|part| Ok(Tensor::f_cat(part, 0)?)).collect::<Result<_>>()?; // [T, H]
-    Ok(FeatureBatch { batch, hidden })
+    Ok(FeatureBatch::new(batch, hidden))
 }
 
 impl FeatureSource for OnlineFeatures {

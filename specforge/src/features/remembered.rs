@@ -113,7 +113,7 @@ impl<Source: FeatureSource> FeatureSource for RememberedFeatures<Source> {
                 parts.iter_mut().zip(states).for_each(|(part, states)| part.push(states));
             }
             let hidden = parts.iter().map(|part| Ok(Tensor::f_cat(part, 0)?)).collect::<Result<_>>()?; // [T, H]
-            Ok(FeatureBatch { batch, hidden })
+            Ok(FeatureBatch::new(batch, hidden))
         })
     }
 
@@ -185,7 +185,7 @@ mod tests {
                     Tensor::cat(&[ids, column(index as f64), column(self.0.get() as f64)], 1)
                 };
                 let hidden = capture.iter().map(states).collect();
-                Ok(FeatureBatch { batch, hidden })
+                Ok(FeatureBatch::new(batch, hidden))
             })
         }
     }

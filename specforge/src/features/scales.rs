@@ -68,7 +68,7 @@ impl ScaleFeatures {
 
     fn compute(&self, batch: Arc<PackedBatch>, capture: &[usize]) -> Result<FeatureBatch> {
         if capture.is_empty() {
-            return Ok(FeatureBatch { batch, hidden: Vec::new() });
+            return Ok(FeatureBatch::new(batch, Vec::new()));
         }
         let Some((target, quantizer)) = &self.target else {
             let problem = "the draft learns from a transformer's states, and the target is an image tokenizer alone";
@@ -87,7 +87,7 @@ impl ScaleFeatures {
             }
             _ => pass(&batch)?,
         };
-        Ok(FeatureBatch { batch, hidden })
+        Ok(FeatureBatch::new(batch, hidden))
     }
 }
 

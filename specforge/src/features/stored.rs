@@ -180,7 +180,7 @@ impl Shelves {
             }
             _ => self.send(&layers, &places)?,
         };
-        Ok(FeatureBatch { batch, hidden })
+        Ok(FeatureBatch { batch, hidden, whole_vocabulary: self.store.whole_vocabulary(&places) })
     }
 
     /// States at these places for each layer, on the GPU. Nothing waits for their way there but what the device does with

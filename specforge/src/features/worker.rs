@@ -133,7 +133,7 @@ mod tests {
 
     fn named(name: &str) -> Result<FeatureBatch> {
         let batch = PackedBatch { documents: vec![DocumentRef::new(name, 0)], ..PackedBatch::default() };
-        Ok(FeatureBatch { batch: Arc::new(batch), hidden: Vec::new() })
+        Ok(FeatureBatch::new(Arc::new(batch), Vec::new()))
     }
 
     fn name(features: FeatureBatch) -> String {

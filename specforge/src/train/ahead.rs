@@ -54,7 +54,7 @@ mod tests {
 
     impl FeatureSource for Echo {
         fn begin(&self, batch: Arc<PackedBatch>, _: &[usize]) -> Pending<'_> {
-            Pending::later(move || Ok(FeatureBatch { batch, hidden: Vec::new() }))
+            Pending::later(move || Ok(FeatureBatch::new(batch, Vec::new())))
         }
     }
 

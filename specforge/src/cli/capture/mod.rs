@@ -45,6 +45,10 @@ pub(super) struct CaptureArgs {
     /// the final one is always stored.
     #[arg(long, value_delimiter = ',')]
     layers: Vec<usize>,
+    /// Note what the target says of its whole vocabulary behind every token, in 12 bytes: its likeliest token and the sum of
+    /// all. Training on a CPU a draft with a vocabulary of its own then makes no pass over the whole one. In float32 alone.
+    #[arg(long)]
+    whole_vocabulary: bool,
     /// Most tokens of a shard; shards of about 256 MiB where it is not given.
     #[arg(long)]
     shard_tokens: Option<usize>,
@@ -133,6 +137,11 @@ fn capture_with(
     if shard_tokens == 0 {
         return Err(Error::Usage("--shard-tokens: expected a number above 0, got 0".to_owned()));
     }
+    let dtype = config.target.element_type().name();
+    if args.whole_vocabulary && dtype != "float32" {
+        let problem = format!("--whole-vocabulary: is noted by a target in float32 alone, and target.dtype is {dtype}");
+        return Err(Error::Usage(problem));
+    }
     let digests = Digests::in_cache(&config.data.cache_dir);
     let path = &config.target.path;
     let wanted = StoreManifest {
@@ -151,6 +160,7 @@ fn capture_with(
         layers,
         layer_convention: LAYER_CONVENTION.to_owned(),
         element: args.dtype,
+        whole_vocabulary: args.whole_vocabulary,
         shard_tokens,
         origin: args.elsewhere.origin()?,
         shards: Vec::new(),

@@ -1,10 +1,10 @@
 //! What a target says of a position whatever the draft, remembered from one epoch to the next.
 //!
 //! A draft with a vocabulary of its own learns from the target's logits of that part, and from two numbers that take the
-//! whole vocabulary: the likeliest token of all, and the probability of the part. With 4096 of SmolLM2's 49152 tokens those
-//! two are a sixth of the operations of an EAGLE-3 step, and they never change.
+//! whole vocabulary: the likeliest token of all, and the logarithm of the sum of exponentials. With 4096 of SmolLM2's 49152
+//! tokens those two are a sixth of the operations of an EAGLE-3 step, and they never change.
 //!
-//! They are made document by document, from the first supervised token on, so that neighbours in a batch change no bit: a
+//! Where a store notes them, they are read. Else they are made document by document, from the first supervised token on, so that neighbours in a batch change no bit: a
 //! resumed run has to make them again, and makes the same. On the CPU alone: on a GPU, beside the far larger layers of its
 //! drafts, they are a few hundredths, and to look them up would wait for the device.
 
@@ -15,11 +15,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tch::{Device, Kind, Tensor};
 
 use super::{Order, Teacher, wide};
-use crate::data::PackedBatch;
 use crate::draft::loss::project;
 use crate::draft::objective::DraftVocabulary;
 use crate::draft::row_losses::{Predictions, RowByRow};
 use crate::error::Result;
+use crate::features::{FeatureBatch, WholeVocabulary};
 use crate::nn::Head;
 
 /// Most positions that are kept, of 8 bytes each. Those of later documents are made every time.
@@ -30,6 +30,10 @@ const MOST_POSITIONS: usize = 1 << 25;
 pub struct TeacherMemory {
     /// The target's head, of the draft's tokens alone.
     head: Head,
+    /// Draft id of each token of the target, or -1.
+    draft_ids: Vec<i64>,
+    /// The target's id of the draft's first token.
+    first: i64,
     /// Positions whose logits of the whole vocabulary are made at a time.
     positions_per_chunk: i64,
     documents: Mutex<Documents>,
@@ -47,8 +51,8 @@ struct Documents {
 struct Summary {
     /// The likeliest token as a draft id, or -1.
     likeliest: i32,
-    /// Logarithm of the probability of the draft's tokens.
-    log_mass: f32,
+    /// Logarithm of the sum of exponentials of all logits.
+    log_sum_exp: f32,
 }
 
 /// What is known of the positions of an [`Order`].
@@ -57,8 +61,8 @@ pub struct Remembered<'a> {
     head: &'a Head,
     /// `[U']` the likeliest token as a draft id, or -1.
     likeliest: Tensor,
-    /// `[U']` logarithm of the probability of the draft's tokens.
-    log_mass: Tensor,
+    /// `[U']` logarithm of the sum of exponentials of all logits.
+    log_sum_exp: Tensor,
 }
 
 impl TeacherMemory {
@@ -72,6 +76,8 @@ impl TeacherMemory {
         match vocabulary {
             Some(vocabulary) if head.weight.device() == Device::Cpu && wide(kind) == Kind::Float => Ok(Some(Self {
                 head: head.rows(&vocabulary.target_ids)?,
+                draft_ids: Vec::try_from(&vocabulary.draft_ids)?,
+                first: vocabulary.target_ids.f_int64_value(&[0])?,
                 positions_per_chunk: positions_per_chunk.max(1),
                 documents: Mutex::default(),
             })),
@@ -80,13 +86,16 @@ impl TeacherMemory {
     }
 
     /// The numbers of the positions of an order, which are tokens of the batch or, last, the state of nothing behind them.
-    pub fn recall(&self, batch: &PackedBatch, order: &Order, teacher: &Teacher<'_>) -> Result<Remembered<'_>> {
+    pub fn recall(&self, features: &FeatureBatch, order: &Order, teacher: &Teacher<'_>) -> Result<Remembered<'_>> {
         let positions = Vec::<i64>::try_from(&order.positions)?;
+        let batch = features.batch.as_ref();
         let (mut found, mut rest, mut start) = (Vec::with_capacity(positions.len()), positions.as_slice(), 0);
         for &length in &batch.lengths {
             let end = start + length;
             let (own, behind) = rest.split_at(rest.partition_point(|&position| position < end));
-            if let Some(&first) = own.first() {
+            if let Some(noted) = &features.whole_vocabulary {
+                found.extend(own.iter().map(|&position| self.noted(noted, position as usize)));
+            } else if let Some(&first) = own.first() {
                 let from = first_taught(&batch.supervised, start, end);
                 let from = if first < from { start } else { from };
                 let mut key = DefaultHasher::new();
@@ -101,9 +110,15 @@ impl TeacherMemory {
             found.extend(rest.iter().map(|_| nothing[0]));
         }
         let likeliest: Vec<i64> = found.iter().map(|summary| i64::from(summary.likeliest)).collect();
-        let log_mass: Vec<f32> = found.iter().map(|summary| summary.log_mass).collect();
-        let (likeliest, log_mass) = (Tensor::f_from_slice(&likeliest)?, Tensor::f_from_slice(&log_mass)?);
-        Ok(Remembered { head: &self.head, likeliest, log_mass })
+        let log_sum_exp: Vec<f32> = found.iter().map(|summary| summary.log_sum_exp).collect();
+        let (likeliest, log_sum_exp) = (Tensor::f_from_slice(&likeliest)?, Tensor::f_from_slice(&log_sum_exp)?);
+        Ok(Remembered { head: &self.head, likeliest, log_sum_exp })
+    }
+
+    /// What a store notes of a position of the batch.
+    fn noted(&self, noted: &WholeVocabulary, position: usize) -> Summary {
+        let likeliest = self.draft_ids[noted.likeliest[position] as usize] as i32;
+        Summary { likeliest, log_sum_exp: noted.log_sum_exp[position] }
     }
 
     /// Those of a document's positions `from .. end` of a batch. `key` has hashed its tokens; its last state, which depends
@@ -124,10 +139,12 @@ impl TeacherMemory {
         for first in (from..end).step_by(self.positions_per_chunk as usize) {
             let behind = end.min(first + self.positions_per_chunk);
             let positions = Tensor::f_arange_start(first, behind, (Kind::Int64, Device::Cpu))?;
-            let predictions = RowByRow::Cpu.teacher(teacher.logits(&positions)?, teacher.vocabulary, false)?;
-            let (likeliest, log_mass) = predictions.of_whole_vocabulary()?;
-            let both = likeliest.into_iter().zip(log_mass);
-            made.extend(both.map(|(likeliest, log_mass)| Summary { likeliest: likeliest as i32, log_mass }));
+            let logits = teacher.logits(&positions)?; // [u, V]
+            let first = logits.f_select(1, self.first)?; // [u]
+            let predictions = RowByRow::Cpu.teacher(logits, teacher.vocabulary, false)?;
+            let (likeliest, log_sum_exp) = predictions.of_whole_vocabulary(&first);
+            let both = Vec::<i64>::try_from(likeliest)?.into_iter().zip(Vec::<f32>::try_from(log_sum_exp)?);
+            made.extend(both.map(|(likeliest, log_sum_exp)| Summary { likeliest: likeliest as i32, log_sum_exp }));
         }
         let made: Arc<[Summary]> = made.into();
         let mut documents = self.documents();
@@ -173,9 +190,10 @@ impl Remembered<'_> {
         with_entropy: bool,
     ) -> Result<Predictions> {
         let logits = self.head.finish(project(hidden, &self.head.weight)?).f_to_kind(Kind::Float)?; // [u, DV]
+        let first_logit = logits.f_select(1, 0)?; // [u]
         let own = row_by_row.teacher(logits, None, with_entropy)?;
         let of = |values: &Tensor| values.narrow(0, first, count);
-        Ok(own.within(of(&self.likeliest), of(&self.log_mass)))
+        Ok(own.within(&first_logit, (of(&self.likeliest), of(&self.log_sum_exp))))
     }
 }
 
@@ -183,7 +201,7 @@ impl Remembered<'_> {
 mod tests {
     use super::super::{DistillationLoss, Objective, Soft, Weighting, distill};
     use super::*;
-    use crate::data::DocumentRef;
+    use crate::data::{DocumentRef, PackedBatch};
     use crate::draft::loss::{Projection, Rows};
     use crate::nn::drawn;
     use crate::vocab::VocabMap;
@@ -230,8 +248,21 @@ mod tests {
         ] {
             let order = Order::new(&positions, Device::Cpu).unwrap();
             let teacher = Teacher { hidden: &states, head: &head, vocabulary: Some(&map) };
-            let remembered = memory.recall(&batch, &order, &teacher).unwrap();
+            let features = FeatureBatch::new(Arc::new(batch), Vec::new());
+            let remembered = memory.recall(&features, &order, &teacher).unwrap();
             assert_eq!(memory.documents().known.len(), known);
+            // As a store notes it, of which a memory keeps nothing but what is said of nothing.
+            let logits = head.logits(&states);
+            let noted = FeatureBatch {
+                whole_vocabulary: Some(WholeVocabulary {
+                    likeliest: Vec::try_from(logits.argmax(1, false)).unwrap(),
+                    log_sum_exp: Vec::try_from(logits.logsumexp([1].as_slice(), false)).unwrap(),
+                }),
+                ..features
+            };
+            let reader = TeacherMemory::new(&head, Some(&map), Kind::Float, 3).unwrap().unwrap();
+            let read = reader.recall(&noted, &order, &teacher).unwrap();
+            assert!(reader.documents().known.len() <= 1);
             let input = drawn::randn([positions.len() as i64, width], OPTIONS);
             for loss in [DistillationLoss::CrossEntropy, DistillationLoss::Kl, DistillationLoss::LkLambda] {
                 let outcome = |remembered: Option<&Remembered<'_>>| {
@@ -247,9 +278,11 @@ mod tests {
                     [outcomes.losses, outcomes.hits, outcomes.acceptance, outcomes.covered, gradient, total]
                         .map(|values| values.to_kind(Kind::Double))
                 };
-                for (got, want) in outcome(Some(&remembered)).iter().zip(&outcome(None)) {
-                    let off = (got - want).abs().max().double_value(&[]);
-                    assert!(off < 1e-5, "{loss:?}, {positions:?}: off by {off}");
+                for from in [&remembered, &read] {
+                    for (got, want) in outcome(Some(from)).iter().zip(&outcome(None)) {
+                        let off = (got - want).abs().max().double_value(&[]);
+                        assert!(off < 1e-5, "{loss:?}, {positions:?}: off by {off}");
+                    }
                 }
             }
         }

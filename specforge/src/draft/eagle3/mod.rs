@@ -211,7 +211,7 @@ impl Eagle3 {
         let order = Order::new(&positions, last.device())?;
         let weights = self.row_weights(&plan, global_counts, &rows); // [M]
         let remembered = match &self.memory {
-            Some(memory) => Some(memory.recall(&features.batch, &order, &teacher)?),
+            Some(memory) => Some(memory.recall(features, &order, &teacher)?),
             None => None,
         };
         let targets = Soft { order: &order, teacher: &teacher, remembered: remembered.as_ref() };
@@ -474,7 +474,7 @@ mod tests {
             documents: vec![DocumentRef::new("one", 0)],
         };
         let hidden = (0..4).map(|layer| noise::normal(&[tokens, 12], 1.0, 31, layer).to_kind(Kind::Double)).collect();
-        FeatureBatch { batch: Arc::new(batch), hidden }
+        FeatureBatch::new(Arc::new(batch), hidden)
     }
 
     /// Gradients of all parameters in a row, when this many of nine steps were taken.

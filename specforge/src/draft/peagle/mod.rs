@@ -203,7 +203,7 @@ impl Peagle {
         let order = Order::new(&plan.teachers, last.device())?;
         let factor = global_counts.first().map_or(1.0, |count| count.max(1.0).recip());
         let remembered = match &self.memory {
-            Some(memory) => Some(memory.recall(&features.batch, &order, &teacher)?),
+            Some(memory) => Some(memory.recall(features, &order, &teacher)?),
             None => None,
         };
         let targets = Soft { order: &order, teacher: &teacher, remembered: remembered.as_ref() };

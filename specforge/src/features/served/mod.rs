@@ -159,7 +159,7 @@ impl ServedFeatures {
             parts.iter_mut().zip(states).for_each(|(part, states)| part.push(states));
         }
         let hidden = parts.iter().map(|part| Ok(Tensor::f_cat(part, 0)?)).collect::<Result<_>>()?; // [T, H]
-        Ok(FeatureBatch { batch, hidden })
+        Ok(FeatureBatch::new(batch, hidden))
     }
 }
 

@@ -44,6 +44,9 @@ pub struct StoreManifest {
     pub layer_convention: String,
     /// Element type of the states.
     pub element: Element,
+    /// Whether every token has the two numbers of [`crate::features::WholeVocabulary`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub whole_vocabulary: bool,
     /// Most tokens of a shard; a longer document has a shard of its own.
     pub shard_tokens: usize,
     /// Who computed the states, where that was not this program: `vllm`, `sglang`, `files`. Their last bits are not those
@@ -153,6 +156,8 @@ impl StoreManifest {
         compare("tokenizer or chat template", brief(&self.tokenizer), brief(&existing.tokenizer));
         compare("--layers", listed(&self.layers), listed(&existing.layers));
         compare("--dtype", self.element.name().to_owned(), existing.element.name().to_owned());
+        let noted = |whole: bool| if whole { "it" } else { "none" }.to_owned();
+        compare("--whole-vocabulary", noted(self.whole_vocabulary), noted(existing.whole_vocabulary));
         compare("--shard-tokens", self.shard_tokens.to_string(), existing.shard_tokens.to_string());
         lines
     }

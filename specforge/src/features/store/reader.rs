@@ -17,6 +17,7 @@ use super::element::Element;
 use super::manifest::{ShardEntry, StoreManifest};
 use super::shard::Shard;
 use crate::error::{Error, Result};
+use crate::features::WholeVocabulary;
 use crate::files::Digests;
 
 /// What a process checks of a store that several open: every `of`-th shard from `rank` on.
@@ -160,6 +161,15 @@ impl Store {
             memory = rest;
         }
         Ok(())
+    }
+
+    /// What was noted of all tokens behind these rows, where the store notes it.
+    pub fn whole_vocabulary(&self, places: &[(usize, Range<usize>)]) -> Option<WholeVocabulary> {
+        self.manifest.whole_vocabulary.then(|| {
+            let mut all = WholeVocabulary::default();
+            places.iter().for_each(|(shard, rows)| self.shards[*shard].read_whole(rows, &mut all));
+            all
+        })
     }
 
     /// Element type of states that were read.

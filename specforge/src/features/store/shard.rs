@@ -13,7 +13,9 @@ use super::element::Element;
 use super::float8;
 use super::manifest::{ShardEntry, StoreManifest};
 use super::probe::{self, Probes};
+use super::whole;
 use crate::error::{Error, Result};
+use crate::features::WholeVocabulary;
 use crate::files::Digests;
 use crate::nn::Head;
 use crate::strict;
@@ -24,6 +26,8 @@ const _: () = assert!(cfg!(target_endian = "little"), "the feature store needs a
 
 const IDS: &str = "ids";
 const OFFSETS: &str = "offsets";
+const LIKELIEST: &str = "whole_vocabulary.top1";
+const LOG_SUM_EXP: &str = "whole_vocabulary.log_sum_exp";
 
 fn states_name(layer: usize) -> String {
     format!("hidden.{layer}")
@@ -41,7 +45,8 @@ pub fn file_name(number: usize) -> String {
 /// What one document adds to a file, and what the file has anyway; near enough to plan with.
 pub fn planned_bytes(manifest: &StoreManifest, documents: usize, tokens: usize) -> u64 {
     let layers = manifest.layers.len();
-    let token = size_of::<i64>() + layers * manifest.element.state_bytes(manifest.hidden_size as usize);
+    let whole = if manifest.whole_vocabulary { size_of::<i64>() + size_of::<f32>() } else { 0 };
+    let token = size_of::<i64>() + layers * manifest.element.state_bytes(manifest.hidden_size as usize) + whole;
     let probes = probe::PROBES_PER_SHARD * (2 * size_of::<i64>() + (3 + layers) * size_of::<f32>());
     let header = 100 * (8 + 2 * layers);
     (tokens * token + (documents + 1) * size_of::<i64>() + probes + header) as u64
@@ -125,18 +130,18 @@ impl<'a> ShardWriter<'a> {
         Ok(())
     }
 
-    /// States of the probed rows as they are stored: `[P, H]`.
-    fn stored_probes(&self, encoded: &Encoded) -> Result<Tensor> {
-        let (count, width) = (self.probe_rows.len(), self.manifest.hidden_size as usize);
+    /// States of some rows as they are stored: `[P, H]`.
+    fn stored(&self, encoded: &Encoded, rows: &[usize]) -> Result<Tensor> {
+        let (count, width) = (rows.len(), self.manifest.hidden_size as usize);
         let stride = width * self.manifest.element.bytes();
-        let rows = self.probe_rows.iter();
-        let bytes: Vec<u8> = rows.flat_map(|row| &encoded.states[row * stride..(row + 1) * stride]).copied().collect();
+        let of_row = |row: &usize| &encoded.states[row * stride..(row + 1) * stride];
+        let bytes: Vec<u8> = rows.iter().flat_map(of_row).copied().collect();
         let shape = [count as i64, width as i64];
         Ok(match self.manifest.element {
             Element::Float32 => Tensor::f_from_data_size(&bytes, &shape, Kind::Float)?,
             Element::Bfloat16 => Tensor::f_from_data_size(&bytes, &shape, Kind::BFloat16)?,
             Element::Float8 => {
-                let scales: Vec<f32> = self.probe_rows.iter().map(|&row| encoded.scales[row]).collect();
+                let scales: Vec<f32> = rows.iter().map(|&row| encoded.scales[row]).collect();
                 let mut values = vec![0.0; count * width];
                 float8::decode(&bytes, &scales, width, &mut values);
                 Tensor::f_from_slice(&values)?.f_view(shape)?
@@ -144,12 +149,27 @@ impl<'a> ShardWriter<'a> {
         })
     }
 
+    /// What the head says of the final states as they are stored.
+    fn whole_vocabulary(&self, head: &Head) -> Result<WholeVocabulary> {
+        let mut all = WholeVocabulary::default();
+        let rows: Vec<usize> = (0..self.ids.len()).collect();
+        let last = self.layers.last().filter(|_| self.manifest.whole_vocabulary);
+        for (encoded, rows) in
+            last.into_iter().flat_map(|last| rows.chunks(whole::ROWS_PER_PASS).map(move |rows| (last, rows)))
+        {
+            all.ask(&self.stored(encoded, rows)?, head)?;
+        }
+        Ok(all)
+    }
+
     /// Writes the file. The head is asked about the final states as they were before they were encoded.
     pub fn write(self, folder: &Path, file: String, head: &Head) -> Result<ShardEntry> {
         let next: Vec<i64> = self.probe_rows.iter().map(|&row| self.ids[row + 1]).collect();
-        let stored = self.layers.iter().map(|layer| self.stored_probes(layer)).collect::<Result<Vec<_>>>()?;
+        let stored =
+            self.layers.iter().map(|layer| self.stored(layer, &self.probe_rows)).collect::<Result<Vec<_>>>()?;
         let last = Tensor::f_cat(&self.probe_states, 0)?; // [P, H]
         let probes = Probes::make(&self.probe_rows, &last, &stored, &next, head)?;
+        let whole = self.whole_vocabulary(head)?;
 
         let (tokens, width) = (self.ids.len(), self.manifest.hidden_size as usize);
         let mut tensors = vec![
@@ -166,6 +186,12 @@ impl<'a> ShardWriter<'a> {
                 let scales = le_bytes(&encoded.scales, f32::to_le_bytes);
                 tensors.push((scales_name(layer), numbers(Dtype::F32, vec![tokens], scales)));
             }
+        }
+        if self.manifest.whole_vocabulary {
+            let likeliest = le_bytes(&whole.likeliest, i64::to_le_bytes);
+            let log_sum_exp = le_bytes(&whole.log_sum_exp, f32::to_le_bytes);
+            tensors.push((LIKELIEST.to_owned(), numbers(Dtype::I64, vec![tokens], likeliest)));
+            tensors.push((LOG_SUM_EXP.to_owned(), numbers(Dtype::F32, vec![tokens], log_sum_exp)));
         }
         let count = probes.rows.len();
         for (name, values) in [("rows", &probes.rows), ("top1", &probes.top1)] {
@@ -213,6 +239,8 @@ pub struct Shard {
     offsets: Vec<i64>,
     /// Bytes of states and scales of each layer.
     layers: Vec<(Range<usize>, Range<usize>)>,
+    /// Bytes of likeliest tokens and of sums, where they are noted.
+    whole: Option<(Range<usize>, Range<usize>)>,
     probes: Probes,
 }
 
@@ -275,6 +303,22 @@ impl Shard {
             };
             layers.push((states, scales));
         }
+        let whole = match manifest.whole_vocabulary {
+            true => Some((find(LIKELIEST, Dtype::I64, &[tokens])?, find(LOG_SUM_EXP, Dtype::F32, &[tokens])?)),
+            false => None,
+        };
+        if let Some((likeliest, log_sum_exp)) = &whole {
+            let is_token = |id: &i64| (0..manifest.vocab_size).contains(id);
+            if let Some(id) = i64s(&map[likeliest.clone()]).into_iter().find(|id| !is_token(id)) {
+                return Err(format!(
+                    "`{LIKELIEST}`: expected tokens from 0 to below {}, got {id}",
+                    manifest.vocab_size
+                ));
+            }
+            if let Some(sum) = f32s(&map[log_sum_exp.clone()]).into_iter().find(|sum| !sum.is_finite()) {
+                return Err(format!("`{LOG_SUM_EXP}`: expected finite numbers, got {sum}"));
+            }
+        }
         // Which rows are probed follows from the offsets, so that a file cannot choose easy ones, or none.
         let rows: Vec<i64> = probe::rows(&offsets).into_iter().map(|row| row as i64).collect();
         let count = rows.len();
@@ -291,7 +335,7 @@ impl Shard {
             next_loss: figure("probes.next_loss", &[count])?,
             norms: figure("probes.norms", &[count, manifest.layers.len()])?,
         };
-        Ok(Self { path, map, element: manifest.element, width, ids, offsets, layers, probes })
+        Ok(Self { path, map, element: manifest.element, width, ids, offsets, layers, whole, probes })
     }
 
     /// The file.
@@ -333,6 +377,16 @@ impl Shard {
     /// The token after a row.
     pub fn next_token(&self, row: usize) -> i64 {
         i64s(&self.map[self.ids.start + 8 * (row + 1)..self.ids.start + 8 * (row + 2)])[0]
+    }
+
+    /// What was noted of all tokens behind some rows is added; nothing where nothing was noted.
+    pub fn read_whole(&self, rows: &Range<usize>, into: &mut WholeVocabulary) {
+        let Some((likeliest, log_sum_exp)) = &self.whole else { return };
+        let of = |bytes: &Range<usize>, size: usize| {
+            &self.map[bytes.start + size * rows.start..bytes.start + size * rows.end]
+        };
+        into.likeliest.extend(i64s(of(likeliest, 8)));
+        into.log_sum_exp.extend(f32s(of(log_sum_exp, 4)));
     }
 
     /// Asks the system for the pages of some rows, so that it reads them while others are being copied.

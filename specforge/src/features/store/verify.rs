@@ -13,6 +13,7 @@ use super::element::Element;
 use super::probe::{Probes, ask, doubles, norms};
 use super::reader::{Share, Store};
 use crate::error::{Error, Result};
+use crate::features::WholeVocabulary;
 use crate::nn::Head;
 
 /// Probes that are asked in one pass over the head.
@@ -54,14 +55,18 @@ pub fn verify(store: &Store, head: &Head, share: Share) -> Result<()> {
         for (index, &(shard, probe)) in pass.iter().enumerate() {
             let noise = DEVIATIONS * error * answers.spread.get(index).copied().unwrap_or(0.0);
             let norms: Vec<f64> = norms.iter().map(|norms| norms[index]).collect();
+            let noted = store.whole_vocabulary(&rows[index..=index]);
             let now = Now {
+                margin: answers.margin[index],
                 norms,
                 top1: answers.top1[index],
                 log_sum_exp: answers.log_sum_exp[index],
                 next_loss: answers.next_loss[index],
                 noise,
             };
-            if let Some(difference) = difference(held[shard].probes(), probe, &store.manifest().layers, &now) {
+            let difference = difference(held[shard].probes(), probe, &store.manifest().layers, &now)
+                .or_else(|| noted.and_then(|noted| noted_difference(&noted, &now)));
+            if let Some(difference) = difference {
                 let row = row(&(shard, probe));
                 let document = held[shard].document_of(row);
                 let place = row - held[shard].rows_of(document).start;
@@ -81,6 +86,7 @@ pub fn verify(store: &Store, head: &Head, share: Share) -> Result<()> {
 struct Now {
     norms: Vec<f64>,
     top1: i64,
+    margin: f64,
     log_sum_exp: f64,
     next_loss: f64,
     /// By how much rounding may have moved a logit.
@@ -111,6 +117,18 @@ fn difference(probes: &Probes, probe: usize, layers: &[usize], now: &Now) -> Opt
     let clear = f64::from(probes.margin[probe]) > 2.0 * sum_bound;
     let (want, got) = (probes.top1[probe], now.top1);
     (clear && got != want).then(|| format!("likeliest token: expected {want}, got {got}"))
+}
+
+/// What a store notes of all tokens behind a probed row, if it is not what the head says of the state as it is stored.
+fn noted_difference(noted: &WholeVocabulary, now: &Now) -> Option<String> {
+    let (want, got) = (f64::from(*noted.log_sum_exp.first()?), now.log_sum_exp);
+    // Both are of the same state: how it was stored plays no part.
+    let bound = SLACK * want.abs().max(1.0);
+    if !within(got, want, bound) {
+        return Some(format!("log-sum-exp of all its logits (bound {bound:.2e}): expected {want:.4}, got {got:.4}"));
+    }
+    let (want, got) = (*noted.likeliest.first()?, now.top1);
+    (now.margin > 2.0 * bound && got != want).then(|| format!("likeliest of all tokens: expected {want}, got {got}"))
 }
 
 /// NaN is not within any bound.

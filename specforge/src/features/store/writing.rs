@@ -116,7 +116,7 @@ fn one<'a>(
 ) -> Result<Option<ShardWriter<'a>>> {
     loop {
         match orders.recv() {
-            Ok(Order::Pack(FeatureBatch { batch, hidden })) => {
+            Ok(Order::Pack(FeatureBatch { batch, hidden, .. })) => {
                 for (&layer, states) in manifest.layers.iter().zip(&hidden) {
                     refuse_non_finite(manifest, layer, &batch, states)?;
                 }

@@ -56,7 +56,7 @@ fn batch(lengths: &[i64]) -> PackedBatch {
 fn features(batch: &PackedBatch) -> FeatureBatch {
     let size = [batch.ids.len() as i64, HIDDEN];
     let hidden = (0..3).map(|stream| noise::normal(&size, 1.0, 4, stream).to_kind(Kind::Double)).collect();
-    FeatureBatch { batch: Arc::new(batch.clone()), hidden }
+    FeatureBatch::new(Arc::new(batch.clone()), hidden)
 }
 
 /// Chains of several lengths in two documents, every row of them trained.
