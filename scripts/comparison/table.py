@@ -57,7 +57,7 @@ def cells(row: dict) -> list[str]:
         title(row) + (" (!)" if faults else ""),
         f"{row['timing']['parameters'] / 1e6:.1f} M",
         f"{1 / step:.2f}",
-        figure([run["train"]["steps"] for run in row["runs"]], 0),
+        str(row["runs"][0]["train"]["steps"]),
         figure(tau("chain"), 2),
         figure(tau("tree"), 2),
         f"{figure(speed('chain', 'draft_milliseconds'), 1)} ms, {100 * statistics.mean(speed('chain', 'draft_share')):.0f} %",
@@ -80,7 +80,7 @@ def table(rows: list[dict], facts: dict) -> str:
     lines = [HEADINGS, ["---"] * len(HEADINGS), *map(cells, rows)]
     body = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     variants = "".join(f"- **{title({'method': name})}**: `{'`, `'.join(settings)}`.\n" for name, settings in facts["variants"].items())
-    took = [run["train"]["seconds"] / 60 for row in rows for run in row["runs"]]
+    took = [row["runs"][0]["train"]["seconds"] / 60 for row in rows]  # others may have shared the machine
     model = "A small random model" if facts["tiny"] else "SmolLM2-135M-Instruct"
     data = f"conversations of {' and '.join(f'`{file}`' for file in facts['data'])}" if facts["data"] else "conversations"
     return f"""# Methods compared
@@ -99,7 +99,7 @@ with its recipe, `configs/smollm2-135m-METHOD.json`, and then decoded the same {
 - **A draft round** is what guessing takes between two verifications, and its share of the time of decoding.
 - **Speed-up** is against plain decoding of the same questions by the same program. On a processor a pass over several tokens
   costs more than one over one token, which makes drafts look worse than on a GPU.
-- **Steps** are what fits into the time as timed before on a few steps; the trainings then took
+- **Steps** are what fits into the time as timed before on a few steps; the trainings with the first seed then took
   {min(took):.1f} to {max(took):.1f} minutes. Time is that of training alone: evaluations, checkpoints and loading are left out{facts['states']}.
 - Behind ± stands how far the furthest seed is from the mean, where there are several. (!) marks answers that plain decoding does
   not give.

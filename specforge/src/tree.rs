@@ -87,6 +87,11 @@ impl Topology {
         (node + 1..self.len()).filter(move |&child| self.parents[child] == node)
     }
 
+    /// Nodes up to a depth, ascending. With a node its parent is among them.
+    pub fn within(&self, depth: usize) -> Vec<usize> {
+        (0..self.len()).filter(|&node| self.depths[node] <= depth).collect()
+    }
+
     /// Nodes without children, last one first: for static trees the longest paths come first.
     pub fn leaves(&self) -> Vec<usize> {
         let mut has_child = vec![false; self.len()];
@@ -238,17 +243,15 @@ impl TokenTree {
         self.topology.children(node).find(|&child| self.tokens[child] == token)
     }
 
-    /// The tree without what is deeper than `depth`, and for each of its nodes the node it was.
-    pub fn cut(&self, depth: usize) -> (Self, Vec<usize>) {
-        let kept: Vec<usize> = (0..self.len()).filter(|&node| self.topology.depths[node] <= depth).collect();
-        let mut cut = Self::root(self.tokens[0]);
+    /// The tree of these nodes alone: ascending, the root the first of them, and with every node its parent.
+    pub fn only(&self, kept: &[usize]) -> Self {
+        let mut tree = Self::root(self.tokens[0]);
         for &node in &kept[1..] {
-            // Parents stand before children and are no deeper: they are kept.
             let parent = kept.binary_search(&self.topology.parents[node]).unwrap_or(0);
-            cut.tokens.push(self.tokens[node]);
-            cut.topology.push(parent);
+            tree.tokens.push(self.tokens[node]);
+            tree.topology.push(parent);
         }
-        (cut, kept)
+        tree
     }
 }
 
@@ -308,10 +311,11 @@ mod tests {
         let mut tree = TokenTree::chain(1, &[2, 3, 4]);
         tree.push(0, 7);
         tree.push(4, 8);
-        let (cut, kept) = tree.cut(2);
+        let kept = tree.topology().within(2);
         assert_eq!(kept, [0, 1, 2, 4, 5]);
+        let cut = tree.only(&kept);
         assert_eq!(cut.tokens(), [1, 2, 3, 7, 8]);
         assert_eq!(cut.topology().parents(), [0, 0, 1, 0, 3]);
-        assert!(tree.cut(0).0.is_empty());
+        assert!(tree.only(&tree.topology().within(0)).is_empty());
     }
 }

@@ -83,7 +83,7 @@ impl Session {
         let Queued { round, guesses, nodes } = self.queued.take()?;
         // What is deeper than the answer may grow is of no use, and has no place in the context.
         let depth = self.sequence.left().saturating_sub(1);
-        let (_, places) = guesses.tree.cut(depth);
+        let places = guesses.tree.topology().within(depth);
         Some(Round { round, guesses: guesses.cut(depth), places, nodes, base_length: self.length() })
     }
 

@@ -137,7 +137,13 @@ impl Proposal {
         if self.tree.topology().depth() <= depth {
             return self;
         }
-        let (tree, kept) = self.tree.cut(depth);
+        let kept = self.tree.topology().within(depth);
+        self.only(&kept)
+    }
+
+    /// These nodes alone: ascending, the root the first of them, and with every node its parent.
+    pub fn only(self, kept: &[usize]) -> Self {
+        let tree = self.tree.only(kept);
         let scores = kept.iter().map(|&node| self.scores[node]).collect();
         let mut drawn_from = self.drawn_from;
         let drawn_from = kept.iter().map(|&node| drawn_from[node].take()).collect();

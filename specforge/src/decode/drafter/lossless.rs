@@ -72,10 +72,10 @@ fn eagle3_parts(target: &LlamaTarget, layers: usize, mapped: bool) -> Eagle3Part
     Eagle3Parts { shape, tensors, vocabulary, embedding: None }
 }
 
-/// The same beside a lookup, which is alone where three tokens stood before.
+/// The same beside a lookup, which is alone where three tokens stood before, and takes the place of guesses beyond six.
 fn with_lookup(target: &LlamaTarget, tree: DynamicTree, sampling: DraftSampling) -> WithLookup<'static> {
     let lookup = PromptLookup { longest_match: 4, shortest_match: 1, depth: 3, nodes: 5 };
-    WithLookup { draft: Box::new(eagle3(target, 1, true, tree, sampling)), lookup, alone: 3 }
+    WithLookup { draft: Box::new(eagle3(target, 1, true, tree, sampling)), lookup, alone: 3, most: Some(6) }
 }
 
 /// A random P-EAGLE draft of a tiny target: with a vocabulary of its own where it has two layers, of which one has a window.

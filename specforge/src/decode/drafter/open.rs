@@ -92,17 +92,16 @@ fn beside_lookup<'a>(
     let asked = asked.or(inner);
     let own = text.map(|_| tree).filter(|tree| !tree.is_empty() || asked.is_none());
     let Some(asked) = asked else { return open(own) };
-    let (lookup, alone) = tree_text::lookup_beside(asked)?;
+    let beside = tree_text::lookup_beside(asked)?;
     if let DraftSampling::Drawn { .. } = sampling {
         let problem = "--tree: what is looked up cannot stand among guesses that are drawn; leave `+lookup` out, or decode \
                        with --policy keyed, which is lossless too";
         return Err(Error::Usage(problem.to_owned()));
     }
     let opened = open(own)?;
-    let PromptLookup { longest_match, shortest_match, depth, nodes } = lookup;
-    let keys = format!("depth={depth},nodes={nodes},match={longest_match},least={shortest_match},alone={alone}");
-    let tree = format!("{}+lookup:{keys}", opened.tree);
-    Ok(Opened { drafter: Box::new(WithLookup { draft: opened.drafter, lookup, alone }), tree, ..opened })
+    let tree = format!("{}+lookup:{}", opened.tree, beside.keys());
+    let tree_text::LookupBeside { lookup, alone, most } = beside;
+    Ok(Opened { drafter: Box::new(WithLookup { draft: opened.drafter, lookup, alone, most }), tree, ..opened })
 }
 
 /// Whether what `draft` names is a model of its own, which guesses without anything of the target's.

@@ -72,13 +72,23 @@ pub fn split_lookup(text: &str) -> (&str, Option<&str>) {
     }
 }
 
-/// Reads `depth=D,nodes=N,match=M,least=L,alone=A`, each with a default: a lookup beside a draft, and the length of a match
-/// from which the draft is not asked.
-pub fn lookup_beside(keys: &str) -> Result<(PromptLookup, usize)> {
+/// A lookup beside a draft, as it is asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LookupBeside {
+    /// What looks guesses up.
+    pub lookup: PromptLookup,
+    /// Length of a match from which the draft is not asked.
+    pub alone: usize,
+    /// Most guesses of both together.
+    pub most: Option<usize>,
+}
+
+/// Reads `depth=D,nodes=N,match=M,least=L,alone=A,most=G`, each with a default but the last.
+pub fn lookup_beside(keys: &str) -> Result<LookupBeside> {
     let mut lookup = PromptLookup { longest_match: 8, shortest_match: 2, depth: 6, nodes: 6 };
-    let mut alone = 4;
+    let (mut alone, mut most) = (4, None);
     let wrong = || {
-        let expected = "depth=D,nodes=N,match=M,least=L,alone=A behind `+lookup:`, numbers from 1 to 4096";
+        let expected = "depth=D,nodes=N,match=M,least=L,alone=A,most=G behind `+lookup:`, numbers from 1 to 4096";
         unknown(keys, expected)
     };
     for (key, value) in pairs(keys) {
@@ -89,6 +99,7 @@ pub fn lookup_beside(keys: &str) -> Result<(PromptLookup, usize)> {
             "match" => lookup.longest_match = value,
             "least" => lookup.shortest_match = value,
             "alone" => alone = value,
+            "most" => most = Some(value),
             _ => return Err(wrong()),
         }
     }
@@ -98,7 +109,23 @@ pub fn lookup_beside(keys: &str) -> Result<(PromptLookup, usize)> {
             "--tree: expected `least` up to `match`, got least={least} and match={most}"
         )));
     }
-    Ok((lookup, alone))
+    if let Some(most) = most.filter(|&most| most < lookup.nodes) {
+        let nodes = lookup.nodes;
+        return Err(Error::Usage(format!(
+            "--tree: expected `nodes`, the lookup's guesses, up to `most`, those of both, got nodes={nodes} and most={most}"
+        )));
+    }
+    Ok(LookupBeside { lookup, alone, most })
+}
+
+impl LookupBeside {
+    /// All keys, as they are read.
+    pub fn keys(&self) -> String {
+        let PromptLookup { longest_match, shortest_match, depth, nodes } = self.lookup;
+        let alone = self.alone;
+        let keys = format!("depth={depth},nodes={nodes},match={longest_match},least={shortest_match},alone={alone}");
+        self.most.map_or(keys.clone(), |most| format!("{keys},most={most}"))
+    }
 }
 
 /// As many as a dynamic tree may have.
@@ -144,8 +171,14 @@ mod tests {
         assert_eq!(split_lookup("a+lookup.json+lookup:depth=2"), ("a+lookup.json", Some("depth=2")));
         assert_eq!(split_lookup("a+lookup.json"), ("a+lookup.json", None));
         let beside = PromptLookup { longest_match: 8, shortest_match: 3, depth: 6, nodes: 9 };
-        assert_eq!(lookup_beside("least=3,nodes=9,alone=7").unwrap(), (beside, 7));
-        for wrong in ["least=9", "depth", "width=3", "nodes=0"] {
+        let asked = lookup_beside("least=3,nodes=9,alone=7").unwrap();
+        assert_eq!(asked, LookupBeside { lookup: beside, alone: 7, most: None });
+        let limited = lookup_beside("most=15").unwrap();
+        assert_eq!(limited.most, Some(15));
+        for one in [asked, limited] {
+            assert_eq!(lookup_beside(&one.keys()).unwrap(), one);
+        }
+        for wrong in ["least=9", "depth", "width=3", "nodes=0", "most=5", "most=0", "nodes=8,most=7"] {
             assert!(lookup_beside(wrong).is_err(), "{wrong}");
         }
     }

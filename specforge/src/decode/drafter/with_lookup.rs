@@ -17,6 +17,32 @@ pub struct WithLookup<'a> {
     pub lookup: PromptLookup,
     /// Where so many last tokens stood here before, the draft is not asked.
     pub alone: usize,
+    /// Most guesses of both together, where there is a limit: no fewer than the lookup's.
+    pub most: Option<usize>,
+}
+
+/// The draft's guesses without as many of the unlikeliest as leaves room for `most` with those that the lookup adds.
+fn make_room(drafted: Proposal, found: &Proposal, most: usize) -> Proposal {
+    // Guesses that both made stay, and with them all before them.
+    let mut shared = vec![Some(0); found.tree.len()];
+    for node in 1..found.tree.len() {
+        let parent = shared[found.tree.topology().parents()[node]];
+        shared[node] = parent.and_then(|parent| drafted.tree.child(parent, found.tree.tokens()[node]));
+    }
+    let added = shared.iter().filter(|place| place.is_none()).count();
+    let over = (drafted.tree.len() - 1 + added).saturating_sub(most);
+    let mut kept: Vec<usize> = (0..drafted.tree.len()).collect();
+    for _ in 0..over {
+        let parents = drafted.tree.topology().parents();
+        let is_leaf = |node: usize| !kept[1..].iter().any(|&other| parents[other] == node);
+        let may_go = kept[1..].iter().copied().filter(|&node| !shared.contains(&Some(node)) && is_leaf(node));
+        let Some(least) = may_go.min_by(|&a, &b| drafted.scores[a].total_cmp(&drafted.scores[b]).then(b.cmp(&a)))
+        else {
+            break;
+        };
+        kept.retain(|&node| node != least);
+    }
+    if kept.len() == drafted.tree.len() { drafted } else { drafted.only(&kept) }
 }
 
 /// The draft's guesses, and those of the lookup that it did not make.
@@ -53,7 +79,11 @@ impl Drafter for WithLookup<'_> {
             .map(|(row, proposal)| if sure(proposal) { Context { depth: 0, ..*row } } else { *row })
             .collect();
         let drafted = self.draft.propose(&asked)?;
-        Ok(drafted.into_iter().zip(&found).map(|(drafted, found)| join(drafted, found)).collect())
+        let both = |(drafted, found): (Proposal, &Proposal)| match self.most {
+            Some(most) => join(make_room(drafted, found, most), found),
+            None => join(drafted, found),
+        };
+        Ok(drafted.into_iter().zip(&found).map(both).collect())
     }
 
     fn commit(&mut self, rows: &[Progress<'_>]) -> Result<()> {
@@ -107,8 +137,12 @@ mod tests {
     }
 
     fn guesses(tokens: &[u32], shortest_match: usize) -> Proposal {
+        limited(tokens, shortest_match, None)
+    }
+
+    fn limited(tokens: &[u32], shortest_match: usize, most: Option<usize>) -> Proposal {
         let lookup = PromptLookup { longest_match: 4, shortest_match, depth: 3, nodes: 3 };
-        let mut both = WithLookup { draft: Box::new(Fixed), lookup, alone: 3 };
+        let mut both = WithLookup { draft: Box::new(Fixed), lookup, alone: 3, most };
         both.propose(&[Context { tokens, depth: 3, key: 0, temperature: 0.0 }]).unwrap().remove(0)
     }
 
@@ -123,6 +157,31 @@ mod tests {
         assert_eq!(proposal.entropies.as_deref(), Some([0.0, 0.1, 0.2, 0.3, f64::INFINITY].as_slice()));
         // A budget of what is verified goes by the draft's own word for every guess.
         assert_eq!(proposal.confidence, None);
+    }
+
+    #[test]
+    fn the_unlikeliest_guesses_of_the_draft_make_room() {
+        // 3 4 8 stood behind "1 2": 3 and 4 are the draft's too, its 5 has to go, and nothing else may.
+        let text = [1, 2, 3, 4, 8, 1, 2];
+        let whole = guesses(&text, 2);
+        for most in [4, 5, 100] {
+            let proposal = limited(&text, 2, Some(most));
+            assert_eq!((proposal.tree, proposal.scores), (whole.tree.clone(), whole.scores.clone()));
+        }
+        for most in [3, 2] {
+            let proposal = limited(&text, 2, Some(most));
+            assert_eq!(proposal.tree.tokens(), [2, 3, 4, 8]);
+            assert_eq!(proposal.tree.topology().parents(), [0, 0, 1, 2]);
+            assert_eq!(proposal.scores, [0.0, 0.9, 0.8, 2.0]);
+            assert_eq!(proposal.entropies.as_deref(), Some([0.0, 0.1, 0.2, f64::INFINITY].as_slice()));
+        }
+        // Nothing in common: 7 and 6 stood there. Leaves go, and what they leave behind as leaves.
+        let other = [1, 2, 7, 6, 1, 2];
+        assert_eq!(limited(&other, 2, Some(5)).tree.tokens(), [2, 3, 4, 7, 6, 1]);
+        assert_eq!(limited(&other, 2, Some(4)).tree.tokens(), [2, 3, 7, 6, 1]);
+        assert_eq!(limited(&other, 2, Some(3)).tree.tokens(), [2, 7, 6, 1]);
+        // Where nothing is found, nothing has to go.
+        assert_eq!(limited(&[9, 1, 2], 1, Some(3)).tree.tokens(), [2, 3, 4, 5]);
     }
 
     #[test]

@@ -58,8 +58,16 @@ pub fn short_tree(choice: &Choice) -> String {
 
 /// The fastest tree of a batch, as short.
 pub fn short_fastest(batch: &Batch) -> String {
-    let beside = batch.fastest().0 != batch.best.tree;
-    format!("{}{}", short_tree(&batch.best), if beside { "+lookup" } else { "" })
+    let beside = batch.with_lookup.as_ref().filter(|beside| beside.tree == batch.fastest().0);
+    format!("{}{}", short_tree(&batch.best), beside.map(short_lookup).unwrap_or_default())
+}
+
+/// The lookup beside a tree, with the limit on the guesses of both where there is one.
+fn short_lookup(beside: &WithLookup) -> String {
+    match beside.tree.rsplit_once(",most=") {
+        Some((_, most)) => format!("+lookup:most={most}"),
+        None => "+lookup".to_owned(),
+    }
 }
 
 /// A line for the best tree, and one for the same with a lookup, of which nothing was predicted.
@@ -75,9 +83,10 @@ fn rows(batch: &Batch) -> Vec<String> {
         tested.speedup,
         short_tree(best),
     )];
-    lines.extend(with_lookup.iter().map(|WithLookup { tested, .. }| {
+    lines.extend(with_lookup.iter().map(|beside| {
+        let tested = &beside.tested;
         format!(
-            "{rows:>8}  {:>9}  {:>10}  {:>8}  {:>8.3}  {:>9.2}  {:>7.2}x  {}+lookup",
+            "{rows:>8}  {:>9}  {:>10}  {:>8}  {:>8.3}  {:>9.2}  {:>7.2}x  {}{}",
             "-",
             "-",
             "-",
@@ -85,6 +94,7 @@ fn rows(batch: &Batch) -> Vec<String> {
             tested.tokens_per_second,
             tested.speedup,
             short_tree(best),
+            short_lookup(beside),
         )
     }));
     lines

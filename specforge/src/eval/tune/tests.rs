@@ -189,9 +189,10 @@ fn a_draft_is_measured_chosen_and_put_to_the_test() {
         let (tree, text) = tree_text::dynamic(tree)?;
         let draft = ModelDrafter::new(Box::new(tiny::target(1)), target.info(), tree, DraftSampling::Greedy)?;
         let Some(keys) = beside else { return Ok(opened(draft, text, Trees::Dynamic)) };
-        let (lookup, alone) = tree_text::lookup_beside(keys)?;
-        let both = drafter::WithLookup { draft: Box::new(draft), lookup, alone };
-        Ok(opened(both, format!("{text}+lookup"), Trees::Dynamic))
+        let asked = tree_text::lookup_beside(keys)?;
+        let tree_text::LookupBeside { lookup, alone, most } = asked;
+        let both = drafter::WithLookup { draft: Box::new(draft), lookup, alone, most };
+        Ok(opened(both, format!("{text}+lookup:{}", asked.keys()), Trees::Dynamic))
     };
     let mut stages = Vec::new();
     let mut progress = |stage: &'static str, done: u64, total: u64| {
@@ -209,7 +210,7 @@ fn a_draft_is_measured_chosen_and_put_to_the_test() {
     assert_eq!(tuned.batches.iter().map(|batch| batch.rows).collect::<Vec<_>>(), [1, 3]);
     for batch in &tuned.batches {
         let beside = batch.with_lookup.as_ref().unwrap();
-        assert_eq!(beside.tree, format!("{}+lookup", batch.best.tree));
+        assert!(beside.tree.starts_with(&format!("{}+lookup:", batch.best.tree)), "{}", beside.tree);
         assert_eq!((beside.tested.answers, beside.tested.faults), (batch.tested.answers, 0));
         let (tree, tested) = batch.fastest();
         let speeds = batch.decodes().map(|one| one.speedup).fold(0.0, f64::max);
