@@ -85,14 +85,19 @@ fn a_plan_of_blocks_counts_them() {
         let set: Vec<String> = set.iter().map(|text| (*text).to_owned()).collect();
         Plan::new(&RunConfig::load(&configs.join(recipe), &set).unwrap(), 1).unwrap()
     };
-    for head in ["dflash", "dflash2", "dspark", "lilicorr", "xpress"] {
-        let plan = plan(&format!("qwen3-8B-{head}.json"), &[]);
-        let (block, text) = (if head == "dspark" { 7 } else { 16 }, plan.to_string());
-        assert_eq!(plan.footprint.rows, Some(1024 * block), "{head}");
-        assert!(plan.trainable_parameters > 1_048_000_000 && plan.draft_vocabulary == 151_936, "{head}");
-        for part in ["at most 512 a document", "1024 blocks of 2 documents of 3072 tokens", "mask token 151669"] {
-            assert!(text.contains(part), "{head}: {text}");
+    for (model, vocabulary, mask) in [("qwen3-8B", 151_936, 151_669), ("llama3.1-8B", 128_256, 128_002)] {
+        for head in ["dflash", "dflash2", "dspark", "lilicorr", "domino", "xpress"] {
+            let plan = plan(&format!("{model}-{head}.json"), &[]);
+            let (block, text) = (if head == "dspark" { 7 } else { 16 }, plan.to_string());
+            assert_eq!(plan.footprint.rows, Some(1024 * block), "{head}");
+            assert!(plan.trainable_parameters > 1_048_000_000 && plan.draft_vocabulary == vocabulary, "{head}");
+            let mask = format!("mask token {mask}");
+            for part in ["at most 512 a document", "1024 blocks of 2 documents of 3072 tokens", &mask] {
+                assert!(text.contains(part), "{model}, {head}: {text}");
+            }
         }
+        let depths = plan(&format!("{model}-peagle.json"), &[]);
+        assert!(depths.trainable_parameters > 1_048_000_000 && depths.draft_vocabulary == 32_000, "{model}");
     }
     let whole = plan("llama3.1-8B-dflash.json", &[]);
     let half = plan("llama3.1-8B-dflash.json", &["draft.num_anchors=256"]);
