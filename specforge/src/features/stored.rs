@@ -180,7 +180,10 @@ impl Shelves {
             }
             _ => self.send(&layers, &places)?,
         };
-        Ok(FeatureBatch { batch, hidden, whole_vocabulary: self.store.whole_vocabulary(&places) })
+        // Said in float32, and of use on a CPU alone.
+        let is_noted = self.kind == Kind::Float && self.device == Device::Cpu;
+        let whole_vocabulary = if is_noted { self.store.whole_vocabulary(&places) } else { None };
+        Ok(FeatureBatch { batch, hidden, whole_vocabulary })
     }
 
     /// States at these places for each layer, on the GPU. Nothing waits for their way there but what the device does with

@@ -4,8 +4,8 @@
 //! whole vocabulary: the likeliest token of all, and the logarithm of the sum of exponentials. With 4096 of SmolLM2's 49152
 //! tokens those two are a sixth of the operations of an EAGLE-3 step, and they never change.
 //!
-//! Where a store notes them, they are read. Else they are made document by document, from the first supervised token on, so that neighbours in a batch change no bit: a
-//! resumed run has to make them again, and makes the same. On the CPU alone: on a GPU, beside the far larger layers of its
+//! Where a store notes them, they are read. Else they are made document by document, from the first supervised token on, so
+//! that neighbours in a batch change no bit: a resumed run has to make them again, and makes the same. On the CPU alone: on a GPU, beside the far larger layers of its
 //! drafts, they are a few hundredths, and to look them up would wait for the device.
 
 use std::collections::{HashMap, HashSet};

@@ -14,7 +14,8 @@
 //! times the target's head. Files are ordinary safetensors, so that any engine can write a store and Python can read one.
 //!
 //! `element` and `float8` say how a number is stored, `manifest` what `store.json` says, `shard` writes and maps one
-//! file, `probe` notes what a head says of some rows, `whole` two numbers of all of them where they are wanted, `reader` opens a whole store, `verify` asks a head about it,
+//! file, `probe` notes what a head says of some rows, `whole` two numbers of all of them where they are wanted, `reader`
+//! opens a whole store, `verify` asks a head about it,
 //! `capture` says what is missing, `filling` captures it, with several processes or one, `streaming` does it with one layer of
 //! the target at a time, and `writing` is the thread that does the writing meanwhile.
 //!

@@ -152,12 +152,11 @@ impl<'a> ShardWriter<'a> {
     /// What the head says of the final states as they are stored.
     fn whole_vocabulary(&self, head: &Head) -> Result<WholeVocabulary> {
         let mut all = WholeVocabulary::default();
-        let rows: Vec<usize> = (0..self.ids.len()).collect();
-        let last = self.layers.last().filter(|_| self.manifest.whole_vocabulary);
-        for (encoded, rows) in
-            last.into_iter().flat_map(|last| rows.chunks(whole::ROWS_PER_PASS).map(move |rows| (last, rows)))
-        {
-            all.ask(&self.stored(encoded, rows)?, head)?;
+        if let Some(last) = self.layers.last().filter(|_| self.manifest.whole_vocabulary) {
+            let rows: Vec<usize> = (0..self.ids.len()).collect();
+            for rows in rows.chunks(whole::ROWS_PER_PASS) {
+                all.ask(&self.stored(last, rows)?, head)?;
+            }
         }
         Ok(all)
     }

@@ -55,7 +55,8 @@ pub fn verify(store: &Store, head: &Head, share: Share) -> Result<()> {
         for (index, &(shard, probe)) in pass.iter().enumerate() {
             let noise = DEVIATIONS * error * answers.spread.get(index).copied().unwrap_or(0.0);
             let norms: Vec<f64> = norms.iter().map(|norms| norms[index]).collect();
-            let noted = store.whole_vocabulary(&rows[index..=index]);
+            // A narrower head says something else, and is not told what was noted.
+            let noted = if head.kind() == Kind::Float { store.whole_vocabulary(&rows[index..=index]) } else { None };
             let now = Now {
                 margin: answers.margin[index],
                 norms,
