@@ -140,6 +140,8 @@ fn a_whole_vocabulary_that_the_target_does_not_say_is_refused() {
         whole.iter().for_each(|(name, bytes)| fs::write(store.join(name), bytes).unwrap());
     }
     json_of(&mut offline(&workspace, "run", "store"));
+    // A head in bfloat16 says something else: it is neither judged by what was noted nor trained on it.
+    json_of(offline(&workspace, "narrow", "store").args(["--set", "target.dtype=bfloat16"]));
 }
 
 /// Checksums hold in all of these: what is wrong is what was written.
