@@ -3,9 +3,10 @@
 //
 // Such a product is bound by the weight's way through the processor. oneDNN rearranges a weight from 16 rows on, which
 // costs more than the product itself; libtorch's MKL does as badly on processors that are not Intel's. Here every weight
-// is read once, where it lies, and multiplies 8, 16 or 32 rows at a time: a vector holds the same column of 8 or 16 rows,
+// is read once, where it lies, and multiplies 8, 16, 24 or 32 rows at a time: a vector holds the same column of 8 or 16 rows,
 // so that a scalar of the weight needs an instruction for each vector and no sum has to be made across one. A single row
 // is nothing but the weight's way from memory: rows of the weight pass by one after the other, asked for ahead of time.
+// A weight in bfloat16 is half as long on its way, and widened behind it: sums are those of the same numbers in float32.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -21,65 +22,130 @@
 
 namespace {
 
-constexpr std::int64_t LINE = 16;      // numbers of a line of the cache
+using Half = std::uint16_t;  // a bfloat16: the upper half of a float32
+
+constexpr std::int64_t LINE = 16;      // numbers that are taken at a time: of float32, a line of the cache
 constexpr std::int64_t STRETCH = 128;  // terms added up before they join the total: keeps the rounding error small
 
-// Rows of one vector, the vectors that are multiplied side by side, and the outputs whose sums are held in registers: enough
-// of them to hide an addition's latency, and no more than fit beside the columns and a scalar (16 registers of eight lanes,
-// 32 of sixteen).
-template <int LANES, int VECTORS, int BLOCK>
+// Rows of one vector, the vectors that are multiplied side by side, the outputs whose sums are held in registers (enough of them
+// to hide an addition's latency, and no more than fit beside the columns and a scalar: 16 registers of eight lanes, 32 of
+// sixteen), and whether a vector of eight rows follows.
+template <int LANES, int VECTORS, int BLOCK, bool EIGHT_MORE = false>
 struct Group {
   using lanes = typename Vectors<LANES>::lanes;
-  static constexpr std::int64_t lane_count = LANES, vectors = VECTORS, block = BLOCK, rows = LANES * VECTORS;
+  static constexpr std::int64_t lane_count = LANES, vectors = VECTORS, block = BLOCK, full = LANES * VECTORS,
+                                rows = full + (EIGHT_MORE ? 8 : 0);
+  static constexpr bool eight_more = EIGHT_MORE;
 };
 using Eight = Group<8, 1, 12>;
 using NarrowSixteen = Group<8, 2, 6>;
 using Sixteen = Group<16, 1, 8>;
+using TwentyFour = Group<16, 1, 8, true>;
 using ThirtyTwo = Group<16, 2, 8>;
 
+template <int LANES>
+INLINE typename Vectors<LANES>::lanes wide_lanes(const float *from) {
+  return Loops<LANES>::load(from);
+}
+
+template <int LANES>
+INLINE typename Vectors<LANES>::lanes wide_lanes(const Half *from) {
+  using bits = typename Vectors<LANES>::bits;
+  typename Vectors<LANES>::halves narrow;
+  std::memcpy(&narrow, from, sizeof narrow);
+  const bits upper = __builtin_convertvector(narrow, bits) << 16;
+  typename Vectors<LANES>::lanes values;
+  std::memcpy(&values, &upper, sizeof values);
+  return values;
+}
+
+INLINE float wide(float number) { return number; }
+
+INLINE float wide(Half number) {
+  const std::uint32_t upper = static_cast<std::uint32_t>(number) << 16;
+  float value;
+  std::memcpy(&value, &upper, sizeof value);
+  return value;
+}
+
+// `count` numbers of a weight in float32, where they lie or in `room`.
+template <int LANES>
+INLINE const float *wide_line(const float *from, float *, std::int64_t) {
+  return from;
+}
+
+template <int LANES>
+INLINE const float *wide_line(const Half *from, float *room, std::int64_t count) {
+  if (count == LINE)
+    for (std::int64_t term = 0; term < LINE; term += LANES) Loops<LANES>::store(room + term, wide_lanes<LANES>(from + term));
+  else
+    for (std::int64_t term = 0; term < count; term++) room[term] = wide(from[term]);
+  return room;
+}
+
 // `COUNT` outputs of a group of rows: `weight` is [out, width], `rows` is [width, rows], `result` [row][out].
-template <typename Group, int COUNT>
-INLINE void outputs(const float *weight, const float *rows, float *result, std::int64_t width, std::int64_t out,
+template <typename Group, int COUNT, typename Weight>
+INLINE void outputs(const Weight *weight, const float *rows, float *result, std::int64_t width, std::int64_t out,
                     std::int64_t live) {
   using lanes = typename Group::lanes;
+  using eight = typename Vectors<8>::lanes;
   constexpr int VECTORS = Group::vectors;
   lanes total[COUNT][VECTORS];
-  for (int output = 0; output < COUNT; output++)
+  eight more[COUNT];  // of the vector that follows
+  for (int output = 0; output < COUNT; output++) {
     for (int vector = 0; vector < VECTORS; vector++) total[output][vector] = lanes{};
+    more[output] = eight{};
+  }
   for (std::int64_t start = 0; start < width; start += STRETCH) {
     const std::int64_t end = std::min(width, start + STRETCH);
     lanes sum[COUNT][VECTORS];
-    for (int output = 0; output < COUNT; output++)
+    eight sum_more[COUNT];
+    for (int output = 0; output < COUNT; output++) {
       for (int vector = 0; vector < VECTORS; vector++) sum[output][vector] = lanes{};
+      sum_more[output] = eight{};
+    }
     for (std::int64_t line = start; line < end; line += LINE) {
       // The same place of the outputs that come next, while there is time: every one is a line of its own in memory.
 #pragma GCC unroll 12
       for (int output = 0; output < COUNT; output++) __builtin_prefetch(weight + (COUNT + output) * width + line);
-      const std::int64_t stop = std::min(end, line + LINE);
-      for (std::int64_t term = line; term < stop; term++) {
+      const std::int64_t count = std::min(end - line, LINE);
+      alignas(64) float room[COUNT][LINE];
+      const float *numbers[COUNT];
+#pragma GCC unroll 12
+      for (int output = 0; output < COUNT; output++)
+        numbers[output] = wide_line<Group::lane_count>(weight + output * width + line, room[output], count);
+      for (std::int64_t term = 0; term < count; term++) {
+        const float *from = rows + (line + term) * Group::rows;
         lanes column[VECTORS];
         // A vector at a time: all in one copy go by narrower ones through memory, where the next read waits for them.
         for (int vector = 0; vector < VECTORS; vector++)
-          std::memcpy(&column[vector], rows + term * Group::rows + vector * Group::lane_count, sizeof(lanes));
+          column[vector] = Loops<Group::lane_count>::load(from + vector * Group::lane_count);
+        eight column_more{};
+        if constexpr (Group::eight_more) column_more = Loops<8>::load(from + Group::full);
 #pragma GCC unroll 12
         for (int output = 0; output < COUNT; output++) {
-          const float scalar = weight[output * width + term];
+          const float scalar = numbers[output][term];
 #pragma GCC unroll 2
           for (int vector = 0; vector < VECTORS; vector++) sum[output][vector] += column[vector] * scalar;
+          if constexpr (Group::eight_more) sum_more[output] += column_more * scalar;
         }
       }
     }
-    for (int output = 0; output < COUNT; output++)
+    for (int output = 0; output < COUNT; output++) {
       for (int vector = 0; vector < VECTORS; vector++) total[output][vector] += sum[output][vector];
+      more[output] += sum_more[output];
+    }
   }
   for (std::int64_t row = 0; row < live; row++)
     for (int output = 0; output < COUNT; output++)
-      result[row * out + output] = total[output][row / Group::lane_count][row % Group::lane_count];
+      result[row * out + output] = row < Group::full
+                                       ? total[output][row / Group::lane_count][row % Group::lane_count]
+                                       : more[output][row - Group::full];
 }
 
 // Outputs `begin .. end` of `live` rows in groups: `rows` is [groups, width, rows].
-template <typename Group>
-INLINE void of_groups(const float *weight, const float *rows, float *result, std::int64_t begin, std::int64_t end,
+template <typename Group, typename Weight>
+INLINE void of_groups(const Weight *weight, const float *rows, float *result, std::int64_t begin, std::int64_t end,
                       std::int64_t width, std::int64_t out, std::int64_t live) {
   for (std::int64_t output = begin; output < end;) {
     const std::int64_t count = end - output >= Group::block ? Group::block : 1;
@@ -97,27 +163,25 @@ INLINE void of_groups(const float *weight, const float *rows, float *result, std
 }
 
 // Outputs `begin .. end` of a single row. `rows` is [width].
-template <int LANES>
-INLINE void of_row(const float *weight, const float *row, float *result, std::int64_t begin, std::int64_t end,
+template <int LANES, typename Weight>
+INLINE void of_row(const Weight *weight, const float *row, float *result, std::int64_t begin, std::int64_t end,
                    std::int64_t width) {
   using lanes = typename Vectors<LANES>::lanes;
   constexpr std::int64_t STEP = 4 * LINE, SUMS = STEP / LANES, AHEAD = 1024;  // numbers that are asked for ahead
   for (std::int64_t output = begin; output < end; output++) {
-    const float *line = weight + output * width;
+    const Weight *line = weight + output * width;
     lanes sum[SUMS] = {};
     std::int64_t term = 0;
     for (; term + STEP <= width; term += STEP)
 #pragma GCC unroll 8
       for (int part = 0; part < SUMS; part++) {
         const std::int64_t place = term + part * LANES;
-        lanes scalars, column;
-        std::memcpy(&scalars, line + place, sizeof scalars);
-        std::memcpy(&column, row + place, sizeof column);
         if (part * LANES % LINE == 0) __builtin_prefetch(line + place + AHEAD);
-        sum[part] += scalars * column;
+        sum[part] += wide_lanes<LANES>(line + place) * Loops<LANES>::load(row + place);
       }
     float rest = 0.0f;
-    for (; term < width; term++) rest += line[term] * row[term];
+    // One rounding a term, as the vectors have it, whichever the weight's type.
+    for (; term < width; term++) rest = __builtin_fmaf(wide(line[term]), row[term], rest);
     for (int left = SUMS / 2; left > 0; left /= 2)
 #pragma GCC unroll 4
       for (int part = 0; part < left; part++) sum[part] += sum[part + left];
@@ -127,42 +191,68 @@ INLINE void of_row(const float *weight, const float *row, float *result, std::in
   }
 }
 
-using Stretch = void(const float *, const float *, float *, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
+template <typename Weight>
+using Stretch = void(const Weight *, const float *, float *, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
                      std::int64_t);
 
+template <typename Weight>
 struct One {
   template <int LANES>
-  static INLINE void run(const float *weight, const float *row, float *result, std::int64_t begin, std::int64_t end,
+  static INLINE void run(const Weight *weight, const float *row, float *result, std::int64_t begin, std::int64_t end,
                          std::int64_t width, std::int64_t, std::int64_t) {
     of_row<LANES>(weight, row, result, begin, end, width);
   }
 };
 
-template <typename Group>
+template <typename Group, typename Weight>
 struct Several {
   template <int>
-  static INLINE void run(const float *weight, const float *rows, float *result, std::int64_t begin, std::int64_t end,
+  static INLINE void run(const Weight *weight, const float *rows, float *result, std::int64_t begin, std::int64_t end,
                          std::int64_t width, std::int64_t out, std::int64_t live) {
     of_groups<Group>(weight, rows, result, begin, end, width, out, live);
   }
 };
 
 // What multiplies so many rows, and how many of them and of the outputs it takes at a time.
+template <typename Weight>
 struct Kernel {
-  Stretch *stretch;
+  Stretch<Weight> *stretch;
   std::int64_t rows, block;
 };
 
-template <typename Group>
-Kernel kernel() {
-  return {&dispatch<Several<Group>>, Group::rows, Group::block};
+template <typename Group, typename Weight>
+Kernel<Weight> kernel() {
+  return {&dispatch<Several<Group, Weight>>, Group::rows, Group::block};
 }
 
-Kernel kernel_of(std::int64_t live) {
-  if (live == 1) return {&dispatch<One>, 1, 8};
-  if (live <= Eight::rows) return kernel<Eight>();
-  if (!has_sixteen_lanes()) return kernel<NarrowSixteen>();
-  return live <= Sixteen::rows ? kernel<Sixteen>() : kernel<ThirtyTwo>();
+template <typename Weight>
+Kernel<Weight> kernel_of(std::int64_t live) {
+  if (live == 1) return {&dispatch<One<Weight>>, 1, 8};
+  if (live <= Eight::rows) return kernel<Eight, Weight>();
+  if (!has_sixteen_lanes()) return kernel<NarrowSixteen, Weight>();
+  if (live <= Sixteen::rows) return kernel<Sixteen, Weight>();
+  return live <= TwentyFour::rows ? kernel<TwentyFour, Weight>() : kernel<ThirtyTwo, Weight>();
+}
+
+// Rows `[live, width]` times the transpose of `weight [out, width]`, into `[live, out]`.
+template <typename Weight>
+void multiply(const float *input, const Weight *weight, float *result, std::int64_t live, std::int64_t width,
+              std::int64_t out) {
+  const auto kernel = kernel_of<Weight>(live);
+  const std::int64_t groups = (live + kernel.rows - 1) / kernel.rows;
+  // [groups, width, rows]: rows that are not there are zero.
+  std::vector<float> rows(groups * width * kernel.rows, 0.0f);
+  for (std::int64_t first = 0; first < live; first += kernel.rows) {
+    float *group = rows.data() + first * width;
+    const std::int64_t here = std::min(kernel.rows, live - first);
+    for (std::int64_t term = 0; term < width; term++)
+      for (std::int64_t row = 0; row < here; row++)
+        group[term * kernel.rows + row] = input[(first + row) * width + term];
+  }
+  const std::int64_t block = kernel.block, blocks = (out + block - 1) / block;
+  at::parallel_for(0, blocks, /*grain_size=*/4, [&](std::int64_t begin, std::int64_t end) {
+    kernel.stretch(weight, rows.data(), result, begin * block, std::min(end * block, out), width, out, live);
+  });
 }
 
 }  // namespace
@@ -172,7 +262,8 @@ extern "C" {
 // Whether this processor has the vectors that make the product below worth it.
 int specforge_few_rows_pay() { return has_eight_lanes(); }
 
-// `input [.., in]` times the transpose of `weight [out, in]`, both contiguous float32 on the CPU, without autograd.
+// `input [.., in]` in float32 times the transpose of `weight [out, in]` in float32 or bfloat16, both contiguous on the CPU,
+// without autograd.
 int specforge_few_rows_linear(const at::Tensor *input, const at::Tensor *weight, at::Tensor **output, char *error,
                               std::size_t error_size) {
   return guarded(
@@ -181,27 +272,16 @@ int specforge_few_rows_linear(const at::Tensor *input, const at::Tensor *weight,
         TORCH_CHECK(input->size(-1) == width, "expected rows of ", width, " numbers, got ", input->sizes());
         for (const at::Tensor *tensor : {input, weight})
           TORCH_CHECK(tensor->is_contiguous() && tensor->is_cpu(), "expected contiguous numbers on the CPU");
-        const Kernel kernel = kernel_of(live);
-        const std::int64_t groups = (live + kernel.rows - 1) / kernel.rows;
-        // [groups, width, rows]: rows that are not there are zero.
-        std::vector<float> rows(groups * width * kernel.rows, 0.0f);
-        const float *from = input->const_data_ptr<float>();
-        for (std::int64_t first = 0; first < live; first += kernel.rows) {
-          float *group = rows.data() + first * width;
-          const std::int64_t here = std::min(kernel.rows, live - first);
-          for (std::int64_t term = 0; term < width; term++)
-            for (std::int64_t row = 0; row < here; row++)
-              group[term * kernel.rows + row] = from[(first + row) * width + term];
-        }
+        TORCH_CHECK(input->scalar_type() == at::kFloat, "expected rows of float32, got ", input->scalar_type());
         auto shape = input->sizes().vec();
         shape.back() = out;
         at::Tensor result = at::empty(shape, input->options());
+        const float *from = input->const_data_ptr<float>();
         float *into = result.mutable_data_ptr<float>();
-        const float *values = weight->const_data_ptr<float>();
-        const std::int64_t block = kernel.block, blocks = (out + block - 1) / block;
-        at::parallel_for(0, blocks, /*grain_size=*/4, [&](std::int64_t begin, std::int64_t end) {
-          kernel.stretch(values, rows.data(), into, begin * block, std::min(end * block, out), width, out, live);
-        });
+        if (weight->scalar_type() == at::kBFloat16)
+          multiply(from, reinterpret_cast<const Half *>(weight->const_data_ptr<at::BFloat16>()), into, live, width, out);
+        else
+          multiply(from, weight->const_data_ptr<float>(), into, live, width, out);
         *output = new at::Tensor(std::move(result));
       },
       error, error_size);

@@ -21,6 +21,8 @@ template <int LANES>
 struct Vectors {
   typedef float lanes __attribute__((vector_size(4 * LANES)));
   typedef std::int32_t whole __attribute__((vector_size(4 * LANES)));
+  typedef std::uint32_t bits __attribute__((vector_size(4 * LANES)));
+  typedef std::uint16_t halves __attribute__((vector_size(2 * LANES)));
 };
 
 // What loops do with them.

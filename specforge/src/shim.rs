@@ -415,7 +415,8 @@ pub fn onednn_linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> 
     })
 }
 
-/// The same for a few rows, without a bias (`csrc/few_rows.cpp`). Both have to be contiguous float32 on the CPU.
+/// The same for a few rows, without a bias (`csrc/few_rows.cpp`). Both have to be contiguous on the CPU, the rows of float32, the
+/// weight of float32 or bfloat16.
 pub fn few_rows_linear(input: &Tensor, weight: &Tensor) -> Result<Tensor> {
     // SAFETY: two live tensors; the shim checks their layout.
     made(|output, error, error_size| unsafe {

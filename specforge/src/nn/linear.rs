@@ -5,6 +5,9 @@ use tch::{Device, Kind, Tensor};
 use crate::error::Result;
 use crate::shim;
 
+/// Most rows of the kernel for few.
+const FEW: i64 = 32;
+
 /// A linear layer in PyTorch's layout.
 #[derive(Debug)]
 pub struct Linear {
@@ -24,30 +27,53 @@ impl Linear {
 /// `input [.., in]` times the transpose of `weight [out, in]`, plus `bias [out]`.
 ///
 /// float32 rows on the CPU are multiplied by oneDNN, forwards and backwards, but for the few of a round of decoding, which
-/// have a kernel of their own (`csrc/few_rows.cpp`); everything else is libtorch's `linear`.
+/// have a kernel of their own (`csrc/few_rows.cpp`); everything else is libtorch's `linear`. A weight may be [`compact`].
 pub fn linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
-    let float = |tensor: &Tensor| tensor.device() == Device::Cpu && tensor.kind() == Kind::Float;
-    let learns = |tensor: &Tensor| tensor.requires_grad();
+    let of_kind = |tensor: &Tensor, kind: Kind| tensor.device() == Device::Cpu && tensor.kind() == kind;
+    let float = |tensor: &Tensor| of_kind(tensor, Kind::Float);
     let [_, width] = <[i64; 2]>::try_from(weight.size()).unwrap_or([0, 1]);
     let rows = input.numel() as i64 / width.max(1);
-    if rows < 1 || !(float(input) && float(weight) && bias.is_none_or(float)) {
+    let is_compact = float(input) && of_kind(weight, Kind::BFloat16);
+    let learns = [Some(input), Some(weight), bias].into_iter().flatten().any(Tensor::requires_grad);
+    let few = !learns && (1..=FEW).contains(&rows) && weight.is_contiguous() && shim::few_rows_pay();
+    if is_compact && !few {
+        return linear(input, &weight.to_kind(Kind::Float), bias);
+    }
+    if rows < 1 || !(float(input) && (float(weight) || is_compact) && bias.is_none_or(float)) {
         return input.linear(weight, bias);
     }
-    if learns(input) || learns(weight) || bias.is_some_and(learns) {
-        let product = made(trained_rows(input, weight));
-        return match bias {
-            Some(bias) => product + bias,
-            None => product,
-        };
+    if !learns && !few {
+        return made(shim::onednn_linear(input, weight, bias));
     }
-    if rows <= 32 && weight.is_contiguous() && shim::few_rows_pay() {
-        let product = made(shim::few_rows_linear(&input.contiguous(), weight));
-        return match bias {
-            Some(bias) => product + bias,
-            None => product,
-        };
+    let product = match few {
+        true => shim::few_rows_linear(&input.contiguous(), weight),
+        false => trained_rows(input, weight),
+    };
+    match bias {
+        Some(bias) => made(product) + bias,
+        None => made(product),
     }
-    made(shim::onednn_linear(input, weight, bias))
+}
+
+/// `silu(gate) * up`, `[R, in]` both, times the transpose of `down [out, in]`. With gradients, gate and up alone are kept of the
+/// wide rows; `down` may be [`compact`] without.
+pub fn gated_linear(gate: &Tensor, up: &Tensor, down: &Tensor) -> Result<Tensor> {
+    match [gate, up, down].into_iter().any(Tensor::requires_grad) {
+        true => shim::gated_linear(gate, up, down),
+        false => Ok(linear(&(gate.silu() * up), down, None)),
+    }
+}
+
+/// What decoding reads of a float32 weight `[out, in]`: bfloat16 where that holds every number exactly, as it does those of an
+/// exported draft, and the few rows of a round read it where it lies. Products are the same to the last bit, and the weight
+/// comes from memory in half the time.
+pub fn compact(weight: Tensor) -> Result<Tensor> {
+    let suits = weight.device() == Device::Cpu && weight.kind() == Kind::Float && weight.dim() == 2;
+    if !(suits && shim::few_rows_pay()) || weight.requires_grad() {
+        return Ok(weight);
+    }
+    let narrow = weight.f_to_kind(Kind::BFloat16)?;
+    Ok(if narrow.f_to_kind(Kind::Float)?.f_equal(&weight)? { narrow.contiguous() } else { weight })
 }
 
 /// `input [.., in]` with a graph.
@@ -89,7 +115,7 @@ mod tests {
     fn the_few_rows_of_a_tree_equal_the_product_in_double() {
         let drawn = Drawn::of(5);
         let random = |shape: &[i64]| drawn.normal(shape).to_kind(Kind::Float);
-        for rows in [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33] {
+        for rows in [1, 2, 3, 7, 8, 9, 15, 16, 17, 23, 24, 25, 31, 32, 33] {
             for (out, width) in [(24, 576), (7, 33), (9, 1), (300, 130), (13, 200)] {
                 let (input, weight) = (random(&[1, rows, width]), random(&[out, width]));
                 let bias = random(&[out]);
@@ -102,6 +128,33 @@ mod tests {
                 assert!(bool::try_from(error.le_tensor(&bound).all()).unwrap(), "{rows} rows, {out} x {width}");
             }
         }
+    }
+
+    #[test]
+    fn a_compact_weight_gives_the_same_bits() {
+        let drawn = Drawn::of(7);
+        let exact = drawn.normal(&[40, 150]).to_kind(Kind::BFloat16).to_kind(Kind::Float);
+        let bias = drawn.normal(&[40]).to_kind(Kind::Float);
+        let narrow = compact(exact.shallow_clone()).unwrap();
+        if !shim::few_rows_pay() {
+            return assert_eq!(narrow.kind(), Kind::Float);
+        }
+        assert_eq!(narrow.kind(), Kind::BFloat16);
+        for rows in [0, 1, 2, 8, 9, 16, 17, 25, 33, 70] {
+            let input = drawn.normal(&[rows, 150]).to_kind(Kind::Float);
+            for bias in [None, Some(&bias)] {
+                let [got, want] = [&narrow, &exact].map(|weight| linear(&input, weight, bias));
+                assert_eq!(got, want, "{rows} rows");
+            }
+        }
+        // A slope of what it multiplies.
+        let input = drawn.normal(&[3, 150]).to_kind(Kind::Float).set_requires_grad(true);
+        linear(&input, &narrow, None).sum(Kind::Float).backward();
+        assert!(input.grad().allclose(&exact.sum_dim_intlist(0, false, None), 1e-4, 1e-4, false));
+        // Numbers that bfloat16 cannot hold stay, and so does what is trained.
+        let odd = drawn.normal(&[4, 4]).to_kind(Kind::Float);
+        assert_eq!(compact(odd).unwrap().kind(), Kind::Float);
+        assert_eq!(compact(exact.set_requires_grad(true)).unwrap().kind(), Kind::Float);
     }
 
     #[test]

@@ -24,7 +24,7 @@ use crate::draft::{DraftModel, Parameter, ParameterGroup, vocabulary};
 use crate::error::{Error, Result};
 use crate::export::{self, eagle3::Imported};
 use crate::models::TargetModel;
-use crate::nn::{AttentionMask, KvCache};
+use crate::nn::{AttentionMask, KvCache, compact};
 use crate::vocab::VocabMap;
 
 /// Row of the table of drafters.
@@ -168,7 +168,7 @@ impl Eagle3Drafter {
         let wanted = shape.tensors();
         // Nothing counts that the shape does not ask for.
         for (name, value) in tensors.into_iter().filter(|(name, _)| wanted.iter().any(|(want, _)| want == name)) {
-            let value = value.detach().f_to_device(device)?.f_to_kind(kind)?;
+            let value = compact(value.detach().f_to_device(device)?.f_to_kind(kind)?)?;
             let group = ParameterGroup::of_shape(&value.size());
             parameters.push(Parameter { name, value, group });
         }

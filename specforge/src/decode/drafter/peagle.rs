@@ -24,7 +24,7 @@ use crate::draft::{Parameter, ParameterGroup};
 use crate::error::{Error, Result};
 use crate::export;
 use crate::models::TargetModel;
-use crate::nn::KvCache;
+use crate::nn::{KvCache, compact};
 use crate::vocab::VocabMap;
 
 /// Row of the table of drafters.
@@ -180,7 +180,7 @@ fn parameters(
             let got = value.size();
             return Err(Error::Failed(format!("draft tensor `{name}`: expected {want:?}, got {got:?}")));
         }
-        let value = value.detach().f_to_device(device)?.f_to_kind(kind)?;
+        let value = compact(value.detach().f_to_device(device)?.f_to_kind(kind)?)?;
         let group = ParameterGroup::of_shape(&want);
         parameters.push(Parameter { name, value, group });
     }

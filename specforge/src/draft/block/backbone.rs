@@ -21,8 +21,9 @@ use crate::device;
 use crate::error::{Error, Result};
 use crate::nn::merged_attention::{self, Own, Runs, merged_attention};
 use crate::nn::rope::RopeTables;
-use crate::nn::{AttentionMask, KvCache, LayerCache, Options, PreparedMask, RmsNorm, Rope, attention};
-use crate::shim;
+use crate::nn::{
+    AttentionMask, KvCache, LayerCache, Options, PreparedMask, RmsNorm, Rope, attention, gated_linear, linear,
+};
 
 /// Deviation of random initial values, as Hugging Face's `initializer_range`.
 const DEVIATION: f64 = 0.02;
@@ -171,16 +172,16 @@ impl Backbone {
         &self.shape
     }
 
-    /// Element type of the weights.
+    /// Element type of what it computes; weights may be [`compact`](crate::nn::compact).
     pub fn kind(&self) -> Kind {
-        self.fc.kind()
+        self.norm.weight.kind()
     }
 
     /// Captured features, `[P, H]` each, as every layer reads them: `[P, H]`.
     pub fn project_features(&self, captured: &[Tensor]) -> Result<Tensor> {
         let parts: Vec<Tensor> = captured.iter().map(|part| part.to_kind(self.kind())).collect();
         let wide = Tensor::f_cat(&parts, 1)?; // [P, F * H]
-        Ok(self.hidden_norm.forward(&shim::trained_linear(&wide, &self.fc)?))
+        Ok(self.hidden_norm.forward(&linear(&wide, &self.fc, None)))
     }
 
     /// Keys and values of context rows `[P, H]` at `positions [P]`, for each layer.
@@ -301,22 +302,22 @@ impl Backbone {
         let normed = layer.input_norm.forward(rows); // as rows
         let conv = Around::new(layer.attention_conv.as_ref(), &normed, self.shape.block_size)?;
         let input = conv.before(&normed);
-        let query = self.heads(&shim::trained_linear(&input, &layer.query)?);
+        let query = self.heads(&linear(&input, &layer.query, None));
         let query = rotated(&query, &layer.query_norm, rope, alike)?; // [R, N, D]
         let keys = self.keys(layer, &input, rope, alike)?;
         let attended = attend(query, keys)?.flatten(1, 2); // [R, N * D]
-        let rows = spread(rows, alike)? + conv.after(&shim::trained_linear(&attended, &layer.output)?); // [R, H]
+        let rows = spread(rows, alike)? + conv.after(&linear(&attended, &layer.output, None)); // [R, H]
         let normed = layer.post_attention_norm.forward(&rows);
         let conv = Around::new(layer.mlp_conv.as_ref(), &normed, self.shape.block_size)?;
         let input = conv.before(&normed);
-        let (gate, up) = (shim::trained_linear(&input, &layer.gate)?, shim::trained_linear(&input, &layer.up)?);
-        Ok(rows + conv.after(&shim::gated_linear(&gate, &up, &layer.down)?)) // [R, H]
+        let (gate, up) = (linear(&input, &layer.gate, None), linear(&input, &layer.up, None));
+        Ok(rows + conv.after(&gated_linear(&gate, &up, &layer.down)?)) // [R, H]
     }
 
     /// Rotated keys, and values, of rows `[R, H]` or those that are not alike: `[R, G, D]` each.
     fn keys(&self, layer: &Layer, rows: &Tensor, rope: &RopeTables, alike: Option<Alike>) -> Result<[Tensor; 2]> {
-        let key = self.heads(&shim::trained_linear(rows, &layer.key)?);
-        let value = self.heads(&shim::trained_linear(rows, &layer.value)?);
+        let key = self.heads(&linear(rows, &layer.key, None));
+        let value = self.heads(&linear(rows, &layer.value, None));
         Ok([rotated(&key, &layer.key_norm, rope, alike)?, spread(&value, alike)?])
     }
 
@@ -420,8 +421,7 @@ impl<'a> Around<'a> {
             None => None,
             Some(conv) => {
                 let taps = conv.conv.kernel_size;
-                let own =
-                    shim::trained_linear(input, &conv.projection)?.view([-1, block_size, 2, taps, own_groups(conv)]);
+                let own = linear(input, &conv.projection, None).view([-1, block_size, 2, taps, own_groups(conv)]);
                 Some((conv, own)) // [n, B, 2, c, g]
             }
         };

@@ -16,7 +16,7 @@ impl Network {
     /// An empty cache for `rows` sequences with room for `capacity` tokens each.
     pub fn new_cache(&self, rows: i64, capacity: i64) -> KvCache {
         let layer = self.shape.layer;
-        let options = (self.head().kind(), self.head().device());
+        let options = (self.kind(), self.head().device());
         let layer = LayerCache::full(layer.num_key_value_heads, layer.head_dim);
         KvCache::new(&vec![layer; self.layers.len()], rows, capacity, options)
     }

@@ -8,7 +8,7 @@
 
 use std::collections::HashMap;
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::config::Eagle3Shape;
 use super::steps::{Step, Steps};
@@ -16,7 +16,7 @@ use crate::draft::Parameter;
 use crate::error::{Error, Result};
 use crate::nn::merged_attention::{self, Own, Runs};
 use crate::nn::rope::RopeTables;
-use crate::nn::{Head, KvCache, Options, PreparedMask, RmsNorm, Rope, attention, linear};
+use crate::nn::{Head, KvCache, Options, PreparedMask, RmsNorm, Rope, attention, gated_linear, linear};
 use crate::shim;
 
 /// The draft's weights, by what they do. They share their memory with the trained parameters.
@@ -105,6 +105,11 @@ impl Network {
         })
     }
 
+    /// Element type of what it computes; weights may be [`compact`](crate::nn::compact).
+    pub fn kind(&self) -> Kind {
+        self.layers[0].input_norm.weight.kind()
+    }
+
     /// The vocabulary projection: a trained matrix `[DV, H]` and nothing else.
     pub fn head(&self) -> &Head {
         &self.head
@@ -112,7 +117,7 @@ impl Network {
 
     /// Captured features, `[n, TH]` each, to the draft's width: `[n, H]`.
     pub fn project_hidden_states(&self, captured: &[Tensor]) -> Result<Tensor> {
-        let kind = self.fc.kind();
+        let kind = self.kind();
         let parts: Vec<Tensor> = captured
             .iter()
             .enumerate()
@@ -125,12 +130,12 @@ impl Network {
         if let Some(norm) = &self.input_norm {
             wide = norm.forward(&wide);
         }
-        shim::trained_linear(&wide, &self.fc) // [n, H]
+        Ok(linear(&wide, &self.fc, None)) // [n, H]
     }
 
     /// Embeddings of token ids `[n]`: `[n, H]`.
     pub fn embed_input_ids(&self, ids: &Tensor) -> Result<Tensor> {
-        Ok(Tensor::f_embedding(&self.embedding, ids, -1, false, false)?.to_kind(self.fc.kind()))
+        Ok(Tensor::f_embedding(&self.embedding, ids, -1, false, false)?.to_kind(self.kind()))
     }
 
     /// Runs all steps from the projected features of every row, `[T, H]`. Returns what each step's rows become, `[R, H]`,
@@ -231,7 +236,7 @@ impl Network {
 
     /// cos and sin for `positions [n]`, a row of one token each.
     pub(in crate::draft) fn tables(&self, positions: &Tensor) -> RopeTables {
-        self.rope.tables(&positions.unsqueeze(1), self.fc.kind())
+        self.rope.tables(&positions.unsqueeze(1), self.kind())
     }
 }
 
@@ -282,7 +287,7 @@ impl Layer {
         let hidden = residual + shim::trained_linear(&attended.flatten(1, 2), &self.output)?; // [n, H]
         let normed = self.post_attention_norm.forward(&hidden);
         let (gate, up) = (shim::trained_linear(&normed, &self.gate)?, shim::trained_linear(&normed, &self.up)?);
-        Ok(hidden + shim::gated_linear(&gate, &up, &self.down)?) // [n, H]
+        Ok(hidden + gated_linear(&gate, &up, &self.down)?) // [n, H]
     }
 
     /// The same of `[B * T]` rows without gradients, on keys that a cache keeps: row `b * T + t` sees what query `t` of

@@ -112,7 +112,7 @@ impl PeagleNetwork {
     /// An empty cache for `rows` sequences with room for `capacity` tokens each.
     pub fn new_cache(&self, rows: i64, capacity: i64) -> KvCache {
         let layer = self.network.shape.layer;
-        let options = (self.head().kind(), self.head().device());
+        let options = (self.network.kind(), self.head().device());
         let layers = self.windows.iter().map(|&window| LayerCache::Attention {
             groups: layer.num_key_value_heads,
             key_dim: layer.head_dim,

@@ -28,7 +28,7 @@ use crate::draft::block::{BlockConfig, BlockShape};
 use crate::error::{Error, Result};
 use crate::export::{self, block::Imported};
 use crate::models::TargetModel;
-use crate::nn::{Head, KvCache};
+use crate::nn::{Head, KvCache, compact};
 use crate::vocab::VocabMap;
 
 mod walks;
@@ -213,7 +213,7 @@ impl BlockDrafter {
         let head = walks::open(&config, &shape, &find)?;
         let most = head.most_drafts().unwrap_or(shape.slots()) as usize;
         Ok(Self {
-            backbone: Backbone::new(&shape, &find, device)?,
+            backbone: Backbone::new(&shape, &|name| compact(find(name)?), device)?,
             head,
             embedding,
             vocabulary_head,
