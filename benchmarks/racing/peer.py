@@ -81,14 +81,15 @@ def train(asked: dict) -> None:
         said = config.to_dict() | {"architectures": ["LlamaForCausalLMEagle3"], "torch_dtype": "float32", "dtype": "float32"}
         (folder / "config.json").write_text(json.dumps(said, indent=1, default=str))
 
-    marks, taken, steps, losses, done = list(asked["marks"]), 0.0, 0, [], []
+    marks, taken, steps, losses, each, done = list(asked["marks"]), 0.0, 0, [], [], []
     optimizer = BF16Optimizer(draft, lr=asked["rate"], total_steps=asked["steps"], max_grad_norm=0.5)
     for seconds, batch in timed(batches()):
         start = time.perf_counter()
         loss = strategy.forward_loss(batch).loss
         loss.backward()
         optimizer.step()
-        taken += seconds + time.perf_counter() - start
+        each.append(seconds + time.perf_counter() - start)
+        taken += each[-1]
         steps += 1
         losses.append(loss.item())
         if steps % 50 == 0:
@@ -99,7 +100,10 @@ def train(asked: dict) -> None:
             done.append({"mark": marks.pop(0), "steps": steps, "seconds": taken, "draft": str(folder)})
         if steps == asked["pilot"] or not marks:
             break
-    print(json.dumps({"steps": steps, "seconds": taken, "checkpoints": done, "losses": losses[-50:]}))
+    late = each[steps // 2 :]  # behind what is compiled and filled at the start
+    print(json.dumps({
+        "steps": steps, "seconds": taken, "a_step": sum(late) / len(late), "checkpoints": done, "losses": losses[-50:],
+    }))
 
 
 def timed(source):

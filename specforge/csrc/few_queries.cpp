@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "guarded.h"
@@ -22,7 +23,6 @@
 namespace {
 
 constexpr int QUERIES = 4;           // held side by side
-constexpr int VECTORS = 2;           // of a key or value, side by side
 constexpr std::int64_t WIDTH = 32;   // keys and values are multiples of it
 constexpr std::int64_t PADDING = 16;  // scores of a query are a multiple of it
 constexpr float NOTHING = -std::numeric_limits<float>::infinity();
@@ -32,6 +32,32 @@ INLINE lanes load(const float *from) {
   lanes vector;
   std::memcpy(&vector, from, sizeof vector);
   return vector;
+}
+
+// The first and the second halves of the blocks of S numbers of two vectors, added: half as long blocks, the first vector's first.
+template <int LANES, int S, typename lanes, int... Place>
+INLINE lanes halved(lanes first, lanes second, std::integer_sequence<int, Place...>) {
+  constexpr auto from = [](int place) {
+    const int block = place / (S / 2), blocks = LANES / S;
+    return block / blocks * LANES + block % blocks * S + place % (S / 2);
+  };
+#if defined(__clang__)
+  return __builtin_shufflevector(first, second, from(Place)...) + __builtin_shufflevector(first, second, (from(Place) + S / 2)...);
+#else
+  using whole = typename Vectors<LANES>::whole;
+  return __builtin_shuffle(first, second, whole{from(Place)...}) +
+         __builtin_shuffle(first, second, whole{(from(Place) + S / 2)...});
+#endif
+}
+
+// The sum of each of COUNT vectors, whose blocks of COUNT numbers are partial sums of one each; the first becomes the result.
+template <int LANES, int COUNT, typename lanes>
+INLINE void add_up(lanes *vectors) {
+  if constexpr (COUNT > 1) {
+    for (int pair = 0; pair < COUNT / 2; pair++)
+      vectors[pair] = halved<LANES, COUNT>(vectors[2 * pair], vectors[2 * pair + 1], std::make_integer_sequence<int, LANES>());
+    add_up<LANES, COUNT / 2>(vectors);
+  }
 }
 
 template <int LANES, typename lanes>
@@ -70,11 +96,36 @@ struct Shared {
   float scale;
 };
 
+// Mixes the values of all slots, `VECTORS` vectors from `place` on, by the shares in `scores`.
+template <int LANES, int VECTORS>
+INLINE void mix(const Shared &at, int count, std::int64_t place, const float *scores, std::int64_t padded, std::int64_t end,
+                const float *inverse) {
+  using lanes = typename Vectors<LANES>::lanes;
+  lanes sum[QUERIES][VECTORS] = {};
+  for (std::int64_t slot = 0; slot < end; slot++) {
+    float share[QUERIES];
+    float any = 0.0f;
+    for (int query = 0; query < QUERIES; query++) any += share[query] = scores[query * padded + slot];
+    if (any == 0.0f) continue;
+    const float *value = at.value + slot * at.value_stride + place;
+    lanes values[VECTORS];
+    for (int vector = 0; vector < VECTORS; vector++) values[vector] = load<lanes>(value + vector * LANES);
+#pragma GCC unroll 4
+    for (int query = 0; query < QUERIES; query++)
+      for (int vector = 0; vector < VECTORS; vector++) sum[query][vector] += values[vector] * share[query];
+  }
+  for (int query = 0; query < count; query++)
+    for (int vector = 0; vector < VECTORS; vector++) {
+      const lanes result = sum[query][vector] * inverse[query];
+      std::memcpy(at.output[query] + place + vector * LANES, &result, sizeof result);
+    }
+}
+
 // `count` of four queries, of which those behind them repeat the first. `scores` holds four rows of `padded` numbers.
 template <int LANES>
 INLINE void attend(const Shared &at, int count, float *scores, std::int64_t padded) {
   using lanes = typename Vectors<LANES>::lanes;
-  constexpr std::int64_t STEP = VECTORS * LANES;
+  constexpr int SLOTS = LANES / QUERIES;  // at a time: a vector holds the scores of all queries
   const auto hidden = [&](int query, std::int64_t slot) INLINED { return at.seen[query] != nullptr && !at.seen[query][slot]; };
   const auto hidden_from_all = [&](std::int64_t slot) INLINED {
     for (int query = 0; query < count; query++)
@@ -83,24 +134,35 @@ INLINE void attend(const Shared &at, int count, float *scores, std::int64_t padd
   };
   std::int64_t end = at.slots;  // slots behind it are seen by nobody
   while (end > 0 && hidden_from_all(end - 1)) end--;
-  for (std::int64_t slot = 0; slot < end; slot++) {
-    if (hidden_from_all(slot)) {
-      for (int query = 0; query < QUERIES; query++) scores[query * padded + slot] = NOTHING;
+  for (std::int64_t first = 0; first < end; first += SLOTS) {
+    const int here = static_cast<int>(std::min<std::int64_t>(SLOTS, end - first));
+    int unseen = 0;
+    while (unseen < here && hidden_from_all(first + unseen)) unseen++;
+    if (unseen == here) {
+      for (int query = 0; query < QUERIES; query++)
+        for (int slot = 0; slot < here; slot++) scores[query * padded + first + slot] = NOTHING;
       continue;
     }
-    const float *key = at.key + slot * at.key_stride;
-    lanes sum[QUERIES] = {};
-    for (std::int64_t place = 0; place < at.key_width; place += STEP) {
-      lanes keys[VECTORS];
-      for (int vector = 0; vector < VECTORS; vector++) keys[vector] = load<lanes>(key + place + vector * LANES);
+    const float *keys[SLOTS];  // behind the end, the last
+    for (int slot = 0; slot < SLOTS; slot++) keys[slot] = at.key + (first + std::min(slot, here - 1)) * at.key_stride;
+    lanes sum[QUERIES * SLOTS] = {};
+    for (std::int64_t place = 0; place < at.key_width; place += LANES) {
+      lanes key[SLOTS];
+      for (int slot = 0; slot < SLOTS; slot++) key[slot] = load<lanes>(keys[slot] + place);
 #pragma GCC unroll 4
-      for (int query = 0; query < QUERIES; query++)
-        for (int vector = 0; vector < VECTORS; vector++)
-          sum[query] += load<lanes>(at.query[query] + place + vector * LANES) * keys[vector];
+      for (int query = 0; query < QUERIES; query++) {
+        const lanes asked = load<lanes>(at.query[query] + place);
+#pragma GCC unroll 4
+        for (int slot = 0; slot < SLOTS; slot++) sum[query * SLOTS + slot] += asked * key[slot];
+      }
     }
-#pragma GCC unroll 4
+    add_up<LANES, LANES>(sum);
+    float found[LANES];
+    const lanes scaled = sum[0] * at.scale;
+    std::memcpy(found, &scaled, sizeof scaled);
     for (int query = 0; query < QUERIES; query++)
-      scores[query * padded + slot] = hidden(query, slot) ? NOTHING : sum_of<LANES>(sum[query]) * at.scale;
+      for (int slot = 0; slot < here; slot++)
+        scores[query * padded + first + slot] = hidden(query, first + slot) ? NOTHING : found[query * SLOTS + slot];
   }
   // Softmax, in place; the sums' inverses.
   const std::int64_t whole_vectors = (end + LANES - 1) / LANES;
@@ -126,26 +188,12 @@ INLINE void attend(const Shared &at, int count, float *scores, std::int64_t padd
     const float sum = sum_of<LANES>(total);
     inverse[query] = sum == 0.0f ? 0.0f : 1.0f / sum;
   }
-  for (std::int64_t place = 0; place < at.value_width; place += STEP) {
-    lanes sum[QUERIES][VECTORS] = {};
-    for (std::int64_t slot = 0; slot < end; slot++) {
-      float share[QUERIES];
-      float any = 0.0f;
-      for (int query = 0; query < QUERIES; query++) any += share[query] = scores[query * padded + slot];
-      if (any == 0.0f) continue;
-      const float *value = at.value + slot * at.value_stride + place;
-      lanes values[VECTORS];
-      for (int vector = 0; vector < VECTORS; vector++) values[vector] = load<lanes>(value + vector * LANES);
-#pragma GCC unroll 4
-      for (int query = 0; query < QUERIES; query++)
-        for (int vector = 0; vector < VECTORS; vector++) sum[query][vector] += values[vector] * share[query];
-    }
-    for (int query = 0; query < count; query++)
-      for (int vector = 0; vector < VECTORS; vector++) {
-        const lanes result = sum[query][vector] * inverse[query];
-        std::memcpy(at.output[query] + place + vector * LANES, &result, sizeof result);
-      }
-  }
+  std::int64_t place = 0;
+  // Four vectors fit where registers are wide, since there are twice as many of them.
+  if constexpr (LANES == 16)
+    for (; place + 4 * LANES <= at.value_width; place += 4 * LANES)
+      mix<LANES, 4>(at, count, place, scores, padded, end, inverse);
+  for (; place < at.value_width; place += 2 * LANES) mix<LANES, 2>(at, count, place, scores, padded, end, inverse);
 }
 
 struct Attend {

@@ -240,10 +240,12 @@ void multiply(const float *input, const Weight *weight, float *result, std::int6
               std::int64_t out) {
   const auto kernel = kernel_of<Weight>(live);
   const std::int64_t groups = (live + kernel.rows - 1) / kernel.rows;
-  // [groups, width, rows]: rows that are not there are zero.
-  std::vector<float> rows(groups * width * kernel.rows, 0.0f);
+  // [groups, width, rows], where rows that are not there hold what an earlier product left: nobody reads what becomes of them.
+  thread_local std::vector<float> kept;
+  kept.resize(std::max<std::size_t>(kept.size(), groups * width * kernel.rows));
+  float *rows = kept.data();
   for (std::int64_t first = 0; first < live; first += kernel.rows) {
-    float *group = rows.data() + first * width;
+    float *group = rows + first * width;
     const std::int64_t here = std::min(kernel.rows, live - first);
     for (std::int64_t term = 0; term < width; term++)
       for (std::int64_t row = 0; row < here; row++)
@@ -251,7 +253,7 @@ void multiply(const float *input, const Weight *weight, float *result, std::int6
   }
   const std::int64_t block = kernel.block, blocks = (out + block - 1) / block;
   at::parallel_for(0, blocks, /*grain_size=*/4, [&](std::int64_t begin, std::int64_t end) {
-    kernel.stretch(weight, rows.data(), result, begin * block, std::min(end * block, out), width, out, live);
+    kernel.stretch(weight, rows, result, begin * block, std::min(end * block, out), width, out, live);
   });
 }
 
