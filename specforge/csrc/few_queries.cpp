@@ -3,7 +3,7 @@
 // Such a pass reads every key and value once and multiplies each with a handful of numbers. libtorch's kernel makes matrix
 // products of it that are too small for MKL to pack, and on processors that are not Intel's they cost as much as a tenth of
 // the model. Here the queries that share a key head (the heads of a group, at every new token) are held four at a time
-// while keys and values pass by once; hidden slots, and whatever they hold, are not touched.
+// while keys and values pass by once; what hidden slots hold, whatever it is, counts nothing.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
