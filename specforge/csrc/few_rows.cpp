@@ -105,9 +105,9 @@ INLINE void outputs(const Weight *weight, const float *rows, float *result, std:
       sum_more[output] = eight{};
     }
     for (std::int64_t line = start; line < end; line += LINE) {
-      // The same place of the outputs that come next, while there is time: every one is a line of its own in memory.
+      // The same place of the outputs after the next, into the second cache: the first one is full of rows.
 #pragma GCC unroll 12
-      for (int output = 0; output < COUNT; output++) __builtin_prefetch(weight + (COUNT + output) * width + line);
+      for (int output = 0; output < COUNT; output++) __builtin_prefetch(weight + (2 * COUNT + output) * width + line, 0, 2);
       const std::int64_t count = std::min(end - line, LINE);
       alignas(64) float room[COUNT][LINE];
       const float *numbers[COUNT];
@@ -214,31 +214,44 @@ struct Several {
 };
 
 // What multiplies so many rows, and how many of them and of the outputs it takes at a time.
-template <typename Weight>
 struct Kernel {
-  Stretch<Weight> *stretch;
+  Stretch<float> *full;
+  Stretch<Half> *half;
   std::int64_t rows, block;
 };
 
-template <typename Group, typename Weight>
-Kernel<Weight> kernel() {
-  return {&dispatch<Several<Group, Weight>>, Group::rows, Group::block};
+template <typename Group>
+Kernel kernel() {
+  return {&dispatch<Several<Group, float>>, &dispatch<Several<Group, Half>>, Group::rows, Group::block};
 }
 
-template <typename Weight>
-Kernel<Weight> kernel_of(std::int64_t live) {
-  if (live == 1) return {&dispatch<One<Weight>>, 1, 8};
-  if (live <= Eight::rows) return kernel<Eight, Weight>();
-  if (!has_sixteen_lanes()) return kernel<NarrowSixteen, Weight>();
-  if (live <= Sixteen::rows) return kernel<Sixteen, Weight>();
-  return live <= TwentyFour::rows ? kernel<TwentyFour, Weight>() : kernel<ThirtyTwo, Weight>();
+Kernel kernel_of(std::int64_t live) {
+  if (live == 1) return {&dispatch<One<float>>, &dispatch<One<Half>>, 1, 8};
+  if (live <= Eight::rows) return kernel<Eight>();
+  if (!has_sixteen_lanes()) return kernel<NarrowSixteen>();
+  if (live <= Sixteen::rows) return kernel<Sixteen>();
+  return live <= TwentyFour::rows ? kernel<TwentyFour>() : kernel<ThirtyTwo>();
 }
 
-// Rows `[live, width]` times the transpose of `weight [out, width]`, into `[live, out]`.
-template <typename Weight>
-void multiply(const float *input, const Weight *weight, float *result, std::int64_t live, std::int64_t width,
-              std::int64_t out) {
-  const auto kernel = kernel_of<Weight>(live);
+// One of the products of the same rows: the transpose of `weight [out, width]`, into `result [live, out]`.
+struct Product {
+  const at::Tensor *weight;
+  float *result;
+  std::int64_t out;
+
+  void stretch(const Kernel &kernel, const float *rows, std::int64_t begin, std::int64_t end, std::int64_t width,
+               std::int64_t live) const {
+    if (weight->scalar_type() == at::kBFloat16)
+      kernel.half(reinterpret_cast<const Half *>(weight->const_data_ptr<at::BFloat16>()), rows, result, begin, end, width,
+                  out, live);
+    else
+      kernel.full(weight->const_data_ptr<float>(), rows, result, begin, end, width, out, live);
+  }
+};
+
+// Rows `[live, width]` in all products. Threads meet once, however many these are.
+void multiply(const float *input, const std::vector<Product> &products, std::int64_t live, std::int64_t width) {
+  const auto kernel = kernel_of(live);
   const std::int64_t groups = (live + kernel.rows - 1) / kernel.rows;
   // [groups, width, rows], where rows that are not there hold what an earlier product left: nobody reads what becomes of them.
   thread_local std::vector<float> kept;
@@ -251,9 +264,18 @@ void multiply(const float *input, const Weight *weight, float *result, std::int6
       for (std::int64_t row = 0; row < here; row++)
         group[term * kernel.rows + row] = input[(first + row) * width + term];
   }
-  const std::int64_t block = kernel.block, blocks = (out + block - 1) / block;
+  const std::int64_t block = kernel.block;
+  const auto blocks_of = [block](const Product &product) { return (product.out + block - 1) / block; };
+  std::int64_t blocks = 0;
+  for (const auto &product : products) blocks += blocks_of(product);
   at::parallel_for(0, blocks, /*grain_size=*/4, [&](std::int64_t begin, std::int64_t end) {
-    kernel.stretch(weight, rows, result, begin * block, std::min(end * block, out), width, out, live);
+    std::int64_t before = 0;
+    for (const auto &product : products) {
+      const std::int64_t here = blocks_of(product);
+      const std::int64_t from = std::max(begin - before, std::int64_t{0}), to = std::min(end - before, here);
+      if (from < to) product.stretch(kernel, rows, from * block, std::min(to * block, product.out), width, live);
+      before += here;
+    }
   });
 }
 
@@ -264,27 +286,33 @@ extern "C" {
 // Whether this processor has the vectors that make the product below worth it.
 int specforge_few_rows_pay() { return has_eight_lanes(); }
 
-// `input [.., in]` in float32 times the transpose of `weight [out, in]` in float32 or bfloat16, both contiguous on the CPU,
-// without autograd.
-int specforge_few_rows_linear(const at::Tensor *input, const at::Tensor *weight, at::Tensor **output, char *error,
-                              std::size_t error_size) {
+// `input [.., in]` in float32 times the transposes of `count` weights `[out, in]` in float32 or bfloat16, all contiguous on the
+// CPU, without autograd.
+int specforge_few_rows_linear(const at::Tensor *input, const at::Tensor *const *weights, std::size_t count,
+                              at::Tensor **outputs, char *error, std::size_t error_size) {
   return guarded(
       [&] {
-        const std::int64_t out = weight->size(0), width = weight->size(1), live = input->numel() / width;
-        TORCH_CHECK(input->size(-1) == width, "expected rows of ", width, " numbers, got ", input->sizes());
-        for (const at::Tensor *tensor : {input, weight})
-          TORCH_CHECK(tensor->is_contiguous() && tensor->is_cpu(), "expected contiguous numbers on the CPU");
+        const auto check = [](const at::Tensor &tensor) {
+          TORCH_CHECK(tensor.is_contiguous() && tensor.is_cpu(), "expected contiguous numbers on the CPU");
+        };
+        check(*input);
         TORCH_CHECK(input->scalar_type() == at::kFloat, "expected rows of float32, got ", input->scalar_type());
+        const std::int64_t width = input->size(-1), live = input->numel() / std::max(width, std::int64_t{1});
         auto shape = input->sizes().vec();
-        shape.back() = out;
-        at::Tensor result = at::empty(shape, input->options());
-        const float *from = input->const_data_ptr<float>();
-        float *into = result.mutable_data_ptr<float>();
-        if (weight->scalar_type() == at::kBFloat16)
-          multiply(from, reinterpret_cast<const Half *>(weight->const_data_ptr<at::BFloat16>()), into, live, width, out);
-        else
-          multiply(from, weight->const_data_ptr<float>(), into, live, width, out);
-        *output = new at::Tensor(std::move(result));
+        std::vector<at::Tensor> results;
+        std::vector<Product> products;
+        for (std::size_t index = 0; index < count; index++) {
+          const at::Tensor &weight = *weights[index];
+          check(weight);
+          TORCH_CHECK(weight.size(1) == width, "expected rows of ", weight.size(1), " numbers, got ", input->sizes());
+          TORCH_CHECK(weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kBFloat16,
+                      "expected a weight of float32 or bfloat16, got ", weight.scalar_type());
+          shape.back() = weight.size(0);
+          results.push_back(at::empty(shape, input->options()));
+          products.push_back({&weight, results.back().mutable_data_ptr<float>(), weight.size(0)});
+        }
+        multiply(input->const_data_ptr<float>(), products, live, width);
+        for (std::size_t index = 0; index < count; index++) outputs[index] = new at::Tensor(std::move(results[index]));
       },
       error, error_size);
 }

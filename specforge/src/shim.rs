@@ -136,8 +136,9 @@ unsafe extern "C" {
     ) -> c_int;
     fn specforge_few_rows_linear(
         input: *const C_tensor,
-        weight: *const C_tensor,
-        output: *mut *mut C_tensor,
+        weights: *const *const C_tensor,
+        count: usize,
+        outputs: *mut *mut C_tensor,
         error: *mut c_char,
         error_size: usize,
     ) -> c_int;
@@ -417,11 +418,15 @@ pub fn onednn_linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> 
 
 /// The same for a few rows, without a bias (`csrc/few_rows.cpp`). Both have to be contiguous on the CPU, the rows of float32, the
 /// weight of float32 or bfloat16.
-pub fn few_rows_linear(input: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    // SAFETY: two live tensors; the shim checks their layout.
-    made(|output, error, error_size| unsafe {
-        specforge_few_rows_linear(input.as_ptr(), weight.as_ptr(), output, error, error_size)
-    })
+pub fn few_rows_linear<const N: usize>(input: &Tensor, weights: [&Tensor; N]) -> Result<[Tensor; N]> {
+    let weights = weights.map(|weight| weight.as_ptr());
+    let mut outputs = [std::ptr::null_mut(); N];
+    // SAFETY: live tensors, whose layout the shim checks, and as many places as there are weights.
+    checked(|error, error_size| unsafe {
+        specforge_few_rows_linear(input.as_ptr(), weights.as_ptr(), N, outputs.as_mut_ptr(), error, error_size)
+    })?;
+    // SAFETY: without an error, the shim made these tensors for the caller.
+    Ok(outputs.map(|output| unsafe { Tensor::from_ptr(output) }))
 }
 
 /// Attention of a few new tokens, `query [B, N, T, D]`, on cached `key [B, G, S, D]` and `value [B, G, S, E]`: float32 on the

@@ -8,7 +8,7 @@ use tch::{Device, Tensor};
 use super::activation::Activation;
 use super::attention::{Options, attention};
 use super::kv_cache::KvCache;
-use super::linear::Linear;
+use super::linear::{Linear, linear_each};
 use super::mask::PreparedMask;
 use super::rms_norm::RmsNorm;
 use super::rope::RopeTables;
@@ -47,7 +47,10 @@ pub struct GatedMlp {
 impl FeedForward for GatedMlp {
     fn forward(&self, input: &Tensor) -> Tensor {
         let gated = match &self.projection {
-            GateUp::Apart { gate, up } => self.activation.apply(gate.forward(input)) * up.forward(input),
+            GateUp::Apart { gate, up } => {
+                let [gate, up] = linear_each(input, [gate.parts(), up.parts()]);
+                self.activation.apply(gate) * up
+            }
             GateUp::Joined(both) => {
                 let both = both.forward(input); // [.., 2 width]
                 let width = both.size().last().copied().unwrap_or(0) / 2;
@@ -122,7 +125,9 @@ impl SelfAttention {
     /// Projections of the input `[B, T, H]`: `[B, T, N D]` and twice `[B, T, G D]`.
     fn project(&self, input: &Tensor) -> [Tensor; 3] {
         match &self.projection {
-            QueryKeyValue::Apart { query, key, value } => [query, key, value].map(|linear| linear.forward(input)),
+            QueryKeyValue::Apart { query, key, value } => {
+                linear_each(input, [query.parts(), key.parts(), value.parts()])
+            }
             QueryKeyValue::Joined(all) => {
                 let all = all.forward(input);
                 let (query, group) = (self.heads * self.head_dim, self.groups * self.head_dim);

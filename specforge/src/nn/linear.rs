@@ -18,6 +18,11 @@ pub struct Linear {
 }
 
 impl Linear {
+    /// Both tensors, for [`linear_each`].
+    pub fn parts(&self) -> (&Tensor, Option<&Tensor>) {
+        (&self.weight, self.bias.as_ref())
+    }
+
     /// `[.., in]` to `[.., out]`.
     pub fn forward(&self, input: &Tensor) -> Tensor {
         linear(input, &self.weight, self.bias.as_ref())
@@ -29,29 +34,55 @@ impl Linear {
 /// float32 rows on the CPU are multiplied by oneDNN, forwards and backwards, but for the few of a round of decoding, which
 /// have a kernel of their own (`csrc/few_rows.cpp`); everything else is libtorch's `linear`. A weight may be [`compact`].
 pub fn linear(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
-    let of_kind = |tensor: &Tensor, kind: Kind| tensor.device() == Device::Cpu && tensor.kind() == kind;
-    let float = |tensor: &Tensor| of_kind(tensor, Kind::Float);
-    let [_, width] = <[i64; 2]>::try_from(weight.size()).unwrap_or([0, 1]);
-    let rows = input.numel() as i64 / width.max(1);
-    let is_compact = float(input) && of_kind(weight, Kind::BFloat16);
-    let learns = [Some(input), Some(weight), bias].into_iter().flatten().any(Tensor::requires_grad);
-    let few = !learns && (1..=FEW).contains(&rows) && weight.is_contiguous() && shim::few_rows_pay();
-    if is_compact && !few {
+    if are_few(input, weight, bias) {
+        let [product] = made(shim::few_rows_linear(&input.contiguous(), [weight]));
+        return with_bias(product, bias);
+    }
+    if is_on_cpu(input, Kind::Float) && is_on_cpu(weight, Kind::BFloat16) {
         return linear(input, &weight.to_kind(Kind::Float), bias);
     }
-    if rows < 1 || !(float(input) && (float(weight) || is_compact) && bias.is_none_or(float)) {
+    let floats = [Some(input), Some(weight), bias].into_iter().flatten().all(|tensor| is_on_cpu(tensor, Kind::Float));
+    if !floats || input.numel() == 0 || weight.dim() != 2 {
         return input.linear(weight, bias);
     }
-    if !learns && !few {
-        return made(shim::onednn_linear(input, weight, bias));
+    match learns(input, weight, bias) {
+        false => made(shim::onednn_linear(input, weight, bias)),
+        true => with_bias(made(trained_rows(input, weight)), bias),
     }
-    let product = match few {
-        true => shim::few_rows_linear(&input.contiguous(), weight),
-        false => trained_rows(input, weight),
-    };
+}
+
+/// The products of several layers that read the same rows, where few together: threads meet once for all of them.
+pub fn linear_each<const N: usize>(input: &Tensor, layers: [(&Tensor, Option<&Tensor>); N]) -> [Tensor; N] {
+    if !layers.iter().all(|(weight, bias)| are_few(input, weight, *bias)) {
+        return layers.map(|(weight, bias)| linear(input, weight, bias));
+    }
+    let products = made(shim::few_rows_linear(&input.contiguous(), layers.map(|(weight, _)| weight)));
+    let mut biases = layers.into_iter().map(|(_, bias)| bias);
+    products.map(|product| with_bias(product, biases.next().flatten()))
+}
+
+fn is_on_cpu(tensor: &Tensor, kind: Kind) -> bool {
+    tensor.device() == Device::Cpu && tensor.kind() == kind
+}
+
+fn learns(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> bool {
+    [Some(input), Some(weight), bias].into_iter().flatten().any(Tensor::requires_grad)
+}
+
+/// Whether the kernel for few rows makes this product.
+fn are_few(input: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> bool {
+    let [_, width] = <[i64; 2]>::try_from(weight.size()).unwrap_or([0, 1]);
+    let rows = input.numel() as i64 / width.max(1);
+    let kinds = is_on_cpu(input, Kind::Float)
+        && (is_on_cpu(weight, Kind::Float) || is_on_cpu(weight, Kind::BFloat16))
+        && bias.is_none_or(|bias| is_on_cpu(bias, Kind::Float));
+    kinds && (1..=FEW).contains(&rows) && !learns(input, weight, bias) && weight.is_contiguous() && shim::few_rows_pay()
+}
+
+fn with_bias(product: Tensor, bias: Option<&Tensor>) -> Tensor {
     match bias {
-        Some(bias) => made(product) + bias,
-        None => made(product),
+        Some(bias) => product + bias,
+        None => product,
     }
 }
 
@@ -85,7 +116,7 @@ fn trained_rows(input: &Tensor, weight: &Tensor) -> Result<Tensor> {
 }
 
 /// The product. Shapes that do not fit are a mistake in the program, as everywhere in libtorch's own operators.
-fn made(product: Result<Tensor>) -> Tensor {
+fn made<T>(product: Result<T>) -> T {
     product.unwrap_or_else(|error| panic!("linear: {error}"))
 }
 
@@ -127,6 +158,21 @@ mod tests {
                 let bound = x.abs().linear(&w.abs(), Some(b.abs())) * (4.0 * f64::from(f32::EPSILON));
                 assert!(bool::try_from(error.le_tensor(&bound).all()).unwrap(), "{rows} rows, {out} x {width}");
             }
+        }
+    }
+
+    /// Outputs that end within a block, weights of both kinds, biases or none; and more rows than are few.
+    #[test]
+    fn products_of_the_same_rows_are_those_of_each() {
+        let drawn = Drawn::of(11);
+        let random = |shape: &[i64]| drawn.normal(shape).to_kind(Kind::Float);
+        for rows in [1, 5, 13, 16, 20, 32, 33] {
+            let (input, bias) = (random(&[1, rows, 66]), random(&[31]));
+            let [first, second] = [random(&[31, 66]), random(&[100, 66])];
+            let third = compact(random(&[9, 66]).to_kind(Kind::BFloat16).to_kind(Kind::Float)).unwrap();
+            let layers = [(&first, Some(&bias)), (&second, None), (&third, None)];
+            let each = layers.map(|(weight, bias)| linear(&input, weight, bias));
+            assert_eq!(linear_each(&input, layers), each, "{rows} rows");
         }
     }
 

@@ -33,7 +33,7 @@ pub use embedding::Embedding;
 pub use experts::{Experts, Router, Scoring, SharedExpert};
 pub use head::{Head, HeadForm};
 pub use kv_cache::{KvCache, LayerCache};
-pub use linear::{Linear, compact, gated_linear, linear};
+pub use linear::{Linear, compact, gated_linear, linear, linear_each};
 pub use mask::{AttentionMask, Masks, PreparedMask, TreeMask};
 pub use processors::Processors;
 pub use rms_norm::RmsNorm;

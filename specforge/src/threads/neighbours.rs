@@ -16,8 +16,13 @@ use std::time::Duration;
 /// How often it is looked.
 const WINDOW: Duration = Duration::from_millis(50);
 
-/// Share of a window that threads of this process waited for a core, from which on there is a neighbour.
-const NEIGHBOUR: f64 = 0.1;
+/// Windows that are judged together. Every system has something that wakes now and then for some milliseconds: a single window
+/// is full of that.
+const TOGETHER: usize = 5;
+
+/// Share of these windows that threads of this process waited for a core, from which on there is a neighbour. On a virtual machine of
+/// two cores it was 0.02 with nobody else there, at most 0.07, and 0.46 to 0.99 beside one busy process.
+const NEIGHBOUR: f64 = 0.2;
 
 /// Windows without a neighbour after which threads spin again: a second.
 const CALM: u32 = 20;
@@ -50,6 +55,10 @@ pub fn watch() {
 /// What the last windows say.
 #[derive(Debug, Default)]
 struct Judge {
+    /// Shares of the last windows, in no order.
+    shares: [f64; TOGETHER],
+    /// Windows that were looked at.
+    seen: usize,
     /// Windows that a neighbour is still reckoned with.
     left: u32,
 }
@@ -57,7 +66,10 @@ struct Judge {
 impl Judge {
     /// Whether somebody else wants our cores, after a window that was waited for this share of it.
     fn has_neighbour(&mut self, share: f64) -> bool {
-        self.left = if share > NEIGHBOUR { CALM } else { self.left.saturating_sub(1) };
+        self.shares[self.seen % TOGETHER] = share;
+        self.seen += 1;
+        let mean = self.shares.iter().sum::<f64>() / TOGETHER as f64;
+        self.left = if mean > NEIGHBOUR { CALM } else { self.left.saturating_sub(1) };
         self.left > 0
     }
 }
@@ -109,10 +121,21 @@ mod tests {
     fn a_neighbour_is_reckoned_with_for_a_second() {
         let mut judge = Judge::default();
         assert!(!judge.has_neighbour(0.02));
-        assert!(judge.has_neighbour(0.5));
+        let comes = (1..).find(|_| judge.has_neighbour(0.8)).unwrap();
+        assert_eq!(comes, 2, "windows until a busy process is a neighbour");
         let calm = (1..).take_while(|_| judge.has_neighbour(0.0)).count();
-        assert_eq!(calm as u32, CALM - 1);
-        assert!(!judge.has_neighbour(NEIGHBOUR));
+        assert!((CALM as usize..CALM as usize + TOGETHER).contains(&calm), "{calm} windows");
+        assert!(!judge.has_neighbour(0.02));
+    }
+
+    /// Shares of quiet machines: a core is taken for half a window now and then, and a thread starts every second.
+    #[test]
+    fn what_wakes_now_and_then_is_no_neighbour() {
+        let mut judge = Judge::default();
+        for window in 0..1000 {
+            let share = if window % 10 == 0 { 0.5 } else { 0.03 };
+            assert!(!judge.has_neighbour(share), "window {window}");
+        }
     }
 
     /// More threads than processors, or libgomp goes on spinning; and they leave when they are told.

@@ -22,6 +22,7 @@ use super::writer::kind_of;
 use super::{finite, quantised};
 use crate::error::{Error, Result, TensorMismatch};
 use crate::gguf::packed;
+use crate::memory;
 use crate::strict;
 
 const SINGLE_FILE: &str = "model.safetensors";
@@ -388,6 +389,9 @@ impl WeightsFolder {
             return Ok(loaded);
         }
         let loaded = Tensor::f_empty(&entry.shape, (kind, device))?;
+        if device == Device::Cpu {
+            memory::prefer_large_pages(loaded.data_ptr().cast(), loaded.numel() * kind.elt_size_in_bytes());
+        }
         let flat = loaded.f_view([-1])?;
         let may_overflow = may_overflow(entry.kind, kind);
         let mut first = 0;

@@ -80,6 +80,10 @@ fn with_lookup(target: &LlamaTarget, tree: DynamicTree, sampling: DraftSampling)
 
 /// A random P-EAGLE draft of a tiny target: with a vocabulary of its own where it has two layers, of which one has a window.
 fn peagle(target: &LlamaTarget, layers: usize, tree: DynamicTree, sampling: DraftSampling) -> PeagleDrafter {
+    PeagleDrafter::new(peagle_parts(target, layers), target, tree, sampling).unwrap()
+}
+
+fn peagle_parts(target: &LlamaTarget, layers: usize) -> PeagleParts {
     let dimensions = target.info();
     let vocabulary = (layers > 1)
         .then(|| VocabMap::new((0..64).filter(|token| token % 3 != 1).collect(), dimensions.vocab_size).unwrap());
@@ -96,7 +100,7 @@ fn peagle(target: &LlamaTarget, layers: usize, tree: DynamicTree, sampling: Draf
         (name, value)
     };
     let tensors = (0..).zip(shape.tensors()).map(tensor).collect();
-    PeagleDrafter::new(PeagleParts { shape, tensors, vocabulary }, target, tree, sampling).unwrap()
+    PeagleParts { shape, tensors, vocabulary }
 }
 
 /// The target's own head, which makes a few guesses right.
@@ -151,6 +155,23 @@ fn trees() -> Vec<DynamicTree> {
     trees
 }
 
+/// Numbers that bfloat16 holds, where a draft of a float32 target keeps them.
+fn narrow(tensor: &Tensor) -> Tensor {
+    tensor.to_kind(Kind::BFloat16).to_kind(Kind::Double)
+}
+
+/// What a drafter got right in every round, of a target in float32, where it may be compact, and in float64, where it is not.
+fn assert_compact_guesses_are_the_same(name: &str, make: &dyn Fn(&LlamaTarget) -> Box<dyn Drafter>) {
+    let [compact, wide] = [Kind::Float, Kind::Double].map(|kind| {
+        let target = target(4, 6.0, kind);
+        let decoded = decode(&target, make(&target), options(Policy::Keyed { seed: SEED }, 0.0, 1));
+        let rounds = |one: &Decoded| one.rounds.iter().map(|round| round.accepted).collect::<Vec<_>>();
+        decoded.iter().map(rounds).collect::<Vec<_>>()
+    });
+    assert_eq!(compact, wide, "{name}");
+    assert!(wide.iter().flatten().sum::<usize>() > 0, "{name}: no guess was right");
+}
+
 fn sampling(temperature: f64) -> DraftSampling {
     DraftSampling::for_policy(Policy::Keyed { seed: SEED }, temperature)
 }
@@ -191,6 +212,21 @@ fn every_tree(kind: Kind, trees: &[DynamicTree]) {
         }
     }
     assert!(total > 100, "{total} guesses were right");
+}
+
+#[test]
+fn drafts_in_bfloat16_guess_what_their_numbers_guess_in_float64() {
+    let tree = DynamicTree { depth: 4, top_k: 4, nodes: 12, min_probability: 0.0 };
+    assert_compact_guesses_are_the_same("eagle3", &|target| {
+        let mut parts = eagle3_parts(target, 2, true);
+        parts.tensors.iter_mut().for_each(|(_, tensor)| *tensor = narrow(tensor));
+        Box::new(Eagle3Drafter::new(parts, target, tree, sampling(0.0)).unwrap())
+    });
+    assert_compact_guesses_are_the_same("peagle", &|target| {
+        let mut parts = peagle_parts(target, 2);
+        parts.tensors.iter_mut().for_each(|(_, tensor)| *tensor = narrow(tensor));
+        Box::new(PeagleDrafter::new(parts, target, tree, sampling(0.0)).unwrap())
+    });
 }
 
 #[test]

@@ -23,6 +23,7 @@ use crate::nn::merged_attention::{self, Own, Runs, merged_attention};
 use crate::nn::rope::RopeTables;
 use crate::nn::{
     AttentionMask, KvCache, LayerCache, Options, PreparedMask, RmsNorm, Rope, attention, gated_linear, linear,
+    linear_each,
 };
 
 /// Deviation of random initial values, as Hugging Face's `initializer_range`.
@@ -310,14 +311,13 @@ impl Backbone {
         let normed = layer.post_attention_norm.forward(&rows);
         let conv = Around::new(layer.mlp_conv.as_ref(), &normed, self.shape.block_size)?;
         let input = conv.before(&normed);
-        let (gate, up) = (linear(&input, &layer.gate, None), linear(&input, &layer.up, None));
+        let [gate, up] = linear_each(&input, [(&layer.gate, None), (&layer.up, None)]);
         Ok(rows + conv.after(&gated_linear(&gate, &up, &layer.down)?)) // [R, H]
     }
 
     /// Rotated keys, and values, of rows `[R, H]` or those that are not alike: `[R, G, D]` each.
     fn keys(&self, layer: &Layer, rows: &Tensor, rope: &RopeTables, alike: Option<Alike>) -> Result<[Tensor; 2]> {
-        let key = self.heads(&linear(rows, &layer.key, None));
-        let value = self.heads(&linear(rows, &layer.value, None));
+        let [key, value] = linear_each(rows, [(&layer.key, None), (&layer.value, None)]).map(|rows| self.heads(&rows));
         Ok([rotated(&key, &layer.key_norm, rope, alike)?, spread(&value, alike)?])
     }
 

@@ -16,7 +16,7 @@ use crate::draft::Parameter;
 use crate::error::{Error, Result};
 use crate::nn::merged_attention::{self, Own, Runs};
 use crate::nn::rope::RopeTables;
-use crate::nn::{Head, KvCache, Options, PreparedMask, RmsNorm, Rope, attention, gated_linear, linear};
+use crate::nn::{Head, KvCache, Options, PreparedMask, RmsNorm, Rope, attention, gated_linear, linear, linear_each};
 use crate::shim;
 
 /// The draft's weights, by what they do. They share their memory with the trained parameters.
@@ -301,18 +301,18 @@ impl Layer {
     ) -> Tensor {
         // [B * T, heads, D] to [B, heads, T, D]
         let batch = |heads: &Tensor| heads.unflatten(0, [cache.rows(), -1]).transpose(1, 2).contiguous();
-        let turned = |place: usize, weight: &Tensor| {
-            batch(&rope.rotate_rows(&self.split(&linear(input, weight, None)), self.head_norm(place)))
-        };
-        let (query, key) = (turned(0, &self.query), turned(1, &self.key)); // [B, N, T, D], [B, G, T, D]
-        let value = batch(&self.split(&linear(input, &self.value, None)));
+        let turned = |place: usize, heads: &Tensor| batch(&rope.rotate_rows(&self.split(heads), self.head_norm(place)));
+        let [query, key, value] =
+            linear_each(input, [&self.query, &self.key, &self.value].map(|weight| (weight, None)));
+        let (query, key) = (turned(0, &query), turned(1, &key)); // [B, N, T, D], [B, G, T, D]
+        let value = batch(&self.split(&value));
         let (keys, values) = cache.write(index, &key, &value); // [B, G, S, D]
         let attended =
             attention(&query, &keys, &values, mask, &Options::default()).transpose(1, 2).flatten(0, 1).flatten(1, 2); // [B * T, N * D]
         let hidden = residual + linear(&attended, &self.output, None); // [B * T, H]
         let normed = self.post_attention_norm.forward(&hidden);
-        let gated = linear(&normed, &self.gate, None).silu() * linear(&normed, &self.up, None);
-        hidden + linear(&gated, &self.down, None) // [B * T, H]
+        let [gate, up] = linear_each(&normed, [(&self.gate, None), (&self.up, None)]);
+        hidden + linear(&(gate.silu() * up), &self.down, None) // [B * T, H]
     }
 
     /// The norm of heads of queries (0) or keys (1), where there is one.

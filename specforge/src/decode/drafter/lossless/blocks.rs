@@ -106,6 +106,19 @@ fn knowing(
     })
 }
 
+#[test]
+fn block_drafts_in_bfloat16_guess_what_their_numbers_guess_in_float64() {
+    let tree = DynamicTree { depth: 4, top_k: 4, nodes: 12, min_probability: 0.0 };
+    for (name, section) in sections() {
+        assert_compact_guesses_are_the_same(name, &|target| {
+            Box::new(built(target, &section, (tree, sampling(0.0)), &|stream, name, shape| {
+                let is_norm = shape.len() == 1 && name.contains("norm");
+                narrow(&(noise::normal(shape, 0.2, 31, stream) + if is_norm { 1.0 } else { 0.0 }))
+            }))
+        });
+    }
+}
+
 fn every_tree_of(kind: Kind, trees: &[DynamicTree], share: usize) {
     let mut right = BTreeMap::new();
     for (seed, peak, temperature) in [(1, 1.0, 0.0), (4, 6.0, 1.0)] {
