@@ -60,7 +60,7 @@ pub(super) struct TuneArgs {
     #[arg(long, value_name = "K,K,...", default_value = "4", value_delimiter = ',', allow_hyphen_values = true, value_parser = numbers::at_least(1usize))]
     top_k: Vec<usize>,
     /// Timed rounds of each size.
-    #[arg(long, default_value_t = 5, allow_hyphen_values = true, value_parser = numbers::at_least(1usize))]
+    #[arg(long, default_value_t = 15, allow_hyphen_values = true, value_parser = numbers::at_least(1usize))]
     repeat: usize,
     /// 0 is greedy.
     #[arg(long, default_value_t = 0.0, allow_hyphen_values = true, value_parser = numbers::any)]
