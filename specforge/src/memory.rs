@@ -103,13 +103,29 @@ mod tests {
         assert_eq!(options(), [KEPT_FOR, 0]);
     }
 
-    /// Whatever the system makes of it, the piece and what lies beside it are as before.
+    /// The system notes the wish (`hg`), where it has large pages at all; the piece and what lies beside it are as before.
     #[test]
-    fn large_pages_change_no_numbers() {
-        let numbers: Vec<u64> = (0..1 << 19).collect();
+    fn large_pages_are_asked_for_and_change_no_numbers() {
+        let numbers: Vec<u64> = (0..1 << 20).collect();
         let part = &numbers[1000..];
         prefer_large_pages(part.as_ptr().cast(), size_of_val(part));
         assert!(numbers.iter().zip(0..).all(|(&got, want)| got == want));
+        if std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
+            let flags = flags_of(part.as_ptr().addr() + size_of_val(part) / 2);
+            assert!(flags.as_deref().is_none_or(|flags| flags.contains(" hg")), "{flags:?}");
+        }
+    }
+
+    /// What the kernel says of the mapping that an address lies in.
+    fn flags_of(address: usize) -> Option<String> {
+        let text = std::fs::read_to_string("/proc/self/smaps").ok()?;
+        let holds = |line: &str| {
+            let (first, behind) = line.split(' ').next()?.split_once('-')?;
+            let [first, behind] = [first, behind].map(|number| usize::from_str_radix(number, 16).ok());
+            Some((first?..behind?).contains(&address))
+        };
+        let mut lines = text.lines().skip_while(|line| !holds(line).unwrap_or(false));
+        lines.find_map(|line| Some(line.strip_prefix("VmFlags:")?.to_owned()))
     }
 
     #[test]
