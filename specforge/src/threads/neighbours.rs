@@ -8,6 +8,8 @@
 //! libgomp offers no call for it. It stops spinning by itself, though, while it has more threads than there are processors:
 //! a crowd of threads that sleep (csrc/crowd.cpp) makes it so for as long as neighbours are there.
 
+use std::collections::HashMap;
+use std::ffi::OsString;
 use std::fs;
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
@@ -35,14 +37,10 @@ unsafe extern "C" {
 pub fn watch() {
     // Without this thread everything works, only not as fast beside others.
     let _ = thread::Builder::new().name("neighbours".to_owned()).spawn(|| {
-        let (mut judge, mut crowd) = (Judge::default(), None);
-        let mut before = waited();
+        let (mut judge, mut waits, mut crowd) = (Judge::default(), Waits::default(), None);
         loop {
             thread::sleep(WINDOW);
-            let now = waited();
-            // A thread that ended takes its time with it.
-            let share = now.saturating_sub(before).as_secs_f64() / WINDOW.as_secs_f64();
-            before = now;
+            let share = waits.since_last().as_secs_f64() / WINDOW.as_secs_f64();
             match (judge.has_neighbour(share), &crowd) {
                 (true, None) => crowd = Crowd::gather(),
                 (false, Some(_)) => crowd = None,
@@ -74,14 +72,26 @@ impl Judge {
     }
 }
 
-/// Time that the threads of this process would have computed if there had been a core.
-fn waited() -> Duration {
-    let tasks = fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
-    let nanoseconds = tasks.filter_map(|task| {
-        let text = fs::read_to_string(task.path().join("schedstat")).ok()?;
-        text.split(' ').nth(1)?.parse::<u64>().ok()
-    });
-    Duration::from_nanos(nanoseconds.sum())
+/// Time that each thread of this process has waited for a core, in nanoseconds, when it was last looked.
+#[derive(Debug, Default)]
+struct Waits(HashMap<OsString, u64>);
+
+impl Waits {
+    /// Time that the threads of this process would have computed since the last look if there had been a core.
+    ///
+    /// Each thread's own: one that ended takes its time with it, and the sum of all would hide what others waited meanwhile.
+    fn since_last(&mut self) -> Duration {
+        let tasks = fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+        let now: HashMap<_, _> = tasks
+            .filter_map(|task| {
+                let text = fs::read_to_string(task.path().join("schedstat")).ok()?;
+                Some((task.file_name(), text.split(' ').nth(1)?.parse().ok()?))
+            })
+            .collect();
+        let before = std::mem::replace(&mut self.0, now);
+        let since = |(task, waited): (_, &u64)| waited.saturating_sub(before.get(task).copied().unwrap_or(0));
+        Duration::from_nanos(self.0.iter().map(since).sum())
+    }
 }
 
 /// Threads that sleep, too many for libgomp to spin.
@@ -116,6 +126,8 @@ impl Drop for Crowd {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+    use std::time::Instant;
 
     #[test]
     fn a_neighbour_is_reckoned_with_for_a_second() {
@@ -162,18 +174,33 @@ mod tests {
     /// Threads that share one core wait for it, and the kernel says so.
     #[test]
     fn waiting_for_a_core_is_counted() {
-        let processors = thread::available_parallelism().unwrap().get();
-        let before = waited();
+        let ours = sched_getaffinity(None).unwrap();
+        let core = (0..CpuSet::MAX_CPU).find(|&core| ours.is_set(core)).unwrap();
+        let mut waits = Waits::default();
+        waits.since_last();
         thread::scope(|scope| {
-            for _ in 0..2 * processors {
+            for _ in 0..2 {
                 scope.spawn(|| {
-                    let until = std::time::Instant::now() + Duration::from_millis(200);
-                    while std::time::Instant::now() < until {
+                    let mut one = CpuSet::new();
+                    one.set(core);
+                    sched_setaffinity(None, &one).unwrap();
+                    let until = Instant::now() + Duration::from_millis(500);
+                    while Instant::now() < until {
                         std::hint::spin_loop();
                     }
-                    assert!(waited() > before, "nobody waited for a core");
                 });
             }
+            thread::sleep(Duration::from_millis(300));
+            // One of the two waits at any time; that others of this process end meanwhile takes nothing away.
+            assert!(waits.since_last() > Duration::from_millis(100), "nobody waited for a core");
         });
+    }
+
+    /// A thread's end is no gain of time for the others.
+    #[test]
+    fn a_thread_that_ends_takes_nothing_from_the_others() {
+        let long = Duration::from_secs(1 << 20).as_nanos() as u64;
+        let mut waits = Waits(HashMap::from([(OsString::from("ended"), long)]));
+        assert!(waits.since_last() > Duration::ZERO, "what living threads waited");
     }
 }
