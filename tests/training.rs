@@ -53,6 +53,32 @@ fn the_noise_of_gradients_is_logged_and_changes_no_update() {
     assert!(stderr_of(&output).contains("`train.gradient_noise`"), "{}", stderr_of(&output));
 }
 
+/// Products of bfloat16 factors end elsewhere than those of float32, but not far; where a processor has no use for them the run
+/// says so, and ends at the same bits.
+#[test]
+fn mixed_precision_is_float32_but_for_rounding() {
+    let mut workspace = Workspace::new();
+    workspace.set("train.max_steps", 8).set("optim.learning_rate", 1e-3).set("train.log_every", 8);
+    let end = |out: &str| {
+        let text = fs::read_to_string(workspace.path(out).join("metrics.jsonl")).unwrap();
+        let rows = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let loss = rows.filter_map(|row| row["eval/loss"].as_f64()).next_back().unwrap();
+        (loss, fs::read(workspace.path(out).join("step-00000008/model.safetensors")).unwrap())
+    };
+    workspace.train("exact", &[]);
+    let output = output_of(&mut workspace.train_command("mixed", &["--set", "train.mixed_precision=bfloat16"]));
+    assert!(output.status.success(), "{}", stderr_of(&output));
+    let is_left_out = stderr_of(&output).contains("train.mixed_precision is left out: this processor");
+    let ((exact, exact_bits), (mixed, mixed_bits)) = (end("exact"), end("mixed"));
+    assert_eq!(exact_bits == mixed_bits, is_left_out);
+    assert!((exact - mixed).abs() < 1e-2 * exact, "{exact} and {mixed}");
+
+    let output = output_of(&mut workspace.train_command("refused", &["--set", "train.mixed_precision=float16"]));
+    assert_eq!(output.status.code(), Some(2));
+    let said = stderr_of(&output);
+    assert!(said.contains("train.mixed_precision") && said.contains("bfloat16"), "{said}");
+}
+
 /// What a run with averages measures and saves is not what it goes on with; the parameters lie beside.
 #[test]
 fn averages_are_what_a_checkpoint_s_model_holds() {

@@ -37,20 +37,35 @@ at::Tensor product(const at::Tensor &input, const at::Tensor &weight) {
   return operation->typed<LinearPointwise>().call(input, weight, std::nullopt, "none", none, std::nullopt);
 }
 
+// The same in mixed precision: numbers are rounded to bfloat16 (they may be so already), and so is each sum of products, which
+// is kept in float32 until it is whole.
+at::Tensor product(const at::Tensor &input, const at::Tensor &weight, bool mixed) {
+  if (!mixed) return product(input, weight);
+  // libtorch gives these to oneDNN by itself, and better than the operator above, which copies what lies transposed.
+  return at::mm(input.to(at::kBFloat16), weight.to(at::kBFloat16).t()).to(at::kFloat);
+}
+
+// What the products of a way back read: rounded once for all of them.
+at::Tensor factor(const at::Tensor &tensor, bool mixed) { return mixed ? tensor.to(at::kBFloat16) : tensor; }
+
 class OnednnLinear : public torch::autograd::Function<OnednnLinear> {
  public:
-  static at::Tensor forward(AutogradContext *context, const at::Tensor &input, const at::Tensor &weight) {
-    context->save_for_backward({input, weight});
-    return product(input, weight);
+  static at::Tensor forward(AutogradContext *context, const at::Tensor &input, const at::Tensor &weight, bool mixed,
+                            bool mixed_backward) {
+    const auto rows = factor(input, mixed_backward);
+    context->save_for_backward({rows, weight});
+    context->saved_data["mixed"] = mixed_backward;
+    return product(mixed ? rows : input, weight, mixed);
   }
 
   static variable_list backward(AutogradContext *context, variable_list slopes) {
     const auto saved = context->get_saved_variables();
-    const auto slope = slopes[0].contiguous();  // [r, out]
+    const bool mixed = context->saved_data["mixed"].toBool();
+    const auto slope = factor(slopes[0].contiguous(), mixed);  // [r, out]
     at::Tensor input_slope, weight_slope;
-    if (context->needs_input_grad(0)) input_slope = product(slope, saved[1].t());             // [r, in]
-    if (context->needs_input_grad(1)) weight_slope = product(slope.t(), saved[0].t());        // [out, in]
-    return {input_slope, weight_slope};
+    if (context->needs_input_grad(0)) input_slope = product(slope, saved[1].t(), mixed);       // [r, in]
+    if (context->needs_input_grad(1)) weight_slope = product(slope.t(), saved[0].t(), mixed);  // [out, in]
+    return {input_slope, weight_slope, at::Tensor(), at::Tensor()};
   }
 };
 
@@ -59,26 +74,28 @@ class OnednnLinear : public torch::autograd::Function<OnednnLinear> {
 class GatedLinear : public torch::autograd::Function<GatedLinear> {
  public:
   static at::Tensor forward(AutogradContext *context, const at::Tensor &gate, const at::Tensor &up,
-                            const at::Tensor &down) {
+                            const at::Tensor &down, bool mixed) {
     TORCH_CHECK(gate.sizes() == up.sizes(), "a gate of ", gate.sizes(), ": expected the same of what it lets through, got ",
                 up.sizes());
     const auto gates = gate.contiguous(), ups = up.contiguous();  // [r, in]
     context->save_for_backward({gates, ups, down});
-    return product(gated(gates, ups), down);
+    context->saved_data["mixed"] = mixed;
+    return product(gated(gates, ups), down, mixed);
   }
 
   static variable_list backward(AutogradContext *context, variable_list slopes) {
     const auto saved = context->get_saved_variables();
     const auto &gate = saved[0], &up = saved[1], &down = saved[2];
-    const auto slope = slopes[0].contiguous();  // [r, out]
+    const bool mixed = context->saved_data["mixed"].toBool();
+    const auto slope = factor(slopes[0].contiguous(), mixed);  // [r, out]
     at::Tensor down_slope;
-    if (context->needs_input_grad(2)) down_slope = product(slope.t(), gated(gate, up).t());  // [out, in]
-    const auto of_product = product(slope, down.t()).contiguous();                           // [r, in]
+    if (context->needs_input_grad(2)) down_slope = product(slope.t(), gated(gate, up).t(), mixed);  // [out, in]
+    const auto of_product = product(slope, down.t(), mixed).contiguous();                           // [r, in]
     const auto of_gate = at::empty_like(gate);
     layer_parts::gate_backward(gate.numel(), gate.const_data_ptr<float>(), up.const_data_ptr<float>(),
                                of_product.const_data_ptr<float>(), of_gate.mutable_data_ptr<float>(),
                                of_product.mutable_data_ptr<float>());
-    return {of_gate, of_product, down_slope};
+    return {of_gate, of_product, down_slope, at::Tensor()};
   }
 
  private:
@@ -153,15 +170,27 @@ class NormedRows : public torch::autograd::Function<NormedRows> {
 
 extern "C" {
 
-int specforge_trained_linear(const at::Tensor *input, const at::Tensor *weight, at::Tensor **output, char *error,
-                             std::size_t error_size) {
-  return guarded([&] { *output = new at::Tensor(OnednnLinear::apply(*input, *weight)); }, error, error_size);
+// Mixed precision for float32 on the CPU alone.
+int specforge_trained_linear(const at::Tensor *input, const at::Tensor *weight, int mixed, int mixed_backward,
+                             at::Tensor **output, char *error, std::size_t error_size) {
+  return guarded(
+      [&] { *output = new at::Tensor(OnednnLinear::apply(*input, *weight, mixed != 0, mixed_backward != 0)); }, error,
+      error_size);
+}
+
+// Whether this processor multiplies bfloat16 faster than float32.
+int specforge_bfloat16_pays() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return 0;
+#endif
 }
 
 // All of float32 on the CPU.
-int specforge_gated_linear(const at::Tensor *gate, const at::Tensor *up, const at::Tensor *down, at::Tensor **output,
-                           char *error, std::size_t error_size) {
-  return guarded([&] { *output = new at::Tensor(GatedLinear::apply(*gate, *up, *down)); }, error, error_size);
+int specforge_gated_linear(const at::Tensor *gate, const at::Tensor *up, const at::Tensor *down, int mixed,
+                           at::Tensor **output, char *error, std::size_t error_size) {
+  return guarded([&] { *output = new at::Tensor(GatedLinear::apply(*gate, *up, *down, mixed != 0)); }, error, error_size);
 }
 
 // All of float32 on the CPU; `weight`, and `cos` with `sin`, may be null.

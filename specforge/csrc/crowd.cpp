@@ -1,3 +1,5 @@
+// How many threads OpenMP has.
+//
 // A team of OpenMP threads that does nothing and whose being there matters: while libgomp has more threads than the
 // process has processors, threads that wait for others spin for 100 rounds instead of 300 000 before they sleep.
 
@@ -15,4 +17,12 @@ extern "C" int specforge_crowd() {
   ++size;
 #endif
   return size;
+}
+
+// The calling thread gets no team: what it computes, it computes itself. Teams of several threads together are more threads
+// than processors, and none of them spins any more.
+extern "C" void specforge_compute_alone() {
+#ifdef _OPENMP
+  omp_set_num_threads(1);
+#endif
 }

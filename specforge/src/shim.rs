@@ -101,9 +101,12 @@ unsafe extern "C" {
         error: *mut c_char,
         error_size: usize,
     ) -> c_int;
+    fn specforge_bfloat16_pays() -> c_int;
     fn specforge_trained_linear(
         input: *const C_tensor,
         weight: *const C_tensor,
+        mixed: c_int,
+        mixed_backward: c_int,
         output: *mut *mut C_tensor,
         error: *mut c_char,
         error_size: usize,
@@ -112,6 +115,7 @@ unsafe extern "C" {
         gate: *const C_tensor,
         up: *const C_tensor,
         down: *const C_tensor,
+        mixed: c_int,
         output: *mut *mut C_tensor,
         error: *mut c_char,
         error_size: usize,
@@ -461,24 +465,49 @@ pub fn few_rows_pay() -> bool {
     unsafe { specforge_few_rows_pay() != 0 }
 }
 
+/// Whether this processor multiplies bfloat16 faster than float32.
+pub fn bfloat16_pays() -> bool {
+    // SAFETY: looks at the processor alone.
+    unsafe { specforge_bfloat16_pays() != 0 }
+}
+
+/// Which products of a linear layer take bfloat16 factors, where all is float32 on the CPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Mixed {
+    /// Its output.
+    pub forward: bool,
+    /// Gradients of its input and its weight.
+    pub backward: bool,
+}
+
 /// `input [R, in]` times the transpose of `weight [out, in]`, with gradients. float32 on the CPU is multiplied by oneDNN
 /// forwards and backwards, everything else by libtorch.
-pub fn trained_linear(input: &Tensor, weight: &Tensor) -> Result<Tensor> {
+pub fn trained_linear(input: &Tensor, weight: &Tensor, mixed: Mixed) -> Result<Tensor> {
+    let suits = is_float_on_cpu(input) && is_float_on_cpu(weight);
+    let (forward, backward) = (suits && mixed.forward, suits && mixed.backward);
     // SAFETY: two live tensors; libtorch checks types, shapes and devices.
     made(|output, error, error_size| unsafe {
-        specforge_trained_linear(input.as_ptr(), weight.as_ptr(), output, error, error_size)
+        specforge_trained_linear(
+            input.as_ptr(),
+            weight.as_ptr(),
+            forward.into(),
+            backward.into(),
+            output,
+            error,
+            error_size,
+        )
     })
 }
 
 /// `silu(gate) * up`, `[R, in]` both, times the transpose of `down [out, in]`, with gradients. float32 on the CPU keeps gate and
-/// up alone for the way back.
-pub fn gated_linear(gate: &Tensor, up: &Tensor, down: &Tensor) -> Result<Tensor> {
+/// up alone for the way back, and is `mixed` both ways or not at all.
+pub fn gated_linear(gate: &Tensor, up: &Tensor, down: &Tensor, mixed: bool) -> Result<Tensor> {
     if ![gate, up, down].into_iter().all(is_float_on_cpu) {
-        return trained_linear(&(gate.silu() * up), down);
+        return trained_linear(&(gate.silu() * up), down, Mixed::default());
     }
     // SAFETY: live float32 tensors on the CPU; shapes were checked by the products that made them, and are by this one.
     made(|output, error, error_size| unsafe {
-        specforge_gated_linear(gate.as_ptr(), up.as_ptr(), down.as_ptr(), output, error, error_size)
+        specforge_gated_linear(gate.as_ptr(), up.as_ptr(), down.as_ptr(), mixed.into(), output, error, error_size)
     })
 }
 

@@ -38,6 +38,7 @@ const LONGEST_PATH: usize = 4096;
 const READABLE: c_int = 4;
 
 unsafe extern "C" {
+    fn specforge_compute_alone();
     fn access(path: *const c_char, mode: c_int) -> c_int;
     fn execve(path: *const c_char, arguments: *const *const c_char, variables: *const *const c_char) -> c_int;
     fn readlink(path: *const c_char, buffer: *mut c_char, size: usize) -> isize;
@@ -86,6 +87,15 @@ pub fn watch_neighbours() {
     if is_watched() {
         neighbours::watch();
     }
+}
+
+/// What the calling thread computes from now on is computed by it alone, and not by threads of its own beside those of the
+/// main thread: with more threads than there are processors, libgomp lets none of them spin.
+pub fn compute_alone() {
+    // The first question makes libtorch set this thread's number, and the next line the last word.
+    tch::get_num_threads();
+    // SAFETY: takes nothing and sets a number of the calling thread.
+    unsafe { specforge_compute_alone() }
 }
 
 /// Whether threads wait as `neighbours` says.

@@ -69,6 +69,7 @@ pub(super) fn run(args: &BenchTrainArgs, output: &Output) -> Result<()> {
         kind: config.target.element_type().kind(),
         device,
         chunk_bytes: config.train.chunk_bytes(device),
+        mixed_precision: config.train.mixed_precision.is_some(),
         draft: config.draft,
     })?;
     output.result(&report, || text(&report));

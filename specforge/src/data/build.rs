@@ -16,6 +16,7 @@ use super::parts;
 use super::reader::{Record, SourceFile};
 use super::recorded::{self, Ids, Recorded, Vocabulary};
 use super::report::BuildReport;
+use super::sample::Origin;
 use super::tokenizer::{ChatTokenizer, hex};
 use super::{DataConfig, Supervise, TooLong};
 use crate::error::{Error, Result};
@@ -44,7 +45,7 @@ pub(super) struct Outcome {
 #[derive(Debug)]
 pub(super) struct Tokenised {
     id: String,
-    conversation: u64,
+    origin: Origin,
     tokens: Vec<u32>,
     supervised: Vec<u8>,
 }
@@ -283,8 +284,8 @@ fn take(outcome: Outcome, writer: &mut CacheWriter<'_>, report: &mut BuildReport
     report.foreign_token_ids += usize::from(outcome.ids == Some(Ids::Foreign));
     report.cut_answers += outcome.cut_answers;
     report.by_generation_blocks += usize::from(outcome.method == Some(Method::GenerationBlocks));
-    for Tokenised { id, conversation, tokens, supervised } in outcome.documents {
-        writer.add(&id, conversation, &tokens, &supervised)?;
+    for Tokenised { id, origin, tokens, supervised } in outcome.documents {
+        writer.add(&id, origin, &tokens, &supervised)?;
     }
     Ok(())
 }
@@ -312,7 +313,7 @@ pub(super) fn tokenise_parsed(
         outcome.without_supervision = 1;
         return Ok(outcome);
     }
-    let conversation = sample.content_key();
+    let origin = sample.origin();
     refuse_choice(&sample, &config.mask).map_err(Error::Failed)?;
     if let Sample::Conversation(conversation) = &sample {
         for message in &conversation.messages {
@@ -329,7 +330,7 @@ pub(super) fn tokenise_parsed(
             let several = documents.len() > 1;
             for Recorded { tokens, supervised, turn } in documents {
                 let id = if several { format!("{}#{turn}", talk.id) } else { talk.id.clone() };
-                outcome.add(config, Tokenised { id, conversation, tokens, supervised });
+                outcome.add(config, Tokenised { id, origin, tokens, supervised });
             }
             return Ok(outcome);
         }
@@ -347,7 +348,7 @@ pub(super) fn tokenise_parsed(
                 return Err(Error::Failed("its `input_ids` are of another tokenizer's vocabulary".to_owned()));
             }
             let supervised = supervised_tokens(supervised, config.supervise);
-            let document = Tokenised { id: id.clone(), conversation, tokens: tokens.clone(), supervised };
+            let document = Tokenised { id: id.clone(), origin, tokens: tokens.clone(), supervised };
             outcome.add(config, document);
             return Ok(outcome);
         }
@@ -372,7 +373,7 @@ pub(super) fn tokenise_parsed(
             Some(turn) => format!("{}#{turn}", sample.id()),
             None => sample.id().to_owned(),
         };
-        add_document(&mut outcome, tokenizer, config, id, conversation, &part)?;
+        add_document(&mut outcome, tokenizer, config, id, origin, &part)?;
     }
     Ok(outcome)
 }
@@ -460,7 +461,7 @@ fn add_document(
     tokenizer: &ChatTokenizer,
     config: &DataConfig,
     id: String,
-    conversation: u64,
+    origin: Origin,
     part: &Rendered,
 ) -> Result<()> {
     let encoded = tokenizer.encode_with_offsets(&part.text)?;
@@ -472,7 +473,7 @@ fn add_document(
         return Err(Error::bad_file(tokenizer.folder().join("tokenizer.json"), problem)
             .with_hint("take tokenizer and model from the same folder, or resize the model's embedding"));
     }
-    outcome.add(config, Tokenised { id, conversation, tokens, supervised });
+    outcome.add(config, Tokenised { id, origin, tokens, supervised });
     Ok(())
 }
 

@@ -439,6 +439,41 @@ fn the_split_ignores_order_and_company() {
 }
 
 #[test]
+fn answers_to_one_prompt_are_on_one_side_and_those_of_a_task_are_not() {
+    let workshop = Workshop::new();
+    let asked = |prompt: &str, answer: usize| {
+        let messages = json!([{"role": "user", "content": prompt}, {"role": "assistant", "content": format!("{answer}")},
+                              {"role": "user", "content": format!("what of {answer}?")}, {"role": "assistant", "content": "b"}]);
+        format!("{}\n", json!({"id": format!("{prompt} {answer}"), "messages": messages}))
+    };
+    let completed = |answer: usize| {
+        let record = json!({"id": format!("completion {answer}"), "prompt": "2+2=", "completion": format!("{answer}")});
+        format!("{record}\n")
+    };
+    let held_out = |lines: &[String]| {
+        let (cache, _) = workshop.build(&[workshop.write("asked.jsonl", &lines.concat())]).unwrap();
+        let names = split(&cache, 0.5).1.into_iter().map(|index| cache.document(index).id.to_owned());
+        names.collect::<std::collections::BTreeSet<String>>()
+    };
+    let prompts =
+        |answers: usize| (0..40).flat_map(move |n| (0..answers).map(move |answer| asked(&format!("q{n}"), answer)));
+    let one = held_out(&prompts(1).collect::<Vec<_>>());
+    assert!((10..30).contains(&one.len()), "{one:?}");
+    // Further answers go where the first one is; a task's are divided.
+    let several = prompts(3).chain((0..3).map(completed)).chain((0..100).map(|answer| asked("task", answer)));
+    let several = held_out(&several.collect::<Vec<_>>());
+    for n in 0..40 {
+        let held = [0, 1, 2].map(|answer| several.contains(&format!("q{n} {answer}")));
+        assert_eq!(held, [one.contains(&format!("q{n} 0")); 3], "answers to q{n}");
+    }
+    let count = |start: &str| several.iter().filter(|name| name.starts_with(start)).count();
+    assert!([0, 3].contains(&count("completion")) && (30..70).contains(&count("task")), "{several:?}");
+    // What every conversation begins with tells none from another.
+    let few: Vec<String> = (0..60).map(|answer| asked("few", answer)).collect();
+    assert!((15..45).contains(&held_out(&few).len()));
+}
+
+#[test]
 fn turns_of_one_conversation_stay_on_one_side_and_batches_keep_boundaries() {
     let mut workshop = Workshop::new();
     // Earlier answers are shortened, so that each turn becomes a document.

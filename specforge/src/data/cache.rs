@@ -3,7 +3,7 @@
 //! ```text
 //! header   256 bytes: magic, version, checksum of the header, key, content hash, counts, offsets, checksum of the rest
 //! body     per document: token ids (u32), one mask byte per token, zeros up to a multiple of 4
-//! index    per document 32 bytes: offset, length, name's length and offset, hash of its conversation
+//! index    per document 40 bytes: offset, length, name's length and offset, hashes of its conversation and prompt
 //! names    UTF-8, one after the other
 //! report   JSON: what was read, left out and why
 //! ```
@@ -11,6 +11,7 @@
 //! All numbers are little-endian. A file is opened only if both checksums, the key and every range hold; anything else is
 //! built again.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -20,6 +21,7 @@ use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::report::BuildReport;
+use super::sample::Origin;
 use super::tokenizer::hex;
 use crate::error::{Error, Result};
 use crate::files::{self, Maker};
@@ -29,9 +31,9 @@ const _: () = assert!(cfg!(target_endian = "little"), "the token cache needs a l
 
 const MAGIC: &[u8; 8] = b"SPECTOKS";
 /// Rises with every change of this layout, and with every change of how documents are rendered, masked or cut.
-pub(super) const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 3;
 const HEADER_LENGTH: usize = 256;
-const ENTRY_LENGTH: usize = 32;
+const ENTRY_LENGTH: usize = 40;
 
 /// One document.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,7 +75,7 @@ struct Entry {
     length: u32,
     name_length: u32,
     name_offset: u64,
-    conversation: u64,
+    origin: Origin,
 }
 
 impl TokenCache {
@@ -107,7 +109,12 @@ impl TokenCache {
 
     /// A hash of the conversation a document comes from: the same for all documents of one conversation.
     pub fn conversation_key(&self, index: usize) -> u64 {
-        self.entry(index).conversation
+        self.origin(index).conversation
+    }
+
+    /// What a document comes from.
+    pub fn origin(&self, index: usize) -> Origin {
+        self.entry(index).origin
     }
 
     /// All documents of this name, or all turns of the conversation of this name.
@@ -338,14 +345,14 @@ impl<'a> CacheWriter<'a> {
     }
 
     /// Adds a document.
-    pub(super) fn add(&mut self, id: &str, conversation: u64, tokens: &[u32], supervised: &[u8]) -> Result<()> {
+    pub(super) fn add(&mut self, id: &str, origin: impl Into<Origin>, tokens: &[u32], supervised: &[u8]) -> Result<()> {
         debug_assert_eq!(tokens.len(), supervised.len());
         let entry = Entry {
             offset: self.position,
             length: u32::try_from(tokens.len()).map_err(|error| Error::Failed(error.to_string()))?,
             name_length: id.len() as u32,
             name_offset: self.names.len() as u64,
-            conversation,
+            origin: origin.into(),
         };
         let mut body: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
         body.extend_from_slice(supervised);
@@ -401,7 +408,8 @@ impl Entry {
         bytes[8..12].copy_from_slice(&self.length.to_le_bytes());
         bytes[12..16].copy_from_slice(&self.name_length.to_le_bytes());
         bytes[16..24].copy_from_slice(&self.name_offset.to_le_bytes());
-        bytes[24..].copy_from_slice(&self.conversation.to_le_bytes());
+        bytes[24..32].copy_from_slice(&self.origin.conversation.to_le_bytes());
+        bytes[32..].copy_from_slice(&self.origin.prompt.to_le_bytes());
         bytes
     }
 
@@ -411,7 +419,7 @@ impl Entry {
             length: read_u32(bytes, 8),
             name_length: read_u32(bytes, 12),
             name_offset: read_u64(bytes, 16),
-            conversation: read_u64(bytes, 24),
+            origin: Origin { conversation: read_u64(bytes, 24), prompt: read_u64(bytes, 32) },
         }
     }
 }
@@ -481,10 +489,22 @@ fn read_u64(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(number)
 }
 
-/// Indices to train on and indices to evaluate on. A conversation's hash decides, so neither the order of files nor what
-/// else they hold moves it, and all documents of one conversation are on one side.
+/// Answers to one prompt that stay together where some documents are held out. A prompt of more, or of a quarter of all
+/// conversations, is no question but a task: an instruction that thousands of records begin with.
+const MOST_ANSWERS: usize = 64;
+
+/// Indices to train on and indices to evaluate on. The hash of a conversation's prompt decides, so neither the order of
+/// files nor what else they hold moves it, and all answers to one prompt and all documents of one conversation are on one
+/// side. Conversations of a task ([`MOST_ANSWERS`]) go by a hash of their content.
 pub fn split(cache: &TokenCache, eval_fraction: f64) -> (Vec<usize>, Vec<usize>) {
-    (0..cache.len()).partition(|&index| is_trained(cache.conversation_key(index), eval_fraction))
+    let mut origins: Vec<Origin> = (0..cache.len()).map(|index| cache.origin(index)).collect();
+    origins.sort_unstable();
+    origins.dedup();
+    let most = MOST_ANSWERS.min((origins.len() / 4).max(1));
+    let answers = origins.chunk_by(|one, next| one.prompt == next.prompt);
+    let tasks: HashSet<u64> = answers.filter(|some| some.len() > most).map(|many| many[0].prompt).collect();
+    let key = |Origin { prompt, conversation }| if tasks.contains(&prompt) { conversation } else { prompt };
+    (0..cache.len()).partition(|&index| is_trained(key(cache.origin(index)), eval_fraction))
 }
 
 /// Whether documents of this origin are trained on where such a share is held out.

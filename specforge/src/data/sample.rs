@@ -125,23 +125,69 @@ impl Sample {
 
     /// A hash of what is said, whatever it is called and wherever it stands.
     pub fn content_key(&self) -> u64 {
-        let content = match self {
-            Sample::Conversation(conversation) => {
-                let Conversation { messages, tools, template_arguments, .. } = conversation;
-                let mut said = serde_json::to_string(&(messages, tools)).unwrap_or_default();
-                if !template_arguments.is_empty() {
-                    said.push_str(&Value::Object(template_arguments.clone()).to_string());
-                }
-                said
-            }
+        first_eight(&match self {
+            Sample::Conversation(conversation) => conversation.said(conversation.messages.len()),
             Sample::Text { text, .. } => text.clone(),
             Sample::Completion { prompt, completion, .. } => format!("{prompt}\u{0}{completion}"),
             Sample::Tokens { tokens, .. } => format!("{tokens:?}"),
-        };
-        let digest = Sha256::digest(content.as_bytes());
-        let mut first = [0; 8];
-        first.copy_from_slice(&digest[..8]);
-        u64::from_le_bytes(first)
+        })
+    }
+
+    /// By which its documents belong together, and with those of which others.
+    pub fn origin(&self) -> Origin {
+        let conversation = self.content_key();
+        Origin { conversation, prompt: self.prompt().map_or(conversation, |prompt| first_eight(&prompt)) }
+    }
+
+    /// What stands before the first answer, if anything does.
+    fn prompt(&self) -> Option<String> {
+        match self {
+            Sample::Conversation(conversation) => {
+                let asked = conversation.messages.iter().position(super::Message::is_assistant)?;
+                (asked > 0).then(|| conversation.said(asked))
+            }
+            Sample::Text { .. } => None,
+            Sample::Completion { prompt, .. } => (!prompt.is_empty()).then(|| prompt.clone()),
+            Sample::Tokens { tokens, supervised, .. } => {
+                let asked = supervised.iter().position(|&mark| mark == 1)?;
+                (asked > 0).then(|| format!("{:?}", &tokens[..asked]))
+            }
+        }
+    }
+}
+
+impl Conversation {
+    /// Its first messages with everything else that a template is given, as one text.
+    fn said(&self, messages: usize) -> String {
+        let mut said = serde_json::to_string(&(&self.messages[..messages], &self.tools)).unwrap_or_default();
+        if !self.template_arguments.is_empty() {
+            said.push_str(&Value::Object(self.template_arguments.clone()).to_string());
+        }
+        said
+    }
+}
+
+/// The first eight bytes of its SHA-256.
+fn first_eight(content: &str) -> u64 {
+    let digest = Sha256::digest(content.as_bytes());
+    let mut first = [0; 8];
+    first.copy_from_slice(&digest[..8]);
+    u64::from_le_bytes(first)
+}
+
+/// Hashes by which documents belong together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Origin {
+    /// Of what is asked before the first answer: the same for all answers to it.
+    pub prompt: u64,
+    /// Of all that is said: the same for all documents of one conversation.
+    pub conversation: u64,
+}
+
+/// Of something that answers nothing.
+impl From<u64> for Origin {
+    fn from(conversation: u64) -> Self {
+        Self { prompt: conversation, conversation }
     }
 }
 

@@ -30,8 +30,7 @@ pub use super::objective::{DistillationLoss, DraftVocabulary, Objective, Weighti
 use super::row_losses::RowByRow;
 use crate::device;
 use crate::error::Result;
-use crate::nn::{Head, linear};
-use crate::shim;
+use crate::nn::{Head, add_product, trained_linear};
 
 pub mod compound;
 pub mod memory;
@@ -211,9 +210,9 @@ pub fn distill(
         sum += part_sum;
         let slope = bend.map_or_else(|| slope.shallow_clone(), |bend| &slope * bend);
         let slope = slope.to_kind(chunk.kind()); // [m, DV]
-        rows_of(gradient).f_copy_(&linear(&slope, &weight.transpose(0, 1), None))?;
+        rows_of(gradient).f_copy_(&trained_linear(&slope, &weight.transpose(0, 1))?)?;
         if let Some(total) = projection.gradient.as_deref_mut() {
-            shim::add_product(total, &slope.transpose(0, 1), &chunk, lift.recip())?;
+            add_product(total, &slope.transpose(0, 1), &chunk, lift.recip())?;
         }
     }
     let arranged = |values: Tensor| values.index_select(0, &order.inverse);

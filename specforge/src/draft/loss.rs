@@ -15,8 +15,7 @@ use tch::{Kind, Tensor};
 
 use super::row_losses::RowByRow;
 use crate::error::Result;
-use crate::nn::{Head, linear};
-use crate::shim;
+use crate::nn::{Head, add_product, linear, trained_linear};
 
 /// A vocabulary projection and where its gradient goes.
 #[derive(Debug)]
@@ -116,9 +115,9 @@ pub fn cross_entropy(
             let factors = weights.as_ref().map(|weights| part(weights).unsqueeze(1).to_kind(chunk.kind())); // [C, 1]
             let weighted =
                 |rows: Tensor| factors.as_ref().map_or_else(|| rows.shallow_clone(), |factors| &rows * factors);
-            gradients.push(weighted(linear(&slope, &weight.transpose(0, 1), None))); // [C, H]
+            gradients.push(weighted(trained_linear(&slope, &weight.transpose(0, 1))?)); // [C, H]
             if let (Some(total), Some(scale)) = (projection.gradient.as_deref_mut(), scale) {
-                shim::add_product(total, &slope.transpose(0, 1), &weighted(chunk), scale.factor)?;
+                add_product(total, &slope.transpose(0, 1), &weighted(chunk), scale.factor)?;
             }
         }
         start += length;

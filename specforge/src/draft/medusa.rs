@@ -33,7 +33,7 @@ use crate::device;
 use crate::error::{Error, Result};
 use crate::features::FeatureBatch;
 use crate::models::TargetInfo;
-use crate::nn::Head;
+use crate::nn::{Head, linear};
 use crate::strict;
 use crate::vocab::VocabMap;
 
@@ -238,7 +238,7 @@ impl Medusa {
     /// Residual blocks of one head on rows `[R, H]`.
     pub fn backbone(&self, head: usize, rows: &Tensor) -> Tensor {
         let (blocks, _) = self.head_parameters(head);
-        blocks.iter().fold(rows.shallow_clone(), |x, (weight, bias)| &x + x.linear(weight, Some(*bias)).silu()) // [R, H]
+        blocks.iter().fold(rows.shallow_clone(), |x, (weight, bias)| &x + linear(&x, weight, Some(*bias)).silu()) // [R, H]
     }
 
     /// Logits of one head on rows `[R, H]`: `[R, DV]`, by draft id.

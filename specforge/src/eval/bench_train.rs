@@ -19,7 +19,7 @@ use crate::draft::{self, DraftContext, DraftModel, Gradients, StepKey};
 use crate::error::{Error, Result};
 use crate::features::FeatureBatch;
 use crate::models::TargetInfo;
-use crate::nn::{self, Embedding, Head, noise};
+use crate::nn::{self, Embedding, Head, MixedPrecision, noise};
 use crate::optim::{OptimConfig, Optimizer, ParameterSlot};
 use crate::shim;
 use crate::vocab::VocabMap;
@@ -45,6 +45,8 @@ pub struct BenchTrainOptions {
     pub device: Device,
     /// Most bytes of a chunk of logits.
     pub chunk_bytes: usize,
+    /// Whether to train in mixed precision, where that is of use.
+    pub mixed_precision: bool,
 }
 
 /// Tokens of each document: `DxT` where they are equal, `T,T,...` where they are not.
@@ -156,7 +158,7 @@ pub fn run(options: &BenchTrainOptions) -> Result<BenchTrainReport> {
     let rows = options.batch.tokens();
     let hidden = (0..capture.len() as u64).map(|index| random(&[rows, target.hidden_size], 10 + index));
     let features = FeatureBatch::new(Arc::new(batch), hidden.collect::<Result<_>>()?);
-    let mut session = Session::new(draft.as_ref(), &features)?;
+    let mut session = Session::new(draft.as_ref(), &features, options.mixed_precision)?;
     if let Device::Cuda(index) = device {
         shim::reset_cuda_peak(index)?;
     }
@@ -233,6 +235,7 @@ struct Session<'a> {
     features: &'a FeatureBatch,
     optimizer: Optimizer<'static>,
     gradients: Vec<Tensor>,
+    mixed_precision: bool,
     /// Trained rows of the last step, of all loss terms together.
     rows: f64,
     taken: u64,
@@ -240,11 +243,13 @@ struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    fn new(draft: &'a dyn DraftModel, features: &'a FeatureBatch) -> Result<Self> {
+    fn new(draft: &'a dyn DraftModel, features: &'a FeatureBatch, mixed_precision: bool) -> Result<Self> {
         let slots = draft.parameters().iter().map(ParameterSlot::from);
         let optimizer = Optimizer::new(slots.collect(), &OptimConfig::default(), ProcessGroup::SINGLE, false)?;
         let gradients = Gradients::zeros(draft.parameters())?;
-        Ok(Self { draft, features, optimizer, gradients, rows: 0.0, taken: 0, loss: f64::NAN })
+        let mixed_precision = mixed_precision
+            && draft.parameters().first().is_some_and(|first| MixedPrecision::obstacle(&first.value).is_none());
+        Ok(Self { draft, features, optimizer, gradients, mixed_precision, rows: 0.0, taken: 0, loss: f64::NAN })
     }
 
     /// Seconds of forward and backward, and of the optimizer.
@@ -254,7 +259,10 @@ impl<'a> Session<'a> {
         self.gradients.iter_mut().for_each(|gradient| drop(gradient.zero_()));
         let plan = self.draft.plan(&self.features.batch, StepKey { seed: 1, step: self.taken, total: u64::MAX })?;
         let mut gradients = Gradients::new(&mut self.gradients);
-        let tally = self.draft.accumulate(self.features, &plan, &plan.counts, &mut gradients)?;
+        let tally = {
+            let _products = MixedPrecision::begin(self.mixed_precision);
+            self.draft.accumulate(self.features, &plan, &plan.counts, &mut gradients)?
+        };
         self.taken += 1;
         self.rows = plan.counts.iter().sum();
         device::synchronize(device);
@@ -327,6 +335,7 @@ mod tests {
                 kind: Kind::Float,
                 device: Device::Cpu,
                 chunk_bytes: 4 * 40 * 8,
+                mixed_precision: true,
             };
             let report = run(&options).unwrap();
             // Five supervised tokens end at the last but one: 4 and 3 rows of a document.

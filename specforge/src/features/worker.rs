@@ -16,6 +16,7 @@ use super::FeatureBatch;
 use super::pending::{Begun, Made, Pending};
 use crate::error::{Error, Result, foreign};
 use crate::streams::{Mark, Stream};
+use crate::threads;
 
 /// The thread, once something was asked of it.
 pub(super) struct Worker {
@@ -74,6 +75,10 @@ impl Worker {
 }
 
 fn work(jobs: Receiver<Job>, device: Device, loaded: Option<Mark>) {
+    if device == Device::Cpu {
+        // The cores are the training step's.
+        threads::compute_alone();
+    }
     let stream = own_stream(device, loaded.as_ref()).map_err(|error| error.to_string());
     for Job { make, answer, wanted } in jobs {
         if wanted.strong_count() == 0 {
@@ -156,6 +161,41 @@ mod tests {
         assert_eq!([order.recv().unwrap(), order.recv().unwrap()], ["one", "two"]);
         assert_eq!(name(second.wait().unwrap()), "two");
         assert_eq!(name(first.wait().unwrap()), "one");
+    }
+
+    /// An operator that is large enough for several threads starts none, whose being there would make all others sleep.
+    #[test]
+    fn features_on_a_cpu_are_made_by_one_thread() {
+        let count = |name: &str| {
+            let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+            let names = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());
+            names.filter(|own| own.trim() == name).count()
+        };
+        let compute = || {
+            let _ = tch::Tensor::ones([1 << 20], (tch::Kind::Float, Device::Cpu)).f_exp_()?;
+            named("large")
+        };
+        let worker = Worker::new("made alone", Device::Cpu);
+        worker.begin(compute).wait().unwrap();
+        if count("made alone") == 0 {
+            eprintln!("SKIPPED: this system does not say what threads there are");
+            return;
+        }
+        assert_eq!(count("made alone"), 1);
+        // The same work on a thread that nothing was said to.
+        let (done, stay) = mpsc::channel::<()>();
+        let own = thread::Builder::new().name("made together".to_owned()).spawn(move || {
+            compute().map(drop).unwrap();
+            let _ = stay.recv();
+        });
+        let expected = (tch::get_num_threads() as usize).min(2);
+        let comes = (0..10_000).any(|_| {
+            thread::sleep(std::time::Duration::from_millis(1));
+            count("made together") >= expected
+        });
+        assert!(comes, "{} threads", count("made together"));
+        drop(done);
+        own.unwrap().join().unwrap();
     }
 
     #[test]

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use super::linear::linear;
+use super::mixed_precision::MixedPrecision;
 use crate::error::{Error, Result};
 
 /// A vocabulary projection with all that stands between a hidden state and the logits.
@@ -36,6 +37,8 @@ impl Head {
 
     /// Logits of hidden states `[.., H]`: `[.., V]`, in their element type.
     pub fn logits(&self, hidden: &Tensor) -> Tensor {
+        // Rounded, likely tokens would tie, and their probabilities move by percents.
+        let _exact = MixedPrecision::backward_alone();
         match self.softcap.is_none() && self.scale == 1.0 {
             true => linear(hidden, &self.weight, self.bias.as_ref()),
             false => self.finish(linear(hidden, &self.weight, None)),

@@ -2,6 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::mixed_precision::MixedPrecision;
 use crate::error::Result;
 use crate::shim;
 
@@ -90,7 +91,7 @@ fn with_bias(product: Tensor, bias: Option<&Tensor>) -> Tensor {
 /// wide rows; `down` may be [`compact`] without.
 pub fn gated_linear(gate: &Tensor, up: &Tensor, down: &Tensor) -> Result<Tensor> {
     match [gate, up, down].into_iter().any(Tensor::requires_grad) {
-        true => shim::gated_linear(gate, up, down),
+        true => shim::gated_linear(gate, up, down, MixedPrecision::now().forward),
         false => Ok(linear(&(gate.silu() * up), down, None)),
     }
 }
@@ -107,12 +108,27 @@ pub fn compact(weight: Tensor) -> Result<Tensor> {
     Ok(if narrow.f_to_kind(Kind::Float)?.f_equal(&weight)? { narrow.contiguous() } else { weight })
 }
 
+/// `input [R, in]` times the transpose of `weight [out, in]`, with gradients, and in mixed precision where that is on.
+pub fn trained_linear(input: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    shim::trained_linear(input, weight, MixedPrecision::now())
+}
+
+/// `total += scale * left right`, in place, for the gradient of a weight; needs a `no_grad` scope. In mixed precision where that
+/// is on.
+pub fn add_product(total: &mut Tensor, left: &Tensor, right: &Tensor, scale: f64) -> Result<()> {
+    if !(MixedPrecision::now().forward && is_on_cpu(left, Kind::Float) && is_on_cpu(right, Kind::Float)) {
+        return shim::add_product(total, left, right, scale);
+    }
+    let _ = total.f_add_(&trained_linear(left, &right.f_mul_scalar(scale)?.f_transpose(0, 1)?)?)?;
+    Ok(())
+}
+
 /// `input [.., in]` with a graph.
 fn trained_rows(input: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let mut shape = input.size();
     let width = shape.pop().unwrap_or(1);
     shape.push(weight.size()[0]);
-    Ok(shim::trained_linear(&input.f_reshape([-1, width])?, weight)?.f_reshape(shape)?)
+    Ok(trained_linear(&input.f_reshape([-1, width])?, weight)?.f_reshape(shape)?)
 }
 
 /// The product. Shapes that do not fit are a mistake in the program, as everywhere in libtorch's own operators.
@@ -248,7 +264,7 @@ mod tests {
         let [want, got] = [Kind::Double, Kind::Float].map(|kind| {
             let [gate, up, down] =
                 [&gate, &up, &down].map(|tensor| tensor.to_kind(kind).copy().set_requires_grad(true));
-            let rows = shim::gated_linear(&gate, &up, &down).unwrap();
+            let rows = shim::gated_linear(&gate, &up, &down, false).unwrap();
             (&rows * slope.to_kind(kind)).sum(kind).backward();
             [rows, gate.grad(), up.grad(), down.grad()].map(|tensor| tensor.to_kind(Kind::Double))
         });
@@ -256,7 +272,7 @@ mod tests {
             assert!(got.allclose(want, 1e-5, 1e-4, false), "{got} {want}");
         }
         let [few, up, down] = [&gate.narrow(0, 0, 2), &up, &down].map(|tensor| tensor.to_kind(Kind::Float));
-        assert!(shim::gated_linear(&few, &up, &down).unwrap_err().to_string().contains("expected"));
+        assert!(shim::gated_linear(&few, &up, &down, false).unwrap_err().to_string().contains("expected"));
     }
 
     #[test]

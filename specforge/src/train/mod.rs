@@ -75,6 +75,16 @@ pub struct TrainConfig {
     pub skip_non_finite: u64,
     /// Whether to measure how much of the gradients is chance, and log it as `gradient_noise_tokens`.
     pub gradient_noise: bool,
+    /// What factors a CPU multiplies; `None` for the float32 that everything else is in.
+    pub mixed_precision: Option<Factors>,
+}
+
+/// Element types of factors in mixed precision.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Factors {
+    /// Eight significant bits, the range of float32.
+    Bfloat16,
 }
 
 impl Default for TrainConfig {
@@ -94,6 +104,7 @@ impl Default for TrainConfig {
             prefetch: 1,
             skip_non_finite: 0,
             gradient_noise: false,
+            mixed_precision: None,
         }
     }
 }

@@ -30,6 +30,7 @@ use crate::checkpoint::{Checkpoint, Manifest, Measurements, Saver, Tensors};
 use crate::dist::ReduceOp;
 use crate::draft::{ParameterGroup, StepKey, Tally};
 use crate::error::{Error, Result, TensorMismatch};
+use crate::nn::MixedPrecision;
 use crate::optim::{Optimizer, ParameterSlot};
 use crate::progress::Progress;
 use crate::stop::Answer;
@@ -50,6 +51,7 @@ pub struct Trainer<'a> {
     parts: TrainerParts<'a>,
     order: DataOrder,
     held_out: HeldOut,
+    mixed_precision: bool,
     optimizer: Optimizer<'a>,
     gradients: GradientSums<'a>,
     /// Since the last log line.
@@ -141,6 +143,8 @@ impl<'a> Trainer<'a> {
         let gradients = GradientSums::new(parameters, group, parts.parallel)?;
         let open = resume.map(|checkpoint| checkpoint.manifest.window.as_slice()).unwrap_or_default();
         let window = Window::restore(open, config.gradient_noise, parameters[0].value.device(), group)?;
+        let mixed_precision =
+            config.mixed_precision.is_some() && MixedPrecision::obstacle(&parameters[0].value).is_none();
         let first_step = position.step;
         let writer = parts.writer.take().map(|Writer { store, tracker }| (Saver::new(store), tracker));
         let (saver, tracker) = writer.unzip();
@@ -149,6 +153,7 @@ impl<'a> Trainer<'a> {
             parts,
             order,
             held_out,
+            mixed_precision,
             optimizer,
             gradients,
             window,
@@ -266,8 +271,10 @@ impl<'a> Trainer<'a> {
             let features = pending.wait()?;
             self.clock.was(Activity::Target);
             let is_last = index + 1 == own.len();
-            let tally =
-                self.gradients.add(is_last, |gradients| draft.accumulate(&features, plan, &counts, gradients))?;
+            let tally = self.gradients.add(is_last, |gradients| {
+                let _products = MixedPrecision::begin(self.mixed_precision);
+                draft.accumulate(&features, plan, &counts, gradients)
+            })?;
             if self.parts.config.gradient_noise && index == 0 && !is_last {
                 let tokens = self.parts.train.tokens(&own[0]);
                 first = FirstGradient::new(self.gradients.totals(), (&plan.counts, &counts), tokens)?;

@@ -25,6 +25,7 @@ use crate::features::store::Share;
 use crate::files;
 use crate::hub::{Wanted, recorded as name_of};
 use crate::models::TargetModel;
+use crate::nn::MixedPrecision;
 use crate::plan::Plan;
 use crate::progress;
 use crate::shim;
@@ -216,6 +217,11 @@ fn train(
         checkpoint.same_tensors(&parameters, &buffers)?;
     }
     draft.contract().iter().for_each(|line| note(format!("contract: {line}")));
+    if config.train.mixed_precision.is_some()
+        && let Some(why) = draft.parameters().first().and_then(|first| MixedPrecision::obstacle(&first.value))
+    {
+        note(format!("train.mixed_precision is left out: {why}"));
+    }
     let held_out = eval_cache.as_ref().unwrap_or(&train_cache);
     let evaluated = data::first_tokens(held_out, &eval_documents, config.eval.max_tokens);
     let states = match &source {

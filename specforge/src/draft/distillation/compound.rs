@@ -13,8 +13,7 @@ use super::{RowOutcomes, Soft, wide};
 use crate::draft::loss::{Projection, Rows, project};
 use crate::draft::losses::{self, Compound};
 use crate::error::Result;
-use crate::nn::linear;
-use crate::shim;
+use crate::nn::{add_product, trained_linear};
 
 /// What rows lose.
 #[derive(Debug, Clone, Copy)]
@@ -75,9 +74,9 @@ pub fn distill_compound(
         let sum = (values * rows_of(&weights) * lift).sum(kind);
         for slope in Tensor::f_run_backward(&[sum], &[&product], false, false)? {
             let slope = slope.to_kind(chunk.kind()); // [m, DV]
-            rows_of(gradient).f_copy_(&linear(&slope, &weight.transpose(0, 1), None))?;
+            rows_of(gradient).f_copy_(&trained_linear(&slope, &weight.transpose(0, 1))?)?;
             if let Some(total) = projection.gradient.as_deref_mut() {
-                shim::add_product(total, &slope.transpose(0, 1), &chunk, lift.recip())?;
+                add_product(total, &slope.transpose(0, 1), &chunk, lift.recip())?;
             }
         }
     }

@@ -16,8 +16,9 @@ use crate::draft::Parameter;
 use crate::error::{Error, Result};
 use crate::nn::merged_attention::{self, Own, Runs};
 use crate::nn::rope::RopeTables;
-use crate::nn::{Head, KvCache, Options, PreparedMask, RmsNorm, Rope, attention, gated_linear, linear, linear_each};
-use crate::shim;
+use crate::nn::{
+    Head, KvCache, Options, PreparedMask, RmsNorm, Rope, attention, gated_linear, linear, linear_each, trained_linear,
+};
 
 /// The draft's weights, by what they do. They share their memory with the trained parameters.
 #[derive(Debug)]
@@ -173,7 +174,7 @@ impl Network {
 
     /// Logits of rows `[n, H]`: `[n, DV]`.
     pub fn compute_logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        shim::trained_linear(&self.normed(hidden), &self.head.weight)
+        trained_linear(&self.normed(hidden), &self.head.weight)
     }
 
     /// What the next step reads of a step's output.
@@ -253,15 +254,15 @@ impl Layer {
 
     /// Rotated keys, and values: `[n, G, D]` each. One row of input may stand for all that `rope` has places of.
     pub(in crate::draft) fn keys(&self, input: &Tensor, rope: &RopeTables) -> Result<[Tensor; 2]> {
-        let key = self.split(&shim::trained_linear(input, &self.key)?);
+        let key = self.split(&trained_linear(input, &self.key)?);
         let key = rope.rotate_rows(&key, self.head_norm(1)); // [n, G, D]
-        let value = self.split(&shim::trained_linear(input, &self.value)?).f_expand(key.size(), false)?;
+        let value = self.split(&trained_linear(input, &self.value)?).f_expand(key.size(), false)?;
         Ok([key, value])
     }
 
     /// Rotated queries: `[n, N, D]`; see [`Layer::keys`].
     pub(in crate::draft) fn query(&self, input: &Tensor, rope: &RopeTables) -> Result<Tensor> {
-        let query = self.split(&shim::trained_linear(input, &self.query)?);
+        let query = self.split(&trained_linear(input, &self.query)?);
         Ok(rope.rotate_rows(&query, self.head_norm(0)))
     }
 
@@ -284,9 +285,9 @@ impl Layer {
     /// What follows attention: its projection and the MLP, from `attended [n, N, D]` and the residual, `[n, H]` or one row
     /// for all.
     pub(in crate::draft) fn finish(&self, residual: &Tensor, attended: &Tensor) -> Result<Tensor> {
-        let hidden = residual + shim::trained_linear(&attended.flatten(1, 2), &self.output)?; // [n, H]
+        let hidden = residual + trained_linear(&attended.flatten(1, 2), &self.output)?; // [n, H]
         let normed = self.post_attention_norm.forward(&hidden);
-        let (gate, up) = (shim::trained_linear(&normed, &self.gate)?, shim::trained_linear(&normed, &self.up)?);
+        let (gate, up) = (trained_linear(&normed, &self.gate)?, trained_linear(&normed, &self.up)?);
         Ok(hidden + gated_linear(&gate, &up, &self.down)?) // [n, H]
     }
 
