@@ -329,7 +329,7 @@ mod tests {
             (Tensor::zeros([2, 5], (Kind::Float, Device::Cpu)), Tensor::zeros([2], (Kind::Float, Device::Cpu)));
         for label in [-1i64, 5] {
             let labels = Tensor::from_slice(&[0, label]);
-            let error = shim::hard_losses([&logits, &labels, &values, &values], true).unwrap_err().to_string();
+            let error = crate::shim::hard_losses([&logits, &labels, &values, &values], true).unwrap_err().to_string();
             assert!(error.contains(&label.to_string()), "{error}");
         }
     }
